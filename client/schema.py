@@ -62,7 +62,7 @@ class InlineTemplate(Request):
     labels: Labels = Labels(yes=["Yes"], no=["No"])
 
 
-class Judged(Request):
+class JudgeRequest(Request):
     """What every judging request says of the question and of how to judge."""
 
     prompt: Text | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
@@ -93,7 +93,7 @@ class Judged(Request):
         return self
 
 
-class ScoreRequest(Judged):
+class ScoreRequest(JudgeRequest):
     """Is this response a good answer to this prompt?"""
 
     model_config = ConfigDict(
@@ -103,7 +103,7 @@ class ScoreRequest(Judged):
     response: Text
 
 
-class CompareRequest(Judged):
+class CompareRequest(JudgeRequest):
     """Which of these responses is the best answer to this prompt?"""
 
     model_config = ConfigDict(

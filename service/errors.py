@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from client.errors import ErrorCode
+from client.errors import STATUS, TYPE, ErrorCode
 from client.schema import ErrorBody
-from client.errors import STATUS, TYPE
 
 
 class ServiceError(Exception):

@@ -1,16 +1,17 @@
-"""The queue's contract: what the HTTP side hands over, what a worker hands back. `memory_jobs` and later backends
-implement it, and one conformance suite (tests/test_jobs.py) runs against each of them.
+"""The queue's contract: what the HTTP side hands over, and what a worker hands back.
 
     submit ──> [ queue, bounded in jobs and tokens ] ──take──> worker ──reply──> the future that submit returned
 
 Every submitted job gets exactly one `Reply`: a result, or an error. A job whose caller is gone is dropped unscored.
-Times are seconds of the wall clock (`time.time()`), because they travel between machines.
+Times are seconds of the wall clock (`time.time()`), because they travel between machines. `memory_jobs` implements the
+contract; one conformance suite (tests/test_jobs.py) is there for every implementation.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,15 @@ class QueueStats:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a worker says of itself when it starts to take jobs."""
+
+    engine: str
+    dtype: str
+    max_tokens: int
+
+
 class JobQueue(Protocol):
     """The HTTP side. Lives on one event loop."""
 
@@ -70,26 +80,63 @@ class JobQueue(Protocol):
         """
 
     def cancel(self, ids: Iterable[str]) -> None:
-        """Forget these jobs: nobody waits for them any more."""
+        """Forget these jobs and cancel their futures: nobody waits for them any more. Unknown ids are ignored."""
 
     def stats(self) -> QueueStats:
         """How full the queue is."""
 
     async def ready(self) -> None:
-        """Return when a job submitted now would be worked on; raises ServiceError(NOT_READY) with the reason if not."""
+        """Return if a job submitted now would be worked on; raises ServiceError(NOT_READY or DRAINING) if not."""
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers that take jobs now."""
 
     async def close(self) -> None:
-        """Answer what is still waiting with an error, and let go of everything held."""
+        """Answer what is still waiting with an error, and accept nothing more."""
 
 
 class JobSource(Protocol):
     """The worker's side. Called by one thread."""
 
+    def attach(self, info: WorkerInfo) -> None:
+        """Say that this worker takes jobs from now on."""
+
+    def detach(self, info: WorkerInfo) -> None:
+        """Say that it no longer does."""
+
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
-        """Up to `max_jobs` jobs, oldest first; waits up to `timeout` seconds for the first one, then takes what is there."""
+        """At most `max_jobs` jobs, oldest first: those there now, else the first to come within `timeout` seconds."""
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         """The ids of those jobs whose caller is gone; they need no reply, and one that is sent is ignored."""
 
     def reply(self, replies: Sequence[Reply]) -> None:
-        """Answer jobs that were taken. Exactly once each; a second reply to a job is ignored."""
+        """Answer jobs that were taken. A second reply to a job is ignored."""
+
+
+class DrainRate:
+    """How fast the queue empties, to tell a refused caller when to come back."""
+
+    MIN_WAIT, MAX_WAIT = 1.0, 60.0
+    WINDOW = 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last: float | None = None
+        self._rate: float | None = None
+
+    def record(self, tokens: int, jobs_left: int) -> None:
+        """`tokens` have just been answered. With nothing left the clock stops: idle time says nothing of speed."""
+        now = self._clock()
+        if self._last is not None and now > self._last:
+            elapsed = now - self._last
+            weight = min(1.0, elapsed / self.WINDOW)
+            sample = tokens / elapsed
+            self._rate = sample if self._rate is None else self._rate + weight * (sample - self._rate)
+        self._last = now if jobs_left else None
+
+    def seconds_for(self, tokens: int) -> float:
+        """Seconds until `tokens` will have been worked off, within bounds that suit a Retry-After header."""
+        if not self._rate:
+            return self.MIN_WAIT
+        return min(self.MAX_WAIT, max(self.MIN_WAIT, tokens / self._rate))

@@ -1,0 +1,52 @@
+# make install, then anything else; every target installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL ?= qwen2.5-coder-1.5b-instruct
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: help install check format test test-models serve demo bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP) ## Make .venv with everything pinned
+
+# The pin comes first and by name: a range for torch would take the newest build, with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints/base.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints/base.txt)
+	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,dev]'
+	touch $@
+
+check: install ## Style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose
+
+format: install ## Rewrite the code in the project's style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install ## All tests that need no download
+	$(BIN)/pytest
+
+test-models: install ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-Coder-0.5B, 600 MB)
+	$(BIN)/pytest -m models
+
+serve: install ## The service on http://127.0.0.1:8000 (MODEL=…, HOST=…, PORT=…)
+	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
+
+demo: install ## Fetch the default model, judge right and wrong answers over HTTP, print a table
+	$(BIN)/python -m bench.demo --model $(MODEL)
+
+bench: install ## The engine alone, through HTTP, and the service's own cost
+	$(BIN)/python -m bench.service
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

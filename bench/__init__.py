@@ -1,0 +1,1 @@
+"""Programs to run by hand: the demonstration, and benchmarks whose figures go to LOG.md."""

@@ -1,0 +1,188 @@
+"""One call on its way: headers, deadline, retries, and what is made of what comes back; sync and async share it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, TypeVar
+
+import httpx
+import pydantic
+from tenacity import RetryCallState
+
+from client._calls import Answer, Call, error_of
+from client.errors import RETRYABLE_STATUS, JudgeAPIError, JudgeConnectionError, JudgeTimeoutError
+from client.schema import ErrorBody, ErrorResult
+
+T = TypeVar("T")
+
+UNKNOWN_CODE = "unknown"
+MAX_BACKOFF = 8.0
+
+_log = logging.getLogger("client")
+
+
+class Exchange(Generic[T]):
+    """One call from its start to its value or its error, over all of its attempts.
+
+    `timeout` (seconds) is counted from here on. `backoff` is the upper bound of the first wait, in seconds.
+    """
+
+    def __init__(self, call: Call[T], *, timeout: float, max_retries: int, backoff: float) -> None:
+        self.call = call
+        self.request_id = uuid.uuid4().hex
+        self._content = call.content()
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._max_retries = 0 if call.probe else max_retries
+        self._backoff = backoff
+
+    def remaining(self) -> float:
+        """Seconds until the deadline; raises JudgeTimeoutError when it has passed."""
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise JudgeTimeoutError(self._timeout_message())
+        return seconds
+
+    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """The next attempt. The service is told how long anybody waits, so that it can drop the work after that."""
+        seconds = self.remaining()
+        headers = {"X-Request-Id": self.request_id, "X-Request-Timeout": f"{seconds:.3f}"}
+        if self._content is not None:
+            headers["Content-Type"] = "application/json"
+        return http.build_request(
+            self.call.method, self.call.path, content=self._content, headers=headers, timeout=seconds
+        )
+
+    def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass the chunks on until the deadline: httpx times each read by itself, and drops of data reset its clock."""
+        for chunk in chunks:
+            self.remaining()
+            yield chunk
+
+    @contextmanager
+    def errors_translated(self, http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+        """The one place where the transport's exceptions become the client's."""
+        try:
+            yield
+        except (httpx.TimeoutException, TimeoutError) as exc:
+            raise JudgeTimeoutError(self._timeout_message()) from exc
+        except httpx.HTTPError as exc:
+            base = http.base_url.copy_with(userinfo=b"")
+            reason = str(exc) or type(exc).__name__
+            if _has_cause(exc, ConnectionRefusedError):
+                reason = "connection refused: is the service running?"
+            raise JudgeConnectionError(f"no answer from {base} to {self._name}: {reason}") from exc
+
+    def read(self, response: httpx.Response, body: bytes) -> T:
+        """The method's value; raises JudgeAPIError for an answer that is an error, JudgeError for an unreadable one."""
+        request_id = response.headers.get("X-Request-Id", self.request_id)
+        if response.is_success:
+            return self.call.read(Answer(body, request_id))
+        raise error_of(
+            _error_body(response, body),
+            status=response.status_code,
+            request_id=request_id,
+            retry_after=parse_retry_after(response.headers.get("Retry-After")),
+        )
+
+    def retry_policy(self) -> dict[str, Any]:
+        """The arguments of tenacity's Retrying and AsyncRetrying: the last error is raised as it is."""
+        return {
+            "retry": lambda state: is_retryable(_failure(state)),
+            "wait": lambda state: wait_after(_failure(state), state.attempt_number, self._backoff),
+            "stop": self._gives_up,
+            "before_sleep": self._tell,
+            "reraise": True,
+        }
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        waited_out = time.monotonic() + state.upcoming_sleep >= self._deadline
+        return waited_out or state.attempt_number > self._max_retries
+
+    def _tell(self, state: RetryCallState) -> None:
+        _log.info(
+            "%s [request %s] is retried in %.2f s after: %s",
+            self._name,
+            self.request_id,
+            state.upcoming_sleep,
+            _failure(state),
+        )
+
+    @property
+    def _name(self) -> str:
+        return f"{self.call.method} {self.call.path}"
+
+    def _timeout_message(self) -> str:
+        return f"no answer to {self._name} within {self._timeout:g} s [request {self.request_id}]"
+
+
+def is_retryable(exc: BaseException | None) -> bool:
+    """Whether asking again can help: broken connections and 429, 502, 503, 504; never a deadline or a cancellation."""
+    if isinstance(exc, JudgeAPIError):
+        return exc.status in RETRYABLE_STATUS
+    return isinstance(exc, JudgeConnectionError) and not isinstance(exc, JudgeTimeoutError)
+
+
+def wait_after(exc: BaseException | None, attempt: int, backoff: float) -> float:
+    """Seconds to wait after attempt number `attempt` (1, 2, …) failed with `exc`.
+
+    Retry-After where the service sent it, and up to a quarter more, so that callers told the same do not come back
+    together. Else `backoff` doubled with every attempt, at most MAX_BACKOFF, of which a random half is waited off.
+    """
+    if isinstance(exc, JudgeAPIError) and exc.retry_after is not None:
+        return exc.retry_after * random.uniform(1.0, 1.25)
+    return min(MAX_BACKOFF, backoff * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """The header's seconds, counted from now where it is an HTTP date (RFC 9110, 10.2.3); None where it is neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        return _seconds_until(value)
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
+
+
+def _seconds_until(date: str) -> float | None:
+    try:
+        moment = parsedate_to_datetime(date)
+    except (ValueError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
+def _failure(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+def _has_cause(exc: BaseException, kind: type[BaseException]) -> bool:
+    """Whether `kind` stands anywhere in the chain: async transports wrap the system's error several times."""
+    if isinstance(exc, kind):
+        return True
+    inner = [exc.__cause__ or exc.__context__, *(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ())]
+    return any(_has_cause(one, kind) for one in inner if one is not None)
+
+
+def _error_body(response: httpx.Response, body: bytes) -> ErrorBody:
+    """The service's own words, or a short stand-in for whatever a proxy or another server said instead."""
+    try:
+        return ErrorResult.model_validate_json(body).error
+    except pydantic.ValidationError:
+        pass
+    kind = response.headers.get("Content-Type", "no content type")
+    message = f"{response.reason_phrase or 'an error'}, not in this service's form ({kind}): from a proxy in between?"
+    if response.has_redirect_location:
+        message = f"redirected to {response.headers['Location']}: redirects are not followed, give the final base_url"
+    return ErrorBody(message=message, type="unknown", code=UNKNOWN_CODE)

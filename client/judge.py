@@ -1,0 +1,283 @@
+"""The typed client: `Judge` for ordinary code, `AsyncJudge` for asyncio. They differ in the transport call alone.
+
+Every method raises a JudgeError (client/errors.py has the tree) when there is no usable answer, and
+pydantic.ValidationError, which is a ValueError, when its arguments make no valid request: then nothing was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+from tenacity import AsyncRetrying, Retrying
+
+from client import _calls
+from client._calls import Call, CompareOptions, Prompt, ScoreOptions
+from client._exchange import Exchange
+from client.errors import JudgeAPIError
+from client.schema import (
+    CompareRequest,
+    CompareResult,
+    HealthResult,
+    ModelsResult,
+    ReadyResult,
+    ScoreRequest,
+    ScoreResult,
+    TemplatesResult,
+)
+
+T = TypeVar("T")
+
+MAX_CONNECTIONS = 256
+# Shorter than the 5 s after which uvicorn closes an idle connection, so that a call seldom meets one just closed.
+_KEEPALIVE_S = 4.0
+
+
+class _Client:
+    """What both clients are told, checked once."""
+
+    backoff: float = 0.25
+
+    def __init__(self, *, timeout: float, max_retries: int) -> None:
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+        if max_retries < 0:
+            raise ValueError(f"max_retries must be 0 or more, not {max_retries}")
+        self._timeout = timeout
+        self._max_retries = max_retries
+
+    def _exchange(self, call: Call[T]) -> Exchange[T]:
+        return Exchange(call, timeout=self._timeout, max_retries=self._max_retries, backoff=self.backoff)
+
+
+class Judge(_Client):
+    """A connection to a judge-as-api service. Threads may share one.
+
+        with Judge("http://localhost:8000") as judge:
+            result = judge.score("What is 2+2?", "4", category="math")
+            print(result.score, result.log_odds)
+            best = judge.compare("Name a prime.", ["7", "8"], mode="pairwise").best
+
+    Args:
+        base_url: Where the service is, with http:// or https://; a path before the routes is kept.
+        api_key: Sent as `Authorization: Bearer`. None takes the environment's JUDGE_API_KEY, where it is set: it must
+            hold one key, not the list that a service accepts. The empty string sends none.
+        timeout: Seconds for a whole call, retries and the waits between them included. (The sync client cannot
+            interrupt a read in progress: against a server that drips, a call may take up to about twice as long.)
+        max_retries: How often a call is repeated after a broken connection, 429, 502, 503 or 504. Scoring is
+            idempotent. Waits grow from `backoff` and heed Retry-After; one that would pass the deadline is not
+            begun, the last error is raised at once. `health` and `ready` ask once. Retries are logged at INFO.
+        transport: As in httpx: `httpx.MockTransport(handler)` puts a function in the service's place.
+        headers: Sent with every request, e.g. `traceparent`.
+
+    Attributes:
+        backoff: Seconds before the first retry (up to half less at random), doubled for each further one, at most 8.
+            Set it to 0 on the instance for tests that should not wait.
+
+    Raises ValueError for arguments that cannot work.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 4,
+        transport: httpx.BaseTransport | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout, max_retries=max_retries)
+        self._http = httpx.Client(transport=transport, **_http_options(base_url, api_key, headers))
+
+    def score(self, prompt: Prompt, response: str, **options: Unpack[ScoreOptions]) -> ScoreResult:
+        """How good an answer `response` is to `prompt`: a text, or messages of which the user's is the last.
+
+        Options: `category` or `template` (a name, or an InlineTemplate of your own), and `truncation`: "error"
+        (the default), "prompt_left" or "response_middle".
+        """
+        return self._run(_calls.score(prompt, response, options))
+
+    def compare(self, prompt: Prompt, responses: Sequence[str], **options: Unpack[CompareOptions]) -> CompareResult:
+        """Which of 2 to 16 `responses` answers `prompt` best.
+
+        Options: those of `score`, `mode` ("pointwise", the default, or "pairwise") and `tie_margin` in log-odds.
+        """
+        return self._run(_calls.compare(prompt, responses, options))
+
+    def score_batch(self, items: Sequence[ScoreRequest]) -> list[ScoreResult | JudgeAPIError]:
+        """Judge many in one request: for each item, in order, its result, or its error as an object that is not raised.
+
+        What fails the request as a whole (too many items, no service) is raised. Items are not retried one by one.
+        """
+        return self._run(_calls.score_batch(items))
+
+    def compare_batch(self, items: Sequence[CompareRequest]) -> list[CompareResult | JudgeAPIError]:
+        """Compare many in one request; errors as in `score_batch`."""
+        return self._run(_calls.compare_batch(items))
+
+    def templates(self) -> TemplatesResult:
+        """The templates and categories that requests may name."""
+        return self._run(_calls.templates())
+
+    def models(self) -> ModelsResult:
+        """The model that judges, its fingerprint and its limits."""
+        return self._run(_calls.models())
+
+    def health(self) -> HealthResult:
+        """Whether the process answers. Asks once."""
+        return self._run(_calls.health())
+
+    def ready(self) -> ReadyResult:
+        """Whether the service can judge now; raises OverloadedError, which says why, when it cannot. Asks once."""
+        return self._run(_calls.ready())
+
+    def close(self) -> None:
+        """Close the connections; the client cannot be used afterwards."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, call: Call[T]) -> T:
+        exchange = self._exchange(call)
+        result: T = Retrying(**exchange.retry_policy())(self._attempt, exchange)
+        return result
+
+    def _attempt(self, exchange: Exchange[T]) -> T:
+        request = exchange.request(self._http)
+        with exchange.errors_translated(self._http), closing(self._http.send(request, stream=True)) as response:
+            body = b"".join(exchange.in_time(response.iter_bytes()))
+        return exchange.read(response, body)
+
+
+class AsyncJudge(_Client):
+    """`Judge` for asyncio, with up to 256 connections at a time: the same arguments, methods, results and errors.
+
+        async with AsyncJudge("http://localhost:8000") as judge:
+            results = await asyncio.gather(*(judge.score("What is 2+2?", answer) for answer in ("4", "5")))
+
+    One client belongs to one event loop. Calls beyond the connections wait for a free one, on their own timeout.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 4,
+        transport: httpx.AsyncBaseTransport | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(timeout=timeout, max_retries=max_retries)
+        self._http = httpx.AsyncClient(transport=transport, **_http_options(base_url, api_key, headers))
+
+    async def score(self, prompt: Prompt, response: str, **options: Unpack[ScoreOptions]) -> ScoreResult:
+        """See `Judge.score`."""
+        return await self._run(_calls.score(prompt, response, options))
+
+    async def compare(
+        self, prompt: Prompt, responses: Sequence[str], **options: Unpack[CompareOptions]
+    ) -> CompareResult:
+        """See `Judge.compare`."""
+        return await self._run(_calls.compare(prompt, responses, options))
+
+    async def score_batch(self, items: Sequence[ScoreRequest]) -> list[ScoreResult | JudgeAPIError]:
+        """See `Judge.score_batch`."""
+        return await self._run(_calls.score_batch(items))
+
+    async def compare_batch(self, items: Sequence[CompareRequest]) -> list[CompareResult | JudgeAPIError]:
+        """See `Judge.compare_batch`."""
+        return await self._run(_calls.compare_batch(items))
+
+    async def templates(self) -> TemplatesResult:
+        """See `Judge.templates`."""
+        return await self._run(_calls.templates())
+
+    async def models(self) -> ModelsResult:
+        """See `Judge.models`."""
+        return await self._run(_calls.models())
+
+    async def health(self) -> HealthResult:
+        """See `Judge.health`."""
+        return await self._run(_calls.health())
+
+    async def ready(self) -> ReadyResult:
+        """See `Judge.ready`."""
+        return await self._run(_calls.ready())
+
+    async def aclose(self) -> None:
+        """Close the connections; the client cannot be used afterwards."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _run(self, call: Call[T]) -> T:
+        exchange = self._exchange(call)
+        result: T = await AsyncRetrying(**exchange.retry_policy(), sleep=asyncio.sleep)(self._attempt, exchange)
+        return result
+
+    async def _attempt(self, exchange: Exchange[T]) -> T:
+        request = exchange.request(self._http)
+        with exchange.errors_translated(self._http):
+            async with asyncio.timeout(exchange.remaining()):
+                response = await self._http.send(request)
+        return exchange.read(response, response.content)
+
+
+def _http_options(base_url: str, api_key: str | None, headers: Mapping[str, str] | None) -> dict[str, Any]:
+    """What httpx.Client and httpx.AsyncClient are built with."""
+    if not re.match(r"https?://[^/?#\s]", base_url):
+        raise ValueError("base_url must start with http:// or https:// and name a host, e.g. http://localhost:8000")
+    key = _checked_key(os.environ.get("JUDGE_API_KEY") if api_key is None else api_key)
+    return {
+        "base_url": base_url,
+        "headers": {"User-Agent": f"judge-as-api/{_version()}", **_authorization(key), **(headers or {})},
+        "limits": httpx.Limits(
+            max_connections=MAX_CONNECTIONS,
+            max_keepalive_connections=MAX_CONNECTIONS,
+            keepalive_expiry=_KEEPALIVE_S,
+        ),
+    }
+
+
+def _authorization(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _checked_key(key: str | None) -> str:
+    key = (key or "").strip()
+    if "," in key or key.startswith("["):
+        raise ValueError("api_key (or JUDGE_API_KEY) holds a list, as a service takes it: give the client one key")
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        raise ValueError("api_key (or JUDGE_API_KEY) must be printable ASCII without spaces")
+    return key
+
+
+@cache
+def _version() -> str:
+    try:
+        return version("judge-as-api")
+    except PackageNotFoundError:
+        return "unknown"

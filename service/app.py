@@ -1,0 +1,318 @@
+"""The HTTP side: routes, their documentation, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+from client.errors import STATUS, ErrorCode
+from client.schema import (
+    CompareBatchItem,
+    CompareBatchRequest,
+    CompareBatchResult,
+    CompareRequest,
+    CompareResult,
+    ErrorResult,
+    HealthResult,
+    Labels,
+    ModelInfo,
+    ModelsResult,
+    ReadyResult,
+    ScoreBatchItem,
+    ScoreBatchRequest,
+    ScoreBatchResult,
+    ScoreRequest,
+    ScoreResult,
+    TemplateInfo,
+    TemplatesResult,
+)
+from service import http_errors
+from service.errors import ServiceError
+from service.jobs import JobQueue
+from service.judging import Call, Judging, cost
+from service.limits import RateLimiter
+from service.metrics import Metrics
+from service.middleware import Authentication, RequestContext, WholeBody
+from service.templates import Template
+
+VERSION = version("judge-as-api")
+
+Item = TypeVar("Item", ScoreRequest, CompareRequest)
+Answer = TypeVar("Answer", ScoreResult, CompareResult)
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a caller may ask for. Sizes in bytes, times in seconds, `rate` in judgements per minute and key."""
+
+    max_body_bytes: int
+    max_batch_items: int
+    body_timeout: float
+    request_timeout: float
+    rate: float | None = None
+
+
+@dataclass(slots=True)
+class Service:
+    """Everything that the routes use, put together once at start. `draining` turns new work away."""
+
+    judging: Judging
+    queue: JobQueue
+    metrics: Metrics
+    model: ModelInfo
+    limits: Limits
+    api_keys: Sequence[str] = ()
+    draining: bool = False
+    limiter: RateLimiter | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limiter = RateLimiter(self.limits.rate) if self.limits.rate else None
+
+    def admit(self, caller: str, items: int, judgements: int) -> None:
+        """Refuse work that is not to be begun; raises ServiceError."""
+        if self.draining:
+            raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
+        if items > self.limits.max_batch_items:
+            message = f"{items} items are over the limit of {self.limits.max_batch_items}: send several batches"
+            raise ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="items")
+        if self.limiter:
+            self.limiter.spend(caller, judgements)
+
+
+def _call(
+    request: Request,
+    x_request_timeout: Annotated[
+        str | None, Header(description="Seconds after which the caller no longer waits; the job is then dropped.")
+    ] = None,
+    traceparent: Annotated[str | None, Header(description="W3C trace context; travels with the job.")] = None,
+) -> Call:
+    service: Service = request.app.state.service
+    seconds = service.limits.request_timeout
+    if x_request_timeout is not None:
+        seconds = min(seconds, _seconds(x_request_timeout))
+    trace = traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
+    return Call(deadline=time.time() + seconds, traceparent=trace)
+
+
+def _seconds(header: str) -> float:
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ServiceError(
+            ErrorCode.INVALID_HEADER,
+            "X-Request-Timeout must be a positive number of seconds",
+            param="X-Request-Timeout",
+        )
+    return seconds
+
+
+Caller = Annotated[Call, Depends(_call)]
+
+
+def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route for its documentation."""
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        by_status.setdefault(STATUS[code], []).append(code)
+    return {
+        status: {"model": ErrorResult, "description": " or ".join(f"`{code}`" for code in names)}
+        for status, names in sorted(by_status.items())
+    }
+
+
+_EVERYWHERE = (ErrorCode.INTERNAL_ERROR, ErrorCode.METHOD_NOT_ALLOWED)
+_GUARDED = (*_EVERYWHERE, ErrorCode.UNAUTHORIZED)
+_BATCH = (
+    *_GUARDED,
+    ErrorCode.INVALID_JSON,
+    ErrorCode.INVALID_HEADER,
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.BODY_TIMEOUT,
+    ErrorCode.PAYLOAD_TOO_LARGE,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.OVERLOADED,
+    ErrorCode.NOT_READY,
+    ErrorCode.DRAINING,
+)
+_SINGLE = (
+    *_BATCH,
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    ErrorCode.BAD_LABEL,
+    ErrorCode.BAD_TEMPLATE,
+    ErrorCode.TEMPLATE_NOT_FOUND,
+    ErrorCode.INFERENCE_FAILED,
+    ErrorCode.DEADLINE_EXCEEDED,
+)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
+    """The ASGI application over a composed service; it owns nothing and closes nothing."""
+    app = FastAPI(
+        title="judge-as-api",
+        version=VERSION,
+        summary="Is this a good answer? P(Yes) of a language model, over HTTP.",
+        lifespan=lifespan,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.service = service
+    http_errors.install(app, service.metrics)
+    _add_judging(app, service)
+    _add_information(app, service)
+    # Added last runs first.
+    app.add_middleware(
+        WholeBody,
+        max_bytes=service.limits.max_body_bytes,
+        timeout=service.limits.body_timeout,
+        metrics=service.metrics,
+    )
+    app.add_middleware(Authentication, keys=service.api_keys, metrics=service.metrics)
+    app.add_middleware(RequestContext, metrics=service.metrics)
+    return app
+
+
+def _each_alone(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Let an item that does not fit the schema fail alone: it becomes the error that is sent in its place."""
+    try:
+        return validate(value)
+    except ValidationError as exc:
+        return http_errors.of_validation(exc.errors(include_url=False, include_context=False))
+
+
+class ScoreBatch(ScoreBatchRequest):
+    """Many independent score requests; one that is refused does not fail its neighbours."""
+
+    items: list[Annotated[ScoreRequest, WrapValidator(_each_alone)]] = Field(min_length=1)
+
+
+class CompareBatch(CompareBatchRequest):
+    """Many independent compare requests; one that is refused does not fail its neighbours."""
+
+    items: list[Annotated[CompareRequest, WrapValidator(_each_alone)]] = Field(min_length=1)
+
+
+def _add_judging(app: FastAPI, service: Service) -> None:
+    async def judge_batch(
+        items: Sequence[Item | ServiceError],
+        judge: Callable[[Sequence[Item], Call], Awaitable[list[Answer | ServiceError]]],
+        caller: str,
+        call: Call,
+    ) -> list[Answer | ServiceError]:
+        good = [item for item in items if not isinstance(item, ServiceError)]
+        service.admit(caller, len(items), sum(map(cost, good)))
+        answers = iter(await judge(good, call))
+        merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
+        for answer in merged:
+            if isinstance(answer, ServiceError):
+                service.metrics.error(answer.code)
+        return merged
+
+    @app.post("/score", responses=_errors(*_SINGLE), tags=["judging"])
+    async def score(body: ScoreRequest, call: Caller, request: Request) -> ScoreResult:
+        """P(Yes) for one response: is it a good answer to the prompt?"""
+        service.admit(request.state.caller, 1, cost(body))
+        return _or_raise((await service.judging.score([body], call))[0])
+
+    @app.post("/compare", responses=_errors(*_SINGLE), tags=["judging"])
+    async def compare(body: CompareRequest, call: Caller, request: Request) -> CompareResult:
+        """Rank 2 to 16 responses to one prompt."""
+        service.admit(request.state.caller, 1, cost(body))
+        return _or_raise((await service.judging.compare([body], call))[0])
+
+    @app.post("/score/batch", responses=_errors(*_BATCH), tags=["judging"])
+    async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> ScoreBatchResult:
+        """Many score requests at once; each entry of the answer holds a result or that item's own error."""
+        answers = await judge_batch(body.items, service.judging.score, request.state.caller, call)
+        return ScoreBatchResult(
+            results=[
+                ScoreBatchItem(index=index, error=answer.body())
+                if isinstance(answer, ServiceError)
+                else ScoreBatchItem(index=index, result=answer)
+                for index, answer in enumerate(answers)
+            ]
+        )
+
+    @app.post("/compare/batch", responses=_errors(*_BATCH), tags=["judging"])
+    async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> CompareBatchResult:
+        """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
+        answers = await judge_batch(body.items, service.judging.compare, request.state.caller, call)
+        return CompareBatchResult(
+            results=[
+                CompareBatchItem(index=index, error=answer.body())
+                if isinstance(answer, ServiceError)
+                else CompareBatchItem(index=index, result=answer)
+                for index, answer in enumerate(answers)
+            ]
+        )
+
+
+def _or_raise(answer: Answer | ServiceError) -> Answer:
+    if isinstance(answer, ServiceError):
+        raise answer
+    return answer
+
+
+def _template_info(template: Template) -> TemplateInfo:
+    return TemplateInfo(
+        name=template.name,
+        version=template.version,
+        mode=template.mode,
+        format=template.format,
+        layout=template.layout,
+        instruction=template.instruction,
+        labels=Labels(yes=list(template.yes), no=list(template.no)),
+    )
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    @app.get("/templates", responses=_errors(*_GUARDED), tags=["information"])
+    async def templates() -> TemplatesResult:
+        """The templates that a request may name, and the categories."""
+        library = service.judging.templates
+        return TemplatesResult(templates=[_template_info(t) for t in library.all()], categories=library.categories())
+
+    @app.get("/v1/models", responses=_errors(*_GUARDED), tags=["information"])
+    async def models() -> ModelsResult:
+        """The model behind this service."""
+        workers = service.queue.workers()
+        dtype = workers[0].dtype if workers else None
+        return ModelsResult(data=[service.model.model_copy(update={"dtype": dtype})])
+
+    @app.get("/health", responses=_errors(*_EVERYWHERE), tags=["operation"])
+    async def health() -> HealthResult:
+        """The process answers."""
+        return HealthResult(version=VERSION)
+
+    @app.get("/ready", responses=_errors(*_EVERYWHERE, ErrorCode.NOT_READY, ErrorCode.DRAINING), tags=["operation"])
+    async def ready() -> ReadyResult:
+        """A judgement asked for now would be worked on; 503 while the model loads and while the service stops."""
+        if service.draining:
+            raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
+        await service.queue.ready()
+        return ReadyResult(model=service.model.id)
+
+    @app.get(
+        "/metrics",
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **_errors(*_EVERYWHERE)},
+        response_class=PlainTextResponse,
+        tags=["operation"],
+    )
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

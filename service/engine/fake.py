@@ -1,0 +1,138 @@
+"""An engine without a model: numbers that look like a judge's and cost nothing, the same on every machine.
+
+It is there to test the service, to measure what the service itself costs, and to try a deployment without weights.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from service.engine.contract import EngineItem, LabelLogprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SPREAD: Final = 4.0
+_LABEL_MASS: Final = (0.5, 0.99)
+_SPECIAL_TOKENS: Final = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_WORDS: Final = (
+    "Yes No A B C D the of and to in is it that for you was on are with as be this have or at not but what all were "
+    "we when your can said there use an each which she he do how their if will up other about out many then them "
+    "these so some her would make like him into time has look two more write go see number no way could people my "
+    "than first water been call who its now find long down day did get come made may part over new good answer "
+    "question response prompt user assistant system instruction following correct right wrong best better true false "
+    "return def function class print self import from int str list value data code test if else while result string "
+    "one two three four five six seven eight nine ten please explain because also just only very much most should "
+    "Is The What How Answer Question Response User Assistant Write Explain Please"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeEngine:
+    """See `Engine` for the contract. The numbers are a pure function of an item's token ids and label ids.
+
+    Labels share 0.5 to 0.99 of the probability; the log-odds of two labels lie within ±8 and do not depend on what
+    other labels are asked for. A call sleeps for `delay` seconds and `delay_per_token` for each token. For rehearsing
+    failures: a call with an item that holds `poison_token` raises RuntimeError as a whole, and an item that holds
+    `nan_token` gets NaN.
+    """
+
+    vocab_size: int = 2048
+    max_tokens: int = 4096
+    batch_tokens: int = 16_384
+    delay: float = 0.0
+    delay_per_token: float = 0.0
+    poison_token: int | None = None
+    nan_token: int | None = None
+    name: str = "fake"
+    dtype: str = "float32"
+
+    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+        """One answer per item, in order. Raises ValueError for an item outside the contract."""
+        for item in items:
+            if not 1 <= len(item.token_ids) <= self.max_tokens or not item.label_ids:
+                raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
+        seconds = self.delay + self.delay_per_token * sum(len(item.token_ids) for item in items)
+        if seconds > 0:
+            time.sleep(seconds)
+        if any(self.poison_token in item.token_ids for item in items):
+            raise RuntimeError(f"an item holds the poison token {self.poison_token}")
+        return [self._judge(item) for item in items]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _judge(self, item: EngineItem) -> LabelLogprobs:
+        key = _digest(item.token_ids)
+        low, high = _LABEL_MASS
+        mass = low + (high - low) * _uniform(key, b"mass")
+        logits = [_SPREAD * (2 * _uniform(key, label.to_bytes(8, "little")) - 1) for label in item.label_ids]
+        if self.nan_token in item.token_ids:
+            logits = [math.nan] * len(logits)
+        total = math.log(mass) - math.log(sum(math.exp(logit) for logit in logits))
+        logprobs = tuple(logit + total for logit in logits)
+        return LabelLogprobs(logprobs, self._likeliest(item, logprobs, 1 - mass))
+
+    def _likeliest(self, item: EngineItem, logprobs: Sequence[float], rest: float) -> int:
+        """The likeliest label, or a token that is no label where the rest of the vocabulary weighs more."""
+        best = max(range(len(logprobs)), key=logprobs.__getitem__)
+        if math.exp(logprobs[best]) >= rest:
+            return item.label_ids[best]
+        return next(token for token in range(self.vocab_size) if token not in item.label_ids)
+
+
+def _digest(token_ids: Sequence[int]) -> bytes:
+    """A hash of the ids' bytes, as 32-bit little-endian numbers whatever the machine."""
+    ids = array("I", token_ids)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    return blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _uniform(key: bytes, what: bytes) -> float:
+    """A number in [0, 1) that is a function of both arguments."""
+    return int.from_bytes(blake2b(what, key=key, digest_size=6).digest(), "little") / 2**48
+
+
+def fake_tokenizer(max_tokens: int = 4096) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML's control tokens and chat template, made on the spot in some milliseconds.
+
+    Any text can be encoded. Yes, No, A, B and common English words are one token each, with and without a space
+    before them.
+    """
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([form for word in _WORDS.split() for form in (word, f" {word}")], trainer)
+    fast: Any = transformers.PreTrainedTokenizerFast
+    return cast(
+        "PreTrainedTokenizerFast",
+        fast(
+            tokenizer_object=tokenizer,
+            eos_token="<|im_end|>",
+            pad_token="<|endoftext|>",
+            additional_special_tokens=_SPECIAL_TOKENS[1:],
+            chat_template=_CHAT_TEMPLATE,
+            model_max_length=max_tokens,
+        ),
+    )

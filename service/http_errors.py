@@ -1,0 +1,92 @@
+"""Errors as HTTP: the one place where a failure of any kind becomes a status and a body."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from client.errors import ErrorCode
+from client.schema import ErrorResult
+from service.errors import ServiceError
+from service.metrics import Metrics
+
+MAX_REPORTED = 3
+
+_FIELD = re.compile(r"[a-z][a-z_]{0,31}")
+# Names that pydantic puts into an error's location for the branch of a union that was tried.
+_UNION_BRANCHES = frozenset({"str"})
+
+
+def error_response(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
+    """The whole answer: status, body, and the headers that its status calls for."""
+    extra = dict(headers or {})
+    if error.status == 401:
+        extra["WWW-Authenticate"] = "Bearer"
+    if error.retry_after is not None:
+        extra["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    body = ErrorResult(error=error.body()).model_dump_json()
+    return Response(body, error.status, extra, media_type="application/json")
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Have the application answer every exception that a route or the router raises in the contract's form."""
+
+    def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
+        metrics.error(error.code)
+        return error_response(error, headers)
+
+    @app.exception_handler(ServiceError)
+    async def service_error(_: Request, exc: ServiceError) -> Response:
+        return answer(exc)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, exc: RequestValidationError) -> Response:
+        return answer(of_validation(exc.errors(), skip=1))
+
+    @app.exception_handler(HTTPException)
+    async def http_exception(_: Request, exc: HTTPException) -> Response:
+        return answer(_of_http(exc), exc.headers)
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> ServiceError:
+    """What pydantic found wrong, in one error; the first `skip` parts of each location are not the caller's."""
+    if any(error["type"] == "json_invalid" for error in errors):
+        return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON")
+    found = list(dict.fromkeys((_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
+    # What fits no branch of a union is reported for every branch: the one that came furthest was meant.
+    problems = [problem for problem in found if not any(_is_inside(other, problem[0]) for other, _ in found)]
+    told = "; ".join(f"{path}: {message}" if path else message for path, message in problems[:MAX_REPORTED])
+    more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
+    return ServiceError(ErrorCode.INVALID_REQUEST, told + more, param=problems[0][0] or None)
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return bool(outer) and path.startswith((f"{outer}.", f"{outer}["))
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """`("items", 3, "response")` as `items[3].response`; whatever is no name of ours is left out."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif _FIELD.fullmatch(part) and part not in _UNION_BRANCHES:
+            path += f".{part}" if path else part
+    return path
+
+
+def _of_http(exc: HTTPException) -> ServiceError:
+    if exc.status_code == 404:
+        return ServiceError(ErrorCode.NOT_FOUND, "no such route; GET /docs lists them")
+    if exc.status_code == 405:
+        return ServiceError(ErrorCode.METHOD_NOT_ALLOWED, "this route does not take that method")
+    if exc.status_code == 400:
+        return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON in UTF-8")
+    return ServiceError(ErrorCode.INTERNAL_ERROR, "the service failed; its log says more")

@@ -1,0 +1,136 @@
+"""The model hub: is it there, does it have the model, and a snapshot of the files that a judge needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import httpx
+
+from service.manifest import ModelError
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+# Pickled weights run code when they are read: only safetensors are taken.
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+# Sub-folders hold other formats, and `consolidated` files the same weights once more.
+NOT_PATTERNS = ["*/*", "consolidated*"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_PROBE_TIMEOUT = httpx.Timeout(10.0, connect=3.0)
+
+
+class HubError(ModelError):
+    """The hub does not give the model; the message is the reason alone."""
+
+
+def is_hub_id(name: str) -> bool:
+    """`org/name`, or `org/name@revision`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def endpoint() -> str:
+    """Where the hub is: HF_ENDPOINT, else the public hub."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+
+
+def fetch_snapshot(name: str, *, progress: bool) -> Path:
+    """The folder of the model's files, from the hub, or from the hub's cache where the hub cannot be reached.
+
+    One short request first finds out whether the hub answers and has the model: a hub that cannot be reached costs
+    seconds. Raises HubError with the reason.
+    """
+    try:
+        _probe(name)
+    except _UnreachableError as exc:
+        cached = cached_snapshot(name)
+        if cached is not None:
+            return cached
+        raise HubError(f"{exc}, and the hub's cache does not hold it") from exc
+    return _download(name, progress=progress)
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The folder of the model's files if the hub's cache holds them all; touches no network."""
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=PATTERNS,
+                ignore_patterns=NOT_PATTERNS,
+                local_files_only=True,
+            )
+        )
+    except (OSError, ValueError):  # not there, in part there, or no id that the hub's library accepts
+        return None
+    return folder if has_weights(folder) else None
+
+
+def has_weights(folder: Path) -> bool:
+    """A configuration and every safetensors file that the index, if there is one, names."""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in shards)
+
+
+class _UnreachableError(Exception):
+    """No answer from the hub that says anything of the model."""
+
+
+def _probe(name: str) -> None:
+    from huggingface_hub import get_token
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        raise _UnreachableError("not asked, because HF_HUB_OFFLINE is set")
+    repo, _, revision = name.partition("@")
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{endpoint()}/api/models/{repo}/revision/{(revision or 'main').replace('/', '%2F')}"
+    try:
+        answer = httpx.get(url, headers=headers, timeout=_PROBE_TIMEOUT, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise _UnreachableError(f"not reachable at {endpoint()} ({str(exc) or type(exc).__name__})") from exc
+    if answer.status_code >= 500 or answer.status_code in {407, 429}:
+        raise _UnreachableError(f"{endpoint()} answers {answer.status_code}")
+    if answer.is_error:
+        raise HubError(_refusal(answer))
+
+
+def _refusal(answer: httpx.Response) -> str:
+    code = answer.headers.get("X-Error-Code", "")
+    if code == "GatedRepo":
+        return "the model is gated: accept its terms on its page and set HF_TOKEN"
+    if code == "RevisionNotFound":
+        return "the hub has the model, but not this revision"
+    if code == "RepoNotFound" or answer.status_code in {401, 404}:
+        # The hub says 401 of a model that does not exist, so as not to tell which private ones do.
+        return "the hub has no such model, or it is private and HF_TOKEN does not open it"
+    return f"{endpoint()} answers {answer.status_code}"
+
+
+def _download(name: str, *, progress: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    repo, _, revision = name.partition("@")
+    quieten = not progress and not are_progress_bars_disabled()
+    if quieten:
+        disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS, endpoint=endpoint()))
+    except Exception as exc:  # the transport's own errors are of a library that changes with the hub's version
+        raise HubError(f"the download failed ({' '.join(str(exc).split()) or type(exc).__name__})") from exc
+    finally:
+        if quieten:
+            enable_progress_bars()
+    if not has_weights(folder):
+        raise HubError("the model has no weights as safetensors there, and pickled ones are not read")
+    return folder

@@ -1,0 +1,290 @@
+"""From the name of a model to the folder of its files: a folder, a hub id, or a name that is known here.
+
+`python -m service.models` lists the known models, fetches them ahead of time and checks what is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.converted import (
+    PROVENANCE,
+    cache_root,
+    converted_folder,
+    differences,
+    fetch_converted,
+    is_converted,
+)
+from service.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
+from service.manifest import KnownModel, ModelError, known_models
+from service.stages import Stages
+
+__all__ = ["DEFAULT_MODEL", "ModelError", "ModelFiles", "fingerprint", "main", "resolve"]
+
+DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
+
+# What decides, besides the weights, what the model reads and answers.
+_DESCRIPTIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_WEIGHTS = ("*.safetensors", "*.bin")
+_BLOCK = 4096
+_BLOCKS = 256
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that is on this machine. `id` is its public name, `note` what a user should know of it."""
+
+    id: str
+    path: Path
+    fingerprint: str
+    note: str | None
+
+
+def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) -> ModelFiles:
+    """The files of a model, fetched first where need be.
+
+    `name` is an existing folder, else a hub id (`org/name` or `org/name@revision`), else a known name: that one is
+    taken from the cache if it is there, then looked for on the hub, then put together from packages and converted.
+    Raises ModelError saying what was tried and what to do.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _files(folder.resolve().name, _checked(folder), _note_of_folder(folder))
+    if is_hub_id(name):
+        return _files(name, _from_hub(name, progress=progress), _note_of_hub_id(name))
+    known = known_models()
+    if name not in known:
+        raise ModelError(
+            f"{name!r} is no folder here, no hub id (org/name) and no known name; known are: {', '.join(sorted(known))}"
+        )
+    return _files(name, _from_known(known[name], cache_dir, progress=progress), known[name].note)
+
+
+def _files(name: str, folder: Path, note: str | None) -> ModelFiles:
+    return ModelFiles(name, folder, fingerprint(folder), note)
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: give the folder of a model in the format of transformers")
+    return folder
+
+
+def _note_of_folder(folder: Path) -> str | None:
+    """The note of a known model whose converted folder is given by its path."""
+    if not is_converted(folder):
+        return None
+    known = known_models().get(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("name", ""))
+    return known.note if known else None
+
+
+def _note_of_hub_id(name: str) -> str | None:
+    repo = name.partition("@")[0].lower()
+    return next((model.note for model in known_models().values() if (model.hub or "").lower() == repo), None)
+
+
+def _from_hub(name: str, *, progress: bool) -> Path:
+    try:
+        return fetch_snapshot(name, progress=Stages(bars=progress).bars)
+    except HubError as exc:
+        raise ModelError(
+            f"cannot get the model {name} from the hub: {exc}. There is no folder of that name here either.\n{_ADVICE}"
+        ) from exc
+
+
+def _from_known(model: KnownModel, cache_dir: Path | None, *, progress: bool) -> Path:
+    folder = converted_folder(model.name, cache_dir)
+    if is_converted(folder):
+        return folder
+    tried = []
+    if model.hub is not None:
+        try:
+            return fetch_snapshot(model.hub, progress=Stages(bars=progress).bars)
+        except HubError as exc:
+            tried.append(f"the hub ({model.hub}): {exc}")
+            Stages().say(f"{model.name}: the hub does not give it ({exc}); trying Python packages")
+    try:
+        fetch_converted(model, folder, progress=progress)
+    except (ModelError, OSError) as exc:
+        tried.append(f"Python packages: {exc}")
+        raise ModelError(
+            "\n  - ".join([f"cannot get the model {model.name}; tried:", *tried]) + f"\n{_ADVICE}"
+        ) from exc
+    return folder
+
+
+_ADVICE = (
+    "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
+    "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to an index of packages that this machine can reach."
+)
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits over the configuration, the tokenizer, the chat template and a sample of the weights.
+
+    Of a safetensors file the whole header counts, and three blocks of each tensor: its start, middle and end. So it
+    takes a fraction of a second, and other weights of the same shapes give another fingerprint. Names and contents
+    count, not where the folder is nor when it was written. Raises OSError.
+    """
+    digest = hashlib.sha256()
+    for path in (folder / name for name in _DESCRIPTIONS):
+        if path.is_file():
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        for block in _sample(path):
+            digest.update(block)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _sample(path: Path) -> Iterator[bytes]:
+    """The header and three blocks of each tensor; of a file in another format blocks at even distances."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors":
+            offsets = [size * block // _BLOCKS for block in range(_BLOCKS)]
+        else:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            yield header
+            offsets = list(_tensor_offsets(header, 8 + length))
+        for offset in offsets:
+            file.seek(offset)
+            yield file.read(_BLOCK)
+
+
+def _tensor_offsets(header: bytes, data: int) -> Iterator[int]:
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    for _, entry in sorted(entries.items()):
+        start, end = entry["data_offsets"]
+        last = max(start, end - _BLOCK)
+        yield from (data + offset for offset in sorted({start, (start + last) // 2, last}))
+
+
+def _find_local(name: str, cache_dir: Path | None) -> Path | None:
+    """Where the model's files are, if they are on this machine; touches no network."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder)
+    if is_hub_id(name):
+        return cached_snapshot(name)
+    known = known_models()
+    if name not in known:
+        raise ModelError(f"{name!r} is not a known name; known are: {', '.join(sorted(known))}")
+    folder = converted_folder(name, cache_dir)
+    if is_converted(folder):
+        return folder
+    hub = known[name].hub
+    return cached_snapshot(hub) if hub else None
+
+
+def _list(_: argparse.Namespace) -> int:
+    for name, model in known_models().items():
+        folder = _find_local(name, None)
+        size = f"{model.parameters / 1e9:.2f}B parameters" if model.parameters else "size unknown"
+        print(name)
+        print(
+            f"    {size}, {model.licence}, download {model.wheel_bytes / 1e6:,.0f} MB"
+            + (f"; {model.note}" if model.note else "")
+        )
+        print(f"    {folder or 'not on this machine'}")
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    for name in arguments.names:
+        files = resolve(name, progress=not arguments.quiet)
+        print(f"{files.id}  {files.fingerprint}  {files.path}")
+        if files.note:
+            print(f"    {files.note}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    worst = 0
+    for name in arguments.names:
+        folder = _find_local(name, None)
+        if folder is None:
+            raise ModelError(f"{name} is not on this machine: run `python -m service.models fetch {name}`")
+        if not is_converted(folder):
+            raise ModelError(f"{folder} was not converted here: there are no digests to check it against")
+        lines = differences(folder)
+        print(f"{name}: {'differs' if lines else 'as converted'}  {folder}")
+        for line in lines:
+            print(f"    {line}")
+        if lines:
+            print(f"    To make it again, delete the folder and run `python -m service.models fetch {name}`.")
+            worst = 1
+    return worst
+
+
+def _path(arguments: argparse.Namespace) -> int:
+    folder = _find_local(arguments.name, None)
+    if folder is None:
+        raise ModelError(
+            f"{arguments.name} is not on this machine: run `python -m service.models fetch {arguments.name}`"
+        )
+    print(folder)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.models",
+        description="The models that the judge can use: a folder, a hub id (org/name), or a known name.",
+        epilog="Converted models are kept below JUDGE_CACHE_DIR, else the user's cache folder "
+        f"(now {cache_root()}). HF_ENDPOINT names a mirror of the hub, HF_TOKEN opens gated models; packages are "
+        "downloaded with pip and its settings (PIP_INDEX_URL, …). JUDGE_KNOWN_MODELS names a manifest of your own.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="the known names, and which of them are on this machine")
+    listing.set_defaults(run=_list)
+    fetch = commands.add_parser("fetch", help="download models (and convert them) now; resumes after an interruption")
+    fetch.add_argument("names", nargs="+", metavar="NAME", help="a known name, a hub id or a folder")
+    fetch.add_argument("--quiet", action="store_true", help="no progress bars")
+    fetch.set_defaults(run=_fetch)
+    verify = commands.add_parser("verify", help="check converted models against the digests stored with them")
+    verify.add_argument("names", nargs="+", metavar="NAME", help="a known name, or the folder of a converted model")
+    verify.set_defaults(run=_verify)
+    path = commands.add_parser("path", help="print the folder of a model that is on this machine")
+    path.add_argument("name", metavar="NAME", help="a known name, a hub id or a folder")
+    path.set_defaults(run=_path)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command: 0 if all went well, 1 with a line on stderr if not, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ModelError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue where it stopped\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,577 @@
+"""From a template and texts to token ids: render, tokenise once, find the labels, refuse or shorten what is too long.
+
+Control tokens (`<|im_end|>`) come from the model's chat template and from the layout of a raw template, in files and
+requests alike, because a raw layout is the very text that the model reads. The same strings anywhere else (prompt,
+responses, instruction, a chat layout) stay plain text. A prompt is first tokenised as it is; only where that gives
+other control tokens than the template's own is it done again, by a copy of the tokenizer which splits control strings
+and in which the template's own are written as secret stand-ins that no text can hold but by guessing 128 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Encoding, Tokenizer, pre_tokenizers
+
+from client.errors import ErrorCode
+from client.schema import Message, Truncation
+from service.errors import ServiceError
+from service.templates import INLINE, REQUIRED_SLOTS, Template, split_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CUT_MARK: Final = " [...] "
+"""Stands where the middle of a response was cut out."""
+MIN_KEPT_TOKENS: Final = 4
+"""A text that is cut keeps at least so many tokens; where that is still too much, the request is refused."""
+
+_CONTEXT_CHARS: Final = 48
+_CONTEXT_TOKENS: Final = 4
+_HUGE: Final = 16
+"""Characters per token from which on it pays to ask whether a text can fit at all before tokenising it."""
+_SPEAKERS: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePrompt:
+    """What an engine reads for one judgement; see EngineItem. `yes_ids` and `no_ids` are distinct and disjoint."""
+
+    token_ids: tuple[int, ...]
+    yes_ids: tuple[int, ...]
+    no_ids: tuple[int, ...]
+    boundaries: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A template ready to be filled: `pieces` of text around the slots, plain and with stand-ins for control tokens.
+
+    `slots` says which text follows each piece but the last (0 the prompt, 1 and 2 the responses), `control` which
+    control tokens the pieces write, in order.
+    """
+
+    chat: bool
+    slots: tuple[int, ...]
+    pieces: tuple[tuple[str, ...], tuple[str, ...]]
+    control: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A rendered prompt and its tokens. `spans` are the character ranges of the prompt and of each response.
+
+    `encoding` is that of `text`; `ids` begins with `ahead` more tokens that the tokenizer puts before a raw text.
+    """
+
+    text: str
+    spans: list[Span]
+    guarded: bool
+    encoding: Encoding
+    ids: list[int]
+    ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class _LabelIds:
+    """The labels' ids after a text, and the last tokens of that text."""
+
+    after: tuple[int, ...]
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+
+
+class PromptBuilder:
+    """Builds the prompts of one model. Safe for any number of threads: it shares nothing that changes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        """`tokenizer` must be a fast one; it is copied. `max_tokens` is the length of the longest prompt allowed."""
+        self.has_chat_template = bool(tokenizer.chat_template)
+        self.max_tokens = max_tokens
+        self._chat = _ChatFrame(tokenizer)
+        self._codec = _Codec(tokenizer, self._chat.written)
+        self._bos_id: int | None = tokenizer.bos_token_id
+        self._named_plan = lru_cache(maxsize=1024)(self._plan)
+        self._labels_after = lru_cache(maxsize=4096)(self._find_labels)
+
+    def build(
+        self, template: Template, prompt: str | Sequence[Message], answers: Sequence[str], truncation: Truncation
+    ) -> JudgePrompt:
+        """Render and tokenise one judgement: one answer for a pointwise template, two for a pairwise one.
+
+        Raises ServiceError: CONTEXT_LENGTH_EXCEEDED for what is too long and may not be cut, or not far enough;
+        BAD_LABEL for a label that is not one token here; BAD_TEMPLATE for a chat format that the model has not got;
+        INVALID_REQUEST for control strings in a text that the tokenizer cannot read as plain text.
+        """
+        if len(answers) != len(REQUIRED_SLOTS[template.mode]) - 1:
+            raise ValueError(f"{len(answers)} answers for a {template.mode} template")
+        texts = [prompt if isinstance(prompt, str) else flatten(prompt), *answers]
+        plan = self._plan(template) if template.name == INLINE else self._named_plan(template)
+        texts, truncated = self._foresee(texts, truncation)
+        reading = self._read(plan, texts)
+        if len(reading.ids) > self.max_tokens:
+            reading, truncated = self._shorten(plan, texts, reading, truncation), True
+        labels = self._labels(template, reading)
+        return JudgePrompt(tuple(reading.ids), labels.yes, labels.no, _boundaries(plan, reading), truncated)
+
+    def check(self, template: Template) -> None:
+        """Build a probe, so that a template that cannot work with this model is found at start-up.
+
+        Raises ServiceError as `build` does, and BAD_TEMPLATE where the prompt begins with two BOS tokens.
+        """
+        answers = ["A probe."] * (len(REQUIRED_SLOTS[template.mode]) - 1)
+        ids = self.build(template, "A probe?", answers, "error").token_ids
+        if self._bos_id is not None and ids[:2] == (self._bos_id, self._bos_id):
+            raise ServiceError(ErrorCode.BAD_TEMPLATE, f"prompts of {template.id} begin with two BOS tokens")
+
+    def _plan(self, template: Template) -> _Plan:
+        chat = template.format == "chat"
+        if chat and not self.has_chat_template:
+            raise _bad_template("this model has no chat template: use format raw")
+        names = REQUIRED_SLOTS[template.mode]
+        plain, guarded = [""], [""]
+        slots: list[int] = []
+        control: tuple[int, ...] = ()
+        for index, part in enumerate(split_layout(template.layout, template.mode)):
+            if part in names and index % 2:
+                slots.append(names.index(part))
+                plain.append("")
+                guarded.append("")
+            elif index % 2:
+                plain[-1] += template.instruction
+                guarded[-1] += template.instruction
+            else:
+                plain[-1] += part
+                guarded[-1] += part if chat else self._codec.guard(part)
+                control += () if chat else self._codec.control_in(part)
+        return _Plan(chat, tuple(slots), (tuple(plain), tuple(guarded)), control)
+
+    def _render(self, plan: _Plan, texts: Sequence[str], guarded: bool) -> tuple[str, list[Span], tuple[int, ...]]:
+        """The text that the model reads, where each of `texts` stands in it, and the control tokens it should have."""
+        pieces = plan.pieces[guarded]
+        parts, at, spans = [pieces[0]], len(pieces[0]), [(0, 0)] * len(texts)
+        for slot, piece in zip(plan.slots, pieces[1:], strict=True):
+            spans[slot] = (at, at + len(texts[slot]))
+            parts += (texts[slot], piece)
+            at = spans[slot][1] + len(piece)
+        content = "".join(parts)
+        if not plan.chat:
+            return content, spans, plan.control
+        head, body, tail, trimmed = self._chat.around(content)
+        control = self._codec.control_in(head) + self._codec.control_in(tail)
+        if guarded:
+            head, tail = self._codec.guard(head), self._codec.guard(tail)
+        low, high, shift = len(head), len(head) + len(body), len(head) - trimmed
+        return head + body + tail, [_clip((start + shift, end + shift), low, high) for start, end in spans], control
+
+    def _read(self, plan: _Plan, texts: Sequence[str]) -> _Reading:
+        for guarded in (False, True):
+            text, spans, control = self._render(plan, texts, guarded)
+            encoding, ids = self._codec.encode(text, guarded)
+            if self._codec.holds_only(control, ids, text, guarded):
+                ahead = () if plan.chat else self._codec.ahead_of(ids)
+                return _Reading(text, spans, guarded, encoding, [*ahead, *ids], len(ahead))
+        raise ServiceError(
+            ErrorCode.INVALID_REQUEST, "a text holds a control token that this model cannot read as plain text"
+        )
+
+    def _labels(self, template: Template, reading: _Reading) -> _LabelIds:
+        """The labels' ids in context. The prompt's last characters tell them, and that is cheap and cached; the whole
+        prompt is asked where its last tokens are not those of its last characters taken alone."""
+        try:
+            found = self._labels_after(reading.text[-_CONTEXT_CHARS:], reading.guarded, template.yes, template.no)
+            if tuple(reading.ids[-len(found.after) :]) == found.after:
+                return found
+        except ServiceError:
+            pass
+        return self._find_labels(reading.text, reading.guarded, template.yes, template.no)
+
+    def _find_labels(self, text: str, guarded: bool, yes: tuple[str, ...], no: tuple[str, ...]) -> _LabelIds:
+        before = self._codec.encode(text, guarded)[1]
+        ids: dict[str, tuple[int, ...]] = {}
+        for side, labels in (("yes", yes), ("no", no)):
+            after = [self._codec.encode(text + label, guarded)[1] for label in labels]
+            for index, tokens in enumerate(after):
+                if tokens[:-1] != before:
+                    raise _bad_label(f"{side} label {index} {_why_not_one_token(before, tokens)}")
+            ids[side] = tuple(dict.fromkeys(tokens[-1] for tokens in after))
+        if not set(ids["yes"]).isdisjoint(ids["no"]):
+            raise _bad_label("a yes label and a no label are the same token")
+        return _LabelIds(tuple(before[-_CONTEXT_TOKENS:]), ids["yes"], ids["no"])
+
+    def _foresee(self, texts: list[str], truncation: Truncation) -> tuple[list[str], bool]:
+        """Refuse, or cut roughly, what surely does not fit however it is tokenised; says whether it was cut."""
+        if sum(map(len, texts)) <= _HUGE * self.max_tokens or self._codec.fewest_tokens(texts) <= self.max_tokens:
+            return texts, False
+        cuttable = _cuttable(texts, truncation)
+        least = self._codec.fewest_tokens([text for index, text in enumerate(texts) if index not in cuttable])
+        if least > self.max_tokens:
+            raise self._too_long(texts, f"at least {least}", truncation)
+        window = 2 * _HUGE * self.max_tokens
+        return [_cut_roughly(t, i, window) if i in cuttable else t for i, t in enumerate(texts)], True
+
+    def _shorten(self, plan: _Plan, texts: Sequence[str], reading: _Reading, truncation: Truncation) -> _Reading:
+        """Cut at token boundaries, then render and tokenise the shorter texts, until what comes out fits."""
+        cuttable = _cuttable(texts, truncation)
+        if not cuttable:
+            raise self._too_long(texts, str(len(reading.ids)), truncation)
+        tokens = [_token_range(reading, index) for index in cuttable]
+        lengths = [end - start for start, end in tokens]
+        drop, shorter = 0, reading
+        while (excess := len(shorter.ids) - self.max_tokens) > 0:
+            drop += excess
+            kept = _kept(lengths, drop)
+            if any(keep < min(length, MIN_KEPT_TOKENS) for keep, length in zip(kept, lengths, strict=True)):
+                raise self._too_long(texts, str(len(reading.ids)), truncation)
+            cut = list(texts)
+            for index, span, keep in zip(cuttable, tokens, kept, strict=True):
+                if keep < span[1] - span[0]:
+                    cut[index] = _cut(reading, texts[index], index, span, keep)
+            shorter = self._read(plan, cut)
+        return shorter
+
+    def _too_long(self, texts: Sequence[str], tokens: str, truncation: Truncation) -> ServiceError:
+        advice = (
+            "shorten it, or allow truncation"
+            if truncation == "error"
+            else f"truncation {truncation} cannot cut enough: shorten the rest"
+        )
+        return ServiceError(
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            f"the judge's prompt is {tokens} tokens long, and this model reads at most {self.max_tokens}: {advice}",
+            param="prompt" if len(texts[0]) >= max(map(len, texts[1:])) else "response",
+        )
+
+
+class _ChatFrame:
+    """What the chat template puts around the one user message that a judge's prompt is.
+
+    Nearly every template writes a head, the message (some trim it) and a tail. Where that holds for all of the probes,
+    no Jinja runs for a request. Else each message is rendered and compared, and refused where more has changed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._mark = secrets.token_hex(16)
+        self._head, self._tail = self._learn()
+        self._trims = self._trims_of_all(self._probes()) if self.written else None
+
+    @property
+    def written(self) -> str:
+        """All that the template itself writes; empty where there is none that works."""
+        return self._head + self._tail
+
+    def around(self, content: str) -> tuple[str, str, str, int]:
+        """Head, message as the template writes it, tail, and the number of characters trimmed from its left."""
+        trims = self._trims or self._trims_of_all([content])
+        if trims is None:
+            raise _bad_template("the model's chat template changes this text: use format raw")
+        body, trimmed = _trim(content, *trims)
+        return self._head, body, self._tail, trimmed
+
+    def _learn(self) -> tuple[str, str]:
+        try:
+            head, _, tail = self._render(self._mark).partition(self._mark)
+        except ServiceError:
+            return "", ""
+        return head, tail
+
+    def _probes(self) -> list[str]:
+        space, mark = " \t\n\u00a0\u2003", self._mark
+        return [
+            space + mark + space,
+            f"{mark} /think /no_think </think> <tool_response> {{{{ 1 }}}} {{% x %}} {mark}",
+            f"<tool_response>{mark}</tool_response>",
+            f"[INST] {mark} [/INST] <<SYS>> </s> <|im_end|>\n\n<think>{mark}</think>",
+        ]
+
+    def _trims_of_all(self, contents: Sequence[str]) -> tuple[bool, bool] | None:
+        """On which sides these messages are trimmed; None where they change in another way."""
+        rendered = [self._render(content) for content in contents]
+        for left, right in ((False, False), (True, True), (True, False), (False, True)):
+            if rendered == [self._head + _trim(content, left, right)[0] + self._tail for content in contents]:
+                return left, right
+        return None
+
+    def _render(self, content: str) -> str:
+        try:
+            # Qwen3 and its like think first unless told otherwise; templates ignore names that they do not know.
+            rendered = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _bad_template(f"the model's chat template fails: {error}; use format raw") from error
+        return str(rendered)
+
+
+class _Codec:
+    """Two private copies of a tokenizer that only ever encode, which is safe from many threads: `plain` as it is, and
+    `guarded`, which reads control strings as plain text and stand-ins as the control tokens that they stand for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str) -> None:
+        """`written` is what the chat template writes: added tokens in it are control tokens, special or not."""
+        state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.update(truncation=None, padding=None)
+        self._plain = Tokenizer.from_str(json.dumps(state))
+        with_special = self._plain.encode("a")
+        # What stands before a text that is encoded the ordinary way: the BOS of Llama and Mistral.
+        self._prefix = with_special.ids[: (*with_special.special_tokens_mask, 0).index(0)]
+        # From here on post-processing would only trim spaces off the offsets.
+        self._plain.post_processor = state["post_processor"] = None
+        added = {
+            id_: token
+            for id_, token in self._plain.get_added_tokens_decoder().items()
+            if token.content.strip() and (token.special or token.content in written)
+        }
+        self._unknown = _unknown_token(state["model"])
+        self._control = frozenset(id_ for id_, token in added.items() if token.content != self._unknown)
+        self._limits = _token_limits(state)
+        self._guarded = Tokenizer.from_str(json.dumps(state))
+        self._guarded.add_special_tokens(list(added.values()))
+        self._guarded.encode_special_tokens = True
+        self._stand_ins, self._real = self._add_stand_ins(added)
+        strings = sorted(map(re.escape, self._stand_ins), key=len, reverse=True)
+        self._control_string = re.compile("|".join(strings) or r"(?!)")
+        self.guard = lru_cache(maxsize=256)(self._guard)
+        self.control_in = lru_cache(maxsize=256)(self._control_in)
+
+    def _add_stand_ins(self, added: dict[int, AddedToken]) -> tuple[dict[str, str], dict[int, int]]:
+        secret = secrets.token_hex(16)
+        stand_ins = {token.content: f"\ue000{secret}.{id_}\ue001" for id_, token in added.items()}
+        self._guarded.add_tokens(
+            [
+                AddedToken(
+                    stand_ins[t.content], lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized, special=False
+                )
+                for t in added.values()
+            ]
+        )
+        vocab = self._guarded.get_vocab()
+        real = {vocab[stand_ins[token.content]]: id_ for id_, token in added.items()}
+        return stand_ins, real
+
+    def encode(self, text: str, guarded: bool) -> tuple[Encoding, list[int]]:
+        """The tokens of the text, nothing put before or after it; `ids` are always the model's own."""
+        if not guarded:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+            return encoding, encoding.ids
+        encoding = self._guarded.encode(text, add_special_tokens=False)
+        return encoding, [self._real.get(id_, id_) for id_ in encoding.ids]
+
+    def holds_only(self, control: tuple[int, ...], ids: list[int], text: str, guarded: bool) -> bool:
+        """Whether the control tokens among `ids` are these. The unknown token also stands for other text than its own
+        name, so there the text is asked."""
+        if tuple([id_ for id_ in ids if id_ in self._control]) != control:
+            return False
+        return guarded or self._unknown is None or self._unknown not in text
+
+    def ahead_of(self, ids: list[int]) -> list[int]:
+        """What to put before a raw text: what the tokenizer would, unless the layout writes it itself."""
+        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+
+    def _guard(self, text: str) -> str:
+        return self._control_string.sub(lambda found: self._stand_ins[found[0]], text)
+
+    def _control_in(self, text: str) -> tuple[int, ...]:
+        return tuple(id_ for id_ in self.encode(text, False)[1] if id_ in self._control)
+
+    def fewest_tokens(self, texts: Sequence[str]) -> int:
+        """A number of tokens that the texts have at least: their size over that of the longest token. 0: not known."""
+        if self._limits is None:
+            return 0
+        if self._limits.composes:
+            texts = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
+        raw = [text.encode() for text in texts]
+        words = sum(len(text.translate(None, _NOT_ALNUM)) for text in raw)
+        size = 0 if self._limits.drops else sum(map(len, raw))
+        return max(-(-size // self._limits.size), -(-words // self._limits.alnum))
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenLimits:
+    """The most bytes, and the most ASCII letters and digits, that one token can stand for.
+
+    `composes`: after composition to NFC. `drops`: some characters other than those may be in no token at all.
+    """
+
+    size: int
+    alnum: int
+    composes: bool
+    drops: bool
+
+
+_ALNUM: Final = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_NOT_ALNUM: Final = bytes(set(range(256)) - set(_ALNUM))
+
+
+def _token_limits(state: dict[str, Any]) -> _TokenLimits | None:
+    """None unless every ASCII letter and digit of a text surely ends up in some token: BPE that knows them all, and no
+    step before it that drops text (composition to NFC is allowed for)."""
+    model, vocab = state["model"], state["model"].get("vocab", {})
+    steps = [*_steps(state["normalizer"]), *_steps(state["pre_tokenizer"])]
+    kinds = {step["type"] for step in steps}
+    if model["type"] != "BPE" or any(map(_drops_text, steps)) or not all(chr(letter) in vocab for letter in _ALNUM):
+        return None
+    over_bytes = "ByteLevel" in kinds
+    units = pre_tokenizers.ByteLevel.alphabet() if over_bytes else [f"<0x{byte:02X}>" for byte in range(256)]
+    complete = all(unit in vocab for unit in units) and (over_bytes or bool(model.get("byte_fallback")))
+    added = [token["content"] for token in state["added_tokens"]]
+    return _TokenLimits(
+        size=max(*(len(token) if over_bytes else _size(token) for token in vocab), *map(_size, added), 1),
+        alnum=max(len(token.encode().translate(None, _NOT_ALNUM)) for token in [*vocab, *added]),
+        composes="NFC" in kinds,
+        drops=not complete or any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"]),
+    )
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
+
+
+def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its steps."""
+    if step is None:
+        return []
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if inner is None else [s for part in inner for s in _steps(part)]
+
+
+def _drops_text(step: dict[str, Any]) -> bool:
+    if step["type"] == "Replace":
+        return bool(step["pattern"] != {"String": " "} or not step["content"])
+    if step["type"] in {"Split", "Punctuation"}:
+        return bool(step["behavior"] == "Removed")
+    return step["type"] not in {"NFC", "Prepend", "ByteLevel", "Metaspace", "Digits"}
+
+
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    """The token that the model writes for text that it has no token for."""
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token")
+
+
+def flatten(messages: Sequence[Message]) -> str:
+    """A conversation as one text: a single user message as it is, else `User: …`, a blank line, `Assistant: …`."""
+    if len(messages) == 1 and messages[0].role == "user":
+        return messages[0].content
+    return "\n\n".join(f"{_SPEAKERS[message.role]}: {message.content}" for message in messages)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model's weights; the network is not asked.
+
+    Raises ServiceError(NOT_READY) where the folder holds none, or one without a fast (Rust) implementation.
+    """
+    from transformers import AutoTokenizer  # here: it takes seconds, and not every user of this module needs it
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ServiceError(ErrorCode.NOT_READY, f"no usable tokenizer in {folder}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ServiceError(ErrorCode.NOT_READY, f"the tokenizer in {folder} has no fast version (tokenizer.json)")
+    return tokenizer
+
+
+def _boundaries(plan: _Plan, reading: _Reading) -> tuple[int, ...]:
+    """Where the template's head ends and, where the prompt comes first, where the prompt ends.
+
+    A token that straddles such a place counts as behind it.
+    """
+    places = [reading.spans[plan.slots[0]][0]]
+    if plan.slots[0] == 0:
+        places.append(reading.spans[0][1])
+    offsets = {reading.ahead + _first_token(reading.encoding, place, len(reading.text)) for place in places}
+    return tuple(sorted(offsets - {0, len(reading.ids)}))
+
+
+def _first_token(encoding: Encoding, place: int, end: int) -> int:
+    """The index of the first token that reaches behind a place in the text; some characters belong to no token."""
+    for char in range(place, end):
+        index = encoding.char_to_token(char)
+        if index is not None:
+            return index
+    return len(encoding.ids)
+
+
+def _token_range(reading: _Reading, index: int) -> Span:
+    """The tokens of the prompt (index 0) or of a response."""
+    start, end = (_first_token(reading.encoding, place, len(reading.text)) for place in reading.spans[index])
+    return start, end
+
+
+def _cut(reading: _Reading, text: str, index: int, tokens: Span, keep: int) -> str:
+    """The text without its first tokens (the prompt), or with the middle ones replaced by a mark (a response)."""
+
+    def place(token: int, side: int) -> int:
+        chars = reading.encoding.token_to_chars(token)
+        assert chars is not None  # only tokens that post-processing adds have no characters
+        return max(0, chars[side] - reading.spans[index][0])
+
+    first, last = tokens
+    if index == 0:
+        return text[place(last - keep, 0) :]
+    left = place(first + keep - keep // 2 - 1, 1)
+    right = place(last - keep // 2, 0)
+    return text[:left] + CUT_MARK + text[max(left, right) :]
+
+
+def _cut_roughly(text: str, index: int, window: int) -> str:
+    """The same by characters, so that tokenising what is to be cut anyway costs little."""
+    if len(text) <= window:
+        return text
+    return text[-window:] if index == 0 else text[: window // 2] + CUT_MARK + text[-window // 2 :]
+
+
+def _cuttable(texts: Sequence[str], truncation: Truncation) -> range:
+    """The texts that may be cut: 0 is the prompt, the rest are responses."""
+    return {"error": range(0), "prompt_left": range(1), "response_middle": range(1, len(texts))}[truncation]
+
+
+def _trim(text: str, left: bool, right: bool) -> tuple[str, int]:
+    """The text without the white space on these sides, and how much of it stood on the left."""
+    kept = text.lstrip() if left else text
+    return (kept.rstrip() if right else kept), len(text) - len(kept)
+
+
+def _clip(span: Span, low: int, high: int) -> Span:
+    return min(max(span[0], low), high), min(max(span[1], low), high)
+
+
+def _bad_template(problem: str) -> ServiceError:
+    return ServiceError(ErrorCode.BAD_TEMPLATE, problem, param="template")
+
+
+def _bad_label(problem: str) -> ServiceError:
+    return ServiceError(ErrorCode.BAD_LABEL, problem, param="template.labels")
+
+
+def _why_not_one_token(before: list[int], after: list[int]) -> str:
+    if after[: len(before)] != before:
+        return "joins with the prompt's last token; begin it, or end the layout, in another way"
+    return f"is {len(after) - len(before)} tokens after this prompt, and must be one"
+
+
+def _kept(lengths: Sequence[int], drop: int) -> list[int]:
+    """How many tokens each text keeps when `drop` are cut, from the longest first, until all are equally long."""
+    longest, others = max(lengths), sum(lengths) - max(lengths)
+    level = longest - drop
+    if len(lengths) > 1 and level < others:
+        level = (longest + others - drop) // 2
+    return [min(length, level) for length in lengths]

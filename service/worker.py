@@ -1,0 +1,100 @@
+"""The worker: take jobs, form a batch, judge it, reply. One thread, one engine."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from client.errors import ErrorCode
+from service.batcher import Batcher, split_expired
+from service.engine.contract import Engine, LabelLogprobs
+from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
+from service.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+# How often an idle worker looks up to see whether it should stop, in seconds.
+IDLE_WAIT = 0.2
+
+Outcome = LabelLogprobs | JobFailure
+
+
+class Worker:
+    """Judges jobs until told to stop. Every job it takes gets one reply, unless its caller is gone."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: JobSource,
+        batcher: Batcher,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._batcher = batcher
+        self._metrics = metrics
+        self._clock = clock
+
+    def run(self, stop: threading.Event) -> None:
+        """Work until `stop` is set; a batch in hand is finished first. Raises what a broken source raises."""
+        info = WorkerInfo(self._engine.name, self._engine.dtype, self._engine.max_tokens)
+        self._source.attach(info)
+        try:
+            while not stop.is_set():
+                self.step()
+        finally:
+            self._source.detach(info)
+
+    def step(self) -> None:
+        """Receive, schedule, forward, reply."""
+        due = self._batcher.seconds_until_due(self._clock())
+        if self._batcher.room:
+            jobs = self._source.take(self._batcher.room, IDLE_WAIT if due is None else due)
+            self._batcher.add(jobs, self._clock())
+        if self._batcher.seconds_until_due(self._clock()) == 0:
+            self._judge(self._batcher.next_batch())
+
+    def _judge(self, batch: Sequence[Job]) -> None:
+        gone = self._source.abandoned(batch)
+        self._metrics.dropped("caller_gone", len(gone))
+        started = self._clock()
+        live, late = split_expired([job for job in batch if job.id not in gone], started)
+        if late:
+            self._metrics.dropped("deadline", len(late))
+            failure = JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
+            self._source.reply([Reply(job.id, failure, queued=started - job.submitted) for job in late])
+        if live:
+            outcomes = self._outcomes(live)
+            took = self._clock() - started
+            self._metrics.batch([job.tokens for job in live], took)
+            self._source.reply(
+                [
+                    Reply(job.id, outcome, queued=started - job.submitted, inference=took)
+                    for job, outcome in zip(live, outcomes, strict=True)
+                ]
+            )
+
+    def _outcomes(self, jobs: Sequence[Job]) -> list[Outcome]:
+        try:
+            answers = self._engine.label_logprobs([job.item for job in jobs])
+            if len(answers) != len(jobs):
+                raise RuntimeError(f"the engine gave {len(answers)} answers to {len(jobs)} items")
+        except Exception as exc:
+            log.error("batch failed", jobs=len(jobs), tokens=sum(job.tokens for job in jobs), error=type(exc).__name__)
+            if len(jobs) == 1:
+                return [JobFailure(ErrorCode.INFERENCE_FAILED, f"the model failed on this item ({type(exc).__name__})")]
+            # One item may be what broke the call: alone, it breaks only its own.
+            return [outcome for job in jobs for outcome in self._outcomes([job])]
+        return [_checked(answer) for answer in answers]
+
+
+def _checked(answer: LabelLogprobs) -> Outcome:
+    """A number that is none must not become a score."""
+    if all(map(math.isfinite, answer.logprobs)):
+        return answer
+    return JobFailure(ErrorCode.INFERENCE_FAILED, "the model gave no finite probability for a label")

@@ -1,0 +1,111 @@
+"""The batching policy, on a clock that the tests hold in their hands."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.batcher import Batcher, split_expired
+from service.engine.contract import EngineItem
+from service.jobs import Job
+
+
+def job(name: str, tokens: int, *, deadline: float = 1e9, prefix: int = 0, start: int = 0) -> Job:
+    boundaries = (prefix,) if prefix else ()
+    ids = (start,) * prefix + tuple(range(tokens - prefix))
+    return Job(name, EngineItem(ids, (1, 2), boundaries), deadline, 0.0)
+
+
+def names(jobs: list[Job]) -> list[str]:
+    return [each.id for each in jobs]
+
+
+def test_a_batch_is_bounded_by_tokens() -> None:
+    """Jobs of 40 tokens go two by two under a budget of 100."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
+    batcher.add([job(name, 40) for name in "abc"], now=0.0)
+
+    assert names(batcher.next_batch()) == ["a", "b"]
+    assert names(batcher.next_batch()) == ["c"]
+
+
+def test_a_batch_is_bounded_by_jobs() -> None:
+    """No more than max_jobs go together, however small they are."""
+    batcher = Batcher(max_tokens=100, max_jobs=2, linger=0.0)
+    batcher.add([job(name, 1) for name in "abc"], now=0.0)
+
+    assert names(batcher.next_batch()) == ["a", "b"]
+
+
+def test_a_job_over_the_budget_goes_alone() -> None:
+    """A job larger than the whole budget is not stuck: it makes a batch of its own."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
+    batcher.add([job("big", 500), job("small", 10)], now=0.0)
+
+    assert names(batcher.next_batch()) == ["big"]
+    assert names(batcher.next_batch()) == ["small"]
+
+
+def test_no_job_is_passed_over() -> None:
+    """A later small job does not overtake an older one that did not fit: nothing starves."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
+    batcher.add([job("a", 60), job("b", 60), job("c", 10)], now=0.0)
+
+    assert names(batcher.next_batch()) == ["a"]
+    assert names(batcher.next_batch()) == ["b", "c"]
+
+
+def test_an_idle_worker_lingers_for_company() -> None:
+    """A lone job is due only after the linger time."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.5)
+    batcher.add([job("a", 10)], now=10.0)
+
+    assert batcher.seconds_until_due(now=10.25) == 0.25
+    assert batcher.seconds_until_due(now=10.5) == 0.0
+
+
+def test_a_full_batch_does_not_linger() -> None:
+    """When the tokens fill a batch it goes at once, and nothing more is taken meanwhile."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=60.0)
+    batcher.add([job("a", 100)], now=0.0)
+
+    assert batcher.seconds_until_due(now=0.0) == 0.0
+    assert batcher.room == 0
+
+
+def test_an_empty_batcher_is_never_due() -> None:
+    """With nothing held there is nothing to wait for."""
+    assert Batcher(max_tokens=100, max_jobs=16, linger=0.0).seconds_until_due(now=0.0) is None
+
+
+def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
+    """Siblings that arrived apart are put together, groups in the order of their oldest job."""
+    batcher = Batcher(max_tokens=1000, max_jobs=16, linger=0.0)
+    ones = [job(name, 20, prefix=10, start=1) for name in ("a1", "a2")]
+    twos = [job(name, 20, prefix=10, start=2) for name in ("b1", "b2")]
+    batcher.add([ones[0], twos[0], ones[1], twos[1]], now=0.0)
+
+    assert names(batcher.next_batch()) == ["a1", "a2", "b1", "b2"]
+
+
+def test_expired_jobs_are_told_from_live_ones() -> None:
+    """A job at or past its deadline has expired."""
+    live, late = split_expired([job("a", 1, deadline=5.0), job("b", 1, deadline=5.1)], now=5.0)
+
+    assert names(live) == ["b"]
+    assert names(late) == ["a"]
+
+
+@given(st.lists(st.integers(min_value=1, max_value=150), max_size=60), st.integers(1, 8))
+def test_every_job_goes_exactly_once_and_in_order(sizes: list[int], max_jobs: int) -> None:
+    """Whatever the sizes: all jobs come out once, oldest first, and only a single job may exceed the budget."""
+    batcher = Batcher(max_tokens=100, max_jobs=max_jobs, linger=0.0)
+    batcher.add([job(str(index), size) for index, size in enumerate(sizes)], now=0.0)
+
+    batches = []
+    while batcher.seconds_until_due(now=1.0) == 0.0:
+        batches.append(batcher.next_batch())
+
+    assert [each for batch in batches for each in names(batch)] == [str(index) for index in range(len(sizes))]
+    assert all(len(batch) <= max_jobs for batch in batches)
+    assert all(len(batch) == 1 or sum(each.tokens for each in batch) <= 100 for batch in batches)

@@ -1,0 +1,129 @@
+"""The torch engine against the paper's rule, written a second time in tests/reference.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.torch_engine import TorchEngine
+from service.prompt import PromptBuilder
+from service.templates import TemplateLibrary
+from tests.reference import Judgement, Reference, generated_pairs, paper_file, paper_text, rewardbench_pairs
+
+SCORE_TOLERANCE = 1e-5
+LOG_ODDS_TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model: Path) -> Reference:
+    """The paper's rule on the tiny model."""
+    return Reference(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> TorchEngine:
+    """The engine on the tiny model, in fp32."""
+    return TorchEngine.load(tiny_model, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """A hundred prompts of mixed length and content."""
+    return [paper_text(*pair) for pair in generated_pairs(100)]
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference, texts: list[str]) -> list[Judgement]:
+    """What the paper's rule gives the prompts."""
+    return [reference.judge(text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def items(reference: Reference, texts: list[str]) -> list[EngineItem]:
+    """The prompts as the engine takes them."""
+    return [to_item(reference, text) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: TorchEngine, items: list[EngineItem]) -> list[LabelLogprobs]:
+    """The answers to the first 32 items, each judged in a call of its own."""
+    return [engine.label_logprobs([item])[0] for item in items[:32]]
+
+
+def to_item(reference: Reference, text: str) -> EngineItem:
+    """The text as an engine's item that asks for " Yes" and " No"."""
+    return EngineItem(reference.tokenizer(text).input_ids, (reference.label_id(" Yes"), reference.label_id(" No")))
+
+
+def judgement(answer: LabelLogprobs) -> Judgement:
+    """The score from an engine's answer."""
+    yes, no = answer.logprobs
+    return Judgement(1 / (1 + math.exp(no - yes)), yes - no, math.exp(yes) + math.exp(no))
+
+
+def assert_same(ours: list[LabelLogprobs], theirs: list[Judgement]) -> None:
+    """Scores and label masses agree to 1e-5, log-odds to 5e-5."""
+    mine = [judgement(answer) for answer in ours]
+    assert [j.score for j in mine] == pytest.approx([j.score for j in theirs], rel=0, abs=SCORE_TOLERANCE)
+    assert [j.label_mass for j in mine] == pytest.approx([j.label_mass for j in theirs], rel=0, abs=SCORE_TOLERANCE)
+    assert [j.log_odds for j in mine] == pytest.approx([j.log_odds for j in theirs], rel=0, abs=LOG_ODDS_TOLERANCE)
+
+
+def test_a_hundred_prompts_get_the_papers_number(
+    engine: TorchEngine, items: list[EngineItem], expected: list[Judgement]
+) -> None:
+    """In one call, every prompt gets the score that the paper's rule gives it alone."""
+    answers = engine.label_logprobs(items)
+
+    assert_same(answers, expected)
+
+
+def test_the_prompts_of_this_file_tell_a_wrong_rule_apart(expected: list[Judgement]) -> None:
+    """The hundred scores are spread widely, so that a mixed-up or constant answer cannot pass."""
+    scores = sorted(judgement.score for judgement in expected)
+
+    assert scores[10] < 0.35
+    assert scores[-10] > 0.65
+
+
+@given(order=st.permutations(range(32)), calls=st.sampled_from([1, 2, 5, 16, 32]))
+@settings(max_examples=15, deadline=None)
+def test_neighbours_do_not_change_a_number(
+    engine: TorchEngine, items: list[EngineItem], alone: list[LabelLogprobs], order: list[int], calls: int
+) -> None:
+    """In any order, and cut into calls of any size, an item gets the number it gets alone."""
+    answers: list[LabelLogprobs] = []
+    for start in range(0, len(order), calls):
+        answers += engine.label_logprobs([items[index] for index in order[start : start + calls]])
+
+    assert_same(answers, [judgement(alone[index]) for index in order])
+
+
+def test_the_services_prompts_get_the_papers_number(
+    reference: Reference, engine: TorchEngine, expected: list[Judgement], tmp_path: Path
+) -> None:
+    """Rendered and tokenised by the service from a template in the paper's form, every pair gets the same score."""
+    template = TemplateLibrary.load("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
+    builder = PromptBuilder(reference.tokenizer, engine.max_tokens)
+
+    prompts = [builder.build(template, prompt, [response], "error") for prompt, response in generated_pairs(100)]
+
+    items = [EngineItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
+    assert_same(engine.label_logprobs(items), expected)
+
+
+@pytest.mark.models
+def test_a_real_model_gets_the_papers_number() -> None:
+    """SmolLM2 in fp32 gives real pairs, in one call, the score that the paper's rule gives them."""
+    folder = Path.home() / ".cache" / "judge-as-api" / "models" / "smollm2-135m-instruct"
+    reference = Reference(folder)
+    texts = [paper_text(*pair) for pair in rewardbench_pairs(24)]
+
+    answers = TorchEngine.load(folder, dtype="float32").label_logprobs([to_item(reference, text) for text in texts])
+
+    assert_same(answers, [reference.judge(text) for text in texts])

@@ -1,0 +1,406 @@
+"""The wire contract, held fast: the exact JSON of every body, what is refused, and what goes with each error code."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import client.errors
+from client.errors import RETRYABLE_STATUS, STATUS, TYPE, ErrorCode, class_of_status
+from client.schema import (
+    CompareBatchRequest,
+    CompareBatchResult,
+    CompareRequest,
+    CompareResult,
+    ErrorResult,
+    HealthResult,
+    ModelsResult,
+    ReadyResult,
+    Request,
+    Result,
+    ScoreBatchRequest,
+    ScoreBatchResult,
+    ScoreRequest,
+    ScoreResult,
+    TemplatesResult,
+)
+
+# Each request as short as it may be, and as the service then reads it.
+SCORE_REQUEST = {"prompt": "What is 2+2?", "response": "4"}
+COMPARE_REQUEST = {"prompt": "What is 2+2?", "responses": ["4", "5"]}
+JUDGED_DEFAULTS = {"category": None, "template": None, "truncation": "error"}
+COMPARE_DEFAULTS = {**JUDGED_DEFAULTS, "mode": "pointwise", "tie_margin": 0.0}
+DEFAULTS: list[tuple[type[Request], dict[str, Any], dict[str, Any]]] = [
+    (ScoreRequest, SCORE_REQUEST, SCORE_REQUEST | JUDGED_DEFAULTS),
+    (CompareRequest, COMPARE_REQUEST, COMPARE_REQUEST | COMPARE_DEFAULTS),
+    (ScoreBatchRequest, {"items": [SCORE_REQUEST]}, {"items": [SCORE_REQUEST | JUDGED_DEFAULTS]}),
+    (CompareBatchRequest, {"items": [COMPARE_REQUEST]}, {"items": [COMPARE_REQUEST | COMPARE_DEFAULTS]}),
+]
+
+# Every body in full: what is read is what is written.
+TEMPLATE = {
+    "format": "raw",
+    "layout": "{instruction} {prompt} {response}",
+    "instruction": "Judge.",
+    "labels": {"yes": ["Yes", "yes"], "no": ["No"]},
+}
+JUDGED = {
+    "prompt": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "2+2?"},
+    ],
+    "category": None,
+    "template": TEMPLATE,
+    "truncation": "response_middle",
+}
+SCORE_FULL = {**JUDGED, "response": "4"}
+COMPARE_FULL = {**JUDGED, "responses": ["4", "5"], "mode": "pairwise", "tie_margin": 0.5}
+COST = {
+    "usage": {"prompt_tokens": 120, "cached_tokens": 80},
+    "timing_ms": {"tokenize": 0.5, "queue": 1.25, "inference": 30.0},
+}
+SCORE_RESULT = {
+    "score": 0.75,
+    "log_odds": 1.0986,
+    "yes_logprob": -0.3,
+    "no_logprob": -1.3986,
+    "label_mass": 0.9875,
+    "label_is_argmax": True,
+    "truncated": False,
+    "template": "math@1",
+    "model": "a-model",
+    **COST,
+}
+COMPARE_RESULT = {
+    "best": 1,
+    "ranking": [1, 0],
+    "scores": [
+        {"score": 0.25, "log_odds": -1.0986, "label_mass": 0.9, "truncated": False},
+        {"score": 0.75, "log_odds": 1.0986, "label_mass": 0.9, "truncated": True},
+    ],
+    "win_probability": [[0.5, 0.25], [0.75, 0.5]],
+    "tie": False,
+    "position_bias": {"pairs": 1, "flips": 0, "flip_rate": 0.0, "first_log_odds": -0.25},
+    "mode": "pairwise",
+    "template": "pairwise@1",
+    "model": "a-model",
+    **COST,
+}
+ERROR = {
+    "message": "template: no such template",
+    "type": "not_found_error",
+    "param": "template",
+    "code": "template_not_found",
+}
+MODEL = {
+    "id": "a-model",
+    "object": "model",
+    "owned_by": "judge-as-api",
+    "fingerprint": "0123abcd",
+    "engine": "torch",
+    "judge": "logprobs",
+    "dtype": "bfloat16",
+    "max_tokens": 32768,
+    "default_format": "chat",
+    "note": None,
+}
+BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (ScoreRequest, SCORE_FULL),
+    (CompareRequest, COMPARE_FULL),
+    (ScoreBatchRequest, {"items": [SCORE_FULL]}),
+    (CompareBatchRequest, {"items": [COMPARE_FULL]}),
+    (ScoreResult, SCORE_RESULT),
+    (CompareResult, COMPARE_RESULT),
+    (
+        ScoreBatchResult,
+        {
+            "results": [
+                {"index": 0, "result": SCORE_RESULT, "error": None},
+                {"index": 1, "result": None, "error": ERROR},
+            ]
+        },
+    ),
+    (CompareBatchResult, {"results": [{"index": 0, "result": COMPARE_RESULT, "error": None}]}),
+    (
+        TemplatesResult,
+        {
+            "templates": [{"name": "general", "version": 1, "mode": "pointwise", **TEMPLATE}],
+            "categories": ["general", "math"],
+        },
+    ),
+    (ModelsResult, {"object": "list", "data": [MODEL]}),
+    (HealthResult, {"status": "ok", "version": "0.1.0"}),
+    (ReadyResult, {"status": "ready", "model": "a-model"}),
+    (ErrorResult, {"error": ERROR}),
+]
+REQUESTS = [(model, body) for model, body in BODIES if issubclass(model, Request)]
+RESULTS = [(model, body) for model, body in BODIES if issubclass(model, Result)]
+
+
+def without(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """The body with one field left out."""
+    return {key: value for key, value in body.items() if key != name}
+
+
+@pytest.mark.parametrize(("model", "body"), BODIES)
+def test_a_body_is_written_as_it_is_read(model: type[BaseModel], body: dict[str, Any]) -> None:
+    """The exact JSON of each body goes in and comes out again: names, nesting, order of fields aside, and values."""
+    text = json.dumps(body)
+
+    assert json.loads(model.model_validate_json(text).model_dump_json()) == body
+
+
+@pytest.mark.parametrize(("model", "short", "full"), DEFAULTS)
+def test_what_a_request_leaves_out(model: type[Request], short: dict[str, Any], full: dict[str, Any]) -> None:
+    """A request that gives the least is read with these defaults."""
+    assert json.loads(model.model_validate(short).model_dump_json()) == full
+
+
+def test_what_an_inline_template_leaves_out() -> None:
+    """A template that is a layout alone is for chat, without instruction, and asks for Yes and No."""
+    request = ScoreRequest.model_validate(SCORE_REQUEST | {"template": {"layout": "{prompt} {response}"}})
+
+    expected = {
+        "format": "chat",
+        "layout": "{prompt} {response}",
+        "instruction": "",
+        "labels": {"yes": ["Yes"], "no": ["No"]},
+    }
+    assert request.model_dump()["template"] == expected
+
+
+@pytest.mark.parametrize(("model", "body"), REQUESTS)
+def test_a_request_refuses_fields_it_does_not_know(model: type[Request], body: dict[str, Any]) -> None:
+    """A misspelt option is an error, not silently the default."""
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        model.model_validate({**body, "temperature": 1})
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"prompt": [{"role": "user", "content": "hi", "name": "x"}]},
+        {"template": {**TEMPLATE, "x": 1}},
+        {"template": {**TEMPLATE, "labels": {"yes": ["Y"], "no": ["N"], "maybe": ["M"]}}},
+    ],
+)
+def test_the_parts_of_a_request_refuse_them_too(part: dict[str, Any]) -> None:
+    """Unknown fields are an error at every depth of a request."""
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        ScoreRequest.model_validate(SCORE_REQUEST | part)
+
+
+@pytest.mark.parametrize(("model", "body"), RESULTS)
+def test_a_result_ignores_fields_it_does_not_know(model: type[Result], body: dict[str, Any]) -> None:
+    """An older client reads the answers of a newer service."""
+    assert model.model_validate({**body, "calibrated": 0.5}).model_dump() == body
+
+
+def test_the_parts_of_a_result_ignore_them_too() -> None:
+    """Unknown fields are ignored at every depth of a result."""
+    newer = {**SCORE_RESULT, "usage": {"prompt_tokens": 1, "energy": 3}}
+
+    assert ScoreResult.model_validate(newer).usage.model_dump() == {"prompt_tokens": 1, "cached_tokens": 0}
+
+
+@pytest.mark.parametrize("field", [name for name, info in ScoreResult.model_fields.items() if info.is_required()])
+def test_a_result_without_a_number_is_no_result(field: str) -> None:
+    """No field of a judgement is made up where the service did not send it."""
+    with pytest.raises(ValidationError, match="Field required"):
+        ScoreResult.model_validate(without(SCORE_RESULT, field))
+
+
+def test_every_field_of_a_judgement_is_required() -> None:
+    """ScoreResult has no defaults."""
+    assert [name for name, info in ScoreResult.model_fields.items() if not info.is_required()] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -0.01, "NaN", None])
+def test_a_score_is_a_number_from_0_to_1(value: Any) -> None:
+    """What is not a probability is not taken for a score."""
+    with pytest.raises(ValidationError):
+        ScoreResult.model_validate(SCORE_RESULT | {"score": value})
+
+
+@pytest.mark.parametrize("name", ["log_odds", "yes_logprob", "no_logprob", "label_mass"])
+def test_log_probabilities_are_finite(name: str) -> None:
+    """An infinite number in a judgement is refused, in JSON as well."""
+    with pytest.raises(ValidationError, match="finite"):
+        ScoreResult.model_validate_json(json.dumps({**SCORE_RESULT, name: float("inf")}))
+
+
+@pytest.mark.parametrize(("model", "body"), [(ScoreRequest, SCORE_REQUEST), (CompareRequest, COMPARE_REQUEST)])
+def test_category_and_template_exclude_each_other(model: type[Request], body: dict[str, Any]) -> None:
+    """A request may say category or template, and is refused when it says both."""
+    with pytest.raises(ValidationError, match="give category or template, not both"):
+        model.model_validate(body | {"category": "math", "template": "general"})
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_the_user_speaks_last(role: str) -> None:
+    """A conversation that does not end with the user's turn has no question to answer."""
+    prompt = [{"role": "user", "content": "hi"}, {"role": role, "content": "hello"}]
+
+    with pytest.raises(ValidationError, match="must have the role user"):
+        ScoreRequest.model_validate({"prompt": prompt, "response": "r"})
+
+
+@pytest.mark.parametrize("count", [2, 16])
+def test_a_comparison_takes_2_to_16_responses(count: int) -> None:
+    """Both bounds themselves are accepted."""
+    request = CompareRequest.model_validate({"prompt": "p", "responses": ["r"] * count})
+
+    assert len(request.responses) == count
+
+
+@pytest.mark.parametrize("count", [0, 1, 17])
+def test_a_comparison_of_fewer_or_more_is_refused(count: int) -> None:
+    """One response cannot be compared, and more than 16 are too many."""
+    with pytest.raises(ValidationError, match="responses"):
+        CompareRequest.model_validate({"prompt": "p", "responses": ["r"] * count})
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"prompt": ""},
+        {"response": ""},
+        {"prompt": []},
+        {"prompt": [{"role": "user", "content": ""}]},
+        {"prompt": [{"role": "user", "content": "x"}] * 257},
+        {"prompt": [{"role": "tool", "content": "x"}]},
+        {"prompt": 7},
+        {"response": None},
+        {"category": ""},
+        {"category": "x" * 129},
+        {"truncation": "yes"},
+        {"template": {"layout": "x", "labels": {"yes": [], "no": ["No"]}}},
+        {"template": {"layout": "x", "labels": {"yes": ["Yes"] * 9, "no": ["No"]}}},
+        {"template": {"layout": "x", "format": "markdown"}},
+    ],
+)
+def test_what_cannot_be_judged_is_refused(part: dict[str, Any]) -> None:
+    """Empty, oversized and mistyped parts of a request are errors."""
+    with pytest.raises(ValidationError):
+        ScoreRequest.model_validate(SCORE_REQUEST | part)
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_half_a_character_is_refused(field: str) -> None:
+    """A lone surrogate, which no tokenizer can read, is refused both in Python and in JSON."""
+    body = SCORE_REQUEST | {field: "bad \ud800 text"}
+
+    with pytest.raises(ValidationError):
+        ScoreRequest.model_validate(body)
+    with pytest.raises(ValidationError):
+        ScoreRequest.model_validate_json(json.dumps(body))
+
+
+def test_a_pair_of_surrogates_in_json_is_one_character() -> None:
+    """JSON's escape of a character beyond the basic plane is read as that character."""
+    request = ScoreRequest.model_validate_json(r'{"prompt": "\ud83d\ude00", "response": "r"}')
+
+    assert request.prompt == "\U0001f600"
+
+
+@pytest.mark.parametrize("margin", [float("inf"), float("nan"), -0.1, 1001, "x"])
+def test_a_tie_margin_is_a_number_from_0_to_1000(margin: Any) -> None:
+    """A margin that is infinite, not a number, negative or absurd is refused."""
+    with pytest.raises(ValidationError, match="tie_margin"):
+        CompareRequest.model_validate(COMPARE_REQUEST | {"tie_margin": margin})
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "1e999"])
+def test_a_tie_margin_in_json_is_finite(literal: str) -> None:
+    """The ways in which JSON can spell an infinite number are refused too."""
+    with pytest.raises(ValidationError, match="tie_margin"):
+        CompareRequest.model_validate_json(f'{{"prompt": "p", "responses": ["a", "b"], "tie_margin": {literal}}}')
+
+
+@pytest.mark.parametrize("model", [ScoreBatchRequest, CompareBatchRequest])
+def test_an_empty_batch_is_refused(model: type[Request]) -> None:
+    """A batch holds at least one item."""
+    with pytest.raises(ValidationError, match="items"):
+        model.model_validate({"items": []})
+
+
+def test_requests_and_results_cannot_be_changed() -> None:
+    """A body that was checked stays as it was checked."""
+    request = ScoreRequest.model_validate(SCORE_REQUEST)
+
+    with pytest.raises(ValidationError, match="frozen"):
+        request.response = "5"
+
+
+# Errors.
+
+# The tree in the docstring of client.errors, as {status: class name}.
+DOCUMENTED = {int(status): name for name, status in re.findall(r"── (\w+)\s+(\d{3}) ", client.errors.__doc__ or "")}
+CODES = {
+    400: {"invalid_json", "context_length_exceeded", "bad_label", "bad_template", "invalid_header"},
+    401: {"unauthorized"},
+    404: {"not_found", "template_not_found"},
+    405: {"method_not_allowed"},
+    408: {"body_timeout"},
+    413: {"payload_too_large"},
+    422: {"invalid_request"},
+    429: {"rate_limited"},
+    500: {"internal_error", "inference_failed"},
+    503: {"overloaded", "not_ready", "draining"},
+    504: {"deadline_exceeded"},
+}
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_every_code_has_its_status_type_and_exception(code: ErrorCode) -> None:
+    """A code goes over HTTP with a status and a type, and comes out as the class that the docstring names for it."""
+    status = STATUS[code]
+
+    assert code in CODES[status]
+    assert TYPE[status].endswith("_error")
+    assert class_of_status(status).__name__ == DOCUMENTED.get(status, "JudgeAPIError")
+
+
+def test_no_code_has_gone() -> None:
+    """The codes on the wire are exactly these: one may be added here, none may change its meaning."""
+    assert set(STATUS) == set(ErrorCode) == set().union(*CODES.values())
+
+
+def test_the_docstring_names_all_the_classes() -> None:
+    """The tree in the docstring has each subclass of JudgeAPIError once, at the status that leads to it."""
+    subclasses = {kind.__name__ for kind in client.errors.JudgeAPIError.__subclasses__()}
+
+    assert set(DOCUMENTED.values()) == subclasses
+    assert len(DOCUMENTED) == len(subclasses)
+
+
+@pytest.mark.parametrize(("status", "name"), [(502, "InternalServerError"), (599, "InternalServerError")])
+def test_every_other_5xx_is_the_services_failure(status: int, name: str) -> None:
+    """A status that has no class of its own goes by its hundred."""
+    assert class_of_status(status).__name__ == name
+
+
+@pytest.mark.parametrize("status", [302, 403, 405, 408, 418])
+def test_every_other_status_is_a_plain_api_error(status: int) -> None:
+    """What is neither in the tree nor a 5xx is a JudgeAPIError."""
+    assert class_of_status(status) is client.errors.JudgeAPIError
+
+
+def test_what_may_pass_by_itself() -> None:
+    """Asking again is worth it after these statuses, and no others."""
+    assert set(RETRYABLE_STATUS) == {429, 502, 503, 504}
+
+
+def test_an_api_error_tells_all_it_knows() -> None:
+    """The text of an exception has the status, the code, the message, the field and the request's id."""
+    error = class_of_status(400)(
+        "too long", status=400, code="context_length_exceeded", param="prompt", request_id="r1"
+    )
+
+    assert str(error) == "400 context_length_exceeded: too long (param: prompt) [request r1]"
