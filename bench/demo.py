@@ -17,7 +17,7 @@ from rich.table import Table
 
 from bench.process import running_service
 from client import Judge, JudgeAPIError, JudgeError
-from client.schema import ScoreRequest, ScoreResult
+from client.schema import ResponseScore, ScoreRequest, ScoreResult
 
 # category, question, right answer, wrong answer
 QUESTIONS: list[tuple[str, str, str, str]] = [
@@ -128,9 +128,12 @@ def show_scores(judge: Judge, console: Console) -> int:
         for answer in (right, wrong)
     ]
     results = judge.score_batch(items)
-    table = Table("category", "question", "answer", "P(Yes)", "log-odds", "label mass", "", title="/score")
-    for item, result, kind in zip(items, results, ["right", "wrong"] * len(QUESTIONS), strict=True):
-        table.add_row(*_row(item, result, kind), end_section=kind == "wrong")
+    table = _table("answer", title="/score/batch")
+    for index, (category, question, _, _) in enumerate(QUESTIONS):
+        table.add_row(f"[bold]{category}[/bold]: {_short(question, 38 - len(category))}")
+        for number, kind in ((2 * index, "right"), (2 * index + 1, "wrong")):
+            table.add_row(f"{kind:>7}: {_short(items[number].response, 34)}", *_numbers(results[number]))
+        table.add_section()
     console.print(table)
     pairs = list(zip(results[::2], results[1::2], strict=True))
     judged = [(a, b) for a, b in pairs if isinstance(a, ScoreResult) and isinstance(b, ScoreResult)]
@@ -139,15 +142,21 @@ def show_scores(judge: Judge, console: Console) -> int:
     return sum(isinstance(result, JudgeAPIError) for result in results)
 
 
-def _row(item: ScoreRequest, result: ScoreResult | JudgeAPIError, kind: str) -> list[str]:
-    question, answer = _short(str(item.prompt)), _short(item.response)
+def _table(first: str, title: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first, no_wrap=True)
+    for name in ("P(Yes)", "log-odds", "label mass"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _numbers(result: ScoreResult | ResponseScore | JudgeAPIError) -> list[str]:
     if isinstance(result, JudgeAPIError):
-        return [item.category or "", question, answer, "-", "-", "-", f"{kind}: {result.code}"]
-    numbers = [f"{result.score:.3f}", f"{result.log_odds:+.2f}", f"{result.label_mass:.3f}"]
-    return [item.category or "", question, answer, *numbers, kind]
+        return [result.code, "-", "-"]
+    return [f"{result.score:.3f}", f"{result.log_odds:+.2f}", f"{result.label_mass:.3f}"]
 
 
-def _short(text: str, width: int = 44) -> str:
+def _short(text: str, width: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -156,13 +165,13 @@ def show_comparison(judge: Judge, console: Console) -> None:
     """Rank three answers to one question."""
     question, answers = COMPARED
     result = judge.compare(question, answers)
-    table = Table("rank", "answer", "P(Yes)", "log-odds", "label mass", "beats the next", title=f"/compare: {question}")
-    for rank, index in enumerate(result.ranking):
-        score = result.scores[index]
-        following = result.ranking[rank + 1 : rank + 2]
-        beats = f"{result.win_probability[index][following[0]]:.3f}" if following else ""
-        numbers = [f"{score.score:.3f}", f"{score.log_odds:+.2f}", f"{score.label_mass:.3f}"]
-        table.add_row(str(rank + 1), _short(answers[index], 60), *numbers, beats)
+    table = _table("answer", title="/compare")
+    table.add_column("beats next", justify="right", no_wrap=True)
+    table.add_row(f"[bold]{_short(question, 33)}[/bold]", end_section=True)
+    for rank, index in enumerate(result.ranking, 1):
+        following = result.ranking[rank : rank + 1]
+        beats = [f"{result.win_probability[index][other]:.2f}" for other in following]
+        table.add_row(f"{rank:>7}: {_short(answers[index], 25)}", *_numbers(result.scores[index]), *beats)
     console.print(table)
 
 

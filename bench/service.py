@@ -27,9 +27,10 @@ from bench.process import running_service
 from client import Judge
 from client.schema import ScoreRequest
 from service import models
+from service.codec import load_tokenizer
 from service.engine.contract import EngineItem
 from service.engine.torch_engine import TorchEngine
-from service.prompt import PromptBuilder, load_tokenizer
+from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"

@@ -125,7 +125,15 @@ def _download(name: str, *, progress: bool) -> Path:
     if quieten:
         disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=PATTERNS, endpoint=endpoint()))
+        folder = Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=PATTERNS,
+                ignore_patterns=NOT_PATTERNS,
+                endpoint=endpoint(),
+            )
+        )
     except Exception as exc:  # the transport's own errors are of a library that changes with the hub's version
         raise HubError(f"the download failed ({' '.join(str(exc).split()) or type(exc).__name__})") from exc
     finally:

@@ -143,7 +143,8 @@ def fingerprint(folder: Path) -> str:
 
     Of a safetensors file the whole header counts, and three blocks of each tensor: its start, middle and end. So it
     takes a fraction of a second, and other weights of the same shapes give another fingerprint. Names and contents
-    count, not where the folder is nor when it was written. Raises OSError.
+    count, not where the folder is nor when it was written. Raises OSError, and ModelError
+    for a weights file that is none.
     """
     digest = hashlib.sha256()
     for path in (folder / name for name in _DESCRIPTIONS):
@@ -165,19 +166,20 @@ def _sample(path: Path) -> Iterator[bytes]:
             offsets = [size * block // _BLOCKS for block in range(_BLOCKS)]
         else:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
+            header = file.read(min(length, size))
             yield header
-            offsets = list(_tensor_offsets(header, 8 + length))
+            offsets = list(_tensor_offsets(path, header, 8 + length))
         for offset in offsets:
             file.seek(offset)
             yield file.read(_BLOCK)
 
 
-def _tensor_offsets(header: bytes, data: int) -> Iterator[int]:
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
-    for _, entry in sorted(entries.items()):
-        start, end = entry["data_offsets"]
+def _tensor_offsets(path: Path, header: bytes, data: int) -> Iterator[int]:
+    try:
+        tensors = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise ModelError(f"{path} is not a safetensors file: fetch it again (a Git LFS pointer is not enough)") from exc
+    for _, (start, end) in sorted(tensors.items()):
         last = max(start, end - _BLOCK)
         yield from (data + offset for offset in sorted({start, (start + last) // 2, last}))
 

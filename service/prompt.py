@@ -9,21 +9,17 @@ and in which the template's own are written as secret stand-ins that no text can
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from jinja2 import TemplateError
-from tokenizers import AddedToken, Encoding, Tokenizer, pre_tokenizers
+from tokenizers import Encoding
 
 from client.errors import ErrorCode
 from client.schema import Message, Truncation
+from service.chat_frame import ChatFrame, bad_template
+from service.codec import Codec
 from service.errors import ServiceError
 from service.templates import INLINE, REQUIRED_SLOTS, Template, split_layout
 
@@ -100,8 +96,8 @@ class PromptBuilder:
         """`tokenizer` must be a fast one; it is copied. `max_tokens` is the length of the longest prompt allowed."""
         self.has_chat_template = bool(tokenizer.chat_template)
         self.max_tokens = max_tokens
-        self._chat = _ChatFrame(tokenizer)
-        self._codec = _Codec(tokenizer, self._chat.written)
+        self._chat = ChatFrame(tokenizer)
+        self._codec = Codec(tokenizer, self._chat.written)
         self._bos_id: int | None = tokenizer.bos_token_id
         self._named_plan = lru_cache(maxsize=1024)(self._plan)
         self._labels_after = lru_cache(maxsize=4096)(self._find_labels)
@@ -139,7 +135,7 @@ class PromptBuilder:
     def _plan(self, template: Template) -> _Plan:
         chat = template.format == "chat"
         if chat and not self.has_chat_template:
-            raise _bad_template("this model has no chat template: use format raw")
+            raise bad_template("this model has no chat template: use format raw")
         names = REQUIRED_SLOTS[template.mode]
         plain, guarded = [""], [""]
         slots: list[int] = []
@@ -255,238 +251,11 @@ class PromptBuilder:
         )
 
 
-class _ChatFrame:
-    """What the chat template puts around the one user message that a judge's prompt is.
-
-    Nearly every template writes a head, the message (some trim it) and a tail. Where that holds for all of the probes,
-    no Jinja runs for a request. Else each message is rendered and compared, and refused where more has changed.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._mark = secrets.token_hex(16)
-        self._head, self._tail = self._learn()
-        self._trims = self._trims_of_all(self._probes()) if self.written else None
-
-    @property
-    def written(self) -> str:
-        """All that the template itself writes; empty where there is none that works."""
-        return self._head + self._tail
-
-    def around(self, content: str) -> tuple[str, str, str, int]:
-        """Head, message as the template writes it, tail, and the number of characters trimmed from its left."""
-        trims = self._trims or self._trims_of_all([content])
-        if trims is None:
-            raise _bad_template("the model's chat template changes this text: use format raw")
-        body, trimmed = _trim(content, *trims)
-        return self._head, body, self._tail, trimmed
-
-    def _learn(self) -> tuple[str, str]:
-        try:
-            head, _, tail = self._render(self._mark).partition(self._mark)
-        except ServiceError:
-            return "", ""
-        return head, tail
-
-    def _probes(self) -> list[str]:
-        space, mark = " \t\n\u00a0\u2003", self._mark
-        return [
-            space + mark + space,
-            f"{mark} /think /no_think </think> <tool_response> {{{{ 1 }}}} {{% x %}} {mark}",
-            f"<tool_response>{mark}</tool_response>",
-            f"[INST] {mark} [/INST] <<SYS>> </s> <|im_end|>\n\n<think>{mark}</think>",
-        ]
-
-    def _trims_of_all(self, contents: Sequence[str]) -> tuple[bool, bool] | None:
-        """On which sides these messages are trimmed; None where they change in another way."""
-        rendered = [self._render(content) for content in contents]
-        for left, right in ((False, False), (True, True), (True, False), (False, True)):
-            if rendered == [self._head + _trim(content, left, right)[0] + self._tail for content in contents]:
-                return left, right
-        return None
-
-    def _render(self, content: str) -> str:
-        try:
-            # Qwen3 and its like think first unless told otherwise; templates ignore names that they do not know.
-            rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise _bad_template(f"the model's chat template fails: {error}; use format raw") from error
-        return str(rendered)
-
-
-class _Codec:
-    """Two private copies of a tokenizer that only ever encode, which is safe from many threads: `plain` as it is, and
-    `guarded`, which reads control strings as plain text and stand-ins as the control tokens that they stand for."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str) -> None:
-        """`written` is what the chat template writes: added tokens in it are control tokens, special or not."""
-        state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-        state.update(truncation=None, padding=None)
-        self._plain = Tokenizer.from_str(json.dumps(state))
-        with_special = self._plain.encode("a")
-        # What stands before a text that is encoded the ordinary way: the BOS of Llama and Mistral.
-        self._prefix = with_special.ids[: (*with_special.special_tokens_mask, 0).index(0)]
-        # From here on post-processing would only trim spaces off the offsets.
-        self._plain.post_processor = state["post_processor"] = None
-        added = {
-            id_: token
-            for id_, token in self._plain.get_added_tokens_decoder().items()
-            if token.content.strip() and (token.special or token.content in written)
-        }
-        self._unknown = _unknown_token(state["model"])
-        self._control = frozenset(id_ for id_, token in added.items() if token.content != self._unknown)
-        self._limits = _token_limits(state)
-        self._guarded = Tokenizer.from_str(json.dumps(state))
-        self._guarded.add_special_tokens(list(added.values()))
-        self._guarded.encode_special_tokens = True
-        self._stand_ins, self._real = self._add_stand_ins(added)
-        strings = sorted(map(re.escape, self._stand_ins), key=len, reverse=True)
-        self._control_string = re.compile("|".join(strings) or r"(?!)")
-        self.guard = lru_cache(maxsize=256)(self._guard)
-        self.control_in = lru_cache(maxsize=256)(self._control_in)
-
-    def _add_stand_ins(self, added: dict[int, AddedToken]) -> tuple[dict[str, str], dict[int, int]]:
-        secret = secrets.token_hex(16)
-        stand_ins = {token.content: f"\ue000{secret}.{id_}\ue001" for id_, token in added.items()}
-        self._guarded.add_tokens(
-            [
-                AddedToken(
-                    stand_ins[t.content], lstrip=t.lstrip, rstrip=t.rstrip, normalized=t.normalized, special=False
-                )
-                for t in added.values()
-            ]
-        )
-        vocab = self._guarded.get_vocab()
-        real = {vocab[stand_ins[token.content]]: id_ for id_, token in added.items()}
-        return stand_ins, real
-
-    def encode(self, text: str, guarded: bool) -> tuple[Encoding, list[int]]:
-        """The tokens of the text, nothing put before or after it; `ids` are always the model's own."""
-        if not guarded:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            return encoding, encoding.ids
-        encoding = self._guarded.encode(text, add_special_tokens=False)
-        return encoding, [self._real.get(id_, id_) for id_ in encoding.ids]
-
-    def holds_only(self, control: tuple[int, ...], ids: list[int], text: str, guarded: bool) -> bool:
-        """Whether the control tokens among `ids` are these. The unknown token also stands for other text than its own
-        name, so there the text is asked."""
-        if tuple([id_ for id_ in ids if id_ in self._control]) != control:
-            return False
-        return guarded or self._unknown is None or self._unknown not in text
-
-    def ahead_of(self, ids: list[int]) -> list[int]:
-        """What to put before a raw text: what the tokenizer would, unless the layout writes it itself."""
-        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
-
-    def _guard(self, text: str) -> str:
-        return self._control_string.sub(lambda found: self._stand_ins[found[0]], text)
-
-    def _control_in(self, text: str) -> tuple[int, ...]:
-        return tuple(id_ for id_ in self.encode(text, False)[1] if id_ in self._control)
-
-    def fewest_tokens(self, texts: Sequence[str]) -> int:
-        """A number of tokens that the texts have at least: their size over that of the longest token. 0: not known."""
-        if self._limits is None:
-            return 0
-        if self._limits.composes:
-            texts = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
-        raw = [text.encode() for text in texts]
-        words = sum(len(text.translate(None, _NOT_ALNUM)) for text in raw)
-        size = 0 if self._limits.drops else sum(map(len, raw))
-        return max(-(-size // self._limits.size), -(-words // self._limits.alnum))
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenLimits:
-    """The most bytes, and the most ASCII letters and digits, that one token can stand for.
-
-    `composes`: after composition to NFC. `drops`: some characters other than those may be in no token at all.
-    """
-
-    size: int
-    alnum: int
-    composes: bool
-    drops: bool
-
-
-_ALNUM: Final = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_NOT_ALNUM: Final = bytes(set(range(256)) - set(_ALNUM))
-
-
-def _token_limits(state: dict[str, Any]) -> _TokenLimits | None:
-    """None unless every ASCII letter and digit of a text surely ends up in some token: BPE that knows them all, and no
-    step before it that drops text (composition to NFC is allowed for)."""
-    model, vocab = state["model"], state["model"].get("vocab", {})
-    steps = [*_steps(state["normalizer"]), *_steps(state["pre_tokenizer"])]
-    kinds = {step["type"] for step in steps}
-    if model["type"] != "BPE" or any(map(_drops_text, steps)) or not all(chr(letter) in vocab for letter in _ALNUM):
-        return None
-    over_bytes = "ByteLevel" in kinds
-    units = pre_tokenizers.ByteLevel.alphabet() if over_bytes else [f"<0x{byte:02X}>" for byte in range(256)]
-    complete = all(unit in vocab for unit in units) and (over_bytes or bool(model.get("byte_fallback")))
-    added = [token["content"] for token in state["added_tokens"]]
-    return _TokenLimits(
-        size=max(*(len(token) if over_bytes else _size(token) for token in vocab), *map(_size, added), 1),
-        alnum=max(len(token.encode().translate(None, _NOT_ALNUM)) for token in [*vocab, *added]),
-        composes="NFC" in kinds,
-        drops=not complete or any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"]),
-    )
-
-
-def _size(text: str) -> int:
-    return len(text.encode())
-
-
-def _steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the list of its steps."""
-    if step is None:
-        return []
-    inner = step.get("normalizers", step.get("pretokenizers"))
-    return [step] if inner is None else [s for part in inner for s in _steps(part)]
-
-
-def _drops_text(step: dict[str, Any]) -> bool:
-    if step["type"] == "Replace":
-        return bool(step["pattern"] != {"String": " "} or not step["content"])
-    if step["type"] in {"Split", "Punctuation"}:
-        return bool(step["behavior"] == "Removed")
-    return step["type"] not in {"NFC", "Prepend", "ByteLevel", "Metaspace", "Digits"}
-
-
-def _unknown_token(model: dict[str, Any]) -> str | None:
-    """The token that the model writes for text that it has no token for."""
-    if model["type"] == "Unigram":
-        return None if model["unk_id"] is None else str(model["vocab"][model["unk_id"]][0])
-    return model.get("unk_token")
-
-
 def flatten(messages: Sequence[Message]) -> str:
     """A conversation as one text: a single user message as it is, else `User: …`, a blank line, `Assistant: …`."""
     if len(messages) == 1 and messages[0].role == "user":
         return messages[0].content
     return "\n\n".join(f"{_SPEAKERS[message.role]}: {message.content}" for message in messages)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model's weights; the network is not asked.
-
-    Raises ServiceError(NOT_READY) where the folder holds none, or one without a fast (Rust) implementation.
-    """
-    from transformers import AutoTokenizer  # here: it takes seconds, and not every user of this module needs it
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ServiceError(ErrorCode.NOT_READY, f"no usable tokenizer in {folder}: {error}") from error
-    if not tokenizer.is_fast:
-        raise ServiceError(ErrorCode.NOT_READY, f"the tokenizer in {folder} has no fast version (tokenizer.json)")
-    return tokenizer
 
 
 def _boundaries(plan: _Plan, reading: _Reading) -> tuple[int, ...]:
@@ -544,18 +313,8 @@ def _cuttable(texts: Sequence[str], truncation: Truncation) -> range:
     return {"error": range(0), "prompt_left": range(1), "response_middle": range(1, len(texts))}[truncation]
 
 
-def _trim(text: str, left: bool, right: bool) -> tuple[str, int]:
-    """The text without the white space on these sides, and how much of it stood on the left."""
-    kept = text.lstrip() if left else text
-    return (kept.rstrip() if right else kept), len(text) - len(kept)
-
-
 def _clip(span: Span, low: int, high: int) -> Span:
     return min(max(span[0], low), high), min(max(span[1], low), high)
-
-
-def _bad_template(problem: str) -> ServiceError:
-    return ServiceError(ErrorCode.BAD_TEMPLATE, problem, param="template")
 
 
 def _bad_label(problem: str) -> ServiceError:

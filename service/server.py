@@ -25,13 +25,14 @@ from client.schema import Format, ModelInfo
 from service import models
 from service.app import Limits, Service, create_app
 from service.batcher import Batcher
+from service.codec import load_tokenizer
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.errors import ServiceError
 from service.judging import Judging
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
-from service.prompt import PromptBuilder, load_tokenizer
+from service.prompt import PromptBuilder
 from service.settings import Settings
 from service.templates import TemplateLibrary
 from service.worker import Worker

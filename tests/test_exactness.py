@@ -122,7 +122,7 @@ def test_a_real_model_gets_the_papers_number() -> None:
     """SmolLM2 in fp32 gives real pairs, in one call, the score that the paper's rule gives them."""
     folder = Path.home() / ".cache" / "judge-as-api" / "models" / "smollm2-135m-instruct"
     reference = Reference(folder)
-    texts = [paper_text(*pair) for pair in rewardbench_pairs(24)]
+    texts = [paper_text(*pair) for pair in rewardbench_pairs(12)]
 
     answers = TorchEngine.load(folder, dtype="float32").label_logprobs([to_item(reference, text) for text in texts])
 

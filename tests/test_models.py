@@ -181,6 +181,27 @@ def test_fingerprint_changes_with_any_tensor(tiny_model: Path, tmp_path: Path) -
     assert len(found | {fingerprint(tiny_model)}) == len(weights) + 1
 
 
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_fingerprint_samples_a_tensor_at_three_places(place: float, tiny_model: Path, tmp_path: Path) -> None:
+    """One number changed at the start, in the middle or at the end of a large tensor is seen."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"].flatten()
+    embeddings[round(place * (len(embeddings) - 1))] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+
+    assert fingerprint(copy) != fingerprint(tiny_model)
+
+
+def test_weights_that_are_none_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    """A pointer left by a clone without Git LFS is refused at once, with the file's name."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a safetensors file"):
+        resolve(str(copy))
+
+
 def test_fingerprint_reads_other_weights_too(tiny_model: Path, tmp_path: Path) -> None:
     """Pickled weights are told apart by their content."""
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
@@ -195,13 +216,13 @@ def test_fingerprint_reads_other_weights_too(tiny_model: Path, tmp_path: Path) -
 
 
 def test_hub_id_is_fetched_from_the_hub(sandbox: Sandbox, tiny_model: Path) -> None:
-    """A hub's model is downloaded whole, without pickled weights."""
+    """A hub's model is downloaded whole, without pickled weights, second copies and other formats."""
     done = sandbox.run("fetch", HUB_ID)
     name, found, path = done.stdout.split()
 
     assert (done.returncode, name, found) == (0, HUB_ID, fingerprint(tiny_model))
     assert {file.name for file in Path(path).iterdir()} == {file.name for file in tiny_model.iterdir()}
-    assert not any("pytorch_model.bin" in asked for asked in sandbox.hub.asked)
+    assert not any(asked.endswith("/pytorch_model.bin") for asked in sandbox.hub.asked)
 
 
 def test_cached_snapshot_serves_while_the_hub_is_away(sandbox: Sandbox) -> None:

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels, Message
+from service.codec import load_tokenizer
 from service.errors import ServiceError
-from service.prompt import CUT_MARK, JudgePrompt, PromptBuilder, flatten, load_tokenizer
+from service.prompt import CUT_MARK, JudgePrompt, PromptBuilder, flatten
 from service.templates import Template, TemplateLibrary, from_inline
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -220,6 +221,18 @@ def test_a_message_that_the_chat_template_changes_is_refused() -> None:
     with pytest.raises(ServiceError, match="changes this text") as caught:
         builder("rewriting").build(template, "x /no_think", ["y"], "error")
 
+    assert caught.value.code is ErrorCode.BAD_TEMPLATE
+
+
+@pytest.mark.parametrize("chat_template", ["{{ raise_exception('no') }}", "{{ messages[0]['content'][0]['text'] }}"])
+def test_a_chat_template_that_fails_leaves_the_raw_format(chat_template: str) -> None:
+    """A chat template that cannot be used is said at the first chat prompt; raw prompts work."""
+    prompts = PromptBuilder(llama_tokenizer(chat_template), 4096)
+
+    prompts.check(RAW.default("pointwise"))
+
+    with pytest.raises(ServiceError, match="chat template") as caught:
+        prompts.check(CHAT.default("pointwise"))
     assert caught.value.code is ErrorCode.BAD_TEMPLATE
 
 
