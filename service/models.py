@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.converted import (
+from service.weights.converted import (
     PROVENANCE,
     cache_root,
     converted_folder,
@@ -21,9 +21,9 @@ from service.converted import (
     fetch_converted,
     is_converted,
 )
-from service.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
-from service.manifest import KnownModel, ModelError, known_models
-from service.stages import Stages
+from service.weights.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
+from service.weights.manifest import KnownModel, ModelError, known_models
+from service.weights.stages import Stages
 
 __all__ = ["DEFAULT_MODEL", "ModelError", "ModelFiles", "fingerprint", "main", "resolve"]
 

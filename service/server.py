@@ -44,6 +44,8 @@ log = structlog.get_logger(__name__)
 
 FAKE_MODEL = "fake"
 FAKE_MAX_TOKENS = 4096
+# For models that state no limit (recurrent ones).
+UNLIMITED_MAX_TOKENS = 8192
 DRAIN_POLL_SECONDS = 0.05
 
 
@@ -136,6 +138,7 @@ def load_engine(settings: Settings, model: Model) -> Engine:
         device=settings.device,
         max_tokens=model.max_tokens,
         batch_tokens=settings.batch_tokens,
+        threads=settings.threads,
     )
 
 
@@ -154,7 +157,7 @@ def _work(settings: Settings, model: Model, queue: MemoryJobs, metrics: Metrics,
 def _context_length(folder: Path) -> int:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)
-    return int(config["max_position_embeddings"])
+    return int(config.get("max_position_embeddings") or UNLIMITED_MAX_TOKENS)
 
 
 class Server(uvicorn.Server):

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
         "auto", description="number format of the weights; auto: bfloat16 where the hardware has it, else float32"
     )
     device: str = Field("auto", description="torch device; auto: cuda, else mps, else cpu")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the torch engine; unset: one for each core")
     queue_url: str = Field(
         "memory://", description="where jobs wait for a worker; memory:// keeps them in this process"
     )

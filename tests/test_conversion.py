@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from service.conversion import ConversionError, convert, main
+from service.weights.conversion import ConversionError, convert, main
 from tests.model_sources import write_gguf
 from tests.tiny import make_tiny_model, tiny_tokenizer
 

@@ -195,18 +195,17 @@ async def test_many_callers_and_workers_lose_and_mix_up_nothing(queue: Backend) 
             queue.reply([Reply(each.id, LabelLogprobs((float(each.id),), 0)) for each in queue.take(3, 0.05)])
 
     async def ask(number: int) -> float:
-        while True:
-            try:
-                (future,) = await queue.submit([job(str(number))])
-            except ServiceError:
-                await asyncio.sleep(0.001)
-            else:
-                return (await future).outcome.logprobs[0]
+        async with places:
+            (future,) = await queue.submit([job(str(number))])
+            return (await future).outcome.logprobs[0]
 
+    places = asyncio.Semaphore(4)
     workers = [asyncio.ensure_future(asyncio.to_thread(work)) for _ in range(2)]
-    answers = await asyncio.wait_for(asyncio.gather(*map(ask, range(2000))), 60)
-    stop.set()
-    await asyncio.gather(*workers)
+    try:
+        answers = await asyncio.wait_for(asyncio.gather(*map(ask, range(2000))), 60)
+    finally:
+        stop.set()
+        await asyncio.gather(*workers)
 
     assert answers == list(map(float, range(2000)))
     assert queue.stats() == QueueStats(jobs=0, tokens=0)

@@ -20,9 +20,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from service.converted import write_provenance
-from service.manifest import known_models
 from service.models import DEFAULT_MODEL, ModelError, ModelFiles, fingerprint, main, resolve
+from service.weights.converted import write_provenance
+from service.weights.manifest import known_models
 from tests.model_sources import Hub, PackageIndex, manifest_entry, split_into_wheels, write_gguf
 
 ROOT = Path(__file__).parents[1]

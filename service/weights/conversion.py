@@ -1,7 +1,7 @@
 """A GGUF file turned into a folder that transformers (and vLLM) load: safetensors in bf16, tokenizer, configuration.
 
-Runs as a process of its own (`python -m service.conversion`), so that its memory goes back when it is done and the
-process that asked for the model need not import torch. transformers reads the file; what it loses is put right here.
+Runs as a process of its own (`python -m service.weights.conversion`), so that its memory goes back when it is done and
+the process that asked for it need not import torch. transformers reads the file; what it loses is put right here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _same_matrix(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert one file; the last line of stderr says what went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m service.conversion", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m service.weights.conversion", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("gguf", type=Path, help="the GGUF file")
     parser.add_argument("folder", type=Path, help="the folder to write, which must not exist or be empty")
     parser.add_argument("--parameters", type=int, help="the number of parameters that the model must have")

@@ -23,8 +23,8 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 
-from service.manifest import KnownModel, ModelError, Part
-from service.stages import Stages
+from service.weights.manifest import KnownModel, ModelError, Part
+from service.weights.stages import Stages
 
 AT_ONCE = 3
 ATTEMPTS = 2
