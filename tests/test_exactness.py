@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.codec import load_tokenizer
 from service.engine.contract import EngineItem, LabelLogprobs
 from service.engine.torch_engine import TorchEngine
+from service.models import resolve
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 from tests.reference import Judgement, Reference, generated_pairs, paper_file, paper_text, rewardbench_pairs
@@ -118,12 +121,18 @@ def test_the_services_prompts_get_the_papers_number(
 
 
 @pytest.mark.models
-def test_a_real_model_gets_the_papers_number() -> None:
-    """SmolLM2 in fp32 gives real pairs, in one call, the score that the paper's rule gives them."""
-    folder = Path.home() / ".cache" / "judge-as-api" / "models" / "smollm2-135m-instruct"
+@pytest.mark.timeout(1800)
+def test_a_hundred_real_pairs_get_the_papers_number_from_smollm2(tmp_path: Path) -> None:
+    """SmolLM2 in fp32, real pairs through the service's prompts, in calls of 32: what the paper's rule gives each."""
+    folder = resolve("smollm2-135m-instruct").path
+    engine = TorchEngine.load(folder, dtype="float32", threads=os.cpu_count())
     reference = Reference(folder)
-    texts = [paper_text(*pair) for pair in rewardbench_pairs(12)]
+    template = TemplateLibrary.load("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
+    builder = PromptBuilder(load_tokenizer(folder), engine.max_tokens)
+    pairs = rewardbench_pairs(100)
 
-    answers = TorchEngine.load(folder, dtype="float32").label_logprobs([to_item(reference, text) for text in texts])
+    prompts = [builder.build(template, prompt, [response], "error") for prompt, response in pairs]
+    items = [EngineItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
+    answers = [answer for start in range(0, 100, 32) for answer in engine.label_logprobs(items[start : start + 32])]
 
-    assert_same(answers, [reference.judge(text) for text in texts])
+    assert_same(answers, [reference.judge(paper_text(*pair)) for pair in pairs])
