@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
-    parser.add_argument("--items", type=int, default=120, help="prompt/response pairs in a round")
+    parser.add_argument("--items", type=int, default=60, help="prompt/response pairs in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement with the fake engine")
     args = parser.parse_args(argv)
