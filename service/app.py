@@ -38,7 +38,7 @@ from client.schema import (
 )
 from service import http_errors
 from service.errors import ServiceError
-from service.jobs import JobQueue
+from service.jobs import JobQueue, Lane
 from service.judging import Call, Judging, cost
 from service.limits import RateLimiter
 from service.metrics import Metrics
@@ -103,7 +103,9 @@ def _call(
     if x_request_timeout is not None:
         seconds = min(seconds, _seconds(x_request_timeout))
     trace = traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
-    return Call(deadline=time.time() + seconds, traceparent=trace)
+    # Somebody waits for a single answer; a batch is work that may take its time.
+    lane = Lane.BULK if request.url.path.endswith("/batch") else Lane.INTERACTIVE
+    return Call(time.time() + seconds, lane, trace)
 
 
 def _seconds(header: str) -> float:

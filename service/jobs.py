@@ -13,20 +13,30 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from client.errors import ErrorCode
 from service.engine.contract import EngineItem, LabelLogprobs
 
 
+class Lane(StrEnum):
+    """How urgent a job is. Somebody waits for a single request; a batch of thousands must not make them wait."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt on its way to a worker."""
+    """One prompt on its way to a worker. `attempt` counts deliveries: above 1, a worker before was lost with it."""
 
     id: str
     item: EngineItem
     deadline: float
     submitted: float
+    lane: Lane = Lane.INTERACTIVE
+    attempt: int = 1
     traceparent: str | None = None
 
     @property
@@ -73,6 +83,9 @@ class WorkerInfo:
 class JobQueue(Protocol):
     """The HTTP side. Lives on one event loop."""
 
+    async def open(self) -> None:
+        """Connect, and begin to receive replies. To be called once, before anything else."""
+
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         """Accept all of the jobs or none; one future each, in order, that always gets its reply.
 
@@ -82,8 +95,11 @@ class JobQueue(Protocol):
     def cancel(self, ids: Iterable[str]) -> None:
         """Forget these jobs and cancel their futures: nobody waits for them any more. Unknown ids are ignored."""
 
+    def waiting(self) -> int:
+        """How many jobs of this process wait for their reply."""
+
     def stats(self) -> QueueStats:
-        """How full the queue is."""
+        """How full the queue is, all processes together; at most about a second old."""
 
     async def ready(self) -> None:
         """Return if a job submitted now would be worked on; raises ServiceError(NOT_READY or DRAINING) if not."""
@@ -105,7 +121,13 @@ class JobSource(Protocol):
         """Say that it no longer does."""
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
-        """At most `max_jobs` jobs, oldest first: those there now, else the first to come within `timeout` seconds."""
+        """About `max_jobs` jobs, those of each lane oldest first: what is there now, else what comes in `timeout` s.
+
+        Neither lane may be kept out by the other: each gets at least half of the places that it can fill.
+        """
+
+    def release(self, jobs: Sequence[Job]) -> None:
+        """Hand back jobs that were taken and not begun, for another worker."""
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         """The ids of those jobs whose caller is gone; they need no reply, and one that is sent is ignored."""

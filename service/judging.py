@@ -24,7 +24,7 @@ from client.schema import (
 )
 from service.engine.contract import EngineItem
 from service.errors import ServiceError
-from service.jobs import Job, JobFailure, JobQueue, Reply
+from service.jobs import Job, JobFailure, JobQueue, Lane, Reply
 from service.metrics import Metrics
 from service.prompt import JudgePrompt, PromptBuilder
 from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise, compare_pointwise, judgement
@@ -43,6 +43,7 @@ class Call:
     """What comes with a request besides its body. `deadline` is in seconds of `time.time()`."""
 
     deadline: float
+    lane: Lane = Lane.INTERACTIVE
     traceparent: str | None = None
 
 
@@ -264,7 +265,7 @@ def _position_bias(effect: OrderEffect) -> PositionBias:
 
 def _job(prompt: JudgePrompt, call: Call) -> Job:
     item = EngineItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries)
-    return Job(uuid.uuid4().hex, item, call.deadline, time.time(), call.traceparent)
+    return Job(uuid.uuid4().hex, item, call.deadline, time.time(), call.lane, traceparent=call.traceparent)
 
 
 def _gathered(plan: Plan, outcomes: Sequence[Judged | ServiceError]) -> Answer | ServiceError:

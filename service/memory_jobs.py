@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from client.errors import ErrorCode
 from service.errors import ServiceError
-from service.jobs import DrainRate, Job, JobFailure, QueueStats, Reply, WorkerInfo
+from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,14 @@ class MemoryJobs:
         self._changed = threading.Condition()
         # Every accepted job without a reply; a cancelled one is gone from here, whoever holds it.
         self._live: dict[str, _Waiting] = {}
-        self._pending: OrderedDict[str, Job] = OrderedDict()
+        self._pending: dict[Lane, OrderedDict[str, Job]] = {lane: OrderedDict() for lane in Lane}
         self._tokens = 0
         self._rate = DrainRate()
         self._workers: list[WorkerInfo] = []
         self._closed = False
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
 
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         loop = asyncio.get_running_loop()
@@ -42,7 +45,8 @@ class MemoryJobs:
             self._admit(len(jobs), tokens)
             entries = [_Waiting(job, loop.create_future(), loop) for job in jobs]
             self._live.update((entry.job.id, entry) for entry in entries)
-            self._pending.update((job.id, job) for job in jobs)
+            for job in jobs:
+                self._pending[job.lane][job.id] = job
             self._tokens += tokens
             self._changed.notify()
         return [entry.future for entry in entries]
@@ -67,11 +71,14 @@ class MemoryJobs:
                     entry.future.cancel()
 
     def _forget(self, job_id: str) -> _Waiting | None:
-        self._pending.pop(job_id, None)
         entry = self._live.pop(job_id, None)
         if entry is not None:
+            self._pending[entry.job.lane].pop(job_id, None)
             self._tokens -= entry.job.tokens
         return entry
+
+    def waiting(self) -> int:
+        return len(self._live)
 
     def stats(self) -> QueueStats:
         with self._changed:
@@ -104,10 +111,23 @@ class MemoryJobs:
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
         with self._changed:
-            if not self._pending and not self._closed:
+            if not any(self._pending.values()) and not self._closed:
                 self._changed.wait(timeout)
-            count = min(max_jobs, len(self._pending))
-            return [self._pending.popitem(last=False)[1] for _ in range(count)]
+            # Each lane may use what the other leaves of its half.
+            counts = {lane: len(waiting) for lane, waiting in self._pending.items()}
+            bulk = min(counts[Lane.BULK], max(max_jobs // 2, max_jobs - counts[Lane.INTERACTIVE]))
+            interactive = min(counts[Lane.INTERACTIVE], max_jobs - bulk)
+            return [*self._pop(Lane.INTERACTIVE, interactive), *self._pop(Lane.BULK, bulk)]
+
+    def _pop(self, lane: Lane, count: int) -> list[Job]:
+        return [self._pending[lane].popitem(last=False)[1] for _ in range(count)]
+
+    def release(self, jobs: Sequence[Job]) -> None:
+        with self._changed:
+            for job in reversed([job for job in jobs if job.id in self._live]):
+                self._pending[job.lane][job.id] = job
+                self._pending[job.lane].move_to_end(job.id, last=False)
+            self._changed.notify()
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         with self._changed:

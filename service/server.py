@@ -184,6 +184,7 @@ class Server(uvicorn.Server):
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
+        await self._service.queue.open()
         thread = threading.Thread(target=self._run_worker, name="worker", daemon=True)
         thread.start()
         try:
@@ -222,7 +223,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True
-        log.info("draining", signal=signal.Signals(sig).name, waiting=self._service.queue.stats().jobs)
+        log.info("draining", signal=signal.Signals(sig).name, waiting=self._service.queue.waiting())
         self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
@@ -231,7 +232,7 @@ class Server(uvicorn.Server):
     async def _finish_accepted(self) -> None:
         deadline = time.monotonic() + self._drain_timeout
         # Polled: the queue is emptied by another thread, or another machine, that sets no event here.
-        while self._service.queue.stats().jobs and time.monotonic() < deadline:  # noqa: ASYNC110
+        while self._service.queue.waiting() and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(DRAIN_POLL_SECONDS)
         # What is left of the time goes to answers that are being written.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))

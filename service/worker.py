@@ -48,6 +48,7 @@ class Worker:
             while not stop.is_set():
                 self.step()
         finally:
+            self._source.release(self._batcher.take_all())
             self._source.detach(info)
 
     def step(self) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.batcher import Batcher, split_expired
 from service.engine.contract import EngineItem
-from service.jobs import Job
+from service.jobs import Job, Lane
 
 
-def job(name: str, tokens: int, *, deadline: float = 1e9, prefix: int = 0, start: int = 0) -> Job:
+def job(name: str, tokens: int, *, prefix: int = 0, start: int = 0, **more: Any) -> Job:
     boundaries = (prefix,) if prefix else ()
     ids = (start,) * prefix + tuple(range(tokens - prefix))
-    return Job(name, EngineItem(ids, (1, 2), boundaries), deadline, 0.0)
+    return Job(name, EngineItem(ids, (1, 2), boundaries), more.pop("deadline", 1e9), 0.0, **more)
 
 
 def names(jobs: list[Job]) -> list[str]:
@@ -86,6 +88,55 @@ def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
     batcher.add([ones[0], twos[0], ones[1], twos[1]], now=0.0)
 
     assert names(batcher.next_batch()) == ["a1", "a2", "b1", "b2"]
+
+
+def test_interactive_jobs_go_before_bulk_ones() -> None:
+    """A single request that comes after a benchmark's thousands goes with the next batch."""
+    batcher = Batcher(max_tokens=40, max_jobs=16, linger=0.0)
+    batcher.add([job(f"bulk{n}", 10, lane=Lane.BULK) for n in range(9)], now=0.0)
+    batcher.add([job("single", 10)], now=1.0)
+
+    assert names(batcher.next_batch()) == ["single", "bulk0", "bulk1", "bulk2"]
+
+
+def test_bulk_jobs_keep_a_share_of_each_batch() -> None:
+    """A stream of single requests does not starve a batch: it gets a quarter of the tokens, and of the places."""
+    by_tokens = Batcher(max_tokens=40, max_jobs=16, linger=0.0)
+    by_jobs = Batcher(max_tokens=10_000, max_jobs=4, linger=0.0)
+    for batcher in (by_tokens, by_jobs):
+        batcher.add([job(f"single{n}", 10) for n in range(9)], now=0.0)
+        batcher.add([job(f"bulk{n}", 10, lane=Lane.BULK) for n in range(9)], now=0.0)
+
+    assert names(by_tokens.next_batch()) == names(by_jobs.next_batch()) == ["single0", "single1", "single2", "bulk0"]
+
+
+def test_a_job_that_is_delivered_again_goes_alone() -> None:
+    """What may have brought its worker down must not take neighbours along a second time."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=5.0)
+    batcher.add([job("a", 10), job("suspect", 10, attempt=2), job("b", 10)], now=0.0)
+
+    assert batcher.seconds_until_due(now=0.0) == 0.0
+    assert names(batcher.next_batch()) == ["suspect"]
+    assert names(batcher.next_batch()) == ["a", "b"]
+
+
+def test_room_follows_the_size_of_the_jobs_seen() -> None:
+    """After many jobs of 50 tokens, a budget of 1,000 has room for about 20, not for 256."""
+    batcher = Batcher(max_tokens=1000, max_jobs=256, linger=0.0)
+    for number in range(100):
+        batcher.add([job(str(number), 50)], now=0.0)
+        batcher.next_batch()
+
+    assert 20 <= batcher.room <= 21
+
+
+def test_everything_can_be_handed_back() -> None:
+    """A worker that stops gives up what it holds, and holds nothing then."""
+    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
+    batcher.add([job("a", 10), job("b", 10, lane=Lane.BULK), job("c", 10, attempt=2)], now=0.0)
+
+    assert sorted(names(batcher.take_all())) == ["a", "b", "c"]
+    assert batcher.seconds_until_due(now=1.0) is None
 
 
 def test_expired_jobs_are_told_from_live_ones() -> None:

@@ -13,7 +13,7 @@ import pytest
 from client.errors import ErrorCode
 from service.engine.contract import EngineItem, LabelLogprobs
 from service.errors import ServiceError
-from service.jobs import DrainRate, Job, JobFailure, JobQueue, JobSource, QueueStats, Reply, WorkerInfo
+from service.jobs import DrainRate, Job, JobFailure, JobQueue, JobSource, Lane, QueueStats, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
 
 ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
@@ -28,13 +28,16 @@ class Backend(JobQueue, JobSource, Protocol):
 async def queue(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     """A queue of 4 jobs and 100 tokens, of each kind."""
     backend = {"memory": MemoryJobs}[request.param](4, 100)
+    await backend.open()
     yield backend
     await backend.close()
 
 
-def job(name: str, tokens: int = 10, *, deadline: float = 60.0) -> Job:
+def job(name: str, tokens: int = 10, *, deadline: float = 60.0, lane: Lane = Lane.INTERACTIVE) -> Job:
     now = time.time()
-    return Job(name, EngineItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now)
+    return Job(
+        name, EngineItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, lane, traceparent="00-ab-cd-01"
+    )
 
 
 async def taken(queue: Backend, count: int = 16) -> list[Job]:
@@ -158,6 +161,35 @@ async def test_a_job_cancelled_after_it_was_taken_is_abandoned(queue: Backend) -
     assert queue.abandoned(jobs) == {"a"}
     queue.reply([Reply("a", ANSWER)])
     assert queue.stats().jobs == 1
+
+
+async def test_neither_lane_keeps_the_other_out(queue: Backend) -> None:
+    """When both lanes wait, a take of two brings one of each, whoever came first."""
+    await queue.submit([job("b1", lane=Lane.BULK), job("b2", lane=Lane.BULK)])
+    await queue.submit([job("i1"), job("i2")])
+
+    assert {"b1", "i1"} <= {each.id for each in await taken(queue, 2)}
+
+
+async def test_released_jobs_are_taken_again(queue: Backend) -> None:
+    """What a stopping worker hands back reaches another one, and its caller is answered."""
+    (future,) = await queue.submit([job("a")])
+    queue.release(await taken(queue))
+
+    assert [each.id for each in await taken(queue)] == ["a"]
+    queue.reply([Reply("a", ANSWER)])
+    assert (await asyncio.wait_for(future, 2)).outcome == ANSWER
+
+
+async def test_waiting_counts_this_processes_open_jobs(queue: Backend) -> None:
+    """What a draining process still owes its callers."""
+    futures = await queue.submit([job("a"), job("b")])
+    before = queue.waiting()
+    await taken(queue)
+    queue.reply([Reply("a", ANSWER), Reply("b", ANSWER)])
+    await asyncio.wait_for(asyncio.gather(*futures), 2)
+
+    assert (before, queue.waiting()) == (2, 0)
 
 
 async def test_closing_answers_those_who_wait(queue: Backend) -> None:
