@@ -43,6 +43,7 @@ class ErrorCode(StrEnum):
     INTERNAL_ERROR = "internal_error"
     INFERENCE_FAILED = "inference_failed"
     OVERLOADED = "overloaded"
+    QUEUE_UNAVAILABLE = "queue_unavailable"
     NOT_READY = "not_ready"
     DRAINING = "draining"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -65,6 +66,7 @@ STATUS: Final[dict[ErrorCode, int]] = {
     ErrorCode.INTERNAL_ERROR: 500,
     ErrorCode.INFERENCE_FAILED: 500,
     ErrorCode.OVERLOADED: 503,
+    ErrorCode.QUEUE_UNAVAILABLE: 503,
     ErrorCode.NOT_READY: 503,
     ErrorCode.DRAINING: 503,
     ErrorCode.DEADLINE_EXCEEDED: 504,

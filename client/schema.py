@@ -278,6 +278,14 @@ class TemplatesResult(Result):
     categories: list[str]
 
 
+class WorkerStatus(Result):
+    """A worker that takes jobs now: what runs the model, in which number format, up to which prompt length."""
+
+    engine: str
+    dtype: str
+    max_tokens: int
+
+
 class ModelInfo(Result):
     """The model behind the service. `fingerprint` changes with its weights, its tokenizer and its configuration."""
 
@@ -287,10 +295,10 @@ class ModelInfo(Result):
     fingerprint: str
     engine: str
     judge: str
-    dtype: str | None = None
     max_tokens: int
     default_format: Format
     note: str | None = None
+    workers: list[WorkerStatus] = []
 
 
 class ModelsResult(Result):

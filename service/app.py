@@ -35,6 +35,7 @@ from client.schema import (
     ScoreResult,
     TemplateInfo,
     TemplatesResult,
+    WorkerStatus,
 )
 from service import http_errors
 from service.errors import ServiceError
@@ -147,6 +148,7 @@ _BATCH = (
     ErrorCode.PAYLOAD_TOO_LARGE,
     ErrorCode.RATE_LIMITED,
     ErrorCode.OVERLOADED,
+    ErrorCode.QUEUE_UNAVAILABLE,
     ErrorCode.NOT_READY,
     ErrorCode.DRAINING,
 )
@@ -291,10 +293,12 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=_errors(*_GUARDED), tags=["information"])
     async def models() -> ModelsResult:
-        """The model behind this service."""
-        workers = service.queue.workers()
-        dtype = workers[0].dtype if workers else None
-        return ModelsResult(data=[service.model.model_copy(update={"dtype": dtype})])
+        """The model behind this service, and the workers that run it now."""
+        workers = [
+            WorkerStatus(engine=worker.engine, dtype=worker.dtype, max_tokens=worker.max_tokens)
+            for worker in service.queue.workers()
+        ]
+        return ModelsResult(data=[service.model.model_copy(update={"workers": workers})])
 
     @app.get("/health", responses=_errors(*_EVERYWHERE), tags=["operation"])
     async def health() -> HealthResult:

@@ -29,6 +29,8 @@ class Metrics:
         self._mass = Histogram("judge_label_mass", "P(Yes)+P(No) of each judgement", buckets=_MASS, registry=reg)
         self._tokens = Counter("judge_tokens", "Tokens judged", registry=reg)
         self._dropped = Counter("judge_jobs_dropped", "Jobs taken and not judged", ["reason"], registry=reg)
+        self._redelivered = Counter("judge_jobs_redelivered", "Jobs of lost workers, taken over", registry=reg)
+        self._dead = Counter("judge_dead_letters", "Jobs given up after too many lost workers", registry=reg)
         self._batch_jobs = Histogram("judge_batch_jobs", "Jobs in a batch", buckets=_JOBS, registry=reg)
         self._batch_tokens = Histogram("judge_batch_tokens", "Tokens in a batch", buckets=_TOKENS, registry=reg)
         self._inference = Histogram("judge_inference_seconds", "Time for a batch", buckets=_SECONDS, registry=reg)
@@ -63,6 +65,14 @@ class Metrics:
     def dropped(self, reason: str, count: int) -> None:
         """Jobs were dropped unscored."""
         self._dropped.labels(reason).inc(count)
+
+    def redelivered(self, count: int) -> None:
+        """Jobs whose worker was lost have been taken over."""
+        self._redelivered.inc(count)
+
+    def dead_lettered(self) -> None:
+        """A job was given up."""
+        self._dead.inc()
 
     def batch(self, tokens: Sequence[int], seconds: float) -> None:
         """The engine has judged jobs of these sizes together."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import signal
 import socket
@@ -12,53 +11,30 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
 from client.schema import Format, ModelInfo
-from service import models
 from service.app import Limits, Service, create_app
-from service.batcher import Batcher
-from service.codec import load_tokenizer
-from service.engine.contract import Engine
-from service.engine.fake import FakeEngine, fake_tokenizer
 from service.errors import ServiceError
+from service.jobs import JobQueue
 from service.judging import Judging
+from service.loading import Model, find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
 from service.prompt import PromptBuilder
-from service.settings import Settings
+from service.redis_jobs import RedisJobs
+from service.redis_protocol import Keys
+from service.settings import MEMORY_URL, Settings
 from service.templates import TemplateLibrary
 from service.worker import Worker
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 log = structlog.get_logger(__name__)
 
-FAKE_MODEL = "fake"
-FAKE_MAX_TOKENS = 4096
-# For models that state no limit (recurrent ones).
-UNLIMITED_MAX_TOKENS = 8192
 DRAIN_POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model before its weights are loaded: what the HTTP side has to know of it."""
-
-    id: str
-    fingerprint: str
-    tokenizer: PreTrainedTokenizerBase
-    max_tokens: int
-    folder: Path | None = None
-    note: str | None = None
 
 
 def serve(settings: Settings) -> int:
@@ -68,29 +44,32 @@ def serve(settings: Settings) -> int:
     """
     model = find_model(settings)
     metrics = Metrics()
-    queue = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
-    metrics.watch_queue(queue.stats)
     with ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize") as executor:
-        service = compose(settings, model, queue, metrics, executor)
-        server = Server(service, settings, lambda stop: _work(settings, model, queue, metrics, stop))
+        if settings.queue_url == MEMORY_URL:
+            jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
+            service = compose(settings, model, jobs, metrics, executor)
+            server = Server(service, settings, lambda stop: _work(settings, model, jobs, metrics, stop))
+        else:
+            keys = Keys.of(settings.key_prefix, model.fingerprint)
+            shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
+            server = Server(compose(settings, model, shared, metrics, executor), settings, None)
         server.run()
     return 1 if server.worker_failed else 0
 
 
-def find_model(settings: Settings) -> Model:
-    """Resolve the model, fetching it where need be, and load its tokenizer."""
-    if settings.model is None and settings.engine == "fake":
-        return Model(FAKE_MODEL, FAKE_MODEL, fake_tokenizer(), settings.max_tokens or FAKE_MAX_TOKENS)
-    files = models.resolve(settings.model or models.DEFAULT_MODEL)
-    longest = _context_length(files.path)
-    max_tokens = min(settings.max_tokens or longest, longest)
-    return Model(files.id, files.fingerprint, load_tokenizer(files.path), max_tokens, files.path, files.note)
+def _work(settings: Settings, model: Model, jobs: MemoryJobs, metrics: Metrics, stop: threading.Event) -> None:
+    engine = load_engine(settings, model)
+    try:
+        Worker(engine, jobs, make_batcher(settings, engine), metrics).run(stop)
+    finally:
+        engine.close()
 
 
 def compose(
-    settings: Settings, model: Model, queue: MemoryJobs, metrics: Metrics, executor: ThreadPoolExecutor
+    settings: Settings, model: Model, queue: JobQueue, metrics: Metrics, executor: ThreadPoolExecutor
 ) -> Service:
     """Put the HTTP side's parts together, and check that the templates fit the model."""
+    metrics.watch_queue(queue.stats)
     prompts = PromptBuilder(model.tokenizer, model.max_tokens)
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
     templates = TemplateLibrary.load(default_format, settings.template_file)
@@ -125,41 +104,6 @@ def check_templates(prompts: PromptBuilder, templates: TemplateLibrary) -> None:
             log.warning("template unusable with this model", template=template.id, reason=error.message)
 
 
-def load_engine(settings: Settings, model: Model) -> Engine:
-    """Load the model's weights into the engine that the settings name."""
-    if settings.engine == "fake" or model.folder is None:
-        return FakeEngine(max_tokens=model.max_tokens, delay=settings.fake_delay)
-    # Imported only now: a process whose workers are elsewhere has no torch.
-    from service.engine.torch_engine import TorchEngine
-
-    return TorchEngine.load(
-        model.folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        max_tokens=model.max_tokens,
-        batch_tokens=settings.batch_tokens,
-        threads=settings.threads,
-    )
-
-
-def _work(settings: Settings, model: Model, queue: MemoryJobs, metrics: Metrics, stop: threading.Event) -> None:
-    started = time.monotonic()
-    engine = load_engine(settings, model)
-    log.info("model loaded", model=model.id, dtype=engine.dtype, seconds=round(time.monotonic() - started, 1))
-    try:
-        batch_tokens = settings.batch_tokens or engine.batch_tokens
-        batcher = Batcher(batch_tokens, settings.batch_jobs, settings.linger_ms / 1e3)
-        Worker(engine, queue, batcher, metrics).run(stop)
-    finally:
-        engine.close()
-
-
-def _context_length(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config = config.get("text_config", config)
-    return int(config.get("max_position_embeddings") or UNLIMITED_MAX_TOKENS)
-
-
 class Server(uvicorn.Server):
     """uvicorn with a worker thread beside it, and a drain before the end.
 
@@ -167,7 +111,8 @@ class Server(uvicorn.Server):
     A second signal ends it at once. A worker that dies ends the process too: its callers are answered with an error.
     """
 
-    def __init__(self, service: Service, settings: Settings, work: Callable[[threading.Event], None]) -> None:
+    def __init__(self, service: Service, settings: Settings, work: Callable[[threading.Event], None] | None) -> None:
+        """`work` is the worker's body, given the event that stops it; None where workers are processes elsewhere."""
         app = create_app(service, self._lifespan)
         config = uvicorn.Config(
             app, settings.host, settings.port, log_config=None, access_log=False, server_header=False
@@ -185,7 +130,7 @@ class Server(uvicorn.Server):
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
         await self._service.queue.open()
-        thread = threading.Thread(target=self._run_worker, name="worker", daemon=True)
+        thread = threading.Thread(target=self._run_worker, args=(self._work,), name="worker", daemon=True)
         thread.start()
         try:
             yield
@@ -195,9 +140,10 @@ class Server(uvicorn.Server):
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)
 
-    def _run_worker(self) -> None:
+    def _run_worker(self, work: Callable[[threading.Event], None] | None) -> None:
         try:
-            self._work(self._stop_worker)
+            if work is not None:
+                work(self._stop_worker)
         except BaseException as exc:
             log.error("the worker died", error=type(exc).__name__, reason=str(exc))
             self.worker_failed = True

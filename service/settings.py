@@ -1,23 +1,21 @@
-"""Every setting of the service: each is a flag, an environment variable and a line of --help."""
+"""Every setting of the two programs: each is a flag, an environment variable and a line of --help."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+MEMORY_URL = "memory://"
 
-class Settings(BaseSettings):
-    """Serve a language model as a preference judge over HTTP.
 
-    Every flag can also be given as an environment variable: --max-tokens as JUDGE_MAX_TOKENS, and so on.
-    """
+class CommonSettings(BaseSettings):
+    """What an API process and a worker have to agree on, and how both log."""
 
     model_config = SettingsConfigDict(
         env_prefix="JUDGE_",
-        cli_prog_name="python -m service",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -25,8 +23,6 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model: str | None = Field(
         None,
         description="folder, hub id, or known name (`python -m service.models list`); "
@@ -34,26 +30,66 @@ class Settings(BaseSettings):
     )
     engine: Literal["torch", "fake"] = Field("torch", description="what runs the model; fake: made-up scores, no model")
     judge: Literal["yes-no"] = Field("yes-no", description="how the model is asked: P(Yes) against P(No)")
+    max_tokens: int | None = Field(
+        None, ge=16, description="longest prompt in tokens; unset: as long as the model reads"
+    )
+    queue_url: Annotated[str, Field(pattern=r"^(memory://$|redis://|rediss://|unix://)")] = Field(
+        MEMORY_URL,
+        description="where jobs wait: memory:// within this process; redis://[user:password@]host:port/db, or "
+        "rediss:// for TLS, for workers in processes of their own",
+    )
+    key_prefix: str = Field("judge", min_length=1, description="what the names of all Redis keys begin with")
+    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="which log lines are written")
+
+
+class EngineSettings(CommonSettings):
+    """How a process that runs the model runs it."""
+
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="number format of the weights; auto: bfloat16 where the hardware has it, else float32"
     )
     device: str = Field("auto", description="torch device; auto: cuda, else mps, else cpu")
     threads: int | None = Field(None, ge=1, description="CPU threads of the torch engine; unset: one for each core")
-    queue_url: str = Field(
-        "memory://", description="where jobs wait for a worker; memory:// keeps them in this process"
-    )
+    batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
+    batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
+    linger_ms: float = Field(2.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
+    fake_delay: float = Field(0.0, ge=0, description="fake engine: seconds that a batch takes")
+    fake_crash_token: int | None = Field(None, description="fake engine: a token id that ends the process, for tests")
+    fake_hang_token: int | None = Field(None, description="fake engine: a token id that hangs the process, for tests")
+
+
+class WorkerSettings(EngineSettings):
+    """Run the model for API processes that share a queue on Redis.
+
+    Every flag can also be given as an environment variable: --queue-url as JUDGE_QUEUE_URL, and so on.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m service.worker")
+
+    lease_seconds: float = Field(10.0, gt=0, description="after which silence a worker's jobs are given to another")
+    stall_timeout: float = Field(120.0, gt=0, description="seconds a batch may take before the worker is given up")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="port for Prometheus; unset: none")
+    metrics_host: str = Field("127.0.0.1", description="address for Prometheus")
+
+
+class Settings(EngineSettings):
+    """Serve a language model as a preference judge over HTTP.
+
+    With --queue-url redis://… this process only answers HTTP, and `python -m service.worker` runs the model.
+    Every flag can also be given as an environment variable: --max-tokens as JUDGE_MAX_TOKENS, and so on.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m service")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: Annotated[list[SecretStr], NoDecode] = Field(
         [], description="keys that callers must send as `Authorization: Bearer KEY`, comma-separated; unset: no auth"
     )
     template_file: Annotated[list[Path], NoDecode] = Field(
         [], description="TOML or JSON files with more templates, comma-separated"
     )
-    max_tokens: int | None = Field(
-        None, ge=16, description="longest prompt in tokens; unset: as long as the model reads"
-    )
-    batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
-    batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
-    linger_ms: float = Field(2.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
     max_queue_jobs: int = Field(16_384, ge=1, description="judgements waiting at most; more are refused with 503")
     max_queue_tokens: int = Field(8_000_000, ge=1, description="their tokens at most; more are refused with 503")
     max_batch_items: int = Field(1024, ge=1, description="items in one /score/batch or /compare/batch request at most")
@@ -66,10 +102,9 @@ class Settings(BaseSettings):
     rate_limit: float | None = Field(
         None, gt=0, description="judgements per minute that each key may ask for; more gets 429; unset: no limit"
     )
+    cache_entries: int = Field(100_000, ge=0, description="scores remembered, least recently used forgotten; 0: none")
+    cache_ttl: float = Field(86_400.0, gt=0, description="seconds that Redis remembers a score")
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenise prompts")
-    fake_delay: float = Field(0.0, ge=0, description="seconds that the fake engine takes for a batch")
-    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="which log lines are written")
 
     @field_validator("api_key", "template_file", mode="before")
     @classmethod
@@ -77,9 +112,3 @@ class Settings(BaseSettings):
         values = value if isinstance(value, list) else [value]
         parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else [v])]
         return [part.strip() if isinstance(part, str) else part for part in parts if part != ""]
-
-    @model_validator(mode="after")
-    def _known_queue(self) -> Self:
-        if self.queue_url != "memory://":
-            raise ValueError("queue_url: only memory:// is supported by this version")
-        return self

@@ -1,24 +1,37 @@
-"""The worker: take jobs, form a batch, judge it, reply. One thread, one engine."""
+"""The worker: take jobs, form a batch, judge it, reply. One thread, one engine.
+
+`python -m service.worker` is a process of it, for a queue on Redis; `python -m service` runs one in a thread.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import structlog
+from prometheus_client import start_http_server
 
 from client.errors import ErrorCode
+from service import cli
 from service.batcher import Batcher, split_expired
 from service.engine.contract import Engine, LabelLogprobs
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
 from service.metrics import Metrics
+from service.redis_protocol import Keys
+from service.redis_source import RedisSource, Timing
+from service.settings import MEMORY_URL, WorkerSettings
 
 log = structlog.get_logger(__name__)
 
 # How often an idle worker looks up to see whether it should stop, in seconds.
 IDLE_WAIT = 0.2
+# Of a process that ended itself because its engine stood still; a supervisor starts it again.
+STALLED_STATUS = 70
 
 Outcome = LabelLogprobs | JobFailure
 
@@ -99,3 +112,56 @@ def _checked(answer: LabelLogprobs) -> Outcome:
     if all(map(math.isfinite, answer.logprobs)):
         return answer
     return JobFailure(ErrorCode.INFERENCE_FAILED, "the model gave no finite probability for a label")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker process; returns its exit status. `--help` explains the flags."""
+    return cli.run(cli.settings_from(WorkerSettings, argv), work)
+
+
+def work(settings: WorkerSettings) -> int:
+    """Load the model and judge jobs from Redis until SIGTERM or Ctrl-C; a second signal ends the process at once.
+
+    Raises ModelError when the model cannot be had, ValueError for a queue that no worker can share.
+    """
+    # Imported only now: it pulls in transformers, and --help should not wait for that.
+    from service.loading import find_model, load_engine, make_batcher
+
+    if settings.queue_url == MEMORY_URL:
+        raise ValueError("a worker needs --queue-url redis://…; with memory:// the service runs the model itself")
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    model = find_model(settings)
+    metrics = Metrics()
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+    engine = load_engine(settings, model)
+    source = RedisSource(
+        settings.queue_url,
+        Keys.of(settings.key_prefix, model.fingerprint),
+        Timing(settings.lease_seconds, settings.stall_timeout),
+        metrics,
+        # The stuck thread cannot be ended in any other way; its jobs go to another worker.
+        on_stall=lambda: os._exit(STALLED_STATUS),
+    )
+    log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
+    try:
+        Worker(engine, source, make_batcher(settings, engine), metrics).run(stop)
+    finally:
+        engine.close()
+    log.info("stopped")
+    return 0
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def handle(*_: object) -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

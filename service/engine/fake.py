@@ -6,6 +6,7 @@ It is there to test the service, to measure what the service itself costs, and t
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from array import array
@@ -19,6 +20,7 @@ from service.engine.contract import EngineItem, LabelLogprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CRASH_STATUS: Final = 70
 _SPREAD: Final = 4.0
 _LABEL_MASS: Final = (0.5, 0.99)
 _SPECIAL_TOKENS: Final = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -44,8 +46,8 @@ class FakeEngine:
 
     Labels share 0.5 to 0.99 of the probability; the log-odds of two labels lie within ±8 and do not depend on what
     other labels are asked for. A call sleeps for `delay` seconds and `delay_per_token` for each token. For rehearsing
-    failures: a call with an item that holds `poison_token` raises RuntimeError as a whole, and an item that holds
-    `nan_token` gets NaN.
+    failures: a call with an item that holds `poison_token` raises RuntimeError as a whole, an item that holds
+    `nan_token` gets NaN, one with `crash_token` ends the process, one with `hang_token` never returns.
     """
 
     vocab_size: int = 2048
@@ -55,6 +57,8 @@ class FakeEngine:
     delay_per_token: float = 0.0
     poison_token: int | None = None
     nan_token: int | None = None
+    crash_token: int | None = None
+    hang_token: int | None = None
     name: str = "fake"
     dtype: str = "float32"
 
@@ -66,12 +70,19 @@ class FakeEngine:
         seconds = self.delay + self.delay_per_token * sum(len(item.token_ids) for item in items)
         if seconds > 0:
             time.sleep(seconds)
+        self._rehearse_disaster(items)
         if any(self.poison_token in item.token_ids for item in items):
             raise RuntimeError(f"an item holds the poison token {self.poison_token}")
         return [self._judge(item) for item in items]
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _rehearse_disaster(self, items: Sequence[EngineItem]) -> None:
+        if self.crash_token is not None and any(self.crash_token in item.token_ids for item in items):
+            os._exit(CRASH_STATUS)
+        while self.hang_token is not None and any(self.hang_token in item.token_ids for item in items):
+            time.sleep(60)
 
     def _judge(self, item: EngineItem) -> LabelLogprobs:
         key = _digest(item.token_ids)

@@ -1,0 +1,280 @@
+"""The HTTP side of the queue on Redis: one object for each API process, on its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError
+
+from client.errors import ErrorCode
+from service import redis_protocol as protocol
+from service.errors import ServiceError
+from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+
+log = structlog.get_logger(__name__)
+
+# Longer than a pause of Redis that is to be sat out; also bounds how long a caller waits to be told of a dead one.
+SOCKET_TIMEOUT = 8.0
+CONNECT_TIMEOUT = 2.0
+CONNECTIONS = 64
+READ_BLOCK_MS = 1000
+READ_COUNT = 256
+HOUSEKEEPING_SECONDS = 1.0
+RECONNECT_SECONDS = 0.25
+
+_BROKEN = (RedisError, OSError, asyncio.TimeoutError)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A job that waits for its reply; `entry` is its place in the stream, once Redis has said it."""
+
+    future: asyncio.Future[Reply]
+    lane: Lane
+    tokens: int
+    entry: bytes | None = None
+
+
+class RedisJobs:
+    """JobQueue on Redis, bounded by `max_jobs` and `max_tokens` over all processes together."""
+
+    def __init__(self, url: str, keys: protocol.Keys, max_jobs: int, max_tokens: int) -> None:
+        """Raises ValueError for a URL that is none."""
+        self._keys = keys
+        self._max_jobs = max_jobs
+        self._max_tokens = max_tokens
+        self._api = uuid.uuid4().hex
+        retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
+        self._pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=SOCKET_TIMEOUT,
+            socket_timeout=SOCKET_TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            retry=retry,
+        )
+        self._redis = Redis(connection_pool=self._pool)
+        self._submit = self._redis.register_script(protocol.SUBMIT)
+        self._finish = self._redis.register_script(protocol.FINISH)
+        self._open: dict[str, _Open] = {}
+        self._epoch = ""
+        self._stats = QueueStats(0, 0)
+        self._done: int | None = None
+        self._rate = DrainRate()
+        self._workers: list[WorkerInfo] = []
+        self._reader: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    async def open(self) -> None:
+        """Begin to read replies. Redis need not be there yet: requests are refused until it is."""
+        try:
+            await self._keep_house()
+        except _BROKEN as exc:
+            log.warning("the queue cannot be reached yet", reason=type(exc).__name__)
+        self._reader = asyncio.ensure_future(self._read_replies())
+
+    async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
+        if self._closed:
+            raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
+        loop = asyncio.get_running_loop()
+        # Known before Redis is told: the reply may be faster than Redis' answer to us.
+        opened = {job.id: _Open(loop.create_future(), job.lane, job.tokens) for job in jobs}
+        self._open.update(opened)
+        # Shielded: a caller who leaves meanwhile must not leave jobs behind whose place in the stream nobody knows.
+        adding = self._spawn(self._add(jobs, opened))
+        try:
+            await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(lambda task: self._undo(task, opened))
+            raise
+        except BaseException:
+            for job_id in opened:
+                self._open.pop(job_id, None)
+            raise
+        return [each.future for each in opened.values()]
+
+    def _undo(self, adding: asyncio.Task[None], opened: Iterable[str]) -> None:
+        if not adding.cancelled():
+            adding.exception()  # nobody is left to be told
+        self.cancel(opened)
+
+    async def _add(self, jobs: Sequence[Job], opened: dict[str, _Open]) -> None:
+        try:
+            answer = await self._ask_to_add(jobs)
+            if answer[0] == -1:
+                await self._keep_house()
+                # What was open before is lost, these are not: they have not been sent.
+                self._open.update(opened)
+                answer = await self._ask_to_add(jobs)
+        except _BROKEN as exc:
+            raise _unavailable(exc) from exc
+        if answer[0] == -1:
+            raise ServiceError(ErrorCode.QUEUE_UNAVAILABLE, "the queue is being started again", retry_after=1.0)
+        if answer[0] == 0:
+            wait = self._rate.seconds_for(answer[2])
+            raise ServiceError(
+                ErrorCode.OVERLOADED, f"the queue is full ({answer[1]} judgements wait)", retry_after=wait
+            )
+        for each, entry in zip(opened.values(), answer[1:], strict=True):
+            each.entry = entry
+
+    async def _ask_to_add(self, jobs: Sequence[Job]) -> list[Any]:
+        keys = self._keys
+        lane = protocol.LANES.index(jobs[0].lane) + 1
+        bounds = [lane, self._max_jobs, self._max_tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
+        answer: list[Any] = await self._submit(
+            keys=[*keys.streams, keys.tokens, keys.epoch, keys.seen(jobs[0].id)],
+            args=[self._epoch, *bounds, *(protocol.encode_job(job, self._api) for job in jobs)],
+        )
+        return answer
+
+    def cancel(self, ids: Iterable[str]) -> None:
+        gone = [each for job_id in ids if (each := self._open.pop(job_id, None)) is not None]
+        for each in gone:
+            each.future.cancel()
+        self._spawn(self._delete(gone))
+
+    async def _delete(self, jobs: Sequence[_Open]) -> None:
+        """Take jobs out of the stream, so that no worker does what nobody waits for."""
+        places = [
+            part
+            for job in jobs
+            if job.entry is not None
+            for part in (protocol.LANES.index(job.lane) + 1, job.entry, job.tokens)
+        ]
+        # Where Redis is away the worker sees the deadline, or its answer finds nobody.
+        with suppress(*_BROKEN):
+            if places:
+                await self._finish(keys=self._finish_keys(), args=[protocol.GROUP, 0, "", *places])
+
+    def _finish_keys(self) -> list[str]:
+        keys = self._keys
+        return [*keys.streams, keys.tokens, keys.done, keys.replies(self._api)]
+
+    def waiting(self) -> int:
+        return len(self._open)
+
+    def stats(self) -> QueueStats:
+        return self._stats
+
+    async def ready(self) -> None:
+        if self._closed:
+            raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
+        try:
+            await self._look_at_workers()
+        except _BROKEN as exc:
+            raise ServiceError(ErrorCode.NOT_READY, "the queue cannot be reached", retry_after=2.0) from exc
+        if not self._workers:
+            raise ServiceError(ErrorCode.NOT_READY, "no worker for this model is running", retry_after=5.0)
+
+    def workers(self) -> list[WorkerInfo]:
+        return list(self._workers)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._reader is not None:
+            self._reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reader
+            self._reader = None
+        left = list(self._open.values())
+        self._fail(JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged"))
+        await self._delete(left)
+        for task in list(self._background):
+            with suppress(Exception):
+                await task
+        with suppress(*_BROKEN):
+            await self._redis.delete(self._keys.replies(self._api))
+        await self._redis.aclose()
+        await self._pool.disconnect()
+
+    async def _read_replies(self) -> None:
+        last: bytes = b"0"
+        kept_house = 0.0
+        connected = True
+        while True:
+            try:
+                last = await self._receive(last)
+                if time.monotonic() - kept_house >= HOUSEKEEPING_SECONDS:
+                    await self._keep_house()
+                    await self._redis.xtrim(self._keys.replies(self._api), minid=last, approximate=False)
+                    kept_house = time.monotonic()
+                if not connected:
+                    log.info("the queue is back")
+                connected = True
+            except _BROKEN as exc:
+                if connected:
+                    log.warning("the queue cannot be reached", reason=type(exc).__name__)
+                connected = False
+                await asyncio.sleep(RECONNECT_SECONDS)
+
+    async def _receive(self, last: bytes) -> bytes:
+        """Wait for messages after `last` and hand out their replies; returns the id of the newest one."""
+        stream = self._keys.replies(self._api)
+        found: Any = await self._redis.xread({stream: last}, count=READ_COUNT, block=READ_BLOCK_MS)
+        for _, entries in found if isinstance(found, list) else list((found or {}).items()):
+            for entry, fields in entries:
+                self._resolve(protocol.decode_replies(fields[protocol.PAYLOAD]))
+                last = entry
+        return last
+
+    def _resolve(self, replies: Iterable[Reply]) -> None:
+        for reply in replies:
+            # Unknown: cancelled, or answered before by a worker that was thought lost.
+            waiting = self._open.pop(reply.id, None)
+            if waiting is not None and not waiting.future.done():
+                waiting.future.set_result(reply)
+
+    async def _keep_house(self) -> None:
+        """Once a second: has Redis lost its memory? How full is the queue, how fast is it, who works on it?"""
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(keys.epoch, uuid.uuid4().hex, nx=True)
+        pipe.get(keys.epoch)
+        pipe.xlen(keys.streams[0])
+        pipe.xlen(keys.streams[1])
+        pipe.mget(keys.tokens, keys.done)
+        _, epoch, interactive, bulk, (tokens, done) = await pipe.execute()
+        self._adopt(epoch.decode())
+        self._stats = QueueStats(interactive + bulk, int(tokens or 0))
+        if self._done is not None and int(done or 0) >= self._done:
+            self._rate.record(int(done or 0) - self._done, self._stats.jobs)
+        self._done = int(done or 0)
+        await self._look_at_workers()
+
+    def _adopt(self, epoch: str) -> None:
+        if self._epoch and epoch != self._epoch:
+            log.error("redis has lost the queue", jobs=len(self._open))
+            self._fail(JobFailure(ErrorCode.QUEUE_UNAVAILABLE, "the queue was lost: ask again"))
+        self._epoch = epoch
+
+    def _fail(self, failure: JobFailure) -> None:
+        self._resolve([Reply(job_id, failure) for job_id in self._open])
+
+    async def _look_at_workers(self) -> None:
+        keys = self._keys
+        alive: Any = await self._redis.zrangebyscore(keys.workers, time.time() - protocol.HEARTBEAT_TTL, "+inf")
+        infos: Any = await self._redis.hmget(keys.infos, alive) if alive else []
+        self._workers = [protocol.decode_info(info) for info in infos if info is not None]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+def _unavailable(cause: BaseException) -> ServiceError:
+    log.warning("could not submit", reason=type(cause).__name__)
+    return ServiceError(ErrorCode.QUEUE_UNAVAILABLE, "the queue cannot be reached", retry_after=2.0)

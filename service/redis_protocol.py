@@ -1,0 +1,230 @@
+"""The queue on Redis: its keys, its messages and its atomic steps. redis_jobs.py is the HTTP side, redis_source.py the
+worker's; both know Redis only through this file.
+
+    submit   jobs:<lane>   stream, one entry a job; its consumer group hands each entry to one worker at a time
+    reply    replies:<api> stream of each API process; survives a reconnect, which a subscription would not
+    finish   deletes the job's entry, gives its tokens back and sends its reply, in one step
+    lease    a worker renews what it holds; an entry left alone for longer is claimed by another worker
+    epoch    a random mark; when it is gone, Redis has lost the jobs and their callers must be told
+
+An entry is deleted when its job is answered, cancelled or given up, so the length of the streams is the number of open
+jobs, and `tokens` is what they hold. All keys share one hash tag: the model's fingerprint, so that an API and a worker
+with different models never meet.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from client.errors import ErrorCode
+from service.engine.contract import EngineItem, LabelLogprobs
+from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
+
+GROUP: Final = "workers"
+PAYLOAD: Final = b"p"
+LANES: Final = (Lane.INTERACTIVE, Lane.BULK)
+# Deliveries after which a job is given up: each one before ended with a lost worker.
+MAX_DELIVERIES: Final = 3
+# The replies of a process that is gone vanish after this long.
+REPLIES_TTL_MS: Final = 60_000
+# A submission that redis-py sends again after a broken connection is recognised for this long.
+SEEN_TTL_MS: Final = 60_000
+# A worker whose heartbeat is older than this many seconds is not counted.
+HEARTBEAT_TTL: Final = 15.0
+DEAD_LETTERS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of everything that one model's queue keeps in Redis."""
+
+    base: str
+
+    @classmethod
+    def of(cls, prefix: str, fingerprint: str) -> Keys:
+        """The keys of a model's queue."""
+        return cls(f"{prefix}:{{{fingerprint}}}")
+
+    def jobs(self, lane: Lane) -> str:
+        """The stream of a lane's open jobs."""
+        return f"{self.base}:jobs:{lane}"
+
+    @property
+    def streams(self) -> list[str]:
+        """Both lanes' streams, the interactive one first."""
+        return [self.jobs(lane) for lane in LANES]
+
+    @property
+    def tokens(self) -> str:
+        """The tokens of all open jobs."""
+        return f"{self.base}:tokens"
+
+    @property
+    def done(self) -> str:
+        """The tokens of all jobs ever answered: its growth is the speed of the workers."""
+        return f"{self.base}:done"
+
+    @property
+    def workers(self) -> str:
+        """Heartbeats: worker ids by time."""
+        return f"{self.base}:workers"
+
+    @property
+    def infos(self) -> str:
+        """What each worker says of itself."""
+        return f"{self.base}:workers:info"
+
+    @property
+    def epoch(self) -> str:
+        """The mark that dies with Redis' memory."""
+        return f"{self.base}:epoch"
+
+    @property
+    def dead(self) -> str:
+        """Jobs that were given up."""
+        return f"{self.base}:dead"
+
+    def replies(self, api: str) -> str:
+        """The stream on which an API process receives."""
+        return f"{self.base}:replies:{api}"
+
+    def seen(self, submission: str) -> str:
+        """The mark of a submission that has been accepted."""
+        return f"{self.base}:seen:{submission}"
+
+
+# KEYS: both lanes, tokens, epoch, seen. ARGV: epoch, lane (1 or 2), max jobs, max tokens, tokens, seen ttl, payloads…
+# Returns {1, entry ids…}, {0, jobs, tokens} when full, {-1} when the epoch is another.
+SUBMIT: Final = """
+if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {-1} end
+local seen = redis.call('GET', KEYS[5])
+local ids = {1}
+if seen then
+  for id in string.gmatch(seen, '%S+') do ids[#ids + 1] = id end
+  return ids
+end
+local jobs = redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2])
+local tokens = tonumber(redis.call('GET', KEYS[3]) or '0')
+local count = #ARGV - 6
+if jobs > 0 and (jobs + count > tonumber(ARGV[3]) or tokens + tonumber(ARGV[5]) > tonumber(ARGV[4])) then
+  return {0, jobs, tokens}
+end
+local lane = KEYS[tonumber(ARGV[2])]
+for i = 7, #ARGV do ids[#ids + 1] = redis.call('XADD', lane, '*', 'p', ARGV[i]) end
+redis.call('INCRBY', KEYS[3], ARGV[5])
+redis.call('SET', KEYS[5], table.concat(ids, ' ', 2), 'PX', ARGV[6])
+return ids
+"""
+
+# KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', then lane, entry, tokens for each
+# job. Deletes the entries; those already gone count for nothing. Sends the message. Returns how many were still there.
+FINISH: Final = """
+local there, tokens = 0, 0
+for i = 4, #ARGV, 3 do
+  local stream = KEYS[tonumber(ARGV[i])]
+  redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
+  if redis.call('XDEL', stream, ARGV[i + 1]) == 1 then
+    there = there + 1
+    tokens = tokens + tonumber(ARGV[i + 2])
+  end
+end
+if there > 0 then
+  redis.call('DECRBY', KEYS[3], tokens)
+  redis.call('INCRBY', KEYS[4], tokens)
+  if redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
+end
+if ARGV[3] ~= '' then
+  redis.call('XADD', KEYS[5], '*', 'p', ARGV[3])
+  redis.call('PEXPIRE', KEYS[5], ARGV[2])
+end
+return there
+"""
+
+# KEYS: both lanes. ARGV: group, then lane and entry for each job. Puts each that is still there at its lane's end anew.
+RELEASE: Final = """
+for i = 2, #ARGV, 2 do
+  local stream = KEYS[tonumber(ARGV[i])]
+  local entry = redis.call('XRANGE', stream, ARGV[i + 1], ARGV[i + 1])[1]
+  redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
+  if entry then
+    redis.call('XDEL', stream, ARGV[i + 1])
+    redis.call('XADD', stream, '*', unpack(entry[2]))
+  end
+end
+"""
+
+# KEYS: both lanes. ARGV: lane and entry for each job. Returns the positions (from 0) of those that are gone.
+GONE: Final = """
+local gone = {}
+for i = 1, #ARGV, 2 do
+  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if #redis.call('XRANGE', stream, id, id) == 0 then gone[#gone + 1] = (i - 1) / 2 end
+end
+return gone
+"""
+
+# KEYS: both lanes. ARGV: group, consumer, then lane and entry for each job. Renews the lease of those still its own.
+RENEW: Final = """
+for i = 3, #ARGV, 2 do
+  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if #redis.call('XPENDING', stream, ARGV[1], id, id, 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, id, 'JUSTID')
+  end
+end
+"""
+
+
+def encode_job(job: Job, api: str) -> bytes:
+    """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers."""
+    item = job.item
+    header = [job.id, api, job.deadline, job.submitted, item.label_ids, item.boundaries, job.traceparent]
+    head = json.dumps(header, separators=(",", ":")).encode()
+    return len(head).to_bytes(4, "little") + head + array("I", item.token_ids).tobytes()
+
+
+def decode_job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
+    """The job of an entry, and the id of the API process that waits for it. Raises ValueError for anything else."""
+    end = 4 + int.from_bytes(payload[:4], "little")
+    job_id, api, deadline, submitted, labels, boundaries, traceparent = json.loads(payload[4:end])
+    tokens = array("I")
+    tokens.frombytes(payload[end:])
+    item = EngineItem(tuple(tokens), tuple(labels), tuple(boundaries))
+    return Job(job_id, item, deadline, submitted, lane, attempt, traceparent), api
+
+
+def encode_replies(replies: Sequence[Reply]) -> bytes:
+    """The replies to one API process as one message in JSON, whose numbers come back exactly."""
+    return json.dumps([_plain(reply) for reply in replies], separators=(",", ":")).encode()
+
+
+def _plain(reply: Reply) -> list[Any]:
+    if isinstance(reply.outcome, JobFailure):
+        outcome: list[Any] = [reply.outcome.code, reply.outcome.message]
+    else:
+        outcome = [reply.outcome.logprobs, reply.outcome.argmax_id, reply.outcome.cached_tokens]
+    return [reply.id, reply.queued, reply.inference, *outcome]
+
+
+def decode_replies(message: bytes) -> list[Reply]:
+    """The replies of a message."""
+    return [_reply(*plain) for plain in json.loads(message)]
+
+
+def _reply(job_id: str, queued: float, inference: float, first: Any, second: Any, *cached: int) -> Reply:
+    if cached:
+        return Reply(job_id, LabelLogprobs(tuple(first), second, *cached), queued, inference)
+    return Reply(job_id, JobFailure(ErrorCode(first), second), queued, inference)
+
+
+def encode_info(info: WorkerInfo) -> str:
+    """What a worker says of itself."""
+    return json.dumps([info.engine, info.dtype, info.max_tokens])
+
+
+def decode_info(text: bytes) -> WorkerInfo:
+    """The same, read."""
+    return WorkerInfo(*json.loads(text))

