@@ -1,4 +1,5 @@
-"""A lean closed-loop load: so many callers, each sending its next request when it has its answer.
+"""Lean loads: closed (so many callers, each sending its next request when it has its answer) and open (so many requests
+a second, whatever becomes of them).
 
 Bare HTTP/1.1 over asyncio streams, because on a small machine a full client would be most of what is measured.
 """
@@ -6,21 +7,42 @@ Bare HTTP/1.1 over asyncio streams, because on a small machine a full client wou
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 
+# In a body: replaced by a number that no other request of the load has.
+NUMBER = b"{n}"
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send: `body` to `path` (GET where it is empty) from `callers` connections for `seconds`."""
+    """What to send: `body` to `path` (GET where it is empty) from `callers` connections for `seconds`.
+
+    `timeout` is sent as X-Request-Timeout.
+    """
 
     url: str
     path: str
     body: bytes
     callers: int
     seconds: float
+    timeout: float | None = None
+
+    def requests(self) -> Iterator[bytes]:
+        """The bytes of one request after another, without end."""
+        method = "POST" if self.body else "GET"
+        limit = f"X-Request-Timeout: {self.timeout:g}\r\n" if self.timeout else ""
+        head = f"{method} {self.path} HTTP/1.1\r\nHost: {urlsplit(self.url).netloc}\r\n{limit}"
+        for number in itertools.count():
+            body = self.body.replace(NUMBER, str(number).encode())
+            yield f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +54,84 @@ class Measured:
     p99: float
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answer: its status, the seconds it took from when it was due, its Retry-After header, its body."""
+
+    status: int
+    seconds: float
+    retry_after: str | None
+    body: bytes
+
+
 async def closed_loop(load: Load) -> Measured:
     """Run the load; raises RuntimeError on any answer but 200: a rate of errors is no rate."""
     until = time.perf_counter() + load.seconds
     started = time.perf_counter()
-    callers = await asyncio.gather(*(_caller(load, until) for _ in range(load.callers)))
+    requests = load.requests()
+    callers = await asyncio.gather(*(_caller(load, requests, until) for _ in range(load.callers)))
     elapsed = time.perf_counter() - started
-    latencies = sorted(latency for caller in callers for latency in caller)
-    p99 = latencies[min(len(latencies) - 1, int(0.99 * len(latencies)))]
-    return Measured(len(latencies) / elapsed, statistics.median(latencies) * 1e3, p99 * 1e3)
+    latencies = [latency for caller in callers for latency in caller]
+    return Measured(len(latencies) / elapsed, percentile(latencies, 50) * 1e3, percentile(latencies, 99) * 1e3)
 
 
-async def _caller(load: Load, until: float) -> list[float]:
-    address = urlsplit(load.url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
-    method = "POST" if load.body else "GET"
-    head = f"{method} {load.path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(load.body)}\r\n\r\n".encode() + load.body
+def percentile(values: list[float], percent: float) -> float:
+    """The value below which so many percent lie; the median for 50."""
+    if percent == 50:
+        return statistics.median(values)
+    return sorted(values)[min(len(values) - 1, int(percent / 100 * len(values)))]
+
+
+async def _caller(load: Load, requests: Iterator[bytes], until: float) -> list[float]:
+    connection = await _connect(load)
     latencies = []
     try:
         while (now := time.perf_counter()) < until:
-            writer.write(request)
-            await _answer(reader)
-            latencies.append(time.perf_counter() - now)
+            answer = await _ask(connection, next(requests), now)
+            if answer.status != 200:
+                raise RuntimeError(f"{answer.status}: {answer.body[:200].decode()}")
+            latencies.append(answer.seconds)
     finally:
-        writer.close()
+        connection[1].close()
     return latencies
 
 
-async def _answer(reader: asyncio.StreamReader) -> None:
+async def open_loop(load: Load, rate: float) -> list[Answered]:
+    """Send `rate` requests a second; every answer, in the order of sending. `callers` connections are made at first.
+
+    Latency counts from when a request was due, so that a slow sender does not flatter the service.
+    """
+    idle = [await _connect(load) for _ in range(load.callers)]
+    requests = load.requests()
+    started = time.perf_counter()
+
+    async def send(due: float) -> Answered:
+        connection = idle.pop() if idle else await _connect(load)
+        answer = await _ask(connection, next(requests), due)
+        idle.append(connection)
+        return answer
+
+    tasks = []
+    for number in range(int(rate * load.seconds)):
+        due = started + number / rate
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.ensure_future(send(due)))
+    answers = await asyncio.gather(*tasks)
+    for _, writer in idle:
+        writer.close()
+    return answers
+
+
+async def _connect(load: Load) -> Connection:
+    address = urlsplit(load.url)
+    return await asyncio.open_connection(address.hostname, address.port)
+
+
+async def _ask(connection: Connection, request: bytes, since: float) -> Answered:
+    reader, writer = connection
+    writer.write(request)
     head = await reader.readuntil(b"\r\n\r\n")
-    lines = head.lower().split(b"\r\n")
-    length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length:"))
-    body = await reader.readexactly(length)
-    if b" 200 " not in lines[0]:
-        raise RuntimeError(f"{lines[0].decode()}: {body[:200].decode()}")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return Answered(int(first.split()[1]), time.perf_counter() - since, headers.get("retry-after"), body)

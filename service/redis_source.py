@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 SOCKET_TIMEOUT = 8.0
 CONNECT_TIMEOUT = 2.0
 RECONNECT_SECONDS = 0.25
+# Redis looks at the time-outs of blocked clients ten times a second: shorter waits are slept here.
+SHORT_WAIT_SECONDS = 0.1
 # How many lost jobs are claimed at a time: each then runs alone.
 CLAIM_COUNT = 16
 # How long an answer is offered to a Redis that is away; after that the lease has expired and the job is another's.
@@ -142,12 +144,18 @@ class RedisSource:
         time.sleep(RECONNECT_SECONDS)
 
     def _read(self, max_jobs: int, timeout: float) -> list[Job]:
+        if timeout < SHORT_WAIT_SECONDS:
+            time.sleep(max(0.0, timeout))
+            return self._read_stream(max_jobs, None)
+        return self._read_stream(max_jobs, int(timeout * 1000))
+
+    def _read_stream(self, max_jobs: int, block: int | None) -> list[Job]:
         found: Any = self._redis.xreadgroup(
             protocol.GROUP,
             self._me,
             dict.fromkeys(self._keys.streams, ">"),
             count=max_jobs,
-            block=max(1, int(timeout * 1000)) if timeout > 0 else None,
+            block=block,
         )
         by_stream = found if isinstance(found, list) else list((found or {}).items())
         lanes = {self._keys.jobs(lane).encode(): lane for lane in protocol.LANES}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 # on a busy machine loses tenfold to threads that wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.redis_server import RedisServer, running_redis
 from tests.tiny import make_tiny_model
 
 
@@ -18,3 +20,10 @@ from tests.tiny import make_tiny_model
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random tiny model with its tokenizer."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A real Redis of the test's own, empty."""
+    with running_redis() as server:
+        yield server

@@ -76,6 +76,7 @@ class Api(Program):
     """A `python -m service` of which `url` is the address; started again by `start_again`."""
 
     def __init__(self, flags: list[str], log: Path, port: int) -> None:
+        self.port = port
         self.url = f"http://127.0.0.1:{port}"
         super().__init__(["service", "--port", str(port), *flags], log)
 
@@ -123,17 +124,11 @@ class Fleet:
         return self._folder / f"{self._count:02d}-{kind}.log"
 
     def wait_ready(self) -> None:
-        """Wait until every API process that runs is ready and every worker that runs takes jobs."""
-        for api in self.apis:
-            self._wait(api, lambda api=api: api.status("/ready") == 200)  # type: ignore[misc]
+        """Wait until every API process is ready and every worker takes jobs; raises RuntimeError with their logs."""
         for worker in self.workers:
-            self._wait(worker, lambda worker=worker: "working" in worker.output)  # type: ignore[misc]
-
-    def _wait(self, program: Program, there: Callable[[], bool]) -> None:
-        if program.alive and not wait_for(lambda: there() or not program.alive, START_SECONDS):
-            raise RuntimeError(f"not ready in {START_SECONDS:g} s; its log: {program.output}")
-        if not program.alive:
-            raise RuntimeError(f"ended with {program.process.returncode}; its log: {program.output}")
+            _wait(worker, lambda worker=worker: "working" in worker.output)
+        for api in self.apis:
+            _wait(api, lambda api=api: api.status("/ready") == 200)
 
     @property
     def output(self) -> str:
@@ -160,3 +155,9 @@ class Fleet:
         finally:
             done.set()
             thread.join()
+
+
+def _wait(program: Program, ready: Callable[[], bool]) -> None:
+    wait_for(lambda: not program.alive or ready(), START_SECONDS)
+    if not program.alive or not ready():
+        raise RuntimeError(f"not ready (status {program.process.returncode}); its log: {program.output}")

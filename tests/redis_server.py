@@ -113,25 +113,29 @@ def running_redis(*flags: str, password: str | None = None) -> Iterator[RedisSer
         server.stop()
 
 
-def leftovers(server: RedisServer, base: str) -> dict[str, int]:
+def leftovers(server: RedisServer, base: str = "judge:{fake}", patience: float = 10.0) -> dict[str, int]:
     """What a queue at rest should not hold: open and pending jobs, reserved tokens, keys that never expire.
 
-    `base` is what the queue's keys begin with. Empty when nothing has leaked. Heartbeats of workers, the epoch, the
-    running total and the dead letters stay by design; replies and marks of submissions must have a time to live.
+    `base` is what the queue's keys begin with. Empty when nothing has leaked; it may take up to `patience` seconds for
+    the last job to go. Heartbeats, the epoch, the running total and dead letters stay by design; replies and marks of
+    submissions must have a time to live.
     """
-    found: dict[str, int] = {}
+    deadline = time.monotonic() + patience
     with server.client() as client:
-        for lane in ("interactive", "bulk"):
-            stream = f"{base}:jobs:{lane}"
-            found[stream] = client.xlen(stream)
-            found[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
-        found["tokens"] = int(client.get(f"{base}:tokens") or 0)
-        for key in client.scan_iter(f"{base}:*"):
-            name = key.decode().removeprefix(f"{base}:")
-            if name.startswith(("replies:", "seen:")):
-                found[f"{name} without expiry"] = int(client.ttl(key) == -1)
-            elif name not in _KEPT:
-                found[f"{name} unknown"] = 1
+        while (found := _found(client, base)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return found
+
+
+def _found(client: redis.Redis, base: str) -> dict[str, int]:
+    found = {"tokens": int(client.get(f"{base}:tokens") or 0)}
+    for lane in ("interactive", "bulk"):
+        stream = f"{base}:jobs:{lane}"
+        found[stream] = client.xlen(stream)
+        found[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
+    for key in client.scan_iter(f"{base}:*"):
+        name = key.decode().removeprefix(f"{base}:")
+        found[f"{name} without expiry"] = int(name not in _KEPT and client.ttl(key) == -1)
     return {what: count for what, count in found.items() if count}
 
 
