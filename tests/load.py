@@ -36,7 +36,7 @@ class Mix:
     batch_size: int = 100
     singles: int = 500
     callers: int = 64
-    timeout: float = 60.0
+    timeout: float = 40.0
     special: dict[int, str] = field(default_factory=dict)
 
     @property

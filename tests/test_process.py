@@ -45,7 +45,7 @@ def test_help_explains_every_flag() -> None:
     [
         (["--port", "99999"], "--port"),
         (["--engine", "abacus"], "--engine"),
-        (["--queue-url", "redis://localhost"], "memory://"),
+        (["--queue-url", "ftp://localhost"], "--queue-url"),
         (["--no-such-flag"], "unrecognized"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
 
     assert 0 < first["score"] < 1
     assert [each["result"]["log_odds"] for each in again] == pytest.approx([first["log_odds"]] * 2, abs=1e-5)
-    assert (model["engine"], model["dtype"], model["max_tokens"]) == ("torch", "float32", 2048)
+    assert model["workers"] == [{"engine": "torch", "dtype": "float32", "max_tokens": 2048}]
 
 
 def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:

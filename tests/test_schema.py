@@ -105,10 +105,10 @@ MODEL = {
     "fingerprint": "0123abcd",
     "engine": "torch",
     "judge": "logprobs",
-    "dtype": "bfloat16",
     "max_tokens": 32768,
     "default_format": "chat",
     "note": None,
+    "workers": [{"engine": "torch", "dtype": "bfloat16", "max_tokens": 32768}],
 }
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ScoreRequest, SCORE_FULL),
@@ -352,7 +352,7 @@ CODES = {
     422: {"invalid_request"},
     429: {"rate_limited"},
     500: {"internal_error", "inference_failed"},
-    503: {"overloaded", "not_ready", "draining"},
+    503: {"overloaded", "queue_unavailable", "not_ready", "draining"},
     504: {"deadline_exceeded"},
 }
 
