@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-
 # In a body: replaced by a number that no other request of the load has.
 NUMBER = b"{n}"
 

@@ -1,4 +1,4 @@
-"""A service in a process of its own."""
+"""A service, and what belongs to it, in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from client import Judge, JudgeError
 
@@ -27,12 +29,12 @@ class Running:
 def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, str] | None = None) -> Iterator[Running]:
     """`python -m service` with these flags on a free loopback port; stopped with SIGTERM in the end.
 
+    Where its queue is on Redis, a worker has to be running already.
+
     `env` is added to the environment. Raises RuntimeError when the service ends, or takes longer than `start_timeout`
     seconds, before it is ready.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "service", "--port", str(port), "--log-level", "warning", *flags]
     process = subprocess.Popen(command, env={**os.environ, **(env or {})})
     url = f"http://127.0.0.1:{port}"
@@ -43,6 +45,46 @@ def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, s
         # Ended already where a test or a crash saw to it.
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+@contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m …` without a wait; stopped with SIGTERM in the end."""
+    process = subprocess.Popen([sys.executable, "-m", *command])
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def wait_for_status(url: str, status: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Return when a GET of `url` is answered with `status`; raises RuntimeError when that does not come."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == status:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"{url} did not answer with {status}; its process's messages are above")
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def peak_memory(process: subprocess.Popen[bytes]) -> int:
+    """Bytes of memory that a process has had in use at most (Linux)."""
+    status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], deadline: float) -> None:

@@ -185,8 +185,7 @@ class RedisJobs:
         self._closed = True
         if self._reader is not None:
             self._reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._reader
+            await asyncio.wait([self._reader], timeout=2 * READ_BLOCK_MS / 1000)
             self._reader = None
         left = list(self._open.values())
         self._fail(JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged"))
@@ -203,7 +202,8 @@ class RedisJobs:
         last: bytes = b"0"
         kept_house = 0.0
         connected = True
-        while True:
+        # Looked at besides: a cancellation that meets the end of a read can get lost in the client library.
+        while not self._closed:
             try:
                 last = await self._receive(last)
                 if time.monotonic() - kept_house >= HOUSEKEEPING_SECONDS:

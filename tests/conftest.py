@@ -12,6 +12,7 @@ import pytest
 # on a busy machine loses tenfold to threads that wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.fleet import Fleet
 from tests.redis_server import RedisServer, running_redis
 from tests.tiny import make_tiny_model
 
@@ -27,3 +28,10 @@ def redis_server() -> Iterator[RedisServer]:
     """A real Redis of the test's own, empty."""
     with running_redis() as server:
         yield server
+
+
+@pytest.fixture
+def fleet(redis_server: RedisServer, tmp_path: Path) -> Iterator[Fleet]:
+    """No process yet; those that the test starts share that Redis."""
+    with Fleet(tmp_path, "--queue-url", redis_server.url) as processes:
+        yield processes

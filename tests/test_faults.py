@@ -10,17 +10,13 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
 
 from bench.load import Load, open_loop
 from service.engine.fake import CRASH_STATUS, fake_tokenizer
 from service.worker import STALLED_STATUS
 from tests.fleet import Fleet
-from tests.load import Mix, RunningLoad, Tally
 from tests.live import wait_for
+from tests.load import Mix, RunningLoad, Tally
 from tests.redis_server import RedisServer, leftovers
 
 MIX = Mix(batches=50, batch_size=100, singles=500)
@@ -29,13 +25,6 @@ ALL_ANSWERED = Tally(sent=MIX.sent, once=MIX.sent)
 WORKER = ("--fake-delay", "0.1", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # A character that is in no template, so that a text with it is the only one with its token.
 MARK = "~"
-
-
-@pytest.fixture
-def fleet(redis_server: RedisServer, tmp_path: Path) -> Iterator[Fleet]:
-    """No process yet; all share one Redis."""
-    with Fleet(tmp_path, "--queue-url", redis_server.url) as fleet:
-        yield fleet
 
 
 def start(fleet: Fleet, workers: int = 3) -> str:
@@ -143,7 +132,7 @@ def test_a_worker_that_hangs_ends_and_others_do_its_work(redis_server: RedisServ
 
 
 def test_an_item_that_crashes_its_worker_is_given_up_alone(redis_server: RedisServer, fleet: Fleet) -> None:
-    """Poison in a batch and in a single request: three deliveries each, then a 500 that says so; no neighbour suffers."""
+    """Poison in a batch and in a single request: a 500 that says so after three deliveries; no neighbour suffers."""
     crash = (*WORKER, "--fake-crash-token", mark_token())
     for _ in range(3):
         fleet.worker(*crash)
