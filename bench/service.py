@@ -78,7 +78,10 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
     built = [prompts.build(library.default("pointwise"), item.prompt, [item.response], "error") for item in items]
     work = [EngineItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries) for prompt in built]
     tokens = sum(len(item.token_ids) for item in work)
-    with running_service("--model", str(files.path)) as service, Judge(service.url, timeout=3600) as judge:
+    with (
+        running_service("--model", str(files.path), "--cache-entries", "0") as service,
+        Judge(service.url, timeout=3600) as judge,
+    ):
         ways: dict[str, Callable[[], object]] = {
             "engine directly": lambda: engine.label_logprobs(work),
             f"/score/batch of {BATCH}": lambda: [
@@ -121,7 +124,7 @@ def without_model(items: list[ScoreRequest], seconds: float) -> Table:
     one = items[len(items) // 2].model_dump_json(exclude_defaults=True).encode()
     batch = json.dumps({"items": [item.model_dump(exclude_defaults=True) for item in items[:BATCH]]}).encode()
     table = Table("request", "callers", "requests/s", "items/s", "p50 ms", "p99 ms", title="fake engine")
-    with running_service("--engine", "fake") as service:
+    with running_service("--engine", "fake", "--cache-entries", "0") as service:
         for path, body, size, callers in [
             ("/health", b"", 1, 1),
             ("/score", one, 1, 1),
