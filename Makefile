@@ -7,7 +7,7 @@ MODEL ?= qwen2.5-coder-1.5b-instruct
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: help install check format test test-models serve demo bench clean
+.PHONY: help install check format test test-models serve demo bench bench-queue clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,10 @@ demo: install ## Fetch the default model, judge right and wrong answers over HTT
 
 bench: install ## The engine alone, through HTTP, and the service's own cost
 	$(BIN)/python -m bench.service
+
+bench-queue: install ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
+	$(BIN)/python -m bench.queue
+	$(BIN)/python -m bench.queue --overload
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

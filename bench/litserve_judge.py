@@ -4,8 +4,7 @@ batch, with LitServe's HTTP, queue and batching in place of ours. Needs `pip ins
     python -m bench.litserve_judge PORT
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: LitServe reads decode_request's annotation as a type.
 import sys
 from typing import Any
 

@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 # In a body: replaced by a number that no other request of the load has.
 NUMBER = b"{n}"
 
+# Shorter than the 5 s after which uvicorn closes an idle connection.
+KEEPALIVE_SECONDS = 3.0
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -100,14 +103,14 @@ async def open_loop(load: Load, rate: float) -> list[Answered]:
 
     Latency counts from when a request was due, so that a slow sender does not flatter the service.
     """
-    idle = [await _connect(load) for _ in range(load.callers)]
+    idle = [(await _connect(load), time.perf_counter()) for _ in range(load.callers)]
     requests = load.requests()
     started = time.perf_counter()
 
     async def send(due: float) -> Answered:
-        connection = idle.pop() if idle else await _connect(load)
+        connection = _fresh(idle) or await _connect(load)
         answer = await _ask(connection, next(requests), due)
-        idle.append(connection)
+        idle.append((connection, time.perf_counter()))
         return answer
 
     tasks = []
@@ -116,9 +119,18 @@ async def open_loop(load: Load, rate: float) -> list[Answered]:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.ensure_future(send(due)))
     answers = await asyncio.gather(*tasks)
-    for _, writer in idle:
-        writer.close()
+    for connection, _ in idle:
+        connection[1].close()
     return answers
+
+
+def _fresh(idle: list[tuple[Connection, float]]) -> Connection | None:
+    """The connection used last, unless the service may have closed it by now; then none is worth keeping."""
+    if idle and time.perf_counter() - idle[-1][1] < KEEPALIVE_SECONDS:
+        return idle.pop()[0]
+    while idle:
+        idle.pop()[0][1].close()
+    return None
 
 
 async def _connect(load: Load) -> Connection:

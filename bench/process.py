@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,13 +49,18 @@ def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, s
 
 @contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m …` without a wait; stopped with SIGTERM in the end."""
-    process = subprocess.Popen([sys.executable, "-m", *command])
+    """`python -m …` without a wait; in the end stopped with SIGTERM, and what is left of it killed after 10 s."""
+    process = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)
     try:
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        # Its own children with it: some servers leave theirs behind.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
 
 
 def wait_for_status(url: str, status: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:

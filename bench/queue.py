@@ -88,9 +88,7 @@ def side_by_side(redis: RedisServer, rounds: int, seconds: float) -> Table:
                         if number:
                             measured.setdefault((load_name, system.name), []).append(result)
     title = f"no-op judge, medians of {rounds} interleaved rounds of {seconds:g} s"
-    table = Table(
-        "load", "system", "requests/s", "judgements/s", "p50 ms", "p99 ms", "min..max requests/s", title=title
-    )
+    table = Table("load", "system", "requests/s", "judgements/s", "p50 ms", "p99 ms", "min..max", title=title)
     for (load_name, name), results in measured.items():
         table.add_row(load_name, name, *_numbers(results, BATCH if "batch" in load_name else 1))
     return table
@@ -98,7 +96,7 @@ def side_by_side(redis: RedisServer, rounds: int, seconds: float) -> Table:
 
 def loads() -> list[tuple[str, str, bytes, int]]:
     """Name, path, body and callers of each load."""
-    singles = [(f"/score, {callers} callers", "/score", ONE, callers) for callers in CALLERS]
+    singles = [(f"/score, {callers} caller{'s' * (callers > 1)}", "/score", ONE, callers) for callers in CALLERS]
     return [*singles, (f"batches of {BATCH}, {BATCH_CALLERS} callers", "/score/batch", MANY, BATCH_CALLERS)]
 
 

@@ -28,6 +28,7 @@ from client.schema import (
     ModelInfo,
     ModelsResult,
     ReadyResult,
+    Result,
     ScoreBatchItem,
     ScoreBatchRequest,
     ScoreBatchResult,
@@ -38,9 +39,10 @@ from client.schema import (
     WorkerStatus,
 )
 from service import http_errors
+from service.asking import Call
 from service.errors import ServiceError
 from service.jobs import JobQueue, Lane
-from service.judging import Call, Judging, cost
+from service.judging import Judging, cost
 from service.limits import RateLimiter
 from service.metrics import Metrics
 from service.middleware import Authentication, RequestContext, WholeBody
@@ -92,7 +94,7 @@ class Service:
             self.limiter.spend(caller, judgements)
 
 
-def _call(
+async def _call(
     request: Request,
     x_request_timeout: Annotated[
         str | None, Header(description="Seconds after which the caller no longer waits; the job is then dropped.")
@@ -227,43 +229,52 @@ def _add_judging(app: FastAPI, service: Service) -> None:
                 service.metrics.error(answer.code)
         return merged
 
-    @app.post("/score", responses=_errors(*_SINGLE), tags=["judging"])
-    async def score(body: ScoreRequest, call: Caller, request: Request) -> ScoreResult:
+    @app.post("/score", response_model=ScoreResult, responses=_errors(*_SINGLE), tags=["judging"])
+    async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
         service.admit(request.state.caller, 1, cost(body))
-        return _or_raise((await service.judging.score([body], call))[0])
+        return _json(_or_raise((await service.judging.score([body], call))[0]))
 
-    @app.post("/compare", responses=_errors(*_SINGLE), tags=["judging"])
-    async def compare(body: CompareRequest, call: Caller, request: Request) -> CompareResult:
+    @app.post("/compare", response_model=CompareResult, responses=_errors(*_SINGLE), tags=["judging"])
+    async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
         service.admit(request.state.caller, 1, cost(body))
-        return _or_raise((await service.judging.compare([body], call))[0])
+        return _json(_or_raise((await service.judging.compare([body], call))[0]))
 
-    @app.post("/score/batch", responses=_errors(*_BATCH), tags=["judging"])
-    async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> ScoreBatchResult:
+    @app.post("/score/batch", response_model=ScoreBatchResult, responses=_errors(*_BATCH), tags=["judging"])
+    async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
         """Many score requests at once; each entry of the answer holds a result or that item's own error."""
         answers = await judge_batch(body.items, service.judging.score, request.state.caller, call)
-        return ScoreBatchResult(
-            results=[
-                ScoreBatchItem(index=index, error=answer.body())
-                if isinstance(answer, ServiceError)
-                else ScoreBatchItem(index=index, result=answer)
-                for index, answer in enumerate(answers)
-            ]
+        return _json(
+            ScoreBatchResult(
+                results=[
+                    ScoreBatchItem(index=index, error=answer.body())
+                    if isinstance(answer, ServiceError)
+                    else ScoreBatchItem(index=index, result=answer)
+                    for index, answer in enumerate(answers)
+                ]
+            )
         )
 
-    @app.post("/compare/batch", responses=_errors(*_BATCH), tags=["judging"])
-    async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> CompareBatchResult:
+    @app.post("/compare/batch", response_model=CompareBatchResult, responses=_errors(*_BATCH), tags=["judging"])
+    async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
         """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
         answers = await judge_batch(body.items, service.judging.compare, request.state.caller, call)
-        return CompareBatchResult(
-            results=[
-                CompareBatchItem(index=index, error=answer.body())
-                if isinstance(answer, ServiceError)
-                else CompareBatchItem(index=index, result=answer)
-                for index, answer in enumerate(answers)
-            ]
+        return _json(
+            CompareBatchResult(
+                results=[
+                    CompareBatchItem(index=index, error=answer.body())
+                    if isinstance(answer, ServiceError)
+                    else CompareBatchItem(index=index, result=answer)
+                    for index, answer in enumerate(answers)
+                ]
+            )
         )
+
+
+def _json(result: Result) -> Response:
+    """The result as it is sent. A route that returned it bare would have it validated a second time."""
+    return Response(result.model_dump_json(), media_type="application/json")
 
 
 def _or_raise(answer: Answer | ServiceError) -> Answer:

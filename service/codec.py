@@ -20,6 +20,9 @@ from service.errors import ServiceError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SHORT: Final = 4096
+"""Characters up to which handing a text to tokenizers' thread pool costs more than it gains."""
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model's weights; the network is not asked.
@@ -83,18 +86,35 @@ class Codec:
         real = {vocab[stand_ins[token.content]]: id_ for id_, token in added.items()}
         return stand_ins, real
 
-    def encode(self, text: str, guarded: bool) -> tuple[Encoding, list[int]]:
-        """The tokens of the text, nothing put before or after it; `ids` are always the model's own."""
-        if not guarded:
-            encoding = self._plain.encode(text, add_special_tokens=False)
-            return encoding, encoding.ids
-        encoding = self._guarded.encode(text, add_special_tokens=False)
-        return encoding, [self._real.get(id_, id_) for id_ in encoding.ids]
+    def encode_all(self, texts: Sequence[str]) -> list[Encoding]:
+        """The tokens of each text, nothing put before or after it, control strings read as control tokens.
+
+        Other threads go on meanwhile, and several texts use all cores, unless there is little to do.
+        """
+        unique = list(dict.fromkeys(texts))
+        if len(unique) == 1 and len(unique[0]) <= _SHORT:
+            found = [self._plain.encode(unique[0], add_special_tokens=False)]
+        else:
+            found = self._plain.encode_batch(unique, add_special_tokens=False)
+        by_text = dict(zip(unique, found, strict=True))
+        return [by_text[text] for text in texts]
+
+    def encode_guarded(self, text: str) -> Encoding:
+        """The tokens of the text with control strings split and stand-ins kept; see `ids_of`."""
+        return self._guarded.encode(text, add_special_tokens=False)
+
+    def ids_of(self, encoding: Encoding, guarded: bool) -> list[int]:
+        """The encoding's ids as the model's own."""
+        return [self._real.get(id_, id_) for id_ in encoding.ids] if guarded else encoding.ids
+
+    def ids(self, text: str, guarded: bool) -> list[int]:
+        """The ids of the text alone."""
+        return self.ids_of(self.encode_guarded(text) if guarded else self.encode_all([text])[0], guarded)
 
     def holds_only(self, control: tuple[int, ...], ids: list[int], text: str, guarded: bool) -> bool:
         """Whether the control tokens among `ids` are these. The unknown token also stands for other text than its own
         name, so there the text is asked."""
-        if tuple([id_ for id_ in ids if id_ in self._control]) != control:
+        if tuple(filter(self._control.__contains__, ids)) != control:
             return False
         return guarded or self._unknown is None or self._unknown not in text
 
@@ -106,7 +126,7 @@ class Codec:
         return self._control_string.sub(lambda found: self._stand_ins[found[0]], text)
 
     def _control_in(self, text: str) -> tuple[int, ...]:
-        return tuple(id_ for id_ in self.encode(text, False)[1] if id_ in self._control)
+        return tuple(id_ for id_ in self.ids(text, False) if id_ in self._control)
 
     def fewest_tokens(self, texts: Sequence[str]) -> int:
         """A number of tokens that the texts have at least: their size over that of the longest token. 0: not known."""

@@ -1,10 +1,9 @@
-"""From requests to results: render, queue, await, apply the scoring rule. Knows nothing of HTTP."""
+"""From requests to results: render, have judged, apply the scoring rule. Knows nothing of HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -22,48 +21,30 @@ from client.schema import (
     Timing,
     Usage,
 )
-from service.engine.contract import EngineItem
+from service.asking import Asker, Call, Judged
 from service.errors import ServiceError
-from service.jobs import Job, JobFailure, JobQueue, Lane, Reply
-from service.metrics import Metrics
-from service.prompt import JudgePrompt, PromptBuilder
-from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise, compare_pointwise, judgement
+from service.prompt import JudgePrompt, PromptBuilder, Wanted
+from service.scoring import Comparison, OrderEffect, compare_pairwise, compare_pointwise
 from service.templates import Template, TemplateLibrary, from_inline
 
-# The worker itself answers a job that is past its deadline; this is how long that answer may take to arrive.
-GRACE_SECONDS = 0.5
-# Requests rendered and tokenised in one go by one thread: enough to outweigh the hand-over.
-CHUNK = 16
+# Requests rendered and tokenised in one go by one thread.
+CHUNK = 64
+# Characters of a request up to which handing it to a thread costs more than it gains.
+INLINE_CHARS = 2000
 
 AnyRequest = ScoreRequest | CompareRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """What comes with a request besides its body. `deadline` is in seconds of `time.time()`."""
-
-    deadline: float
-    lane: Lane = Lane.INTERACTIVE
-    traceparent: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """A request after rendering: its prompts, in the order in which its result reads their judgements."""
+    """A request after rendering: its prompts, in the order in which its result reads their judgements.
+
+    `tokenize_seconds` is the time taken for it and what was rendered together with it.
+    """
 
     template: Template
     prompts: list[JudgePrompt]
     tokenize_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One prompt's judgement, and the reply that it came in."""
-
-    judgement: Judgement
-    prompt: JudgePrompt
-    reply: Reply
-    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +67,13 @@ class Judging:
         model_id: str,
         prompts: PromptBuilder,
         templates: TemplateLibrary,
-        queue: JobQueue,
-        metrics: Metrics,
+        asker: Asker,
         executor: Executor,
     ) -> None:
         self.templates = templates
         self._model_id = model_id
         self._prompts = prompts
-        self._queue = queue
-        self._metrics = metrics
+        self._asker = asker
         self._executor = executor
 
     async def score(self, requests: Sequence[ScoreRequest], call: Call) -> list[ScoreResult | ServiceError]:
@@ -110,34 +89,52 @@ class Judging:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
+    async def close(self) -> None:
+        """Let go of the score cache; to be called when nothing is asked any more."""
+        await self._asker.close()
+
     async def _answer(self, requests: Sequence[AnyRequest], call: Call) -> list[Answer | ServiceError]:
         plans = await self._plan_all(requests)
         prompts = [prompt for plan in plans if isinstance(plan, Plan) for prompt in plan.prompts]
-        outcomes = iter(await self._ask(prompts, call) if prompts else [])
+        outcomes = iter(await self._asker.ask(prompts, call))
         return [
             plan if isinstance(plan, ServiceError) else _gathered(plan, list(islice(outcomes, len(plan.prompts))))
             for plan in plans
         ]
 
     async def _plan_all(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
+        if len(requests) == 1 and _characters(requests[0]) <= INLINE_CHARS:
+            return self._plan_some(requests)
         loop = asyncio.get_running_loop()
         chunks = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
         planned = await asyncio.gather(*(loop.run_in_executor(self._executor, self._plan_some, c) for c in chunks))
         return [plan for chunk in planned for plan in chunk]
 
     def _plan_some(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
-        return [self._plan(request) for request in requests]
-
-    def _plan(self, request: AnyRequest) -> Plan | ServiceError:
         started = time.perf_counter()
+        templates = [self._template(request) for request in requests]
+        wanted = [
+            each
+            for request, template in zip(requests, templates, strict=True)
+            if isinstance(template, Template)
+            for each in _wanted(request, template)
+        ]
+        built = iter(self._prompts.build_all(wanted))
+        took = time.perf_counter() - started
+        return [
+            _plan(request, template, list(islice(built, cost(request))), took)
+            if isinstance(template, Template)
+            else template
+            for request, template in zip(requests, templates, strict=True)
+        ]
+
+    def _template(self, request: AnyRequest) -> Template | ServiceError:
         try:
-            template = self._template(request)
-            prompts = [self._render(template, request, shown) for shown in _shown(request)]
+            return self._find_template(request)
         except ServiceError as error:
             return error
-        return Plan(template, prompts, time.perf_counter() - started)
 
-    def _template(self, request: AnyRequest) -> Template:
+    def _find_template(self, request: AnyRequest) -> Template:
         mode = request.mode if isinstance(request, CompareRequest) else "pointwise"
         if isinstance(request.template, InlineTemplate):
             template = from_inline(request.template)
@@ -152,35 +149,6 @@ class Judging:
                 ErrorCode.BAD_TEMPLATE, f"this template is {template.mode}, the request {mode}", param="template"
             )
         return template
-
-    def _render(self, template: Template, request: AnyRequest, shown: tuple[int, ...]) -> JudgePrompt:
-        responses = [request.response] if isinstance(request, ScoreRequest) else request.responses
-        try:
-            return self._prompts.build(template, request.prompt, [responses[i] for i in shown], request.truncation)
-        except ServiceError as error:
-            if error.param == "response" and isinstance(request, CompareRequest):
-                error.param = f"responses[{max(shown, key=lambda i: len(responses[i]))}]"
-            raise
-
-    async def _ask(self, prompts: Sequence[JudgePrompt], call: Call) -> list[Judged | ServiceError]:
-        jobs = [_job(prompt, call) for prompt in prompts]
-        futures = await self._queue.submit(jobs)
-        try:
-            await asyncio.wait(futures, timeout=max(0.0, call.deadline - time.time()) + GRACE_SECONDS)
-            return [self._outcome(prompt, future) for prompt, future in zip(prompts, futures, strict=True)]
-        finally:
-            # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
-            self._queue.cancel([job.id for job, future in zip(jobs, futures, strict=True) if not future.done()])
-
-    def _outcome(self, prompt: JudgePrompt, future: asyncio.Future[Reply]) -> Judged | ServiceError:
-        if not future.done():
-            return ServiceError(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
-        reply = future.result()
-        if isinstance(reply.outcome, JobFailure):
-            return ServiceError(reply.outcome.code, reply.outcome.message)
-        verdict = judgement(reply.outcome, prompt.yes_ids, prompt.no_ids)
-        self._metrics.judged(verdict.label_mass, reply.queued)
-        return Judged(verdict, prompt, reply, reply.outcome.cached_tokens)
 
     def _score_result(self, answer: Answer) -> ScoreResult:
         (judged,) = answer.judged
@@ -263,9 +231,34 @@ def _position_bias(effect: OrderEffect) -> PositionBias:
     )
 
 
-def _job(prompt: JudgePrompt, call: Call) -> Job:
-    item = EngineItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries)
-    return Job(uuid.uuid4().hex, item, call.deadline, time.time(), call.lane, traceparent=call.traceparent)
+def _wanted(request: AnyRequest, template: Template) -> list[Wanted]:
+    """The prompts that a request needs, in the order of `_shown`."""
+    responses = _responses(request)
+    return [
+        Wanted(template, request.prompt, [responses[i] for i in shown], request.truncation) for shown in _shown(request)
+    ]
+
+
+def _plan(
+    request: AnyRequest, template: Template, built: Sequence[JudgePrompt | ServiceError], seconds: float
+) -> Plan | ServiceError:
+    for shown, prompt in zip(_shown(request), built, strict=True):
+        if isinstance(prompt, ServiceError):
+            if prompt.param == "response" and isinstance(request, CompareRequest):
+                prompt.param = f"responses[{max(shown, key=lambda i: len(request.responses[i]))}]"
+            return prompt
+    return Plan(template, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
+
+
+def _responses(request: AnyRequest) -> list[str]:
+    return [request.response] if isinstance(request, ScoreRequest) else request.responses
+
+
+def _characters(request: AnyRequest) -> int:
+    """How much text its prompts show, templates not counted."""
+    prompt = request.prompt if isinstance(request.prompt, str) else "".join(each.content for each in request.prompt)
+    responses = _responses(request)
+    return sum(len(prompt) + sum(len(responses[i]) for i in shown) for shown in _shown(request))
 
 
 def _gathered(plan: Plan, outcomes: Sequence[Judged | ServiceError]) -> Answer | ServiceError:
@@ -285,6 +278,6 @@ def _usage(answer: Answer) -> Usage:
 def _timing(answer: Answer) -> Timing:
     return Timing(
         tokenize=round(answer.plan.tokenize_seconds * 1e3, 3),
-        queue=round(max(judged.reply.queued for judged in answer.judged) * 1e3, 3),
-        inference=round(max(judged.reply.inference for judged in answer.judged) * 1e3, 3),
+        queue=round(max(judged.queued for judged in answer.judged) * 1e3, 3),
+        inference=round(max(judged.inference for judged in answer.judged) * 1e3, 3),
     )

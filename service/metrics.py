@@ -27,6 +27,8 @@ class Metrics:
         self._judgements = Counter("judge_judgements", "Judgements answered", registry=reg)
         self._wait = Histogram("judge_queue_seconds", "Time a job waited", buckets=_SECONDS, registry=reg)
         self._mass = Histogram("judge_label_mass", "P(Yes)+P(No) of each judgement", buckets=_MASS, registry=reg)
+        self._hits = Counter("judge_cache_hits", "Judgements known from before", registry=reg)
+        self._misses = Counter("judge_cache_misses", "Judgements looked up in vain", registry=reg)
         self._tokens = Counter("judge_tokens", "Tokens judged", registry=reg)
         self._dropped = Counter("judge_jobs_dropped", "Jobs taken and not judged", ["reason"], registry=reg)
         self._redelivered = Counter("judge_jobs_redelivered", "Jobs of lost workers, taken over", registry=reg)
@@ -56,11 +58,21 @@ class Metrics:
         """An error was sent, as a whole answer or for one item of a batch."""
         self._errors.labels(code).inc()
 
-    def judged(self, label_mass: float, queued: float) -> None:
-        """A judgement was answered."""
-        self._judgements.inc()
-        self._mass.observe(label_mass)
-        self._wait.observe(queued)
+    def judged(self, label_masses: Sequence[float]) -> None:
+        """Judgements were answered."""
+        self._judgements.inc(len(label_masses))
+        for mass in label_masses:
+            self._mass.observe(mass)
+
+    def queued(self, seconds: Sequence[float]) -> None:
+        """Jobs were answered that had waited so long."""
+        for wait in seconds:
+            self._wait.observe(wait)
+
+    def looked_up(self, hits: int, misses: int) -> None:
+        """The score cache was asked."""
+        self._hits.inc(hits)
+        self._misses.inc(misses)
 
     def dropped(self, reason: str, count: int) -> None:
         """Jobs were dropped unscored."""

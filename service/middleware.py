@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import random
 import re
 import time
 import traceback
-import uuid
 from collections.abc import Sequence
 
 import structlog
@@ -46,7 +46,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         sent = Headers(scope=scope).get("x-request-id", "")
-        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
         status = CLIENT_CLOSED_REQUEST
 
         async def send_with_id(message: Message) -> None:

@@ -113,8 +113,10 @@ class RedisJobs:
         try:
             answer = await self._ask_to_add(jobs)
             if answer[0] == -1:
+                # What is open is lost and told so; these are not: they have not been sent.
+                for job_id in opened:
+                    self._open.pop(job_id, None)
                 await self._keep_house()
-                # What was open before is lost, these are not: they have not been sent.
                 self._open.update(opened)
                 answer = await self._ask_to_add(jobs)
         except _BROKEN as exc:

@@ -32,8 +32,8 @@ CONNECT_TIMEOUT = 2.0
 RECONNECT_SECONDS = 0.25
 # Redis looks at the time-outs of blocked clients ten times a second: shorter waits are slept here.
 SHORT_WAIT_SECONDS = 0.1
-# How many lost jobs are claimed at a time: each then runs alone.
-CLAIM_COUNT = 16
+# How many lost jobs are looked at when one is claimed; other workers may be faster with the first of them.
+LOOK_COUNT = 16
 # How long an answer is offered to a Redis that is away; after that the lease has expired and the job is another's.
 REPLY_PATIENCE_SECONDS = 60.0
 
@@ -85,6 +85,7 @@ class RedisSource:
         self._held: dict[str, _Held] = {}
         self._progress = time.monotonic()
         self._next_claim = 0.0
+        self._claimed_last = False
         self._connected = True
         self._stop = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -105,19 +106,19 @@ class RedisSource:
         with suppress(*_BROKEN):
             self._redis.zrem(self._keys.workers, self._me)
             self._redis.hdel(self._keys.infos, self._me)
-            if not self._held:
-                for stream in self._keys.streams:
+            for stream in self._keys.streams:
+                # With the consumer its pending entries would go, and nobody would ever claim them.
+                if not self._redis.xpending_range(stream, protocol.GROUP, "-", "+", 1, consumername=self._me):
                     self._redis.xgroup_delconsumer(stream, protocol.GROUP, self._me)
         self._redis.close()
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
         self._progress = time.monotonic()
         try:
-            if self._progress >= self._next_claim:
-                self._next_claim = self._progress + self._timing.lease / 2
-                if claimed := self._claim_lost():
-                    return claimed
-            jobs = self._read(max_jobs, timeout)
+            just_claimed = self._claimed_last
+            if claimed := self._claim_in_turn():
+                return claimed
+            jobs = self._read(max_jobs, 0.0 if just_claimed else timeout)
         except _BROKEN as exc:
             return self.take(max_jobs, timeout) if self._recover(exc) else []
         if not self._connected:
@@ -187,29 +188,50 @@ class RedisSource:
         self._redis.xadd(self._keys.dead, letter, maxlen=protocol.DEAD_LETTERS, approximate=True)
         self._metrics.dead_lettered()
 
+    def _claim_in_turn(self) -> list[Job]:
+        """Look for lost jobs twice in a lease; while there are any, take one with every other call."""
+        in_turn = not self._claimed_last and self._progress >= self._next_claim
+        self._claimed_last = False
+        if not in_turn:
+            return []
+        claimed = self._claim_lost()
+        self._claimed_last = bool(claimed)
+        if not claimed:
+            self._next_claim = self._progress + self._timing.lease / 2
+        return claimed
+
     def _claim_lost(self) -> list[Job]:
-        """Take over jobs whose worker has let the lease expire; give up those that have cost too many workers."""
+        """Take over one job whose worker has let the lease expire; give up those that have cost too many workers.
+
+        One, because a delivery counts against every job that is in hand when its worker dies: those that wait beside
+        the one that kills would be given up with it.
+        """
         lease_ms = int(self._timing.lease * 1000)
-        claimed: list[Job] = []
+        mine = {each.entry for each in list(self._held.values())}
         for lane in protocol.LANES:
             stream = self._keys.jobs(lane)
-            lost: Any = self._redis.xpending_range(stream, protocol.GROUP, "-", "+", CLAIM_COUNT, idle=lease_ms)
-            if not lost:
-                continue
-            deliveries = {each["message_id"]: each["times_delivered"] for each in lost}
-            # Atomic: an entry that another worker has claimed meanwhile is no longer idle, and is left out.
-            entries: Any = self._redis.xclaim(stream, protocol.GROUP, self._me, lease_ms, list(deliveries))
-            for entry, fields in [each for each in entries if each and each[1]]:
-                job = self._hold(lane, entry, fields, attempt=deliveries[entry] + 1)
-                if job is not None and job.attempt > protocol.MAX_DELIVERIES:
-                    self._give_up(job, entry, fields[protocol.PAYLOAD])
-                elif job is not None:
-                    claimed.append(job)
-            self._forget_dead_consumers(stream)
-        if claimed:
-            self._metrics.redelivered(len(claimed))
-            log.warning("took over jobs of a lost worker", jobs=len(claimed))
-        return claimed
+            lost: Any = self._redis.xpending_range(stream, protocol.GROUP, "-", "+", LOOK_COUNT, idle=lease_ms)
+            # In hand all the same, after a pause in which no lease could be renewed.
+            for each in (each for each in lost if each["message_id"] not in mine):
+                # Atomic: an entry that another worker has claimed meanwhile is no longer idle, and is left out.
+                entries: Any = self._redis.xclaim(stream, protocol.GROUP, self._me, lease_ms, [each["message_id"]])
+                for entry, fields in (found for found in entries if found and found[1]):
+                    if (job := self._take_over(lane, entry, fields, each["times_delivered"] + 1)) is not None:
+                        return [job]
+            if lost:
+                self._forget_dead_consumers(stream)
+        return []
+
+    def _take_over(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
+        job = self._hold(lane, entry, fields, attempt)
+        if job is None:
+            return None
+        if attempt > protocol.MAX_DELIVERIES:
+            self._give_up(job, entry, fields[protocol.PAYLOAD])
+            return None
+        self._metrics.redelivered(1)
+        log.warning("took over a lost worker's job", job=job.id, attempt=attempt)
+        return job
 
     def _give_up(self, job: Job, entry: bytes, payload: bytes) -> None:
         log.error("job given up", job=job.id, deliveries=job.attempt - 1)
@@ -227,16 +249,18 @@ class RedisSource:
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         self._progress = time.monotonic()
-        held = [self._held[job.id] for job in jobs]
+        # One that was answered by another worker after a pause may have been in hand twice.
+        held = [self._held[job.id] for job in jobs if job.id in self._held]
+        answered = {job.id for job in jobs} - {each.job.id for each in held}
         try:
             gone = self._gone(keys=self._keys.streams, args=[part for each in held for part in each.place])
         except _BROKEN:
-            return set()
+            return answered
         ids = {held[index].job.id for index in gone}
         with self._lock:
             for job_id in ids:
                 self._held.pop(job_id, None)
-        return ids
+        return ids | answered
 
     def reply(self, replies: Sequence[Reply]) -> None:
         self._progress = time.monotonic()

@@ -19,6 +19,8 @@ from fastapi import FastAPI
 
 from client.schema import Format, ModelInfo
 from service.app import Limits, Service, create_app
+from service.asking import Asker, Scores
+from service.cache import MemoryCache, redis_cache
 from service.errors import ServiceError
 from service.jobs import JobQueue
 from service.judging import Judging
@@ -90,7 +92,7 @@ def compose(
         request_timeout=settings.request_timeout,
         rate=settings.rate_limit,
     )
-    judging = Judging(model.id, prompts, templates, queue, metrics, executor)
+    judging = Judging(model.id, prompts, templates, Asker(queue, metrics, _scores(settings, model)), executor)
     return Service(judging, queue, metrics, info, limits, [key.get_secret_value() for key in settings.api_key])
 
 
@@ -137,6 +139,7 @@ class Server(uvicorn.Server):
         finally:
             self._stop_worker.set()
             await self._service.queue.close()
+            await self._service.judging.close()
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)
 
@@ -183,3 +186,12 @@ class Server(uvicorn.Server):
         # What is left of the time goes to answers that are being written.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))
         self.should_exit = True
+
+
+def _scores(settings: Settings, model: Model) -> Scores | None:
+    if not settings.cache_entries:
+        return None
+    if settings.queue_url == MEMORY_URL:
+        return Scores(MemoryCache(settings.cache_entries), model.fingerprint)
+    cache = redis_cache(settings.queue_url, settings.key_prefix, settings.cache_ttl, settings.cache_entries)
+    return Scores(cache, model.fingerprint)

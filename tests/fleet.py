@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -126,9 +127,9 @@ class Fleet:
     def wait_ready(self) -> None:
         """Wait until every API process is ready and every worker takes jobs; raises RuntimeError with their logs."""
         for worker in self.workers:
-            _wait(worker, lambda worker=worker: "working" in worker.output)
+            _wait(worker, partial(_says, worker, "working"))
         for api in self.apis:
-            _wait(api, lambda api=api: api.status("/ready") == 200)
+            _wait(api, partial(_answers, api))
 
     @property
     def output(self) -> str:
@@ -161,3 +162,11 @@ def _wait(program: Program, ready: Callable[[], bool]) -> None:
     wait_for(lambda: not program.alive or ready(), START_SECONDS)
     if not program.alive or not ready():
         raise RuntimeError(f"not ready (status {program.process.returncode}); its log: {program.output}")
+
+
+def _says(program: Program, word: str) -> bool:
+    return word in program.output
+
+
+def _answers(api: Api) -> bool:
+    return api.status("/ready") == 200

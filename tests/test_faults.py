@@ -12,11 +12,12 @@ import time
 from collections import Counter
 
 from bench.load import Load, open_loop
+from client.errors import JudgeConnectionError
 from service.engine.fake import CRASH_STATUS, fake_tokenizer
 from service.worker import STALLED_STATUS
 from tests.fleet import Fleet
 from tests.live import wait_for
-from tests.load import Mix, RunningLoad, Tally
+from tests.load import Alone, Mix, RunningLoad, Tally
 from tests.redis_server import RedisServer, leftovers
 
 MIX = Mix(batches=50, batch_size=100, singles=500)
@@ -40,6 +41,19 @@ def mark_token() -> str:
     """The id of MARK as a flag's value."""
     (token,) = fake_tokenizer().encode(MARK)
     return str(token)
+
+
+def test_the_account_sees_what_goes_wrong() -> None:
+    """A neighbour's number, a second answer, an error and silence are each told apart from a right answer."""
+    alone = Alone()
+    load = RunningLoad(Mix(batches=1, batch_size=5, singles=0), [])
+    right = [alone.log_odds(load.mix.response(number)) for number in range(3)]
+    load.answers = {0: [right[0]], 1: [right[2]], 2: [right[2], right[2]]}
+    load.errors = {3: JudgeConnectionError("reset")}
+
+    account = load.tally()
+
+    assert account == Tally(sent=5, once=1, twice=1, wrong=1, hung=1, failed={"JudgeConnectionError": 1})
 
 
 def test_killed_workers_lose_nothing(redis_server: RedisServer, fleet: Fleet) -> None:
@@ -152,7 +166,7 @@ def test_an_item_that_crashes_its_worker_is_given_up_alone(redis_server: RedisSe
 def dead_letters(server: RedisServer) -> int:
     """Jobs in the stream of those given up."""
     with server.client() as client:
-        return client.xlen("judge:{fake}:dead")
+        return int(client.xlen("judge:{fake}:dead"))
 
 
 def test_twice_the_capacity_gets_answers_or_an_honest_refusal(redis_server: RedisServer, fleet: Fleet) -> None:

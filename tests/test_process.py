@@ -16,6 +16,7 @@ from bench.process import running_service
 from tests.live import wait_for
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
+SLOW = ("--engine", "fake", "--fake-delay", "1")
 
 
 def run(
@@ -116,7 +117,7 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
 
 def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
     """Draining: the request in hand is answered, /ready and new requests say 503, then the process ends with 0."""
-    with running_service("--engine", "fake", "--fake-delay", "1") as service, ThreadPoolExecutor(1) as pool:
+    with running_service(*SLOW) as service, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{service.url}/score", json=PAIR, timeout=30)
         assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{service.url}/metrics").text)
         service.process.send_signal(signal.SIGTERM)
@@ -130,7 +131,7 @@ def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
 
 def test_a_second_signal_ends_the_service_at_once() -> None:
     """Somebody in a hurry does not wait for the drain."""
-    with running_service("--engine", "fake", "--fake-delay", "1") as service, ThreadPoolExecutor(1) as pool:
+    with running_service(*SLOW, "--cache-entries", "0") as service, ThreadPoolExecutor(1) as pool:
         pool.submit(httpx.post, f"{service.url}/score/batch", json={"items": [PAIR] * 1000}, timeout=30)
         assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
         service.process.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels, Message
 from service.codec import load_tokenizer
 from service.errors import ServiceError
-from service.prompt import CUT_MARK, JudgePrompt, PromptBuilder, flatten
+from service.prompt import CUT_MARK, JudgePrompt, PromptBuilder, Wanted, flatten
 from service.templates import Template, TemplateLibrary, from_inline
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -481,7 +481,7 @@ def test_the_bound_never_exceeds_the_tokens(name: str, text: str) -> None:
     """The bound that refuses huge texts is never more than the number of tokens that they have."""
     prompts = builder(name)
 
-    assert prompts._codec.fewest_tokens([text]) <= len(prompts._codec.encode(text, True)[1])
+    assert prompts._codec.fewest_tokens([text]) <= len(prompts._codec.ids(text, True))
 
 
 def test_threads_agree() -> None:
@@ -560,3 +560,28 @@ def test_real_models_read_what_their_chat_template_says(model: str) -> None:
         messages, add_generation_prompt=True, return_dict=False
     )
     assert forged.token_ids.count(tokenizer.eos_token_id) == built.token_ids.count(tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["tiny", "composing", "llama", "closed"])
+@settings(max_examples=20, deadline=None)
+@given(answers=st.lists(FORGED | TEXTS, min_size=1, max_size=8))
+def test_together_each_prompt_is_what_it_is_alone(name: str, answers: list[str]) -> None:
+    """Whatever the neighbours, equal ones among them, and however many: the same prompt, in its place."""
+    prompts, template = builder(name), CHAT.default("pointwise")
+    wanted = [Wanted(template, "What?", [answer]) for answer in answers * 20]
+
+    alone = [prompts.build(template, "What?", [answer], "error") for answer in answers]
+
+    assert prompts.build_all(wanted) == alone * 20
+
+
+def test_a_prompt_that_is_refused_leaves_its_neighbours() -> None:
+    """Of many, the too long one and the one without a template for this model are errors, and the rest prompts."""
+    prompts, template = builder(max_tokens=200), CHAT.default("pointwise")
+    raw = inline("{prompt}{response}", yes=["two tokens"])
+    wanted = [Wanted(template, "A?", ["B."]), Wanted(template, "A?", [LONG]), Wanted(raw, "A?", ["B."])]
+
+    good, long, bad = prompts.build_all(wanted)
+
+    assert good == prompts.build(template, "A?", ["B."], "error")
+    assert (long.code, bad.code) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, ErrorCode.BAD_LABEL)

@@ -259,3 +259,23 @@ async def test_nothing_is_left_behind(server: RedisServer, keys: Keys) -> None:
     assert [redis.xlen(stream) for stream in keys.streams] == [0, 0]
     assert [redis.xpending(stream, "workers")["pending"] for stream in keys.streams] == [0, 0]
     assert [redis.xinfo_consumers(stream, "workers") for stream in keys.streams] == [[], []]
+
+
+async def test_a_worker_that_outlives_a_long_pause_keeps_its_jobs(keys: Keys) -> None:
+    """When Redis stands still for longer than the lease, the holder does not take its own jobs a second time."""
+    with running_redis() as server:
+        async with api(server, keys) as queue:
+            holder = source(server, keys)
+            holder.attach(INFO)
+            (future,) = await queue.submit([job("a")])
+            held = await taken(holder)
+            server.pause()
+            taking = asyncio.ensure_future(asyncio.to_thread(holder.take, 16, 0.2))
+            await asyncio.sleep(4 * LEASE)
+            server.resume()
+
+            assert await taking == []
+            assert holder.abandoned(held) == set()
+            holder.reply([Reply("a", ANSWER)])
+            assert (await asyncio.wait_for(future, 5)).outcome == ANSWER
+            holder.detach(INFO)

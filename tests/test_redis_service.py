@@ -108,7 +108,7 @@ def test_a_worker_that_is_told_to_stop_hands_on_what_it_has_not_begun(redis_serv
 def open_jobs(server: RedisServer) -> int:
     """Jobs in both lanes."""
     with server.client() as client:
-        return client.xlen("judge:{fake}:jobs:bulk") + client.xlen("judge:{fake}:jobs:interactive")
+        return int(client.xlen("judge:{fake}:jobs:bulk")) + int(client.xlen("judge:{fake}:jobs:interactive"))
 
 
 def keys(server: RedisServer, pattern: str) -> list[bytes]:
