@@ -21,6 +21,7 @@ from client.schema import Message, Truncation
 from service.chat_frame import ChatFrame, bad_template
 from service.codec import Codec
 from service.errors import ServiceError
+from service.labels import LabelFinder
 from service.templates import INLINE, REQUIRED_SLOTS, Template, split_layout
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ CUT_MARK: Final = " [...] "
 MIN_KEPT_TOKENS: Final = 4
 """A text that is cut keeps at least so many tokens; where that is still too much, the request is refused."""
 
-_CONTEXT_CHARS: Final = 48
-_CONTEXT_TOKENS: Final = 4
 _HUGE: Final = 16
 """Characters per token from which on it pays to ask whether a text can fit at all before tokenising it."""
 _SLICE_CHARS: Final = 200_000
@@ -113,15 +112,6 @@ class _Reading:
     ahead: int
 
 
-@dataclass(frozen=True, slots=True)
-class _LabelIds:
-    """The labels' ids after a text, and the last tokens of that text."""
-
-    after: tuple[int, ...]
-    yes: tuple[int, ...]
-    no: tuple[int, ...]
-
-
 class PromptBuilder:
     """Builds the prompts of one model. Safe for any number of threads: it shares nothing that changes."""
 
@@ -133,7 +123,7 @@ class PromptBuilder:
         self._codec = Codec(tokenizer, self._chat.written)
         self._bos_id: int | None = tokenizer.bos_token_id
         self._named_plan = lru_cache(maxsize=1024)(self._plan)
-        self._labels_after = lru_cache(maxsize=4096)(self._find_labels)
+        self._labels = LabelFinder(self._codec)
 
     def build(
         self, template: Template, prompt: str | Sequence[Message], answers: Sequence[str], truncation: Truncation
@@ -176,7 +166,7 @@ class PromptBuilder:
             reading = self._accept(plan, draft.rendered, False, encoding) or self._read_guarded(plan, draft.texts)
             if len(reading.ids) > self.max_tokens:
                 reading, truncated = self._shorten(plan, draft.texts, reading, wanted.truncation), True
-            labels = self._labels(wanted.template, reading)
+            labels = self._labels.find(wanted.template, reading.text, reading.ids, reading.guarded)
         except ServiceError as error:
             return error
         return JudgePrompt(tuple(reading.ids), labels.yes, labels.no, _boundaries(plan, reading), truncated)
@@ -252,30 +242,6 @@ class PromptBuilder:
             return None
         ahead = () if plan.chat else self._codec.ahead_of(ids)
         return _Reading(rendered.text, rendered.spans, guarded, encoding, [*ahead, *ids], len(ahead))
-
-    def _labels(self, template: Template, reading: _Reading) -> _LabelIds:
-        """The labels' ids in context. The prompt's last characters tell them, and that is cheap and cached; the whole
-        prompt is asked where its last tokens are not those of its last characters taken alone."""
-        try:
-            found = self._labels_after(reading.text[-_CONTEXT_CHARS:], reading.guarded, template.yes, template.no)
-            if tuple(reading.ids[-len(found.after) :]) == found.after:
-                return found
-        except ServiceError:
-            pass
-        return self._find_labels(reading.text, reading.guarded, template.yes, template.no)
-
-    def _find_labels(self, text: str, guarded: bool, yes: tuple[str, ...], no: tuple[str, ...]) -> _LabelIds:
-        before = self._codec.ids(text, guarded)
-        ids: dict[str, tuple[int, ...]] = {}
-        for side, labels in (("yes", yes), ("no", no)):
-            after = [self._codec.ids(text + label, guarded) for label in labels]
-            for index, tokens in enumerate(after):
-                if tokens[:-1] != before:
-                    raise _bad_label(f"{side} label {index} {_why_not_one_token(before, tokens)}")
-            ids[side] = tuple(dict.fromkeys(tokens[-1] for tokens in after))
-        if not set(ids["yes"]).isdisjoint(ids["no"]):
-            raise _bad_label("a yes label and a no label are the same token")
-        return _LabelIds(tuple(before[-_CONTEXT_TOKENS:]), ids["yes"], ids["no"])
 
     def _foresee(self, texts: list[str], truncation: Truncation) -> tuple[list[str], bool]:
         """Refuse, or cut roughly, what surely does not fit however it is tokenised; says whether it was cut."""
@@ -400,16 +366,6 @@ def _cuttable(texts: Sequence[str], truncation: Truncation) -> range:
 
 def _clip(span: Span, low: int, high: int) -> Span:
     return min(max(span[0], low), high), min(max(span[1], low), high)
-
-
-def _bad_label(problem: str) -> ServiceError:
-    return ServiceError(ErrorCode.BAD_LABEL, problem, param="template.labels")
-
-
-def _why_not_one_token(before: list[int], after: list[int]) -> str:
-    if after[: len(before)] != before:
-        return "joins with the prompt's last token; begin it, or end the layout, in another way"
-    return f"is {len(after) - len(before)} tokens after this prompt, and must be one"
 
 
 def _kept(lengths: Sequence[int], drop: int) -> list[int]:

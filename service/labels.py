@@ -1,0 +1,70 @@
+"""The labels' token ids in context: what each label is after this very prompt, one token or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+from client.errors import ErrorCode
+from service.codec import Codec
+from service.errors import ServiceError
+from service.templates import Template
+
+_CONTEXT_CHARS: Final = 48
+_CONTEXT_TOKENS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LabelIds:
+    """The labels' ids after a text, and the last tokens of that text."""
+
+    after: tuple[int, ...]
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+
+
+class LabelFinder:
+    """Finds the labels' ids behind a prompt. Safe for any number of threads."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._after = lru_cache(maxsize=4096)(self._ask)
+
+    def find(self, template: Template, text: str, ids: Sequence[int], guarded: bool) -> LabelIds:
+        """The ids behind `text`, whose tokens are `ids`; raises ServiceError(BAD_LABEL).
+
+        The prompt's last characters tell them, and that is cheap and cached; the whole prompt is asked where its last
+        tokens are not those of its last characters taken alone.
+        """
+        try:
+            found = self._after(text[-_CONTEXT_CHARS:], guarded, template.yes, template.no)
+            if tuple(ids[-len(found.after) :]) == found.after:
+                return found
+        except ServiceError:
+            pass
+        return self._ask(text, guarded, template.yes, template.no)
+
+    def _ask(self, text: str, guarded: bool, yes: tuple[str, ...], no: tuple[str, ...]) -> LabelIds:
+        before = self._codec.ids(text, guarded)
+        ids: dict[str, tuple[int, ...]] = {}
+        for side, labels in (("yes", yes), ("no", no)):
+            after = [self._codec.ids(text + label, guarded) for label in labels]
+            for index, tokens in enumerate(after):
+                if tokens[:-1] != before:
+                    raise _bad_label(f"{side} label {index} {_why_not_one_token(before, tokens)}")
+            ids[side] = tuple(dict.fromkeys(tokens[-1] for tokens in after))
+        if not set(ids["yes"]).isdisjoint(ids["no"]):
+            raise _bad_label("a yes label and a no label are the same token")
+        return LabelIds(tuple(before[-_CONTEXT_TOKENS:]), ids["yes"], ids["no"])
+
+
+def _bad_label(problem: str) -> ServiceError:
+    return ServiceError(ErrorCode.BAD_LABEL, problem, param="template.labels")
+
+
+def _why_not_one_token(before: list[int], after: list[int]) -> str:
+    if after[: len(before)] != before:
+        return "joins with the prompt's last token; begin it, or end the layout, in another way"
+    return f"is {len(after) - len(before)} tokens after this prompt, and must be one"
