@@ -53,7 +53,7 @@ class EngineSettings(CommonSettings):
     threads: int | None = Field(None, ge=1, description="CPU threads of the torch engine; unset: one for each core")
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
     batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
-    linger_ms: float = Field(2.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
+    linger_ms: float = Field(1.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
     fake_delay: float = Field(0.0, ge=0, description="fake engine: seconds that a batch takes")
     fake_crash_token: int | None = Field(None, description="fake engine: a token id that ends the process, for tests")
     fake_hang_token: int | None = Field(None, description="fake engine: a token id that hangs the process, for tests")
