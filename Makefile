@@ -49,6 +49,7 @@ bench: install ## The engine alone, through HTTP, and the service's own cost
 	$(BIN)/python -m bench.service
 
 bench-queue: install ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
+	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[bench]'
 	$(BIN)/python -m bench.queue
 	$(BIN)/python -m bench.queue --overload
 
