@@ -158,7 +158,8 @@ def test_an_item_that_crashes_its_worker_is_given_up_alone(redis_server: RedisSe
 
     assert load.tally() == Tally(sent=MIX.sent, once=MIX.sent - 2, failed={"inference_failed": 2})
     assert all("workers in a row were lost" in str(error) for error in load.errors.values())
-    assert Counter(worker.process.poll() for worker in fleet.workers)[CRASH_STATUS] == 6
+    # Three workers for each; the first delivery of both may be in one batch, and cost one.
+    assert Counter(worker.process.poll() for worker in fleet.workers)[CRASH_STATUS] in {5, 6}
     assert dead_letters(redis_server) == 2
     assert leftovers(redis_server) == {}
 
