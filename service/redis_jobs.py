@@ -23,14 +23,10 @@ from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, Wo
 
 log = structlog.get_logger(__name__)
 
-# Longer than a pause of Redis that is to be sat out; also bounds how long a caller waits to be told of a dead one.
-SOCKET_TIMEOUT = 8.0
-CONNECT_TIMEOUT = 2.0
 CONNECTIONS = 64
 READ_BLOCK_MS = 1000
 READ_COUNT = 256
 HOUSEKEEPING_SECONDS = 1.0
-RECONNECT_SECONDS = 0.25
 
 _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 
@@ -58,9 +54,9 @@ class RedisJobs:
         self._pool = BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
-            timeout=SOCKET_TIMEOUT,
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
+            timeout=protocol.SOCKET_TIMEOUT,
+            socket_timeout=protocol.SOCKET_TIMEOUT,
+            socket_connect_timeout=protocol.CONNECT_TIMEOUT,
             retry=retry,
         )
         self._redis = Redis(connection_pool=self._pool)
@@ -133,7 +129,7 @@ class RedisJobs:
 
     async def _ask_to_add(self, jobs: Sequence[Job]) -> list[Any]:
         keys = self._keys
-        lane = protocol.LANES.index(jobs[0].lane) + 1
+        lane = protocol.position(jobs[0].lane)
         bounds = [lane, self._max_jobs, self._max_tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
         answer: list[Any] = await self._submit(
             keys=[*keys.streams, keys.tokens, keys.epoch, keys.seen(jobs[0].id)],
@@ -153,16 +149,12 @@ class RedisJobs:
             part
             for job in jobs
             if job.entry is not None
-            for part in (protocol.LANES.index(job.lane) + 1, job.entry, job.tokens)
+            for part in (protocol.position(job.lane), job.entry, job.tokens)
         ]
         # Where Redis is away the worker sees the deadline, or its answer finds nobody.
         with suppress(*_BROKEN):
             if places:
-                await self._finish(keys=self._finish_keys(), args=[protocol.GROUP, 0, "", *places])
-
-    def _finish_keys(self) -> list[str]:
-        keys = self._keys
-        return [*keys.streams, keys.tokens, keys.done, keys.replies(self._api)]
+                await self._finish(keys=self._keys.finish(self._api), args=[protocol.GROUP, 0, "", *places])
 
     def waiting(self) -> int:
         return len(self._open)
@@ -219,13 +211,13 @@ class RedisJobs:
                 if connected:
                     log.warning("the queue cannot be reached", reason=type(exc).__name__)
                 connected = False
-                await asyncio.sleep(RECONNECT_SECONDS)
+                await asyncio.sleep(protocol.RECONNECT_SECONDS)
 
     async def _receive(self, last: bytes) -> bytes:
         """Wait for messages after `last` and hand out their replies; returns the id of the newest one."""
         stream = self._keys.replies(self._api)
-        found: Any = await self._redis.xread({stream: last}, count=READ_COUNT, block=READ_BLOCK_MS)
-        for _, entries in found if isinstance(found, list) else list((found or {}).items()):
+        found = await self._redis.xread({stream: last}, count=READ_COUNT, block=READ_BLOCK_MS)
+        for _, entries in protocol.by_stream(found):
             for entry, fields in entries:
                 self._resolve(protocol.decode_replies(fields[protocol.PAYLOAD]))
                 last = entry

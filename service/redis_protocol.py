@@ -36,6 +36,11 @@ SEEN_TTL_MS: Final = 60_000
 # A worker whose heartbeat is older than this many seconds is not counted.
 HEARTBEAT_TTL: Final = 15.0
 DEAD_LETTERS: Final = 1000
+# Seconds. The first is longer than a pause of Redis that is to be sat out, and bounds how long a caller waits to be
+# told of a dead one.
+SOCKET_TIMEOUT: Final = 8.0
+CONNECT_TIMEOUT: Final = 2.0
+RECONNECT_SECONDS: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,10 @@ class Keys:
     def replies(self, api: str) -> str:
         """The stream on which an API process receives."""
         return f"{self.base}:replies:{api}"
+
+    def finish(self, api: str) -> list[str]:
+        """The keys of FINISH, in its order."""
+        return [*self.streams, self.tokens, self.done, self.replies(api)]
 
     def seen(self, submission: str) -> str:
         """The mark of a submission that has been accepted."""
@@ -176,6 +185,16 @@ for i = 3, #ARGV, 2 do
   end
 end
 """
+
+
+def position(lane: Lane) -> int:
+    """Which of a script's KEYS is the lane's stream."""
+    return LANES.index(lane) + 1
+
+
+def by_stream(found: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
+    """What XREAD and XREADGROUP answer, as (stream, [(entry, fields)]): a dict, a list or nothing, by protocol."""
+    return found if isinstance(found, list) else list((found or {}).items())
 
 
 def encode_job(job: Job, api: str) -> bytes:

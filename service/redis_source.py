@@ -27,9 +27,6 @@ from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-SOCKET_TIMEOUT = 8.0
-CONNECT_TIMEOUT = 2.0
-RECONNECT_SECONDS = 0.25
 # Redis looks at the time-outs of blocked clients ten times a second: shorter waits are slept here.
 SHORT_WAIT_SECONDS = 0.1
 # How many lost jobs are looked at when one is claimed; other workers may be faster with the first of them.
@@ -56,7 +53,7 @@ class _Held:
 
     @property
     def place(self) -> tuple[int, bytes]:
-        return _place(self.job.lane, self.entry)
+        return protocol.position(self.job.lane), self.entry
 
 
 class RedisSource:
@@ -73,8 +70,8 @@ class RedisSource:
         self._me = uuid.uuid4().hex
         self._redis = redis.Redis.from_url(
             url,
-            socket_timeout=SOCKET_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
+            socket_timeout=protocol.SOCKET_TIMEOUT,
+            socket_connect_timeout=protocol.CONNECT_TIMEOUT,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
         )
         self._finish = self._redis.register_script(protocol.FINISH)
@@ -142,7 +139,7 @@ class RedisSource:
         if self._connected:
             log.warning("the queue cannot be reached", reason=type(exc).__name__)
         self._connected = False
-        time.sleep(RECONNECT_SECONDS)
+        time.sleep(protocol.RECONNECT_SECONDS)
 
     def _read(self, max_jobs: int, timeout: float) -> list[Job]:
         if timeout < SHORT_WAIT_SECONDS:
@@ -151,18 +148,17 @@ class RedisSource:
         return self._read_stream(max_jobs, int(timeout * 1000))
 
     def _read_stream(self, max_jobs: int, block: int | None) -> list[Job]:
-        found: Any = self._redis.xreadgroup(
+        found = self._redis.xreadgroup(
             protocol.GROUP,
             self._me,
             dict.fromkeys(self._keys.streams, ">"),
             count=max_jobs,
             block=block,
         )
-        by_stream = found if isinstance(found, list) else list((found or {}).items())
         lanes = {self._keys.jobs(lane).encode(): lane for lane in protocol.LANES}
         return [
             job
-            for stream, entries in by_stream
+            for stream, entries in protocol.by_stream(found)
             for entry, fields in entries
             if (job := self._hold(lanes[stream], entry, fields, attempt=1)) is not None
         ]
@@ -173,15 +169,11 @@ class RedisSource:
         except (ValueError, KeyError, TypeError) as exc:
             log.error("an entry is no job", entry=entry.decode(), error=type(exc).__name__)
             self._bury(lane, entry, fields.get(protocol.PAYLOAD, b""), "unreadable")
-            self._finish(keys=self._finish_keys(""), args=[protocol.GROUP, 0, "", *_place(lane, entry), 0])
+            self._finish(keys=self._keys.finish(""), args=[protocol.GROUP, 0, "", protocol.position(lane), entry, 0])
             return None
         with self._lock:
             self._held[job.id] = _Held(job, entry, api)
         return job
-
-    def _finish_keys(self, api: str) -> list[str]:
-        keys = self._keys
-        return [*keys.streams, keys.tokens, keys.done, keys.replies(api)]
 
     def _bury(self, lane: Lane, entry: bytes, payload: bytes, reason: str) -> None:
         letter: dict[Any, Any] = {"p": payload, "lane": lane, "entry": entry, "reason": reason}
@@ -282,7 +274,7 @@ class RedisSource:
         patience = time.monotonic() + REPLY_PATIENCE_SECONDS
         while True:
             try:
-                self._finish(keys=self._finish_keys(api), args=args)
+                self._finish(keys=self._keys.finish(api), args=args)
                 return
             except _BROKEN as exc:
                 self._lost_connection(exc)
@@ -334,7 +326,3 @@ class RedisSource:
         if dead:
             self._redis.hdel(self._keys.infos, *dead)
             self._redis.zrem(self._keys.workers, *dead)
-
-
-def _place(lane: Lane, entry: bytes) -> tuple[int, bytes]:
-    return protocol.LANES.index(lane) + 1, entry

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -52,22 +53,21 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
 
 def cached_snapshot(name: str) -> Path | None:
     """The folder of the model's files if the hub's cache holds them all; touches no network."""
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
     try:
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                allow_patterns=PATTERNS,
-                ignore_patterns=NOT_PATTERNS,
-                local_files_only=True,
-            )
-        )
+        folder = _snapshot(name, local_files_only=True)
     except (OSError, ValueError):  # not there, in part there, or no id that the hub's library accepts
         return None
     return folder if has_weights(folder) else None
+
+
+def _snapshot(name: str, **where: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    folder: str = snapshot_download(
+        repo, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=NOT_PATTERNS, **where
+    )
+    return Path(folder)
 
 
 def has_weights(folder: Path) -> bool:
@@ -117,23 +117,13 @@ def _refusal(answer: httpx.Response) -> str:
 
 
 def _download(name: str, *, progress: bool) -> Path:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    repo, _, revision = name.partition("@")
     quieten = not progress and not are_progress_bars_disabled()
     if quieten:
         disable_progress_bars()
     try:
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                allow_patterns=PATTERNS,
-                ignore_patterns=NOT_PATTERNS,
-                endpoint=endpoint(),
-            )
-        )
+        folder = _snapshot(name, endpoint=endpoint())
     except Exception as exc:  # the transport's own errors are of a library that changes with the hub's version
         raise HubError(f"the download failed ({' '.join(str(exc).split()) or type(exc).__name__})") from exc
     finally:
