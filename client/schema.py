@@ -19,6 +19,7 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Truncation = Literal["error", "prompt_left", "response_middle"]
 Format = Literal["chat", "raw"]
+CompareMode = Literal["pointwise", "pairwise"]
 
 
 class Request(BaseModel):
@@ -113,10 +114,11 @@ class CompareRequest(JudgeRequest):
     )
 
     responses: list[Text] = Field(min_length=MIN_RESPONSES, max_length=MAX_RESPONSES)
-    mode: Literal["pointwise", "pairwise"] = Field(
-        default="pointwise",
+    mode: CompareMode | None = Field(
+        default=None,
         description="pointwise: each response is judged by itself. pairwise: every two responses are shown side by "
-        "side, in both orders, and the log-odds of both orders are averaged.",
+        "side, in both orders, and the log-odds of both orders are averaged. Absent or null: as the judge does it, "
+        "which is pairwise for the judge `pairwise` and pointwise for all others; see GET /v1/models.",
     )
     tie_margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         default=0.0, description="The two best responses tie when their log-odds differ by no more than this."
@@ -136,10 +138,21 @@ class CompareBatchRequest(Request):
 
 
 class Usage(Result):
-    """Tokens that the judge read; `cached_tokens` of them came from a cache and cost nothing."""
+    """Tokens that the judge read; `cached_tokens` of them came from a cache and cost nothing.
+
+    `completion_tokens` were written by a judge that answers in text; one that reads probabilities writes none.
+    """
 
     prompt_tokens: int
     cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class SampleCount(Result):
+    """How many texts the judge wrote for this judgement, and from how many of them a grade could be read."""
+
+    drawn: int
+    parsed: int
 
 
 class Timing(Result):
@@ -159,6 +172,14 @@ class ScoreResult(Result):
     `calibrated` is the fitted probability that the response is good, `sigmoid(log_odds / temperature + bias)`, where
     the service has a calibration for this model and template; it replaces none of the raw numbers. `fingerprint` is
     the model's, as in GET /v1/models: another fingerprint means that another judge answered.
+
+    What the numbers are depends on `judge` in GET /v1/models. `yes-no`: as said. `self-reward` gives `grade`, from 0
+    to 5. Where it reads the probabilities of the six digits: `grade` is the expected one, `score = grade / 5`,
+    `label_mass` what the digits hold together. Where it writes a text that ends in a grade: `grade` is the mean over
+    the texts that did, `score = (grade + 1/2) / 6`, which keeps log-odds finite, `label_mass` the share of the texts
+    that did, `label_is_argmax` whether all did, and `samples` counts them. `reward-model`: `log_odds` is the head's
+    raw logit and `label_mass` 1. `floored`: an API did not return every label's probability, and the floor that the
+    service was started with stands in for it.
     """
 
     score: Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -174,14 +195,18 @@ class ScoreResult(Result):
     timing_ms: Timing
     calibrated: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     fingerprint: str | None = None
+    grade: Annotated[FiniteFloat, Field(ge=0, le=5)] | None = None
+    samples: SampleCount | None = None
+    floored: bool = False
 
 
 class ResponseScore(Result):
     """How one response of a comparison fared.
 
-    pointwise: its own judgement, with `calibrated` as in ScoreResult. pairwise: `log_odds` is the mean, over the other
-    responses, of the log-odds that this one is better; `score` is the mean of its win probabilities; `label_mass` the
-    mean over its judgements; `calibrated` is null.
+    pointwise: its own judgement, with `calibrated`, `grade`, `samples` and `floored` as in ScoreResult. pairwise:
+    `log_odds` is the mean, over the other responses, of the log-odds that this one is better; `score` is the mean of
+    its win probabilities; `label_mass` the mean over its judgements; `floored` whether any of them was; `calibrated`,
+    `grade` and `samples` are null.
     """
 
     score: Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -189,6 +214,9 @@ class ResponseScore(Result):
     label_mass: Annotated[FiniteFloat, Field(ge=0)]
     truncated: bool
     calibrated: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    grade: Annotated[FiniteFloat, Field(ge=0, le=5)] | None = None
+    samples: SampleCount | None = None
+    floored: bool = False
 
 
 class PositionBias(Result):
@@ -218,7 +246,7 @@ class CompareResult(Result):
     win_probability: list[list[float]]
     tie: bool
     position_bias: PositionBias | None = None
-    mode: Literal["pointwise", "pairwise"]
+    mode: CompareMode
     template: str
     model: str
     usage: Usage
@@ -270,15 +298,20 @@ class CompareBatchResult(Result):
 
 
 class TemplateInfo(Result):
-    """A template that requests may name. `mode` says which requests it fits: /score and pointwise, or pairwise."""
+    """A template that requests may name. `mode` says which requests it fits: /score and pointwise, or pairwise.
+
+    A self-rewarding judge's templates are `graded`, with the labels of the grades from 0 to 5 as `grades`, or `rubric`,
+    with no labels: they ask for a text that ends in a grade. No other judge lists these.
+    """
 
     name: str
     version: int
-    mode: Literal["pointwise", "pairwise"]
+    mode: Literal["pointwise", "pairwise", "graded", "rubric"]
     format: Format
     layout: str
     instruction: str
-    labels: Labels
+    labels: Labels | None = None
+    grades: list[str] | None = None
 
 
 class TemplatesResult(Result):
@@ -297,7 +330,10 @@ class WorkerStatus(Result):
 
 
 class ModelInfo(Result):
-    """The model behind the service. `fingerprint` changes with its weights, its tokenizer and its configuration."""
+    """The model behind the service. `fingerprint` changes with its weights, its tokenizer and its configuration.
+
+    `judge` is `yes-no`, `pairwise`, `self-reward` or `reward-model`; see ScoreResult and CompareRequest.
+    """
 
     id: str
     object: Literal["model"] = "model"

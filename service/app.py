@@ -38,11 +38,11 @@ from client.schema import (
     TemplatesResult,
     WorkerStatus,
 )
-from service import http_errors
+from service import http_errors, playground
 from service.asking import Call
 from service.errors import ServiceError
 from service.jobs import JobQueue, Lane
-from service.judging import Judging, cost
+from service.judging import Judging
 from service.limits import RateLimiter
 from service.metrics import Metrics
 from service.middleware import Authentication, RequestContext, WholeBody
@@ -160,15 +160,18 @@ _SINGLE = (
     ErrorCode.BAD_LABEL,
     ErrorCode.BAD_TEMPLATE,
     ErrorCode.TEMPLATE_NOT_FOUND,
+    ErrorCode.UNSUPPORTED_BY_JUDGE,
     ErrorCode.INFERENCE_FAILED,
+    ErrorCode.UNPARSEABLE,
+    ErrorCode.LABEL_NOT_RETURNED,
     ErrorCode.DEADLINE_EXCEEDED,
 )
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
-    """The ASGI application over a composed service; it owns nothing and closes nothing."""
+def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool = True) -> FastAPI:
+    """The ASGI application over a composed service, with the playground or not; it owns nothing and closes nothing."""
     app = FastAPI(
         title="judge-as-api",
         version=VERSION,
@@ -181,6 +184,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None) -> FastAPI:
     http_errors.install(app, service.metrics)
     _add_judging(app, service)
     _add_information(app, service)
+    if page:
+        playground.install(app)
     # Added last runs first.
     app.add_middleware(
         WholeBody,
@@ -221,7 +226,7 @@ def _add_judging(app: FastAPI, service: Service) -> None:
         call: Call,
     ) -> list[Answer | ServiceError]:
         good = [item for item in items if not isinstance(item, ServiceError)]
-        service.admit(caller, len(items), sum(map(cost, good)))
+        service.admit(caller, len(items), sum(map(service.judging.cost, good)))
         answers = iter(await judge(good, call))
         merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
         for answer in merged:
@@ -232,13 +237,13 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     @app.post("/score", response_model=ScoreResult, responses=_errors(*_SINGLE), tags=["judging"])
     async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
-        service.admit(request.state.caller, 1, cost(body))
+        service.admit(request.state.caller, 1, service.judging.cost(body))
         return _json(_or_raise((await service.judging.score([body], call))[0]))
 
     @app.post("/compare", response_model=CompareResult, responses=_errors(*_SINGLE), tags=["judging"])
     async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
-        service.admit(request.state.caller, 1, cost(body))
+        service.admit(request.state.caller, 1, service.judging.cost(body))
         return _json(_or_raise((await service.judging.compare([body], call))[0]))
 
     @app.post("/score/batch", response_model=ScoreBatchResult, responses=_errors(*_BATCH), tags=["judging"])
@@ -291,7 +296,8 @@ def _template_info(template: Template) -> TemplateInfo:
         format=template.format,
         layout=template.layout,
         instruction=template.instruction,
-        labels=Labels(yes=list(template.yes), no=list(template.no)),
+        labels=Labels(yes=list(template.yes), no=list(template.no)) if template.yes else None,
+        grades=list(template.grades) or None,
     )
 
 

@@ -11,13 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from client.errors import ErrorCode
-from service.cache import ScoreCache, cache_key
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.cache import Kept, ScoreCache, cache_key
+from service.engine.contract import AnyAnswer, AnyItem, Classified, EngineItem, Generated, LabelLogprobs
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, JobQueue, Lane, Reply
+from service.judges import LabelReader, Reader
 from service.metrics import Metrics
 from service.prompt import JudgePrompt
-from service.scoring import Judgement, judgement
+from service.scoring import Judgement
 
 # The worker itself answers a job that is past its deadline; this is how long that answer may take to arrive.
 GRACE_SECONDS = 0.5
@@ -42,25 +43,45 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One prompt's judgement. `queued` and `inference` are in seconds, 0 where it was known from before."""
+    """One prompt's judgement. `queued` and `inference` are in seconds, 0 where it was known from before.
+
+    The tokens are those of all items that were asked for: `prompt_tokens` read, `completion_tokens` written.
+    """
 
     judgement: Judgement
     prompt: JudgePrompt
     queued: float
     inference: float
     cached_tokens: int
+    prompt_tokens: int
+    completion_tokens: int = 0
 
 
 Outcome = Judged | ServiceError
 
 
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """What came of one item."""
+
+    outcome: AnyAnswer | JobFailure
+    queued: float
+    inference: float
+    cached_tokens: int
+
+
 class Asker:
     """Has prompts judged by a model behind a queue; with `scores` each is judged once, whoever asks again."""
 
-    def __init__(self, queue: JobQueue, metrics: Metrics, scores: Scores | None = None) -> None:
+    def __init__(
+        self, queue: JobQueue, metrics: Metrics, scores: Scores | None = None, reader: Reader | None = None
+    ) -> None:
+        """`reader` says what is asked for each prompt; by default the probabilities of its labels."""
         self._queue = queue
         self._metrics = metrics
-        self._scores = scores
+        self._reader = reader or LabelReader()
+        # Text that was written is not kept.
+        self._scores = None if self._reader.task == "generate" else scores
         self._name = os.urandom(8).hex()
         self._count = itertools.count()
         self._storing: set[asyncio.Task[None]] = set()
@@ -69,15 +90,45 @@ class Asker:
         """One outcome for each prompt, in order; raises ServiceError for what befalls them all (a full queue)."""
         if not prompts:
             return []
+        wanted = [self._reader.items(prompt) for prompt in prompts]
+        items = [item for some in wanted for item in some]
         variant = self._variant()
         if variant is None:
-            replies = await self._replies(prompts, call)
-            outcomes = [_outcome(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+            found = [_answered(reply) for reply in await self._replies(items, call)]
         else:
-            outcomes = await self._look_up(prompts, call, variant)
+            found = await self._look_up(items, call, variant)
+        answered = iter(found)
+        outcomes = [
+            self._outcome(prompt, list(itertools.islice(answered, len(some))))
+            for prompt, some in zip(prompts, wanted, strict=True)
+        ]
         judged = [outcome for outcome in outcomes if isinstance(outcome, Judged)]
         self._metrics.judged([each.judgement.label_mass for each in judged])
         return outcomes
+
+    def _outcome(self, prompt: JudgePrompt, answered: Sequence[_Answered]) -> Outcome:
+        """The judgement, or why there is none: one item that failed fails the prompt."""
+        answers = []
+        for each in answered:
+            if isinstance(each.outcome, JobFailure):
+                return ServiceError(each.outcome.code, each.outcome.message)
+            answers.append(each.outcome)
+        try:
+            verdict = self._reader.judgement(prompt, answers)
+        except ServiceError as error:
+            self._metrics.unparseable(len(answers))
+            return error
+        if verdict.samples:
+            self._metrics.unparseable(verdict.samples.drawn - verdict.samples.parsed)
+        return Judged(
+            verdict,
+            prompt,
+            queued=max(each.queued for each in answered),
+            inference=max(each.inference for each in answered),
+            cached_tokens=sum(each.cached_tokens for each in answered),
+            prompt_tokens=len(answered) * len(prompt.token_ids),
+            completion_tokens=sum(len(answer.token_ids) for answer in answers if isinstance(answer, Generated)),
+        )
 
     async def close(self) -> None:
         """Finish what is being remembered, and let go of the cache."""
@@ -90,30 +141,35 @@ class Asker:
         workers = self._queue.workers() if self._scores else []
         if not self._scores or not workers:
             return None
-        return " ".join([self._scores.fingerprint, *sorted({f"{each.engine}/{each.dtype}" for each in workers})])
+        task = [] if self._reader.task == "labels" else [self._reader.task]
+        engines = sorted({f"{each.engine}/{each.dtype}" for each in workers})
+        return " ".join([self._scores.fingerprint, *task, *engines])
 
-    async def _look_up(self, prompts: Sequence[JudgePrompt], call: Call, variant: str) -> list[Outcome]:
+    async def _look_up(self, items: Sequence[AnyItem], call: Call, variant: str) -> list[_Answered]:
         assert self._scores is not None
-        keys = [cache_key(variant, prompt.token_ids, prompt.yes_ids + prompt.no_ids) for prompt in prompts]
-        asked = dict(zip(keys, prompts, strict=True))
+        keys = [cache_key(variant, item.token_ids, _label_ids(item)) for item in items]
+        asked = dict(zip(keys, items, strict=True))
         known = dict(zip(asked, await self._scores.cache.get(list(asked)), strict=True))
         missing = {key: asked[key] for key, answer in known.items() if answer is None}
         self._metrics.looked_up(len(keys) - len(missing), len(missing))
         fresh = dict(zip(missing, await self._replies(list(missing.values()), call), strict=True))
         self._remember(fresh, variant)
-        outcomes: list[Outcome] = []
-        for key, prompt in zip(keys, prompts, strict=True):
+        answered: list[_Answered] = []
+        for key, item in zip(keys, items, strict=True):
             answer, reply = known[key], fresh.get(key)
-            outcomes.append(_outcome(prompt, reply) if answer is None else _free(prompt, answer))
-            if answer is None and reply and isinstance(reply.outcome, LabelLogprobs):
+            if answer is not None:
+                answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=len(item.token_ids)))
+                continue
+            answered.append(_answered(reply))
+            if reply and isinstance(reply.outcome, (LabelLogprobs, Classified)):
                 known[key] = reply.outcome  # the same prompt again in this call costs nothing
-        return outcomes
+        return answered
 
     def _remember(self, replies: Mapping[bytes, Reply | None], variant: str) -> None:
-        found = {
+        found: dict[bytes, Kept] = {
             key: reply.outcome
             for key, reply in replies.items()
-            if reply is not None and isinstance(reply.outcome, LabelLogprobs)
+            if reply is not None and isinstance(reply.outcome, (LabelLogprobs, Classified))
         }
         # With other workers than at the beginning nobody knows which of them it was.
         if not self._scores or not found or self._variant() != variant:
@@ -123,11 +179,11 @@ class Asker:
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
 
-    async def _replies(self, prompts: Sequence[JudgePrompt], call: Call) -> list[Reply | None]:
-        """What the queue answers to each prompt; None where that is nothing before the deadline."""
-        if not prompts:
+    async def _replies(self, items: Sequence[AnyItem], call: Call) -> list[Reply | None]:
+        """What the queue answers to each item; None where that is nothing before the deadline."""
+        if not items:
             return []
-        jobs = [self._job(prompt, call) for prompt in prompts]
+        jobs = [self._job(item, call) for item in items]
         futures = await self._queue.submit(jobs)
         try:
             await _all_done(futures, max(0.0, call.deadline - time.time()) + GRACE_SECONDS)
@@ -138,8 +194,7 @@ class Asker:
         self._metrics.queued([reply.queued for reply in replies if reply is not None])
         return replies
 
-    def _job(self, prompt: JudgePrompt, call: Call) -> Job:
-        item = EngineItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries)
+    def _job(self, item: AnyItem, call: Call) -> Job:
         name = f"{self._name}{next(self._count):x}"
         return Job(name, item, call.deadline, time.time(), call.lane, traceparent=call.traceparent)
 
@@ -160,16 +215,12 @@ def _has_reply(future: asyncio.Future[Reply]) -> bool:
     return future.done() and not future.cancelled()
 
 
-def _outcome(prompt: JudgePrompt, reply: Reply | None) -> Outcome:
+def _label_ids(item: AnyItem) -> tuple[int, ...]:
+    return item.label_ids if isinstance(item, EngineItem) else ()
+
+
+def _answered(reply: Reply | None) -> _Answered:
     if reply is None:
-        return ServiceError(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
-    answer = reply.outcome
-    if isinstance(answer, JobFailure):
-        return ServiceError(answer.code, answer.message)
-    verdict = judgement(answer, prompt.yes_ids, prompt.no_ids)
-    return Judged(verdict, prompt, reply.queued, reply.inference, answer.cached_tokens)
-
-
-def _free(prompt: JudgePrompt, answer: LabelLogprobs) -> Judged:
-    verdict = judgement(answer, prompt.yes_ids, prompt.no_ids)
-    return Judged(verdict, prompt, queued=0.0, inference=0.0, cached_tokens=len(prompt.token_ids))
+        return _Answered(JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline"), 0.0, 0.0, 0)
+    cached = 0 if isinstance(reply.outcome, JobFailure) else reply.outcome.cached_tokens
+    return _Answered(reply.outcome, reply.queued, reply.inference, cached)

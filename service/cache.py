@@ -13,13 +13,13 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
-from service.engine.contract import LabelLogprobs
+from service.engine.contract import Classified, LabelLogprobs
 
 log = structlog.get_logger(__name__)
 
@@ -35,22 +35,28 @@ _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 
 Answer = TypeVar("Answer")
 
+Kept: TypeAlias = LabelLogprobs | Classified
+"""What is remembered. Generated text is not: it would take a hundred times the memory."""
+
 
 class ScoreCache(Protocol):
     """Answers by `cache_key`. Lives on one event loop; its methods raise nothing."""
 
-    async def get(self, keys: Sequence[bytes]) -> list[LabelLogprobs | None]:
+    async def get(self, keys: Sequence[bytes]) -> list[Kept | None]:
         """What is known for each key, in order."""
 
-    async def put(self, found: Mapping[bytes, LabelLogprobs]) -> None:
-        """Remember these, and forget the oldest where there are too many. What is not finite is left out."""
+    async def put(self, found: Mapping[bytes, Kept]) -> None:
+        """Remember these, and forget the oldest where there are too many.
+
+        What is not finite is left out, and what a floor stands in for: asked again, the API may say it.
+        """
 
     async def close(self) -> None:
         """Let go of what it holds open."""
 
 
 def cache_key(variant: str, token_ids: Sequence[int], label_ids: Sequence[int]) -> bytes:
-    """16 bytes for these tokens. `variant` says what else the numbers depend on: the model, the engine, the dtype."""
+    """16 bytes for these tokens; `variant` says what else the numbers depend on: model, task, engine, dtype."""
     name = variant.encode()
     # The lengths keep, say, a label's id from being read as a token's.
     ids = array("I", (len(name), len(label_ids), *label_ids, *token_ids))
@@ -62,18 +68,18 @@ class MemoryCache:
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
-        self._entries: OrderedDict[bytes, LabelLogprobs] = OrderedDict()
+        self._entries: OrderedDict[bytes, Kept] = OrderedDict()
 
-    async def get(self, keys: Sequence[bytes]) -> list[LabelLogprobs | None]:
+    async def get(self, keys: Sequence[bytes]) -> list[Kept | None]:
         found = [self._entries.get(key) for key in keys]
         for key, answer in zip(keys, found, strict=True):
             if answer is not None:
                 self._entries.move_to_end(key)
         return found
 
-    async def put(self, found: Mapping[bytes, LabelLogprobs]) -> None:
+    async def put(self, found: Mapping[bytes, Kept]) -> None:
         for key, answer in found.items():
-            if _is_finite(answer):
+            if _is_kept(answer):
                 self._entries[key] = answer
                 self._entries.move_to_end(key)
         while len(self._entries) > self._max_entries:
@@ -124,14 +130,14 @@ class RedisCache:
         self._ask_again = -math.inf
         self._log_again = -math.inf
 
-    async def get(self, keys: Sequence[bytes]) -> list[LabelLogprobs | None]:
+    async def get(self, keys: Sequence[bytes]) -> list[Kept | None]:
         found: list[Any] | None = None
         if keys:
             found = await self._ask(lambda: self._redis.mget([self._base + key for key in keys]))
         return [_unpacked(value) for value in found] if found else [None] * len(keys)
 
-    async def put(self, found: Mapping[bytes, LabelLogprobs]) -> None:
-        packed = {key: _packed(answer) for key, answer in found.items() if _is_finite(answer)}
+    async def put(self, found: Mapping[bytes, Kept]) -> None:
+        packed = {key: _packed(answer) for key, answer in found.items() if _is_kept(answer)}
         if packed:
             names = [self._base + b"index", *(self._base + key for key in packed)]
             pairs = [part for pair in packed.items() for part in pair]
@@ -170,20 +176,28 @@ def redis_cache(url: str, prefix: str, ttl: float, max_entries: int) -> RedisCac
     return RedisCache(Redis.from_pool(pool), prefix, ttl, max_entries)
 
 
-def _is_finite(answer: LabelLogprobs) -> bool:
-    return all(map(math.isfinite, answer.logprobs))
+def _is_kept(answer: Kept) -> bool:
+    if isinstance(answer, Classified):
+        return math.isfinite(answer.logit)
+    return not answer.floored and all(map(math.isfinite, answer.logprobs))
 
 
-def _packed(answer: LabelLogprobs) -> bytes:
+def _packed(answer: Kept) -> bytes:
+    """A count of labels and their log-probabilities; of no labels, which no judge has, and a head's logit."""
+    if isinstance(answer, Classified):
+        return _HEAD.pack(0, answer.cached_tokens, 0) + struct.pack("<d", answer.logit)
     count = len(answer.logprobs)
     return _HEAD.pack(answer.argmax_id, answer.cached_tokens, count) + struct.pack(f"<{count}d", *answer.logprobs)
 
 
-def _unpacked(value: bytes | None) -> LabelLogprobs | None:
+def _unpacked(value: bytes | None) -> Kept | None:
     """None also for bytes that are no answer: of another version, perhaps."""
     if value is None or len(value) < _HEAD.size:
         return None
     argmax_id, cached_tokens, count = _HEAD.unpack_from(value)
-    if len(value) != _HEAD.size + 8 * count:
+    if len(value) != _HEAD.size + 8 * (count or 1):
         return None
+    if not count:
+        (logit,) = struct.unpack_from("<d", value, _HEAD.size)
+        return Classified(logit, cached_tokens)
     return LabelLogprobs(struct.unpack_from(f"<{count}d", value, _HEAD.size), argmax_id, cached_tokens)

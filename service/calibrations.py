@@ -7,6 +7,7 @@ from pathlib import Path
 
 from client import calibration
 from client.calibration import CalibrationError, TemplateCalibration
+from service.judges import REWARD_TEMPLATE
 from service.templates import TemplateLibrary
 
 
@@ -16,7 +17,8 @@ def load_all(paths: Sequence[Path], fingerprint: str, templates: TemplateLibrary
     Raises CalibrationError, which names the file, for one that cannot be read, that was fitted to another model, or
     that has a template which this service does not know, which is pairwise, or which an earlier file has too.
     """
-    modes = {template.id: template.mode for template in templates.all()}
+    # Only a reward model has no templates.
+    modes: dict[str, str] = {t.id: t.mode for t in templates.all()} or {REWARD_TEMPLATE: "pointwise"}
     found: dict[str, TemplateCalibration] = {}
     sources: dict[str, Path] = {}
     for path in paths:
@@ -38,6 +40,6 @@ def load_all(paths: Sequence[Path], fingerprint: str, templates: TemplateLibrary
 def _problem(mode: str | None, earlier: Path | None) -> str | None:
     if mode is None:
         return "is not known to this service; GET /templates lists those that are"
-    if mode != "pointwise":
+    if mode == "pairwise":
         return "is pairwise, and only judgements of single responses are calibrated"
     return f"is already calibrated in {earlier}" if earlier else None

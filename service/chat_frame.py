@@ -1,10 +1,11 @@
-"""What a model's chat template puts around the one user message that a judge's prompt is."""
+"""What a model's chat template puts around texts: the one user message that a judge's prompt is, or a conversation."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -74,6 +75,61 @@ class ChatFrame:
         except (TemplateError, TypeError, ValueError) as error:
             raise bad_template(f"the model's chat template fails: {error}; use format raw") from error
         return str(rendered)
+
+
+class ConversationFrame:
+    """What stands before, between and behind the turns of a conversation, up to the end of the assistant's last one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ServiceError(BAD_TEMPLATE) for a model without a chat template."""
+        if not tokenizer.chat_template:
+            raise bad_template("this model has no chat template, which the judge reward-model reads answers through")
+        self._tokenizer = tokenizer
+        self._mark = secrets.token_hex(16)
+        self._pieces = lru_cache(maxsize=256)(self._pieces_of)
+
+    @property
+    def written(self) -> str:
+        """All that the template itself writes around a question and its answer; empty where it fails on that."""
+        with suppress(ServiceError):
+            return "".join(self._pieces(("user", "assistant")))
+        return ""
+
+    def around(self, turns: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], list[str]]:
+        """For turns of role and content: the pieces around the contents, one more than there are turns, and the
+        contents as the template writes them (some trim).
+
+        Raises ServiceError(BAD_TEMPLATE) where the template refuses these roles, or changes a content in another way.
+        """
+        pieces = self._pieces(tuple(role for role, _ in turns))
+        rendered = self._render(turns)
+        for left, right in ((False, False), (True, True), (True, False), (False, True)):
+            texts = [_trim(content, left, right)[0] for _, content in turns]
+            if rendered == _woven(pieces, texts):
+                return pieces, texts
+        raise bad_template("the model's chat template changes these texts beyond trimming them")
+
+    def _pieces_of(self, roles: tuple[str, ...]) -> tuple[str, ...]:
+        marks = [f"{self._mark}.{index};" for index in range(len(roles))]
+        rest = self._render(list(zip(roles, marks, strict=True)))
+        pieces = []
+        for mark in marks:
+            piece, found, rest = rest.partition(mark)
+            if not found:
+                raise bad_template("the model's chat template leaves out a turn of the conversation, or moves it")
+            pieces.append(piece)
+        return (*pieces, rest)
+
+    def _render(self, turns: Sequence[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise bad_template(f"the model's chat template refuses this conversation: {error}") from error
+
+
+def _woven(pieces: Sequence[str], texts: Sequence[str]) -> str:
+    return "".join(part for pair in zip(pieces, texts, strict=False) for part in pair) + pieces[-1]
 
 
 def bad_template(problem: str) -> ServiceError:

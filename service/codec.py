@@ -111,6 +111,10 @@ class Codec:
         """The ids of the text alone."""
         return self.ids_of(self.encode_guarded(text) if guarded else self.encode_all([text])[0], guarded)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; special tokens are left out."""
+        return self._plain.decode(list(ids), skip_special_tokens=True)
+
     def holds_only(self, control: tuple[int, ...], ids: list[int], text: str, guarded: bool) -> bool:
         """Whether the control tokens among `ids` are these. The unknown token also stands for other text than its own
         name, so there the text is asked."""

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import AnyAnswer, AnyItem, GenerateItem
 
 
 class Lane(StrEnum):
@@ -32,7 +32,7 @@ class Job:
     """One prompt on its way to a worker. `attempt` counts deliveries: above 1, a worker before was lost with it."""
 
     id: str
-    item: EngineItem
+    item: AnyItem
     deadline: float
     submitted: float
     lane: Lane = Lane.INTERACTIVE
@@ -41,8 +41,9 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """The job's size, as the queue's bound and the batcher's budget count it."""
-        return len(self.item.token_ids)
+        """The job's size, as the queue's bound and the batcher's budget count it: what is read and may be written."""
+        read = len(self.item.token_ids)
+        return read + self.item.max_new_tokens if isinstance(self.item, GenerateItem) else read
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Reply:
     """The one answer to a job. `queued` and `inference` are the seconds it waited, and was worked on."""
 
     id: str
-    outcome: LabelLogprobs | JobFailure
+    outcome: AnyAnswer | JobFailure
     queued: float = 0.0
     inference: float = 0.0
 

@@ -12,11 +12,13 @@ from itertools import islice
 from client.calibration import TemplateCalibration
 from client.errors import ErrorCode
 from client.schema import (
+    CompareMode,
     CompareRequest,
     CompareResult,
     InlineTemplate,
     PositionBias,
     ResponseScore,
+    SampleCount,
     ScoreRequest,
     ScoreResult,
     Timing,
@@ -24,9 +26,10 @@ from client.schema import (
 )
 from service.asking import Asker, Call, Judged
 from service.errors import ServiceError
+from service.judges import REWARD_TEMPLATE, YES_NO, Judge
 from service.prompt import JudgePrompt, PromptBuilder, Wanted
-from service.scoring import Comparison, OrderEffect, compare_pairwise, compare_pointwise
-from service.templates import Template, TemplateLibrary, from_inline
+from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise, compare_pointwise
+from service.templates import Mode, Template, TemplateLibrary, from_inline
 
 # Requests rendered and tokenised in one go by one thread.
 CHUNK = 64
@@ -38,15 +41,16 @@ AnyRequest = ScoreRequest | CompareRequest
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What results say of the model that judged, and its calibrations by template id (pointwise templates only)."""
+    """The judge, and what results say of its model; its calibrations by template id (single responses only)."""
 
     model: str
     fingerprint: str
     calibrations: Mapping[str, TemplateCalibration] = field(default_factory=dict)
+    judge: Judge = YES_NO
 
-    def calibrated(self, template: Template, log_odds: float) -> float | None:
-        """The fitted probability that the response is good; None for a template that has no calibration."""
-        calibration = self.calibrations.get(template.id)
+    def calibrated(self, template: str, log_odds: float) -> float | None:
+        """The fitted probability that the response is good; None for a template (its id) that has no calibration."""
+        calibration = self.calibrations.get(template)
         return calibration.apply(log_odds) if calibration else None
 
 
@@ -54,12 +58,22 @@ class Provenance:
 class Plan:
     """A request after rendering: its prompts, in the order in which its result reads their judgements.
 
-    `tokenize_seconds` is the time taken for it and what was rendered together with it.
+    `template` is the id of what was asked, `tokenize_seconds` the time taken for it and what was rendered together with
+    it.
     """
 
-    template: Template
+    template: str
+    mode: CompareMode
     prompts: list[JudgePrompt]
     tokenize_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a request is to be judged; without a template the judge reads the conversation itself."""
+
+    mode: CompareMode
+    template: Template | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +101,7 @@ class Judging:
     ) -> None:
         self.templates = templates
         self._provenance = provenance
+        self._judge = provenance.judge
         self._prompts = prompts
         self._asker = asker
         self._executor = executor
@@ -104,6 +119,10 @@ class Judging:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
+    def cost(self, request: AnyRequest) -> int:
+        """How many judgements a request asks for."""
+        return len(_shown(request, self._mode(request)))
+
     async def close(self) -> None:
         """Let go of the score cache; to be called when nothing is asked any more."""
         await self._asker.close()
@@ -118,7 +137,7 @@ class Judging:
         ]
 
     async def _plan_all(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
-        if len(requests) == 1 and _characters(requests[0]) <= INLINE_CHARS:
+        if len(requests) == 1 and _characters(requests[0], self._mode(requests[0])) <= INLINE_CHARS:
             return self._plan_some(requests)
         loop = asyncio.get_running_loop()
         chunks = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
@@ -127,30 +146,51 @@ class Judging:
 
     def _plan_some(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
         started = time.perf_counter()
-        templates = [self._template(request) for request in requests]
+        ways = [self._way(request) for request in requests]
         wanted = [
             each
-            for request, template in zip(requests, templates, strict=True)
-            if isinstance(template, Template)
-            for each in _wanted(request, template)
+            for request, way in zip(requests, ways, strict=True)
+            if isinstance(way, _Way)
+            for each in _wanted(request, way)
         ]
         built = iter(self._prompts.build_all(wanted))
         took = time.perf_counter() - started
         return [
-            _plan(request, template, list(islice(built, cost(request))), took)
-            if isinstance(template, Template)
-            else template
-            for request, template in zip(requests, templates, strict=True)
+            _plan(request, way, list(islice(built, len(_shown(request, way.mode)))), took)
+            if isinstance(way, _Way)
+            else way
+            for request, way in zip(requests, ways, strict=True)
         ]
 
-    def _template(self, request: AnyRequest) -> Template | ServiceError:
+    def _mode(self, request: AnyRequest) -> CompareMode:
+        if isinstance(request, ScoreRequest):
+            return "pointwise"
+        return request.mode or self._judge.own_mode
+
+    def _way(self, request: AnyRequest) -> _Way | ServiceError:
+        mode = self._mode(request)
+        if mode not in self._judge.modes:
+            return self._judge.refusal(compares=isinstance(request, CompareRequest))
+        wanted = self._judge.modes[mode]
+        if wanted is None:
+            return self._untemplated(request) or _Way(mode, None)
         try:
-            return self._find_template(request)
+            return _Way(mode, self._template(request, wanted))
         except ServiceError as error:
             return error
 
-    def _find_template(self, request: AnyRequest) -> Template:
-        mode = request.mode if isinstance(request, CompareRequest) else "pointwise"
+    def _untemplated(self, request: AnyRequest) -> ServiceError | None:
+        """What is wrong with a request to a judge that has no templates."""
+        given = "category" if request.category is not None else "template" if request.template is not None else None
+        if given is None:
+            return None
+        return ServiceError(
+            ErrorCode.UNSUPPORTED_BY_JUDGE,
+            f"this service's judge is {self._judge.name}, which reads the conversation itself: leave {given} out",
+            param=given,
+        )
+
+    def _template(self, request: AnyRequest, mode: Mode) -> Template:
         if isinstance(request.template, InlineTemplate):
             template = from_inline(request.template)
         elif request.template is not None:
@@ -161,7 +201,10 @@ class Judging:
             template = self.templates.default(mode)
         if template.mode != mode:
             raise ServiceError(
-                ErrorCode.BAD_TEMPLATE, f"this template is {template.mode}, the request {mode}", param="template"
+                ErrorCode.BAD_TEMPLATE,
+                f"this template is {template.mode}, and this service's judge, {self._judge.name}, needs one that is "
+                f"{mode} here; GET /templates lists those",
+                param="template",
             )
         return template
 
@@ -176,20 +219,25 @@ class Judging:
             label_mass=verdict.label_mass,
             label_is_argmax=verdict.label_is_argmax,
             truncated=judged.prompt.truncated,
-            template=answer.plan.template.id,
+            template=answer.plan.template,
             model=self._provenance.model,
             usage=_usage(answer),
             timing_ms=_timing(answer),
             calibrated=self._provenance.calibrated(answer.plan.template, verdict.log_odds),
             fingerprint=self._provenance.fingerprint,
+            grade=verdict.grade,
+            samples=_samples(verdict),
+            floored=verdict.floored,
         )
 
     def _compare_result(self, request: CompareRequest, answer: Answer) -> CompareResult:
-        comparison, effect = _compared(request, answer.judged)
+        mode = answer.plan.mode
+        comparison, effect = _compared(request, mode, answer.judged)
         judged_with = [
-            [judged for shown, judged in zip(_shown(request), answer.judged, strict=True) if i in shown]
+            [judged for shown, judged in zip(_shown(request, mode), answer.judged, strict=True) if i in shown]
             for i in range(len(request.responses))
         ]
+        single = mode == "pointwise"
         return CompareResult(
             best=comparison.ranking[0],
             ranking=list(comparison.ranking),
@@ -200,14 +248,17 @@ class Judging:
                     label_mass=sum(a.judgement.label_mass for a in mine) / len(mine),
                     truncated=any(a.prompt.truncated for a in mine),
                     calibrated=self._provenance.calibrated(answer.plan.template, log_odds),
+                    grade=mine[0].judgement.grade if single else None,
+                    samples=_samples(mine[0].judgement) if single else None,
+                    floored=any(a.judgement.floored for a in mine),
                 )
                 for score, log_odds, mine in zip(comparison.scores, comparison.log_odds, judged_with, strict=True)
             ],
             win_probability=[list(row) for row in comparison.win_probability],
             tie=comparison.tie,
             position_bias=_position_bias(effect) if effect else None,
-            mode=request.mode,
-            template=answer.plan.template.id,
+            mode=mode,
+            template=answer.plan.template,
             model=self._provenance.model,
             usage=_usage(answer),
             timing_ms=_timing(answer),
@@ -215,28 +266,25 @@ class Judging:
         )
 
 
-def cost(request: AnyRequest) -> int:
-    """How many judgements a request asks for."""
-    return len(_shown(request))
-
-
-def _shown(request: AnyRequest) -> list[tuple[int, ...]]:
+def _shown(request: AnyRequest, mode: CompareMode) -> list[tuple[int, ...]]:
     """Which responses each of the request's prompts shows, in order."""
     if isinstance(request, ScoreRequest):
         return [(0,)]
     n = len(request.responses)
-    if request.mode == "pointwise":
+    if mode == "pointwise":
         return [(i,) for i in range(n)]
     return [(i, j) for i in range(n) for j in range(n) if i != j]
 
 
-def _compared(request: CompareRequest, answers: Sequence[Judged]) -> tuple[Comparison, OrderEffect | None]:
+def _compared(
+    request: CompareRequest, mode: CompareMode, answers: Sequence[Judged]
+) -> tuple[Comparison, OrderEffect | None]:
     log_odds = [answer.judgement.log_odds for answer in answers]
-    if request.mode == "pointwise":
+    if mode == "pointwise":
         return compare_pointwise(log_odds, request.tie_margin), None
     n = len(request.responses)
     first_wins = [[0.0] * n for _ in range(n)]
-    for (i, j), value in zip(_shown(request), log_odds, strict=True):
+    for (i, j), value in zip(_shown(request, mode), log_odds, strict=True):
         first_wins[i][j] = value
     return compare_pairwise(first_wins, request.tie_margin)
 
@@ -250,34 +298,41 @@ def _position_bias(effect: OrderEffect) -> PositionBias:
     )
 
 
-def _wanted(request: AnyRequest, template: Template) -> list[Wanted]:
+def _samples(verdict: Judgement) -> SampleCount | None:
+    found = verdict.samples
+    return None if found is None else SampleCount(drawn=found.drawn, parsed=found.parsed)
+
+
+def _wanted(request: AnyRequest, way: _Way) -> list[Wanted]:
     """The prompts that a request needs, in the order of `_shown`."""
     responses = _responses(request)
     return [
-        Wanted(template, request.prompt, [responses[i] for i in shown], request.truncation) for shown in _shown(request)
+        Wanted(way.template, request.prompt, [responses[i] for i in shown], request.truncation)
+        for shown in _shown(request, way.mode)
     ]
 
 
 def _plan(
-    request: AnyRequest, template: Template, built: Sequence[JudgePrompt | ServiceError], seconds: float
+    request: AnyRequest, way: _Way, built: Sequence[JudgePrompt | ServiceError], seconds: float
 ) -> Plan | ServiceError:
-    for shown, prompt in zip(_shown(request), built, strict=True):
+    for shown, prompt in zip(_shown(request, way.mode), built, strict=True):
         if isinstance(prompt, ServiceError):
             if prompt.param == "response" and isinstance(request, CompareRequest):
                 prompt.param = f"responses[{max(shown, key=lambda i: len(request.responses[i]))}]"
             return prompt
-    return Plan(template, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
+    name = REWARD_TEMPLATE if way.template is None else way.template.id
+    return Plan(name, way.mode, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
 
 
 def _responses(request: AnyRequest) -> list[str]:
     return [request.response] if isinstance(request, ScoreRequest) else request.responses
 
 
-def _characters(request: AnyRequest) -> int:
+def _characters(request: AnyRequest, mode: CompareMode) -> int:
     """How much text its prompts show, templates not counted."""
     prompt = request.prompt if isinstance(request.prompt, str) else "".join(each.content for each in request.prompt)
     responses = _responses(request)
-    return sum(len(prompt) + sum(len(responses[i]) for i in shown) for shown in _shown(request))
+    return sum(len(prompt) + sum(len(responses[i]) for i in shown) for shown in _shown(request, mode))
 
 
 def _gathered(plan: Plan, outcomes: Sequence[Judged | ServiceError]) -> Answer | ServiceError:
@@ -289,8 +344,9 @@ def _gathered(plan: Plan, outcomes: Sequence[Judged | ServiceError]) -> Answer |
 
 def _usage(answer: Answer) -> Usage:
     return Usage(
-        prompt_tokens=sum(len(judged.prompt.token_ids) for judged in answer.judged),
+        prompt_tokens=sum(judged.prompt_tokens for judged in answer.judged),
         cached_tokens=sum(judged.cached_tokens for judged in answer.judged),
+        completion_tokens=sum(judged.completion_tokens for judged in answer.judged),
     )
 
 

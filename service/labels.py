@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import Final
 
 from client.errors import ErrorCode
 from service.codec import Codec
 from service.errors import ServiceError
-from service.templates import Template
+from service.templates import Side
 
 _CONTEXT_CHARS: Final = 48
 _CONTEXT_TOKENS: Final = 4
@@ -18,11 +19,10 @@ _CONTEXT_TOKENS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class LabelIds:
-    """The labels' ids after a text, and the last tokens of that text."""
+    """The labels' ids after a text, by side in the template's order, and the last tokens of that text."""
 
     after: tuple[int, ...]
-    yes: tuple[int, ...]
-    no: tuple[int, ...]
+    sides: tuple[tuple[int, ...], ...]
 
 
 class LabelFinder:
@@ -32,32 +32,33 @@ class LabelFinder:
         self._codec = codec
         self._after = lru_cache(maxsize=4096)(self._ask)
 
-    def find(self, template: Template, text: str, ids: Sequence[int], guarded: bool) -> LabelIds:
+    def find(self, sides: tuple[Side, ...], text: str, ids: Sequence[int], guarded: bool) -> LabelIds:
         """The ids behind `text`, whose tokens are `ids`; raises ServiceError(BAD_LABEL).
 
         The prompt's last characters tell them, and that is cheap and cached; the whole prompt is asked where its last
         tokens are not those of its last characters taken alone.
         """
         try:
-            found = self._after(text[-_CONTEXT_CHARS:], guarded, template.yes, template.no)
+            found = self._after(text[-_CONTEXT_CHARS:], guarded, sides)
             if tuple(ids[-len(found.after) :]) == found.after:
                 return found
         except ServiceError:
             pass
-        return self._ask(text, guarded, template.yes, template.no)
+        return self._ask(text, guarded, sides)
 
-    def _ask(self, text: str, guarded: bool, yes: tuple[str, ...], no: tuple[str, ...]) -> LabelIds:
+    def _ask(self, text: str, guarded: bool, sides: tuple[Side, ...]) -> LabelIds:
         before = self._codec.ids(text, guarded)
-        ids: dict[str, tuple[int, ...]] = {}
-        for side, labels in (("yes", yes), ("no", no)):
-            after = [self._codec.ids(text + label, guarded) for label in labels]
+        ids: list[tuple[int, ...]] = []
+        for side in sides:
+            after = [self._codec.ids(text + label, guarded) for label in side.labels]
             for index, tokens in enumerate(after):
                 if tokens[:-1] != before:
-                    raise _bad_label(f"{side} label {index} {_why_not_one_token(before, tokens)}")
-            ids[side] = tuple(dict.fromkeys(tokens[-1] for tokens in after))
-        if not set(ids["yes"]).isdisjoint(ids["no"]):
-            raise _bad_label("a yes label and a no label are the same token")
-        return LabelIds(tuple(before[-_CONTEXT_TOKENS:]), ids["yes"], ids["no"])
+                    raise _bad_label(f"{side.name} label {index} {_why_not_one_token(before, tokens)}")
+            ids.append(tuple(dict.fromkeys(tokens[-1] for tokens in after)))
+        for first, second in combinations(range(len(sides)), 2):
+            if not set(ids[first]).isdisjoint(ids[second]):
+                raise _bad_label(f"a {sides[first].name} label and a {sides[second].name} label are the same token")
+        return LabelIds(tuple(before[-_CONTEXT_TOKENS:]), tuple(ids))
 
 
 def _bad_label(problem: str) -> ServiceError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from service.codec import load_tokenizer
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.settings import CommonSettings, EngineSettings
+from service.weights.manifest import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,10 @@ FAKE_MODEL = "fake"
 FAKE_MAX_TOKENS = 4096
 # For models that state no limit (recurrent ones).
 UNLIMITED_MAX_TOKENS = 8192
+# Judgements in a batch for each request that may be under way: with fewer a slow one leaves places idle at the end.
+UPSTREAM_WAVES = 4
+# Texts are written one token at a time, at a cost that hardly grows with their number: more of them go together.
+WRITING_FACTOR = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +48,82 @@ class Model:
 
 def find_model(settings: CommonSettings) -> Model:
     """Resolve the model, fetching it where need be, and load its tokenizer."""
+    model = _find_model(settings)
+    if settings.task == "classify":
+        # The same files read as something else are another judge, whose numbers must not be taken for the first one's.
+        return replace(model, fingerprint=f"{model.fingerprint}-classify")
+    return model
+
+
+def _find_model(settings: CommonSettings) -> Model:
+    if settings.lora is not None and settings.engine != "vllm":
+        raise ValueError(f"--lora needs --engine vllm: the engine {settings.engine} runs no adapters")
+    if settings.engine == "upstream":
+        from service.upstreams import find_upstream  # here: it builds on this module
+
+        return find_upstream(settings)
     if settings.model is None and settings.engine == "fake":
         return Model(FAKE_MODEL, FAKE_MODEL, fake_tokenizer(), settings.max_tokens or FAKE_MAX_TOKENS)
     files = models.resolve(settings.model or models.DEFAULT_MODEL)
-    longest = _context_length(files.path)
+    longest = context_length(files.path)
+    if settings.engine == "vllm" and settings.task != "classify":
+        longest -= 1  # it counts the label as a token that is written
     max_tokens = min(settings.max_tokens or longest, longest)
-    return Model(files.id, files.fingerprint, load_tokenizer(files.path), max_tokens, files.path, files.note)
+    model = Model(files.id, files.fingerprint, load_tokenizer(files.path), max_tokens, files.path, files.note)
+    return model if settings.lora is None else _with_adapter(model, *settings.lora.split("=", 1))
+
+
+def _with_adapter(model: Model, name: str, folder: str) -> Model:
+    """The model as the adapter changes it: another judge. Raises ModelError where there is no adapter."""
+    path = Path(folder).expanduser()
+    config = path / "adapter_config.json"
+    if not config.is_file():
+        raise ModelError(f"{path} has no adapter_config.json: --lora needs the folder of an adapter that PEFT saved")
+    parts = [model.fingerprint.encode(), config.read_bytes(), models.fingerprint(path).encode()]
+    fingerprint = sha256(b"\0".join(parts)).hexdigest()[: len(model.fingerprint)]
+    return replace(model, id=name, fingerprint=fingerprint)
 
 
 def load_engine(settings: EngineSettings, model: Model) -> Engine:
-    """Load the model's weights into the engine that the settings name."""
+    """Load the model's weights into the engine that the settings name.
+
+    Raises ValueError for an engine that cannot do what the judge needs.
+    """
+    engine = _load_engine(settings, model)
+    if settings.task in engine.tasks:
+        return engine
+    engine.close()
+    able = {"labels": "read labels' probabilities", "classify": "run a classification head", "generate": "write text"}
+    raise ValueError(
+        f"the engine {engine.name} cannot {able[settings.task]} with this model, which --judge {settings.judge} needs: "
+        "take another --engine, --model or --judge"
+        + (", or --self-reward-mode expectation" if settings.task == "generate" else "")
+    )
+
+
+def _load_engine(settings: EngineSettings, model: Model) -> Engine:
+    if settings.engine == "upstream":
+        from service.upstreams import load_upstream
+
+        return load_upstream(settings, model)
     if settings.engine == "fake" or model.folder is None:
         return FakeEngine(
             max_tokens=model.max_tokens,
             delay=settings.fake_delay,
+            unparseable=settings.fake_unparseable,
+            encode=lambda text: model.tokenizer(text, add_special_tokens=False).input_ids,
             crash_token=settings.fake_crash_token,
             hang_token=settings.fake_hang_token,
         )
+    if settings.engine == "vllm":
+        return _load_vllm(settings, model.folder, model.max_tokens)
     # Imported only now: a process whose workers are elsewhere has no torch.
+    from service.engine.torch_classify import TorchClassifier
     from service.engine.torch_engine import TorchEngine
 
     started = time.monotonic()
-    engine = TorchEngine.load(
+    kind: type[TorchEngine | TorchClassifier] = TorchClassifier if settings.task == "classify" else TorchEngine
+    engine = kind.load(
         model.folder,
         dtype=settings.dtype,
         device=settings.device,
@@ -75,12 +135,44 @@ def load_engine(settings: EngineSettings, model: Model) -> Engine:
     return engine
 
 
+def _load_vllm(settings: EngineSettings, folder: Path, max_tokens: int) -> Engine:
+    from service.engine.vllm_engine import VllmEngine
+    from service.engine.vllm_loading import Lora, VllmOptions
+
+    if settings.device != "auto":
+        raise ValueError("--device is the torch engine's: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
+    name, _, adapter = (settings.lora or "").partition("=")
+    options = VllmOptions(
+        task=settings.task,
+        max_tokens=max_tokens,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        batch_tokens=settings.batch_tokens,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        data_parallel_size=settings.data_parallel_size,
+        quantization=settings.quantization,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        deterministic=settings.deterministic,
+        lora=Lora(name, Path(adapter).expanduser().resolve()) if settings.lora else None,
+        extra=settings.vllm_args,
+    )
+    started = time.monotonic()
+    engine = VllmEngine.load(folder, options)
+    log.info("model loaded", model=folder.name, dtype=engine.dtype, seconds=round(time.monotonic() - started, 1))
+    return engine
+
+
 def make_batcher(settings: EngineSettings, engine: Engine) -> Batcher:
     """The batching policy that the settings ask for, else what suits the engine."""
-    return Batcher(settings.batch_tokens or engine.batch_tokens, settings.batch_jobs, settings.linger_ms / 1e3)
+    jobs = settings.batch_jobs
+    if settings.engine == "upstream":
+        jobs = min(jobs, UPSTREAM_WAVES * settings.upstream_concurrency)
+    suits = engine.batch_tokens * (WRITING_FACTOR if settings.task == "generate" else 1)
+    return Batcher(settings.batch_tokens or suits, jobs, settings.linger_ms / 1e3)
 
 
-def _context_length(folder: Path) -> int:
+def context_length(folder: Path) -> int:
+    """The longest prompt, in tokens, that the model's configuration states."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config = config.get("text_config", config)
     return int(config.get("max_position_embeddings") or UNLIMITED_MAX_TOKENS)

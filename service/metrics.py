@@ -27,6 +27,7 @@ class Metrics:
         self._judgements = Counter("judge_judgements", "Judgements answered", registry=reg)
         self._wait = Histogram("judge_queue_seconds", "Time a job waited", buckets=_SECONDS, registry=reg)
         self._mass = Histogram("judge_label_mass", "P(Yes)+P(No) of each judgement", buckets=_MASS, registry=reg)
+        self._unparseable = Counter("judge_unparseable", "Written texts without a grade to be read", registry=reg)
         self._hits = Counter("judge_cache_hits", "Judgements known from before", registry=reg)
         self._misses = Counter("judge_cache_misses", "Judgements looked up in vain", registry=reg)
         self._tokens = Counter("judge_tokens", "Tokens judged", registry=reg)
@@ -63,6 +64,10 @@ class Metrics:
         self._judgements.inc(len(label_masses))
         for mass in label_masses:
             self._mass.observe(mass)
+
+    def unparseable(self, count: int) -> None:
+        """So many texts of a judge that writes stated no grade."""
+        self._unparseable.inc(count)
 
     def queued(self, seconds: Sequence[float]) -> None:
         """Jobs were answered that had waited so long."""

@@ -19,13 +19,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.errors import ErrorCode
+from service import playground
 from service.errors import ServiceError
 from service.http_errors import error_response
 from service.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"}) | playground.PATHS
 CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

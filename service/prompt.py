@@ -18,19 +18,15 @@ from tokenizers import Encoding
 
 from client.errors import ErrorCode
 from client.schema import Message, Truncation
-from service.chat_frame import ChatFrame, bad_template
+from service.chat_frame import ChatFrame, ConversationFrame, bad_template
 from service.codec import Codec
 from service.errors import ServiceError
 from service.labels import LabelFinder
-from service.templates import INLINE, REQUIRED_SLOTS, Template, split_layout
+from service.templates import INLINE, REQUIRED_SLOTS, Side, Template, split_layout
+from service.truncation import CUT_MARK, MIN_KEPT_TOKENS, cut_roughly, cuttable, kept_behind, kept_evenly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CUT_MARK: Final = " [...] "
-"""Stands where the middle of a response was cut out."""
-MIN_KEPT_TOKENS: Final = 4
-"""A text that is cut keeps at least so many tokens; where that is still too much, the request is refused."""
 
 _HUGE: Final = 16
 """Characters per token from which on it pays to ask whether a text can fit at all before tokenising it."""
@@ -43,9 +39,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a judgement is to show: one answer for a pointwise template, two for a pairwise one."""
+    """What a judgement is to show: two answers for a pairwise template, else one.
 
-    template: Template
+    Without a template the judge reads the conversation itself, the answer as its last turn.
+    """
+
+    template: Template | None
     prompt: str | Sequence[Message]
     answers: Sequence[str]
     truncation: Truncation = "error"
@@ -53,27 +52,45 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class JudgePrompt:
-    """What an engine reads for one judgement; see EngineItem. `yes_ids` and `no_ids` are distinct and disjoint."""
+    """What an engine reads for one judgement; see EngineItem.
+
+    `label_ids` are distinct, `weights` what each counts as, from 0 (No) to 1 (Yes). Both are empty where the judge
+    reads no labels.
+    """
 
     token_ids: tuple[int, ...]
-    yes_ids: tuple[int, ...]
-    no_ids: tuple[int, ...]
+    label_ids: tuple[int, ...]
+    weights: tuple[float, ...]
     boundaries: tuple[int, ...]
     truncated: bool
+
+    @property
+    def yes_ids(self) -> tuple[int, ...]:
+        """The labels that are wholly Yes."""
+        return tuple(id_ for id_, weight in zip(self.label_ids, self.weights, strict=True) if weight == 1)
+
+    @property
+    def no_ids(self) -> tuple[int, ...]:
+        """The labels that are wholly No."""
+        return tuple(id_ for id_, weight in zip(self.label_ids, self.weights, strict=True) if weight == 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """A template ready to be filled: `pieces` of text around the slots, plain and with stand-ins for control tokens.
 
-    `slots` says which text follows each piece but the last (0 the prompt, 1 and 2 the responses), `control` which
-    control tokens the pieces write, in order.
+    `slots` says which text follows each piece but the last (first the prompt, then the responses), `control` which
+    control tokens the pieces write, in order. `chat`: what comes of it is the message in the chat template. `turns` is
+    the number of texts that are the prompt: with no template, one for each turn of the conversation.
     """
 
     chat: bool
     slots: tuple[int, ...]
     pieces: tuple[tuple[str, ...], tuple[str, ...]]
     control: tuple[int, ...]
+    sides: tuple[Side, ...] = ()
+    turns: int = 1
+    conversation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +132,26 @@ class _Reading:
 class PromptBuilder:
     """Builds the prompts of one model. Safe for any number of threads: it shares nothing that changes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        """`tokenizer` must be a fast one; it is copied. `max_tokens` is the length of the longest prompt allowed."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, conversation: ConversationFrame | None = None
+    ) -> None:
+        """`tokenizer` must be a fast one; it is copied. `max_tokens` is the length of the longest prompt allowed.
+
+        `conversation` is for judgements without a template.
+        """
         self.has_chat_template = bool(tokenizer.chat_template)
         self.max_tokens = max_tokens
         self._chat = ChatFrame(tokenizer)
-        self._codec = Codec(tokenizer, self._chat.written)
+        self._conversation = conversation
+        self._codec = Codec(tokenizer, self._chat.written + (conversation.written if conversation else ""))
         self._bos_id: int | None = tokenizer.bos_token_id
         self._named_plan = lru_cache(maxsize=1024)(self._plan)
         self._labels = LabelFinder(self._codec)
 
     def build(
-        self, template: Template, prompt: str | Sequence[Message], answers: Sequence[str], truncation: Truncation
+        self, template: Template | None, prompt: str | Sequence[Message], answers: Sequence[str], truncation: Truncation
     ) -> JudgePrompt:
-        """Render and tokenise one judgement: one answer for a pointwise template, two for a pairwise one.
+        """Render and tokenise one judgement; see Wanted.
 
         Raises ServiceError: CONTEXT_LENGTH_EXCEEDED for what is too long and may not be cut, or not far enough;
         BAD_LABEL for a label that is not one token here; BAD_TEMPLATE for a chat format that the model has not got;
@@ -149,16 +172,33 @@ class PromptBuilder:
         return [each if isinstance(each, ServiceError) else self._finish(each, next(encodings)) for each in drafts]
 
     def _draft(self, wanted: Wanted) -> _Draft | ServiceError:
-        template, prompt = wanted.template, wanted.prompt
-        if len(wanted.answers) != len(REQUIRED_SLOTS[template.mode]) - 1:
-            raise ValueError(f"{len(wanted.answers)} answers for a {template.mode} template")
-        texts = [prompt if isinstance(prompt, str) else flatten(prompt), *wanted.answers]
         try:
-            plan = self._plan(template) if template.name == INLINE else self._named_plan(template)
-            texts, truncated = self._foresee(texts, wanted.truncation)
+            plan, texts = self._planned(wanted)
+            texts, truncated = self._foresee(plan.turns, texts, wanted.truncation)
             return _Draft(wanted, plan, texts, truncated, self._render(plan, texts, False))
         except ServiceError as error:
             return error
+
+    def _planned(self, wanted: Wanted) -> tuple[_Plan, list[str]]:
+        """What is to be filled in, and the texts to fill in."""
+        template, prompt = wanted.template, wanted.prompt
+        if template is None:
+            return self._conversation_plan(prompt, wanted.answers)
+        if len(wanted.answers) != len(REQUIRED_SLOTS[template.mode]) - 1:
+            raise ValueError(f"{len(wanted.answers)} answers for a {template.mode} template")
+        plan = self._plan(template) if template.name == INLINE else self._named_plan(template)
+        return plan, [prompt if isinstance(prompt, str) else flatten(prompt), *wanted.answers]
+
+    def _conversation_plan(self, prompt: str | Sequence[Message], answers: Sequence[str]) -> tuple[_Plan, list[str]]:
+        if self._conversation is None or len(answers) != 1:
+            raise ValueError("a judgement without a template needs a builder for conversations, and one answer")
+        asked = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+        turns = [(message.role, message.content) for message in asked] + [("assistant", answers[0])]
+        pieces, texts = self._conversation.around(turns)
+        guarded = tuple(map(self._codec.guard, pieces))
+        control = tuple(id_ for piece in pieces for id_ in self._codec.control_in(piece))
+        slots = tuple(range(len(turns)))
+        return _Plan(False, slots, (pieces, guarded), control, turns=len(asked), conversation=True), texts
 
     def _finish(self, draft: _Draft, encoding: Encoding) -> JudgePrompt | ServiceError:
         wanted, plan, truncated = draft.wanted, draft.plan, draft.truncated
@@ -166,20 +206,33 @@ class PromptBuilder:
             reading = self._accept(plan, draft.rendered, False, encoding) or self._read_guarded(plan, draft.texts)
             if len(reading.ids) > self.max_tokens:
                 reading, truncated = self._shorten(plan, draft.texts, reading, wanted.truncation), True
-            labels = self._labels.find(wanted.template, reading.text, reading.ids, reading.guarded)
+            label_ids, weights = self._label_ids(plan.sides, reading)
         except ServiceError as error:
             return error
-        return JudgePrompt(tuple(reading.ids), labels.yes, labels.no, _boundaries(plan, reading), truncated)
+        return JudgePrompt(tuple(reading.ids), label_ids, weights, _boundaries(plan, reading), truncated)
 
-    def check(self, template: Template) -> None:
+    def _label_ids(self, sides: tuple[Side, ...], reading: _Reading) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """The labels' ids behind the prompt and their weights."""
+        if not sides:
+            return (), ()
+        found = self._labels.find(sides, reading.text, reading.ids, reading.guarded)
+        weights = [side.weight for side, ids in zip(sides, found.sides, strict=True) for _ in ids]
+        return tuple(id_ for ids in found.sides for id_ in ids), tuple(weights)
+
+    def check(self, template: Template | None) -> None:
         """Build a probe, so that a template that cannot work with this model is found at start-up.
 
         Raises ServiceError as `build` does, and BAD_TEMPLATE where the prompt begins with two BOS tokens.
         """
-        answers = ["A probe."] * (len(REQUIRED_SLOTS[template.mode]) - 1)
+        answers = ["A probe."] * (len(REQUIRED_SLOTS[template.mode]) - 1 if template else 1)
         ids = self.build(template, "A probe?", answers, "error").token_ids
         if self._bos_id is not None and ids[:2] == (self._bos_id, self._bos_id):
-            raise ServiceError(ErrorCode.BAD_TEMPLATE, f"prompts of {template.id} begin with two BOS tokens")
+            name = template.id if template else "the model's chat template"
+            raise ServiceError(ErrorCode.BAD_TEMPLATE, f"prompts of {name} begin with two BOS tokens")
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """What a model wrote, as text, without control tokens."""
+        return self._codec.decode(token_ids)
 
     def _plan(self, template: Template) -> _Plan:
         chat = template.format == "chat"
@@ -201,7 +254,7 @@ class PromptBuilder:
                 plain[-1] += part
                 guarded[-1] += part if chat else self._codec.guard(part)
                 control += () if chat else self._codec.control_in(part)
-        return _Plan(chat, tuple(slots), (tuple(plain), tuple(guarded)), control)
+        return _Plan(chat, tuple(slots), (tuple(plain), tuple(guarded)), control, template.labels)
 
     def _render(self, plan: _Plan, texts: Sequence[str], guarded: bool) -> _Text:
         pieces = plan.pieces[guarded]
@@ -240,41 +293,43 @@ class PromptBuilder:
         ids = self._codec.ids_of(encoding, guarded)
         if not self._codec.holds_only(rendered.control, ids, rendered.text, guarded):
             return None
-        ahead = () if plan.chat else self._codec.ahead_of(ids)
+        ahead = () if plan.chat or plan.conversation else self._codec.ahead_of(ids)
         return _Reading(rendered.text, rendered.spans, guarded, encoding, [*ahead, *ids], len(ahead))
 
-    def _foresee(self, texts: list[str], truncation: Truncation) -> tuple[list[str], bool]:
+    def _foresee(self, turns: int, texts: list[str], truncation: Truncation) -> tuple[list[str], bool]:
         """Refuse, or cut roughly, what surely does not fit however it is tokenised; says whether it was cut."""
         if sum(map(len, texts)) <= _HUGE * self.max_tokens or self._codec.fewest_tokens(texts) <= self.max_tokens:
             return texts, False
-        cuttable = _cuttable(texts, truncation)
-        least = self._codec.fewest_tokens([text for index, text in enumerate(texts) if index not in cuttable])
+        which = cuttable(turns, len(texts), truncation)
+        least = self._codec.fewest_tokens([text for index, text in enumerate(texts) if index not in which])
         if least > self.max_tokens:
-            raise self._too_long(texts, f"at least {least}", truncation)
+            raise self._too_long(turns, texts, f"at least {least}", truncation)
         window = 2 * _HUGE * self.max_tokens
-        return [_cut_roughly(t, i, window) if i in cuttable else t for i, t in enumerate(texts)], True
+        return [cut_roughly(t, i < turns, window) if i in which else t for i, t in enumerate(texts)], True
 
     def _shorten(self, plan: _Plan, texts: Sequence[str], reading: _Reading, truncation: Truncation) -> _Reading:
         """Cut at token boundaries, then render and tokenise the shorter texts, until what comes out fits."""
-        cuttable = _cuttable(texts, truncation)
-        if not cuttable:
-            raise self._too_long(texts, str(len(reading.ids)), truncation)
-        tokens = [_token_range(reading, index) for index in cuttable]
+        which = cuttable(plan.turns, len(texts), truncation)
+        if not which:
+            raise self._too_long(plan.turns, texts, str(len(reading.ids)), truncation)
+        kept_of = kept_behind if truncation == "prompt_left" else kept_evenly
+        tokens = [_token_range(reading, index) for index in which]
         lengths = [end - start for start, end in tokens]
         drop, shorter = 0, reading
         while (excess := len(shorter.ids) - self.max_tokens) > 0:
             drop += excess
-            kept = _kept(lengths, drop)
+            kept = kept_of(lengths, drop)
             if any(keep < min(length, MIN_KEPT_TOKENS) for keep, length in zip(kept, lengths, strict=True)):
-                raise self._too_long(texts, str(len(reading.ids)), truncation)
+                raise self._too_long(plan.turns, texts, str(len(reading.ids)), truncation)
             cut = list(texts)
-            for index, span, keep in zip(cuttable, tokens, kept, strict=True):
+            for index, span, keep in zip(which, tokens, kept, strict=True):
                 if keep < span[1] - span[0]:
-                    cut[index] = _cut(reading, texts[index], index, span, keep)
+                    start = reading.spans[index][0]
+                    cut[index] = _cut(reading, texts[index], start, span, keep, left=index < plan.turns)
             shorter = self._read(plan, cut)
         return shorter
 
-    def _too_long(self, texts: Sequence[str], tokens: str, truncation: Truncation) -> ServiceError:
+    def _too_long(self, turns: int, texts: Sequence[str], tokens: str, truncation: Truncation) -> ServiceError:
         advice = (
             "shorten it, or allow truncation"
             if truncation == "error"
@@ -283,7 +338,7 @@ class PromptBuilder:
         return ServiceError(
             ErrorCode.CONTEXT_LENGTH_EXCEEDED,
             f"the judge's prompt is {tokens} tokens long, and this model reads at most {self.max_tokens}: {advice}",
-            param="prompt" if len(texts[0]) >= max(map(len, texts[1:])) else "response",
+            param="prompt" if sum(map(len, texts[:turns])) >= max(map(len, texts[turns:])) else "response",
         )
 
 
@@ -316,7 +371,7 @@ def _boundaries(plan: _Plan, reading: _Reading) -> tuple[int, ...]:
     """
     places = [reading.spans[plan.slots[0]][0]]
     if plan.slots[0] == 0:
-        places.append(reading.spans[0][1])
+        places.append(reading.spans[plan.turns - 1][1])
     offsets = {reading.ahead + _first_token(reading.encoding, place, len(reading.text)) for place in places}
     return tuple(sorted(offsets - {0, len(reading.ids)}))
 
@@ -336,42 +391,21 @@ def _token_range(reading: _Reading, index: int) -> Span:
     return start, end
 
 
-def _cut(reading: _Reading, text: str, index: int, tokens: Span, keep: int) -> str:
-    """The text without its first tokens (the prompt), or with the middle ones replaced by a mark (a response)."""
+def _cut(reading: _Reading, text: str, start: int, tokens: Span, keep: int, *, left: bool) -> str:
+    """The text without its first tokens, or with the middle ones replaced by a mark; it begins at character `start`."""
 
     def place(token: int, side: int) -> int:
         chars = reading.encoding.token_to_chars(token)
         assert chars is not None  # only tokens that post-processing adds have no characters
-        return max(0, chars[side] - reading.spans[index][0])
+        return max(0, chars[side] - start)
 
     first, last = tokens
-    if index == 0:
+    if left:
         return text[place(last - keep, 0) :]
-    left = place(first + keep - keep // 2 - 1, 1)
+    end = place(first + keep - keep // 2 - 1, 1)
     right = place(last - keep // 2, 0)
-    return text[:left] + CUT_MARK + text[max(left, right) :]
-
-
-def _cut_roughly(text: str, index: int, window: int) -> str:
-    """The same by characters, so that tokenising what is to be cut anyway costs little."""
-    if len(text) <= window:
-        return text
-    return text[-window:] if index == 0 else text[: window // 2] + CUT_MARK + text[-window // 2 :]
-
-
-def _cuttable(texts: Sequence[str], truncation: Truncation) -> range:
-    """The texts that may be cut: 0 is the prompt, the rest are responses."""
-    return {"error": range(0), "prompt_left": range(1), "response_middle": range(1, len(texts))}[truncation]
+    return text[:end] + CUT_MARK + text[max(end, right) :]
 
 
 def _clip(span: Span, low: int, high: int) -> Span:
     return min(max(span[0], low), high), min(max(span[1], low), high)
-
-
-def _kept(lengths: Sequence[int], drop: int) -> list[int]:
-    """How many tokens each text keeps when `drop` are cut, from the longest first, until all are equally long."""
-    longest, others = max(lengths), sum(lengths) - max(lengths)
-    level = longest - drop
-    if len(lengths) > 1 and level < others:
-        level = (longest + others - drop) // 2
-    return [min(length, level) for length in lengths]

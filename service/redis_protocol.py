@@ -8,8 +8,8 @@ worker's; both know Redis only through this file.
     epoch    a random mark; when it is gone, Redis has lost the jobs and their callers must be told
 
 An entry is deleted when its job is answered, cancelled or given up, so the length of the streams is the number of open
-jobs, and `tokens` is what they hold. All keys share one hash tag: the model's fingerprint, so that an API and a worker
-with different models never meet.
+jobs, and `tokens` is what they hold. All keys share one hash tag: the model's fingerprint, and the task where it is not
+the labels' probabilities, so that an API and a worker with different models, or for different tasks, never meet.
 """
 
 from __future__ import annotations
@@ -21,11 +21,24 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import (
+    AnyAnswer,
+    AnyItem,
+    Classified,
+    ClassifyItem,
+    EngineItem,
+    Generated,
+    GenerateItem,
+    LabelLogprobs,
+    Task,
+)
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 
 GROUP: Final = "workers"
 PAYLOAD: Final = b"p"
+# What marks jobs and replies of the other tasks; those that ask for labels have no mark.
+_CLASSIFY: Final[Task] = "classify"
+_GENERATE: Final[Task] = "generate"
 LANES: Final = (Lane.INTERACTIVE, Lane.BULK)
 # Deliveries after which a job is given up: each one before ended with a lost worker.
 MAX_DELIVERIES: Final = 3
@@ -45,14 +58,14 @@ RECONNECT_SECONDS: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The names of everything that one model's queue keeps in Redis."""
+    """The names of everything that one queue, of one model and one task, keeps in Redis."""
 
     base: str
 
     @classmethod
-    def of(cls, prefix: str, fingerprint: str) -> Keys:
-        """The keys of a model's queue."""
-        return cls(f"{prefix}:{{{fingerprint}}}")
+    def of(cls, prefix: str, fingerprint: str, task: Task = "labels") -> Keys:
+        """The keys of a model's queue for a task. Judges that need the same task can share workers."""
+        return cls(f"{prefix}:{{{fingerprint}}}" if task == "labels" else f"{prefix}:{{{fingerprint}:{task}}}")
 
     def jobs(self, lane: Lane) -> str:
         """The stream of a lane's open jobs."""
@@ -198,21 +211,42 @@ def by_stream(found: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, byt
 
 
 def encode_job(job: Job, api: str) -> bytes:
-    """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers."""
+    """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers.
+
+    The header of a task other than labels ends with the task, and what else it needs.
+    """
     item = job.item
-    header = [job.id, api, job.deadline, job.submitted, item.label_ids, item.boundaries, job.traceparent]
+    labels = item.label_ids if isinstance(item, EngineItem) else ()
+    header = [job.id, api, job.deadline, job.submitted, labels, item.boundaries, job.traceparent, *_task(item)]
     head = json.dumps(header, separators=(",", ":")).encode()
     return len(head).to_bytes(4, "little") + head + array("I", item.token_ids).tobytes()
+
+
+def _task(item: AnyItem) -> list[Any]:
+    if isinstance(item, GenerateItem):
+        return [_GENERATE, item.max_new_tokens, item.stop_ids, item.temperature, item.seed]
+    return [_CLASSIFY] if isinstance(item, ClassifyItem) else []
 
 
 def decode_job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
     """The job of an entry, and the id of the API process that waits for it. Raises ValueError for anything else."""
     end = 4 + int.from_bytes(payload[:4], "little")
-    job_id, api, deadline, submitted, labels, boundaries, traceparent = json.loads(payload[4:end])
+    job_id, api, deadline, submitted, labels, boundaries, traceparent, *task = json.loads(payload[4:end])
     tokens = array("I")
     tokens.frombytes(payload[end:])
-    item = EngineItem(tuple(tokens), tuple(labels), tuple(boundaries))
+    item = _item(tuple(tokens), tuple(labels), tuple(boundaries), task)
     return Job(job_id, item, deadline, submitted, lane, attempt, traceparent), api
+
+
+def _item(tokens: tuple[int, ...], labels: tuple[int, ...], boundaries: tuple[int, ...], task: list[Any]) -> AnyItem:
+    match task:
+        case []:
+            return EngineItem(tokens, labels, boundaries)
+        case ["classify"]:
+            return ClassifyItem(tokens, boundaries)
+        case ["generate", limit, stop, temperature, seed]:
+            return GenerateItem(tokens, limit, tuple(stop), temperature, seed, boundaries)
+    raise ValueError("a job of a task that is not known here")
 
 
 def encode_replies(replies: Sequence[Reply]) -> bytes:
@@ -221,22 +255,40 @@ def encode_replies(replies: Sequence[Reply]) -> bytes:
 
 
 def _plain(reply: Reply) -> list[Any]:
-    if isinstance(reply.outcome, JobFailure):
-        outcome: list[Any] = [reply.outcome.code, reply.outcome.message]
-    else:
-        outcome = [reply.outcome.logprobs, reply.outcome.argmax_id, reply.outcome.cached_tokens]
-    return [reply.id, reply.queued, reply.inference, *outcome]
+    return [reply.id, reply.queued, reply.inference, *_plain_outcome(reply.outcome)]
+
+
+def _plain_outcome(outcome: AnyAnswer | JobFailure) -> list[Any]:
+    match outcome:
+        case LabelLogprobs(logprobs, argmax_id, cached, floored):
+            return [logprobs, argmax_id, cached, *([True] if floored else [])]
+        case Classified(logit, cached):
+            return [_CLASSIFY, logit, cached]
+        case Generated(token_ids, ended, cached):
+            return [_GENERATE, token_ids, ended, cached]
+        case JobFailure(code, message):
+            return [code, message]
 
 
 def decode_replies(message: bytes) -> list[Reply]:
     """The replies of a message."""
-    return [_reply(*plain) for plain in json.loads(message)]
+    return [
+        Reply(job_id, _outcome(outcome), queued, inference)
+        for job_id, queued, inference, *outcome in json.loads(message)
+    ]
 
 
-def _reply(job_id: str, queued: float, inference: float, first: Any, second: Any, *cached: int) -> Reply:
-    if cached:
-        return Reply(job_id, LabelLogprobs(tuple(first), second, *cached), queued, inference)
-    return Reply(job_id, JobFailure(ErrorCode(first), second), queued, inference)
+def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
+    match plain:
+        case [list(logprobs), argmax_id, cached, *floored]:
+            return LabelLogprobs(tuple(logprobs), argmax_id, cached, bool(floored))
+        case ["classify", logit, cached]:
+            return Classified(logit, cached)
+        case ["generate", token_ids, ended, cached]:
+            return Generated(tuple(token_ids), ended, cached)
+        case [code, message]:
+            return JobFailure(ErrorCode(code), message)
+    raise ValueError("a reply of a kind that is not known here")
 
 
 def encode_info(info: WorkerInfo) -> str:

@@ -23,8 +23,10 @@ from service import calibrations
 from service.app import Limits, Service, create_app
 from service.asking import Asker, Scores
 from service.cache import MemoryCache, redis_cache
+from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
 from service.jobs import JobQueue
+from service.judges import Judge, judge_of, stop_ids_of
 from service.judging import Judging, Provenance
 from service.loading import Model, find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
@@ -55,7 +57,7 @@ def serve(settings: Settings) -> int:
             service = compose(settings, model, jobs, metrics, executor)
             server = Server(service, settings, lambda stop: _work(settings, model, jobs, metrics, stop))
         else:
-            keys = Keys.of(settings.key_prefix, model.fingerprint)
+            keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
             shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor), settings, None)
         server.run()
@@ -75,20 +77,21 @@ def compose(
 ) -> Service:
     """Put the HTTP side's parts together, and check that templates and calibrations fit the model."""
     metrics.watch_queue(queue.stats)
-    prompts = PromptBuilder(model.tokenizer, model.max_tokens)
+    prompts = _prompts(settings, model)
+    judge = judge_of(settings, stop_ids_of(model.tokenizer, model.folder), prompts.text_of)
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
-    templates = TemplateLibrary.load(default_format, settings.template_file)
-    check_templates(prompts, templates)
+    templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
+    check_templates(prompts, templates, judge)
     calibrated = calibrations.load_all(settings.calibration_file, model.fingerprint, templates)
     if calibrated:
         log.info("calibrated", templates=sorted(calibrated))
-    provenance = Provenance(model.id, model.fingerprint, calibrated)
+    provenance = Provenance(model.id, model.fingerprint, calibrated, judge)
     info = ModelInfo(
         id=model.id,
         fingerprint=model.fingerprint,
         engine=settings.engine,
         judge=settings.judge,
-        max_tokens=model.max_tokens,
+        max_tokens=prompts.max_tokens,
         default_format=default_format,
         note=model.note,
     )
@@ -99,13 +102,27 @@ def compose(
         request_timeout=settings.request_timeout,
         rate=settings.rate_limit,
     )
-    judging = Judging(provenance, prompts, templates, Asker(queue, metrics, _scores(settings, model)), executor)
+    asker = Asker(queue, metrics, _scores(settings, model), judge.reader)
+    judging = Judging(provenance, prompts, templates, asker, executor)
     return Service(judging, queue, metrics, info, limits, [key.get_secret_value() for key in settings.api_key])
 
 
-def check_templates(prompts: PromptBuilder, templates: TemplateLibrary) -> None:
+def _prompts(settings: Settings, model: Model) -> PromptBuilder:
+    """The model's prompts, which leave room for what the judge writes. Raises ValueError where there is none."""
+    longest = model.max_tokens - (settings.self_reward_tokens if settings.task == "generate" else 0)
+    if longest < 1:
+        raise ValueError(
+            f"--self-reward-tokens {settings.self_reward_tokens} leave no room for a prompt: with this model, prompt "
+            f"and text together are at most {model.max_tokens} tokens"
+        )
+    conversation = ConversationFrame(model.tokenizer) if settings.task == "classify" else None
+    return PromptBuilder(model.tokenizer, longest, conversation)
+
+
+def check_templates(prompts: PromptBuilder, templates: TemplateLibrary, judge: Judge) -> None:
     """Refuse to start when the default template does not fit the model; name in the log others that do not."""
-    prompts.check(templates.default("pointwise"))
+    mode = judge.modes[judge.own_mode]
+    prompts.check(None if mode is None else templates.default(mode))
     for template in templates.all():
         try:
             prompts.check(template)
@@ -122,7 +139,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, settings: Settings, work: Callable[[threading.Event], None] | None) -> None:
         """`work` is the worker's body, given the event that stops it; None where workers are processes elsewhere."""
-        app = create_app(service, self._lifespan)
+        app = create_app(service, self._lifespan, page=settings.playground)
         config = uvicorn.Config(
             app, settings.host, settings.port, log_config=None, access_log=False, server_header=False
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.engine.contract import Task
+from service.engine.openai_api import base_url
 
 MEMORY_URL = "memory://"
 
@@ -28,8 +32,25 @@ class CommonSettings(BaseSettings):
         description="folder, hub id, or known name (`python -m service.models list`); "
         "unset: qwen2.5-coder-1.5b-instruct, or for the fake engine no model at all",
     )
-    engine: Literal["torch", "fake"] = Field("torch", description="what runs the model; fake: made-up scores, no model")
-    judge: Literal["yes-no"] = Field("yes-no", description="how the model is asked: P(Yes) against P(No)")
+    engine: Literal["torch", "vllm", "upstream", "fake"] = Field(
+        "torch",
+        description="what runs the model; vllm: fastest on GPUs; upstream: another server, with OpenAI's API; "
+        "fake: made-up scores, no model",
+    )
+    judge: Literal["yes-no", "pairwise", "self-reward", "reward-model"] = Field(
+        "yes-no",
+        description="how the model is asked; yes-no: P(Yes) against P(No); pairwise: two responses, P(A) against P(B); "
+        "self-reward: for a grade from 0 to 5; reward-model: a classification head reads the conversation",
+    )
+    self_reward_mode: Literal["expectation", "parsed"] = Field(
+        "expectation",
+        description="judge self-reward; expectation: over the probabilities of the digits; parsed: a text is written, "
+        "and its last line read",
+    )
+    self_reward_samples: int = Field(
+        1, ge=1, le=64, description="parsed grades: texts for a judgement, whose mean counts; 1: greedy, else drawn"
+    )
+    self_reward_tokens: int = Field(256, ge=8, description="parsed grades: length of a text at most, in tokens")
     max_tokens: int | None = Field(
         None, ge=16, description="longest prompt in tokens; unset: as long as the model reads"
     )
@@ -38,9 +59,64 @@ class CommonSettings(BaseSettings):
         description="where jobs wait: memory:// within this process; redis://[user:password@]host:port/db, or "
         "rediss:// for TLS, for workers in processes of their own",
     )
+    template_file: Annotated[list[Path], NoDecode] = Field(
+        [], description="TOML or JSON files with more templates, comma-separated"
+    )
+    upstream_url: str | None = Field(
+        None,
+        description="upstream engine: base address of the server, as http://localhost:8000/v1; its key is the "
+        "environment variable JUDGE_UPSTREAM_API_KEY, and never a flag",
+    )
+    upstream_model: str | None = Field(
+        None, description="upstream engine: the server's name for the model; unset: the only one that it serves"
+    )
+    upstream_api: Literal["auto", "completions", "chat"] = Field(
+        "auto",
+        description="upstream engine: completions sends token ids, for which --model names the folder or hub id of the "
+        "model's tokenizer; chat sends text and finds the labels by their spelling; auto: completions with --model",
+    )
+    upstream_top_logprobs: int = Field(
+        20, ge=1, description="upstream engine: how many of the likeliest tokens are asked for"
+    )
+    upstream_body: Annotated[dict[str, Any], NoDecode] = Field(
+        {},
+        description="upstream engine: JSON object of more fields for each request, such as "
+        '{"chat_template_kwargs": {"enable_thinking": false}}',
+    )
+    floor: float | None = Field(
+        None,
+        lt=0,
+        description="upstream engine: log-probability, such as -20, that stands in for a label that the server did not "
+        "return while it returned another; unset: an error",
+    )
+    lora: Annotated[str | None, Field(pattern=r"^[^=]+=.+$")] = Field(
+        None, description="vllm engine: NAME=FOLDER of a LoRA adapter, which is served by that name"
+    )
     key_prefix: str = Field("judge", min_length=1, description="what the names of all Redis keys begin with")
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="which log lines are written")
+
+    @property
+    def task(self) -> Task:
+        """What the judge needs of an engine."""
+        if self.judge == "self-reward" and self.self_reward_mode == "parsed":
+            return "generate"
+        return "classify" if self.judge == "reward-model" else "labels"
+
+    @field_validator("template_file", mode="before")
+    @classmethod
+    def _split_files(cls, value: object) -> object:
+        return split_commas(value)
+
+    @field_validator("upstream_url")
+    @classmethod
+    def _base_url(cls, value: str | None) -> str | None:
+        return None if value is None else base_url(value)
+
+    @field_validator("upstream_body", mode="before")
+    @classmethod
+    def _parse_json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 class EngineSettings(CommonSettings):
@@ -54,9 +130,43 @@ class EngineSettings(CommonSettings):
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
     batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
     linger_ms: float = Field(1.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
+    tensor_parallel_size: int = Field(1, ge=1, description="vllm engine: GPUs that share each layer")
+    data_parallel_size: int = Field(1, ge=1, description="vllm engine: copies of the model, on GPUs of their own")
+    quantization: str | None = Field(
+        None, description="vllm engine: how weights are made smaller, as fp8; unset: as the model's files say"
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="vllm engine: share of the GPU's memory for weights and cache; unset: vLLM's own, and on a CPU a "
+        "cache of 4 GiB",
+    )
+    deterministic: bool = Field(
+        False, description="vllm engine: numbers do not depend on what else is in the batch; slower, GPUs only"
+    )
+    vllm_args: Annotated[dict[str, Any], NoDecode] = Field(
+        {}, description='vllm engine: JSON object of further arguments of its engine, as {"enforce_eager": true}'
+    )
+    upstream_concurrency: int = Field(32, ge=1, description="upstream engine: requests under way at most")
+    upstream_timeout: float = Field(
+        30.0, gt=0, description="upstream engine: seconds that one judgement may take, its retries included"
+    )
+    upstream_retries: int = Field(
+        5, ge=0, description="upstream engine: how often one judgement is asked for again after what may pass"
+    )
     fake_delay: float = Field(0.0, ge=0, description="fake engine: seconds that a batch takes")
+    fake_unparseable: float = Field(
+        0.0, ge=0, le=1, description="fake engine: share of written texts that state no grade, for tests"
+    )
     fake_crash_token: int | None = Field(None, description="fake engine: a token id that ends the process, for tests")
     fake_hang_token: int | None = Field(None, description="fake engine: a token id that hangs the process, for tests")
+
+
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _parse_args(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 class WorkerSettings(EngineSettings):
@@ -87,9 +197,6 @@ class Settings(EngineSettings):
     api_key: Annotated[list[SecretStr], NoDecode] = Field(
         [], description="keys that callers must send as `Authorization: Bearer KEY`, comma-separated; unset: no auth"
     )
-    template_file: Annotated[list[Path], NoDecode] = Field(
-        [], description="TOML or JSON files with more templates, comma-separated"
-    )
     calibration_file: Annotated[list[Path], NoDecode] = Field(
         [], description="calibrations of this model by template (`python -m client.calibrate`), comma-separated"
     )
@@ -107,11 +214,32 @@ class Settings(EngineSettings):
     )
     cache_entries: int = Field(100_000, ge=0, description="scores remembered, least recently used forgotten; 0: none")
     cache_ttl: float = Field(86_400.0, gt=0, description="seconds that Redis remembers a score")
+    playground: bool = Field(True, description="serve the page to try the judge on, at /")
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenise prompts")
 
-    @field_validator("api_key", "template_file", "calibration_file", mode="before")
+    @field_validator("api_key", "calibration_file", mode="before")
     @classmethod
-    def _split_commas(cls, value: object) -> object:
-        values = value if isinstance(value, list) else [value]
-        parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else [v])]
-        return [part.strip() if isinstance(part, str) else part for part in parts if part != ""]
+    def _split_lists(cls, value: object) -> object:
+        return split_commas(value)
+
+
+class UpstreamKey(BaseSettings):
+    """The key of the upstream engine's server, from the environment alone: flags can be seen by others."""
+
+    model_config = SettingsConfigDict(env_prefix="JUDGE_", frozen=True)
+
+    upstream_api_key: SecretStr | None = None
+
+    @field_validator("upstream_api_key", mode="after")
+    @classmethod
+    def _strip(cls, value: SecretStr | None) -> SecretStr | None:
+        """Files end in a newline; an empty variable is as good as none."""
+        stripped = "" if value is None else value.get_secret_value().strip()
+        return SecretStr(stripped) if stripped else None
+
+
+def split_commas(value: object) -> object:
+    """The parts of comma-separated values, none of them empty."""
+    values = value if isinstance(value, list) else [value]
+    parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else [v])]
+    return [part.strip() if isinstance(part, str) else part for part in parts if part != ""]

@@ -5,13 +5,15 @@ nothing else in a template is interpreted. A file (TOML or JSON) holds a list `t
 
     name         "law"; with a version it is asked for as "law@1", without one the newest version is meant
     version      1, 2, …
-    mode         "pointwise" (default) or "pairwise"
+    mode         "pointwise" (default) or "pairwise"; for self-rewarding judges "graded", answered by a digit from 0 to
+                 5, or "rubric", answered by a text that ends in "Score: n"
     category     optional: requests for this category get the newest version of this template
     instruction  what to judge by
     format       "chat" or "raw"; default: chat where the model has a chat template
     frame        "instruction-first" (default) or, pointwise, "question-last": the built-in layout and labels to use
     layout       one's own in its place; needs `format` too
     labels       {yes = [...], no = [...]}; default: those of the frame
+    grades       graded: the labels of the grades from 0 to 5; default: those of the frame
 
 The prompts of Implicit Preference Optimization load from their authors' JSON as it is, in the raw format:
 `paper/<group>/<name>@1` for the groups rewardbench, rmbench and self_improve, and `paper/candidates/<name>/<index>@1`
@@ -25,7 +27,7 @@ import json
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
@@ -37,22 +39,41 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from client.errors import ErrorCode
 from client.schema import Format, InlineTemplate, Labels, Name, Text
 from service.errors import ServiceError
+from service.scoring import GRADE_WEIGHTS
 
-Mode = Literal["pointwise", "pairwise"]
+Mode = Literal["pointwise", "pairwise", "graded", "rubric"]
 
 INLINE: Final = "inline"
+GENERAL: Final = "general"
+"""The category of requests that name none."""
 REQUIRED_SLOTS: Final[dict[Mode, tuple[str, ...]]] = {
     "pointwise": ("prompt", "response"),
     "pairwise": ("prompt", "response_a", "response_b"),
+    "graded": ("prompt", "response"),
+    "rubric": ("prompt", "response"),
 }
+DEFAULT_MODES: Final[tuple[Mode, ...]] = ("pointwise", "pairwise")
+"""The templates' modes that the judge `yes-no` can use."""
 _SLOT: Final = {
     mode: re.compile(r"\{(" + "|".join((*slots, "instruction")) + r")\}") for mode, slots in REQUIRED_SLOTS.items()
 }
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """Labels that mean the same, with their weight from 0 (No, or the worst) to 1 (Yes, or the best)."""
+
+    name: str
+    labels: tuple[str, ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
-    """One judge's prompt. The yes side of a pairwise template means that response A is the better one."""
+    """One judge's prompt. The yes side of a pairwise template means that response A is the better one.
+
+    A graded template has the labels of the six grades and neither yes nor no, one that asks for a text has no labels.
+    """
 
     name: str
     version: int
@@ -60,8 +81,17 @@ class Template:
     format: Format
     layout: str
     instruction: str
-    yes: tuple[str, ...]
-    no: tuple[str, ...]
+    yes: tuple[str, ...] = ()
+    no: tuple[str, ...] = ()
+    grades: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[Side, ...]:
+        """All labels by what they mean."""
+        if self.grades:
+            marks = zip(self.grades, GRADE_WEIGHTS, strict=True)
+            return tuple(Side(f"grade {k}", (label,), weight) for k, (label, weight) in enumerate(marks))
+        return (Side("yes", self.yes, 1.0), Side("no", self.no, 0.0)) if self.yes else ()
 
     @property
     def id(self) -> str:
@@ -99,8 +129,17 @@ def from_inline(inline: InlineTemplate) -> Template:
 class TemplateLibrary:
     """Every template that requests may name. Immutable once loaded."""
 
-    def __init__(self, templates: Mapping[str, Template], categories: Mapping[tuple[str, Mode], str]) -> None:
-        """`templates` by id, `categories` by category and mode, with the template's name."""
+    def __init__(
+        self,
+        templates: Mapping[str, Template],
+        categories: Mapping[tuple[str, Mode], str],
+        modes: Collection[Mode] = DEFAULT_MODES,
+    ) -> None:
+        """`templates` by id, `categories` by category and mode, with the template's name.
+
+        Only what has one of `modes` is listed: those that the service's judge can use.
+        """
+        self._modes = frozenset(modes)
         self._by_id = dict(templates)
         self._newest: dict[str, Template] = {}
         for template in sorted(templates.values(), key=lambda t: t.version):
@@ -108,7 +147,9 @@ class TemplateLibrary:
         self._categories = dict(categories)
 
     @classmethod
-    def load(cls, default_format: Format, files: Sequence[Path] = ()) -> TemplateLibrary:
+    def load(
+        cls, default_format: Format, files: Sequence[Path] = (), modes: Collection[Mode] = DEFAULT_MODES
+    ) -> TemplateLibrary:
         """The built-in templates in the format that suits the model, and those of the user's files.
 
         Raises ServiceError(BAD_TEMPLATE) that names the file and the template at fault.
@@ -124,7 +165,7 @@ class TemplateLibrary:
             if category and categories.setdefault((category, template.mode), template.name) != template.name:
                 taken = categories[category, template.mode]
                 raise _bad_file(source, template.id, f"claims category {category}, which belongs to {taken}")
-        return cls(templates, categories)
+        return cls(templates, categories, modes)
 
     def get(self, name: str) -> Template:
         """`general` is the newest version, `general@1` that one; else ServiceError(TEMPLATE_NOT_FOUND)."""
@@ -149,15 +190,16 @@ class TemplateLibrary:
 
     def default(self, mode: Mode) -> Template:
         """The template of requests that name none."""
-        return self.for_category("general", mode)
+        return self.for_category(GENERAL, mode)
 
     def all(self) -> list[Template]:
-        """Every version of every template, by name and version."""
-        return sorted(self._by_id.values(), key=lambda t: (t.name, t.version))
+        """Every version of every template that the judge can use, by name and version."""
+        usable = [template for template in self._by_id.values() if template.mode in self._modes]
+        return sorted(usable, key=lambda t: (t.name, t.version))
 
     def categories(self) -> list[str]:
         """What requests may say as `category`."""
-        return sorted({category for category, _ in self._categories})
+        return sorted({category for category, mode in self._categories if mode in self._modes})
 
 
 _TemplateName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=120)]
@@ -168,13 +210,15 @@ class _Part(BaseModel):
 
 
 Frame = Literal["instruction-first", "question-last"]
+Grades = Annotated[list[Text], Field(min_length=len(GRADE_WEIGHTS), max_length=len(GRADE_WEIGHTS))]
 
 
 class _Layout(_Part):
-    """A built-in layout and its labels."""
+    """A built-in layout and its labels or grades."""
 
     layout: Text
-    labels: Labels
+    labels: Labels | None = None
+    grades: Grades | None = None
 
 
 _FRAMES: Final = TypeAdapter(dict[Frame, dict[Mode, dict[Format, _Layout]]])
@@ -192,11 +236,16 @@ class _Entry(_Part):
     frame: Frame = "instruction-first"
     layout: Text | None = None
     labels: Labels | None = None
+    grades: Grades | None = None
 
     @model_validator(mode="after")
     def _names_and_formats(self) -> Self:
-        if self.frame == "question-last" and self.mode == "pairwise":
+        if self.frame == "question-last" and self.mode != "pointwise":
             raise ValueError("frame question-last is for pointwise templates")
+        if self.labels is not None and self.mode not in DEFAULT_MODES:
+            raise ValueError(f"a {self.mode} template has no yes and no labels")
+        if self.grades is not None and self.mode != "graded":
+            raise ValueError("grades are for graded templates")
         if self.name == INLINE:
             raise ValueError(f"the name {INLINE} means templates sent with a request")
         if self.layout is not None and self.format is None:
@@ -294,6 +343,7 @@ def _template(entry: _Entry, default_format: Format) -> Template:
     form = entry.format or default_format
     built_in = _frames()[entry.frame][entry.mode][form]
     labels = entry.labels or built_in.labels
+    grades = (entry.grades or built_in.grades or ()) if entry.mode == "graded" else ()
     return Template(
         name=entry.name,
         version=entry.version,
@@ -301,8 +351,9 @@ def _template(entry: _Entry, default_format: Format) -> Template:
         format=form,
         layout=entry.layout or built_in.layout,
         instruction=entry.instruction,
-        yes=tuple(labels.yes),
-        no=tuple(labels.no),
+        yes=tuple(labels.yes) if labels else (),
+        no=tuple(labels.no) if labels else (),
+        grades=tuple(grades),
     )
 
 

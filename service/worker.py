@@ -19,7 +19,8 @@ from prometheus_client import start_http_server
 from client.errors import ErrorCode
 from service import cli
 from service.batcher import Batcher, split_expired
-from service.engine.contract import Engine, LabelLogprobs
+from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to
+from service.engine.remote_core import EngineLostError, RemoteCore
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
 from service.metrics import Metrics
 from service.redis_protocol import Keys
@@ -30,10 +31,10 @@ log = structlog.get_logger(__name__)
 
 # How often an idle worker looks up to see whether it should stop, in seconds.
 IDLE_WAIT = 0.2
-# Of a process that ended itself because its engine stood still; a supervisor starts it again.
+# Of a process that ended itself because its engine stood still, or was lost; a supervisor starts it again.
 STALLED_STATUS = 70
 
-Outcome = LabelLogprobs | JobFailure
+Outcome = AnyAnswer | JobFailure
 
 
 class Worker:
@@ -48,13 +49,17 @@ class Worker:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
+        self._core = engine if isinstance(engine, RemoteCore) else None
         self._source = source
         self._batcher = batcher
         self._metrics = metrics
         self._clock = clock
 
     def run(self, stop: threading.Event) -> None:
-        """Work until `stop` is set; a batch in hand is finished first. Raises what a broken source raises."""
+        """Work until `stop` is set; a batch in hand is finished first.
+
+        Raises what a broken source raises, and EngineLostError: what is in hand then is left unanswered, for others.
+        """
         info = WorkerInfo(self._engine.name, self._engine.dtype, self._engine.max_tokens)
         self._source.attach(info)
         try:
@@ -66,6 +71,8 @@ class Worker:
 
     def step(self) -> None:
         """Receive, schedule, forward, reply."""
+        if self._core:
+            self._core.check()
         due = self._batcher.seconds_until_due(self._clock())
         if self._batcher.room:
             jobs = self._source.take(self._batcher.room, IDLE_WAIT if due is None else due)
@@ -85,7 +92,7 @@ class Worker:
         if live:
             outcomes = self._outcomes(live)
             took = self._clock() - started
-            self._metrics.batch([job.tokens for job in live], took)
+            self._metrics.batch([len(job.item.token_ids) for job in live], took)
             self._source.reply(
                 [
                     Reply(job.id, outcome, queued=started - job.submitted, inference=took)
@@ -95,9 +102,13 @@ class Worker:
 
     def _outcomes(self, jobs: Sequence[Job]) -> list[Outcome]:
         try:
-            answers = self._engine.label_logprobs([job.item for job in jobs])
+            if self._core:
+                self._core.set_deadlines([job.deadline for job in jobs])
+            answers = answers_to(self._engine, [job.item for job in jobs])
             if len(answers) != len(jobs):
                 raise RuntimeError(f"the engine gave {len(answers)} answers to {len(jobs)} items")
+        except EngineLostError:
+            raise
         except Exception as exc:
             log.error("batch failed", jobs=len(jobs), tokens=sum(job.tokens for job in jobs), error=type(exc).__name__)
             if len(jobs) == 1:
@@ -107,11 +118,16 @@ class Worker:
         return [_checked(answer) for answer in answers]
 
 
-def _checked(answer: LabelLogprobs) -> Outcome:
+def _checked(answer: AnyAnswer | ItemFailure) -> Outcome:
     """A number that is none must not become a score."""
-    if all(map(math.isfinite, answer.logprobs)):
-        return answer
-    return JobFailure(ErrorCode.INFERENCE_FAILED, "the model gave no finite probability for a label")
+    match answer:
+        case ItemFailure(code, message):
+            return JobFailure(code, message)
+        case LabelLogprobs(logprobs) if not all(map(math.isfinite, logprobs)):
+            return JobFailure(ErrorCode.INFERENCE_FAILED, "the model gave no finite probability for a label")
+        case Classified(logit) if not math.isfinite(logit):
+            return JobFailure(ErrorCode.INFERENCE_FAILED, "the model gave no finite logit")
+    return answer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +154,7 @@ def work(settings: WorkerSettings) -> int:
     engine = load_engine(settings, model)
     source = RedisSource(
         settings.queue_url,
-        Keys.of(settings.key_prefix, model.fingerprint),
+        Keys.of(settings.key_prefix, model.fingerprint, settings.task),
         Timing(settings.lease_seconds, settings.stall_timeout),
         metrics,
         # The stuck thread cannot be ended in any other way; its jobs go to another worker.
@@ -147,6 +163,9 @@ def work(settings: WorkerSettings) -> int:
     log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
     try:
         Worker(engine, source, make_batcher(settings, engine), metrics).run(stop)
+    except EngineLostError as exc:
+        log.error("the engine is lost", reason=str(exc))
+        return STALLED_STATUS
     finally:
         engine.close()
     log.info("stopped")

@@ -233,3 +233,45 @@ def serves(port: int) -> bool:
         except JudgeError:
             return False
     return True
+
+
+@pytest.mark.parametrize(
+    ("judge", "mode", "template"),
+    [
+        ("self-reward", "pointwise", "self-reward@1"),
+        ("reward-model", "pointwise", "reward-model@1"),
+        ("pairwise", "pairwise", "pairwise-chat@1"),
+    ],
+)
+def test_every_judge_can_be_benchmarked_without_a_flag(tmp_path: Path, judge: str, mode: str, template: str) -> None:
+    """The same command asks each kind of judge in the way that it has."""
+    out = tmp_path / "run"
+    with live_service(judge=judge) as live:
+        code = rewardbench.main(["--judge-url", live.url, "--data", str(pairs_file(tmp_path)), "--out", str(out)])
+
+    rows = [json.loads(line) for line in (out / ITEMS_FILE).read_text().splitlines()]
+    assert code == 0
+    assert summary_of(out)["config"]["mode"] == mode
+    assert template in {row["template"] for row in rows}
+    assert summary_of(out)["counts"]["judged"] == 20
+
+
+@pytest.mark.parametrize(
+    ("judge", "flags", "said"),
+    [
+        ("reward-model", ["--category", "math"], "takes no question: leave --category out"),
+        ("reward-model", ["--mode", "pairwise"], "judges pointwise: leave --mode out"),
+        ("pairwise", ["--mode", "pointwise"], "judges pairwise: leave --mode out"),
+    ],
+)
+def test_what_a_judge_cannot_follow_is_said_before_it_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], judge: str, flags: list[str], said: str
+) -> None:
+    """Exit code 2, and no item is asked for."""
+    with live_service(judge=judge) as live:
+        command = ["--judge-url", live.url, "--data", str(pairs_file(tmp_path)), *flags]
+        code = rewardbench.main(command)
+        asked = live.value("judge_judgements_total")
+
+    assert (code, asked) == (2, 0)
+    assert said in capsys.readouterr().err

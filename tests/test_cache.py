@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from client.errors import ErrorCode
 from service.asking import Asker, Call, Scores
 from service.cache import REDIS_LIMIT, REDIS_PAUSE, MemoryCache, RedisCache, ScoreCache, cache_key, redis_cache
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import Classified, EngineItem, LabelLogprobs
 from service.engine.fake import FakeEngine
 from service.jobs import JobFailure, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
@@ -67,6 +67,21 @@ async def test_an_answer_comes_back_to_the_bit(cache: ScoreCache) -> None:
     await cache.put({key(1): ANSWER, key(2): tiny})
 
     assert await cache.get([key(2), key(3), key(1)]) == [tiny, None, ANSWER]
+
+
+async def test_a_heads_logit_comes_back_to_the_bit(cache: ScoreCache) -> None:
+    """Rewards are kept beside labels' probabilities, and come out as what they were."""
+    reward = Classified(-math.pi, cached_tokens=7)
+    await cache.put({key(1): reward, key(2): ANSWER, key(3): Classified(math.nan)})
+
+    assert await cache.get([key(1), key(2), key(3)]) == [reward, ANSWER, None]
+
+
+async def test_what_a_floor_stands_in_for_is_not_kept(cache: ScoreCache) -> None:
+    """Asked again, an API may say the label's probability."""
+    await cache.put({key(0): replace(ANSWER, floored=True), key(1): ANSWER})
+
+    assert await held(cache, 2) == [1]
 
 
 async def test_nothing_asked_is_nothing_answered(cache: ScoreCache) -> None:
@@ -216,7 +231,7 @@ class Desk:
 
     async def ask(self, *firsts: int) -> tuple[int, list[object]]:
         """How many jobs these prompts became, and their outcomes."""
-        prompts = [JudgePrompt((first, 2, 3), (5,), (6,), (1,), False) for first in firsts]
+        prompts = [JudgePrompt((first, 2, 3), (5, 6), (1.0, 0.0), (1,), False) for first in firsts]
         asked = asyncio.ensure_future(self.asker.ask(prompts, Call(math.inf)))
         await asyncio.sleep(0)
         jobs = self.queue.take(100, 0.0) if self.queue.waiting() else []

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from service.engine.contract import Engine, EngineItem
+from service.engine.contract import ClassifyEngine, ClassifyItem, EngineItem, GenerateEngine, GenerateItem, LabelEngine
 from service.engine.fake import FakeEngine, fake_tokenizer
+from service.grades import parse_grade
 
 items = st.builds(
     EngineItem,
@@ -38,7 +39,7 @@ def test_numbers_are_the_same_on_every_machine() -> None:
 @given(st.lists(items, min_size=1, max_size=8))
 def test_an_item_does_not_see_its_neighbours(batch: list[EngineItem]) -> None:
     """Items judged together get the same numbers as one by one."""
-    engine: Engine = FakeEngine()
+    engine: LabelEngine = FakeEngine()
 
     assert engine.label_logprobs(batch) == [engine.label_logprobs([item])[0] for item in batch]
 
@@ -101,6 +102,44 @@ def test_a_nan_token_spoils_its_own_item_only() -> None:
 
     assert math.isnan(spoiled.logprobs[0])
     assert [fine] == FakeEngine().label_logprobs([clean])
+
+
+def test_a_logit_is_a_function_of_the_text() -> None:
+    """Rewards lie within ±8, differ by text, and are NaN for a text that holds the NaN token."""
+    engine: ClassifyEngine = FakeEngine(nan_token=14)
+    texts = [ClassifyItem([5, number]) for number in range(20)]
+
+    logits = [answer.logit for answer in engine.classify(texts)]
+
+    assert math.isnan(logits[14])
+    assert len(set(logits)) == 20
+    assert all(-8 <= logit <= 8 for logit in logits if not math.isnan(logit))
+
+
+def test_a_text_states_a_grade(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Written texts end in each of the grades, differ by seed, and not by seed where the likeliest token is taken."""
+    engine: GenerateEngine = FakeEngine()
+    drawn = engine.generate([GenerateItem([5], 256, (2,), 0.7, seed) for seed in range(40)])
+    greedy = engine.generate([GenerateItem([5], 256, (2,), 0.0, seed) for seed in range(9)])
+
+    assert {parse_grade(tokenizer.decode(text.token_ids)) for text in drawn} == set(range(6))
+    assert all(text.ended for text in drawn)
+    assert len(set(greedy)) == 1
+
+
+def test_a_text_is_cut_off_at_its_length() -> None:
+    """The limit holds, and the answer says that the text had not ended."""
+    (text,) = FakeEngine().generate([GenerateItem([5], 3, (2,))])
+
+    assert (len(text.token_ids), text.ended) == (3, False)
+
+
+def test_a_share_of_texts_states_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As many texts as asked for have no grade to be read."""
+    texts = FakeEngine(unparseable=0.3).generate([GenerateItem([n], 256, (2,), 0.7, n) for n in range(200)])
+
+    missing = sum(parse_grade(tokenizer.decode(text.token_ids)) is None for text in texts)
+    assert 30 < missing < 90
 
 
 @pytest.mark.parametrize("bad", [EngineItem([], (1,)), EngineItem([1] * 9, (1,)), EngineItem([1], ())])

@@ -11,7 +11,15 @@ from contextlib import asynccontextmanager
 import pytest
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import (
+    AnyItem,
+    Classified,
+    ClassifyItem,
+    EngineItem,
+    Generated,
+    GenerateItem,
+    LabelLogprobs,
+)
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
@@ -80,9 +88,18 @@ async def eventually(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def test_a_job_comes_back_as_it_was() -> None:
-    """The compact form keeps every field, large token ids included."""
-    sent = Job("id", EngineItem((0, 5, 2**32 - 1), (7, 9), (1, 2)), 12.5, 10.25, Lane.BULK, 2, "00-ab-cd-01")
+ITEMS = [
+    EngineItem((0, 5, 2**32 - 1), (7, 9), (1, 2)),
+    ClassifyItem((0, 5, 2**32 - 1), (1, 2)),
+    GenerateItem((0, 5, 2**32 - 1), 256, (2, 7), 0.7, 2**63 - 1, (1, 2)),
+    GenerateItem((5,), 8, ()),
+]
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_job_comes_back_as_it_was(item: AnyItem) -> None:
+    """The compact form keeps every field of every task, large token ids included."""
+    sent = Job("id", item, 12.5, 10.25, Lane.BULK, 2, "00-ab-cd-01")
 
     assert decode_job(encode_job(sent, "api"), Lane.BULK, 2) == (sent, "api")
 
@@ -92,9 +109,43 @@ def test_replies_come_back_to_the_bit() -> None:
     replies = [
         Reply("a", LabelLogprobs((-0.1, -1e-17), 3, 40), 0.1, 0.2),
         Reply("b", JobFailure(ErrorCode.DEADLINE_EXCEEDED, "late")),
+        Reply("c", LabelLogprobs((-0.1, -20.0), 3, 0, floored=True)),
+        Reply("d", Classified(-1e-17, 40), 0.1, 0.2),
+        Reply("e", Generated((5, 70_000), True, 40), 0.1, 0.2),
+        Reply("f", Generated((), False)),
     ]
 
     assert decode_replies(encode_replies(replies)) == replies
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"xxxx", encode_job(Job("id", ITEMS[1], 1.0, 1.0), "api").replace(b"cl", b"CL")]
+)
+def test_what_is_no_job_is_refused(payload: bytes) -> None:
+    """Bytes of anybody else's, and a task that only a newer service knows, raise ValueError."""
+    with pytest.raises(ValueError, match=r".*"):
+        decode_job(payload, Lane.BULK, 1)
+
+
+async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+    """Queues are apart by task: the same model's reward worker never sees jobs that ask for labels."""
+    other = source(server, Keys(keys.base + "x"))
+    await jobs.submit([job("a")])
+
+    assert Keys.of("judge", "model", "classify") != Keys.of("judge", "model") == Keys.of("judge", "model", "labels")
+    assert other.take(8, 0.05) == []
+
+
+async def test_a_text_is_asked_for_and_comes_back(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+    """A generation job crosses over with all it needs, and its text comes back."""
+    now = time.time()
+    (future,) = await jobs.submit([Job("a", ITEMS[2], now + 60, now)])
+    worker = source(server, keys)
+    (got,) = await taken(worker)
+    worker.reply([Reply("a", Generated((1, 2, 3), True))])
+
+    assert (got.item, got.tokens) == (ITEMS[2], 3 + 256)
+    assert (await asyncio.wait_for(future, 5)).outcome == Generated((1, 2, 3), True)
 
 
 async def test_a_lost_workers_job_goes_to_another(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:

@@ -33,7 +33,7 @@ from client.schema import (
 SCORE_REQUEST = {"prompt": "What is 2+2?", "response": "4"}
 COMPARE_REQUEST = {"prompt": "What is 2+2?", "responses": ["4", "5"]}
 JUDGED_DEFAULTS = {"category": None, "template": None, "truncation": "error"}
-COMPARE_DEFAULTS = {**JUDGED_DEFAULTS, "mode": "pointwise", "tie_margin": 0.0}
+COMPARE_DEFAULTS = {**JUDGED_DEFAULTS, "mode": None, "tie_margin": 0.0}
 DEFAULTS: list[tuple[type[Request], dict[str, Any], dict[str, Any]]] = [
     (ScoreRequest, SCORE_REQUEST, SCORE_REQUEST | JUDGED_DEFAULTS),
     (CompareRequest, COMPARE_REQUEST, COMPARE_REQUEST | COMPARE_DEFAULTS),
@@ -62,7 +62,7 @@ JUDGED = {
 SCORE_FULL = {**JUDGED, "response": "4"}
 COMPARE_FULL = {**JUDGED, "responses": ["4", "5"], "mode": "pairwise", "tie_margin": 0.5}
 COST = {
-    "usage": {"prompt_tokens": 120, "cached_tokens": 80},
+    "usage": {"prompt_tokens": 120, "cached_tokens": 80, "completion_tokens": 0},
     "timing_ms": {"tokenize": 0.5, "queue": 1.25, "inference": 30.0},
 }
 SCORE_RESULT = {
@@ -77,14 +77,19 @@ SCORE_RESULT = {
     "model": "a-model",
     "calibrated": 0.625,
     "fingerprint": "0123abcd",
+    "grade": None,
+    "samples": None,
+    "floored": False,
     **COST,
 }
+GRADED_RESULT = {**SCORE_RESULT, "grade": 3.5, "samples": {"drawn": 4, "parsed": 2}, "floored": True}
+FARED = {"label_mass": 0.9, "calibrated": None, "grade": None, "samples": None, "floored": False}
 COMPARE_RESULT = {
     "best": 1,
     "ranking": [1, 0],
     "scores": [
-        {"score": 0.25, "log_odds": -1.0986, "label_mass": 0.9, "truncated": False, "calibrated": None},
-        {"score": 0.75, "log_odds": 1.0986, "label_mass": 0.9, "truncated": True, "calibrated": None},
+        {"score": 0.25, "log_odds": -1.0986, "truncated": False, **FARED},
+        {"score": 0.75, "log_odds": 1.0986, "truncated": True, **FARED},
     ],
     "win_probability": [[0.5, 0.25], [0.75, 0.5]],
     "tie": False,
@@ -107,7 +112,7 @@ MODEL = {
     "owned_by": "judge-as-api",
     "fingerprint": "0123abcd",
     "engine": "torch",
-    "judge": "logprobs",
+    "judge": "yes-no",
     "max_tokens": 32768,
     "default_format": "chat",
     "note": None,
@@ -119,6 +124,7 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ScoreBatchRequest, {"items": [SCORE_FULL]}),
     (CompareBatchRequest, {"items": [COMPARE_FULL]}),
     (ScoreResult, SCORE_RESULT),
+    (ScoreResult, GRADED_RESULT),
     (CompareResult, COMPARE_RESULT),
     (
         ScoreBatchResult,
@@ -133,7 +139,10 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (
         TemplatesResult,
         {
-            "templates": [{"name": "general", "version": 1, "mode": "pointwise", **TEMPLATE}],
+            "templates": [
+                {"name": "general", "version": 1, "mode": "pointwise", **TEMPLATE, "grades": None},
+                {"name": "stars", "version": 1, "mode": "graded", **TEMPLATE, "labels": None, "grades": list("012345")},
+            ],
             "categories": ["general", "math"],
         },
     ),
@@ -209,7 +218,8 @@ def test_the_parts_of_a_result_ignore_them_too() -> None:
     """Unknown fields are ignored at every depth of a result."""
     newer = {**SCORE_RESULT, "usage": {"prompt_tokens": 1, "energy": 3}}
 
-    assert ScoreResult.model_validate(newer).usage.model_dump() == {"prompt_tokens": 1, "cached_tokens": 0}
+    usage = ScoreResult.model_validate(newer).usage.model_dump()
+    assert usage == {"prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 0}
 
 
 @pytest.mark.parametrize("field", [name for name, info in ScoreResult.model_fields.items() if info.is_required()])
@@ -224,8 +234,8 @@ def test_what_an_older_service_does_not_send() -> None:
     later = [name for name, info in ScoreResult.model_fields.items() if not info.is_required()]
     result = ScoreResult.model_validate({k: v for k, v in SCORE_RESULT.items() if k not in later})
 
-    assert later == ["calibrated", "fingerprint"]
-    assert (result.calibrated, result.fingerprint) == (None, None)
+    assert later == ["calibrated", "fingerprint", "grade", "samples", "floored"]
+    assert [getattr(result, name) for name in later] == [None, None, None, None, False]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -0.01, "NaN", None])
@@ -357,7 +367,14 @@ def test_requests_and_results_cannot_be_changed() -> None:
 # The tree in the docstring of client.errors, as {status: class name}.
 DOCUMENTED = {int(status): name for name, status in re.findall(r"── (\w+)\s+(\d{3}) ", client.errors.__doc__ or "")}
 CODES = {
-    400: {"invalid_json", "context_length_exceeded", "bad_label", "bad_template", "invalid_header"},
+    400: {
+        "invalid_json",
+        "context_length_exceeded",
+        "bad_label",
+        "bad_template",
+        "unsupported_by_judge",
+        "invalid_header",
+    },
     401: {"unauthorized"},
     404: {"not_found", "template_not_found"},
     405: {"method_not_allowed"},
@@ -365,7 +382,7 @@ CODES = {
     413: {"payload_too_large"},
     422: {"invalid_request"},
     429: {"rate_limited"},
-    500: {"internal_error", "inference_failed"},
+    500: {"internal_error", "inference_failed", "unparseable", "label_not_returned"},
     503: {"overloaded", "queue_unavailable", "not_ready", "draining"},
     504: {"deadline_exceeded"},
 }

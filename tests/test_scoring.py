@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from client.stats import sigmoid
 from service.engine.contract import LabelLogprobs
-from service.scoring import compare_pairwise, compare_pointwise, judgement, logsumexp
+from service.scoring import (
+    Samples,
+    compare_pairwise,
+    compare_pointwise,
+    graded_judgement,
+    judgement,
+    logit_judgement,
+    logsumexp,
+    parsed_judgement,
+    weighted_judgement,
+)
 
 LOGPROBS = st.floats(min_value=-200, max_value=0)
 
@@ -54,6 +64,91 @@ def test_the_score_is_a_probability_and_symmetric(yes: float, no: float) -> None
 
     assert 0 <= verdict.score <= 1
     assert verdict.score + swapped.score == pytest.approx(1.0, abs=1e-12)
+
+
+@given(st.lists(LOGPROBS, min_size=2, max_size=6), st.integers(1, 5))
+def test_weights_of_one_and_zero_are_the_plain_rule_to_the_last_bit(values: list[float], split: int) -> None:
+    """Yes and No are labels with the weights 1 and 0, and nothing is lost by saying so."""
+    split = min(split, len(values) - 1)
+
+    verdict = judgement(LabelLogprobs(tuple(values), 3), range(split), range(split, len(values)))
+
+    assert verdict.yes_logprob == logsumexp(values[:split])
+    assert verdict.no_logprob == logsumexp(values[split:])
+    assert verdict.log_odds == logsumexp(values[:split]) - logsumexp(values[split:])
+
+
+@given(st.lists(st.floats(1e-9, 0.15), min_size=6, max_size=6))
+def test_the_expected_grade_is_what_the_definition_says(chances: list[float]) -> None:
+    """Grade, score and mass by plain arithmetic on the probabilities."""
+    verdict = graded_judgement(LabelLogprobs(tuple(map(math.log, chances)), 12), tuple(range(10, 16)))
+
+    mean = sum(k * p for k, p in enumerate(chances)) / sum(chances)
+    assert verdict.grade == pytest.approx(mean, rel=1e-9)
+    assert verdict.score == pytest.approx(mean / 5, rel=1e-9)
+    assert verdict.label_mass == pytest.approx(sum(chances), rel=1e-9)
+    assert verdict.label_is_argmax
+
+
+def test_grades_that_all_but_vanish_still_rank() -> None:
+    """Far below what exp can hold, the log-odds of the expected grade are those of the definition."""
+    values = [-2000.0 - 2 * k for k in range(6)]
+
+    verdict = graded_judgement(LabelLogprobs(tuple(values), 0), tuple(range(6)))
+
+    shares = [math.exp(value - values[0]) for value in values]
+    mean = sum(k * share for k, share in enumerate(shares)) / sum(shares)
+    assert verdict.log_odds == pytest.approx(math.log(mean / (5 - mean)), abs=1e-12)
+    assert verdict.label_mass == 0.0
+
+
+def test_labels_may_weigh_anything_between() -> None:
+    """A label of weight 1/4 gives a quarter of its probability to Yes."""
+    answer = LabelLogprobs((math.log(0.4), math.log(0.1)), 7)
+
+    verdict = weighted_judgement(answer, (7, 8), (0.25, 1.0))
+
+    assert math.exp(verdict.yes_logprob) == pytest.approx(0.2)
+    assert math.exp(verdict.no_logprob) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("grades", "mean", "mass"), [([0], 0, 1), ([5], 5, 1), ([4, 2], 3, 1), ([None, 4, None, 1], 2.5, 0.5)]
+)
+def test_grades_that_were_read_give_finite_log_odds(grades: list[int | None], mean: float, mass: float) -> None:
+    """The score is the middle of the mean grade's sixth, and the mass the share of texts with a grade."""
+    verdict = parsed_judgement(grades)
+
+    assert verdict is not None
+    assert verdict.grade == mean
+    assert verdict.score == pytest.approx((mean + 0.5) / 6, abs=1e-12)
+    assert verdict.log_odds == pytest.approx(math.log((mean + 0.5) / (5.5 - mean)), abs=1e-12)
+    assert verdict.label_mass == pytest.approx(mass, abs=1e-12)
+    assert verdict.samples == Samples(len(grades), sum(grade is not None for grade in grades))
+
+
+def test_equal_means_tie_however_many_texts_were_read() -> None:
+    """Rounding does not part responses with the same grade."""
+    odds = {
+        parsed.log_odds for grades in ([3], [3, None, 3], [2, 4], [None, 3]) if (parsed := parsed_judgement(grades))
+    }
+
+    assert len(odds) == 1
+
+
+def test_no_grade_is_no_judgement() -> None:
+    """Where no text held a grade nothing is made up."""
+    assert parsed_judgement([None, None]) is None
+
+
+@pytest.mark.parametrize("logit", [-1e4, -40.0, -0.1, 0.0, 3.25, 40.0, 1e4])
+def test_a_reward_is_kept_as_it_is(logit: float) -> None:
+    """The log-odds are the logit exactly, the log-probabilities finite, and they sum to 1."""
+    verdict = logit_judgement(logit)
+
+    assert verdict.log_odds == logit
+    assert verdict.label_mass == pytest.approx(1.0, abs=1e-12)
+    assert verdict.yes_logprob - verdict.no_logprob == pytest.approx(logit, abs=1e-9)
 
 
 @pytest.mark.parametrize("x", [-1e6, -745.2, -1.0, 0.0, 1.0, 745.2, 1e6])

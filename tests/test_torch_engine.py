@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_every_kind_of_model_gives_its_own_numbers(kind: str, tmp_path: Path) ->
     """Forty items of mixed length in one call get what the model's own forward gives each alone."""
     model = make_model(tmp_path, CONFIGS[kind]())
     engine = TorchEngine.load(tmp_path, dtype="float32")
-    engine.micro_tokens = 200
+    engine._batches = replace(engine._batches, tokens=200)
     items = random_items(40)
 
     answers = engine.label_logprobs(items)
@@ -162,11 +163,11 @@ def test_micro_batches_hold_every_item_once_and_stay_in_budget(engine: TorchEngi
     """Every index comes once, no padded group is over the budget, and padding is at most a quarter."""
     lengths = [len(item.token_ids) for item in random_items(200, longest=600)]
 
-    groups = list(engine._micro_batches(lengths))
+    groups = list(engine._batches.of(lengths))
 
     sizes = [[lengths[index] for index in group] for group in groups]
     assert sorted(index for group in groups for index in group) == list(range(200))
-    assert all(len(size) * max(size) <= engine.micro_tokens for size in sizes)
+    assert all(len(size) * max(size) <= engine._batches.tokens for size in sizes)
     assert all(min(size) >= 0.75 * max(size) for size in sizes)
 
 

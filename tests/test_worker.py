@@ -24,6 +24,7 @@ class Scripted:
     """An engine that answers with what a function says of the items."""
 
     name, dtype, max_tokens, batch_tokens = "scripted", "float64", 1000, 1000
+    tasks = frozenset({"labels"})
 
     def __init__(self, answer: Callable[[Sequence[EngineItem]], list[LabelLogprobs]]) -> None:
         self.label_logprobs = answer

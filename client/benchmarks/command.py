@@ -112,7 +112,11 @@ def asking_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how samples are put to the judge."""
     group = parser.add_argument_group("judging")
     group.add_argument(
-        "--mode", choices=get_args(Mode), default="pointwise", help="each answer by itself, or both in both orders"
+        "--mode",
+        choices=get_args(Mode),
+        default="pointwise",
+        help="each answer by itself, or both in both orders; unset: as the service's judge does it, which is pairwise "
+        "for the judge pairwise, else pointwise (in a search: pointwise)",
     )
     group.add_argument(
         "--truncation",
@@ -159,12 +163,33 @@ def make_plan(command: Command, args: argparse.Namespace, samples: Sequence[Samp
     return plans.by_category(subsets, command.category_of)
 
 
+def suited(args: argparse.Namespace, plan: Plan, judge: str) -> tuple[Plan, Mode]:
+    """The plan and the mode that suit the kind of judge which runs; raises PlanError for flags that it cannot follow.
+
+    Where no question was asked for, judges that know no categories are asked in their own way.
+    """
+    asked = next((name for name in ("category", "template", "map", "paper") if getattr(args, name) is not None), None)
+    own: Mode = "pairwise" if judge == "pairwise" else "pointwise"
+    mode: Mode = args.mode or own
+    if mode != own and judge != "yes-no":
+        raise PlanError(f"the judge that runs there is {judge}, which judges {own}: leave --mode out")
+    if asked == "paper" and (judge not in ("yes-no", "pairwise") or mode == "pairwise"):
+        raise PlanError(f"the paper's prompts ask for Yes or No, and the judge that runs there is {judge}, {mode}")
+    if judge == "reward-model" and asked:
+        raise PlanError(f"the judge that runs there is {judge}, which takes no question: leave --{asked} out")
+    if judge in ("self-reward", "reward-model") and asked is None:
+        return plans.one_for_all(plan, Question()), mode
+    return plan, mode
+
+
 async def _run(
     command: Command, args: argparse.Namespace, samples: Sequence[Sample], plan: Plan, console: Console
 ) -> None:
-    asking = Asking(plan, args.mode, args.truncation, args.max_failures, bulk_options(args))
+    options = bulk_options(args)
     async with judge_client(args) as judge:
         info = await ready_model(judge)
+        plan, mode = suited(args, plan, info.judge)
+        asking = Asking(plan, mode, args.truncation, args.max_failures, options)
         config = run_config(command.benchmark, samples, asking, info)
         folder = RunFolder(args.out or default_folder(config), config)
         console.print(f"{command.benchmark.name}: {len(samples)} samples, judge {info.id}, into {folder.path}")
@@ -242,6 +267,8 @@ def _parser(command: Command) -> argparse.ArgumentParser:
         "--ties", choices=get_args(TiePolicy), default="strict", help="what a tie counts: nothing (official) or half"
     )
     asking_arguments(parser)
+    # Unset: as the judge does it.
+    parser.set_defaults(mode=None)
     _question_arguments(parser, command)
     judge_arguments(parser)
     return parser
@@ -249,7 +276,9 @@ def _parser(command: Command) -> argparse.ArgumentParser:
 
 def _question_arguments(parser: argparse.ArgumentParser, command: Command) -> None:
     group = parser.add_argument_group(
-        "question", "What the judge is asked; by default each subset's category's built-in template."
+        "question",
+        "What the judge is asked; by default each subset's category's built-in template, and of judges that have none "
+        "(self-reward, reward-model) nothing in particular.",
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument("--category", help="this category for everything")

@@ -24,7 +24,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One way of asking the judge: a category, a template's name, or a template of one's own, which needs a `name`."""
+    """One way of asking the judge: a category, a template's name, or a template of one's own, which needs a `name`.
+
+    With none of these it is the judge's own way, which is the only one that some judges have.
+    """
 
     category: str | None = None
     template: str | InlineTemplate | None = None
@@ -34,6 +37,8 @@ class Question:
         """What records and summaries call it."""
         if self.name is not None:
             return self.name
+        if self.category is None and self.template is None:
+            return "the judge's own"
         return f"category {self.category}" if self.category is not None else str(self.template)
 
     def described(self) -> dict[str, object]:

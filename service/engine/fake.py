@@ -10,18 +10,30 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import (
+    AnyItem,
+    Classified,
+    ClassifyItem,
+    EngineItem,
+    Generated,
+    GenerateItem,
+    LabelLogprobs,
+    Task,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CRASH_STATUS: Final = 70
 _SPREAD: Final = 4.0
+_GRADES: Final = 6
+_WRITTEN: Final = "A fake judge reads nothing."
 _LABEL_MASS: Final = (0.5, 0.99)
 _SPECIAL_TOKENS: Final = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE: Final = (
@@ -42,12 +54,14 @@ _WORDS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class FakeEngine:
-    """See `Engine` for the contract. The numbers are a pure function of an item's token ids and label ids.
+    """See `Engine` for the contract. The numbers are a pure function of an item's own fields.
 
     Labels share 0.5 to 0.99 of the probability; the log-odds of two labels lie within ±8 and do not depend on what
-    other labels are asked for. A call sleeps for `delay` seconds and `delay_per_token` for each token. For rehearsing
-    failures: a call with an item that holds `poison_token` raises RuntimeError as a whole, an item that holds
-    `nan_token` gets NaN, one with `crash_token` ends the process, one with `hang_token` never returns.
+    other labels are asked for. A head's logit lies within ±8. Written text is a sentence and a line `Score: n`, in the
+    tokens of `encode`, by default those of `fake_tokenizer`; a share `unparseable` of the texts has no such line. A
+    call sleeps for `delay` seconds and `delay_per_token` for each token read or written. For rehearsing failures: a
+    call with an item that holds `poison_token` raises RuntimeError as a whole, an item that holds `nan_token` gets NaN,
+    one with `crash_token` ends the process, one with `hang_token` never returns.
     """
 
     vocab_size: int = 2048
@@ -59,26 +73,61 @@ class FakeEngine:
     nan_token: int | None = None
     crash_token: int | None = None
     hang_token: int | None = None
+    unparseable: float = 0.0
+    encode: Callable[[str], Sequence[int]] | None = None
     name: str = "fake"
     dtype: str = "float32"
+    tasks: frozenset[Task] = frozenset({"labels", "classify", "generate"})
 
     def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
         """One answer per item, in order. Raises ValueError for an item outside the contract."""
+        if not all(item.label_ids for item in items):
+            raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens")
+        self._read(items)
+        return [self._judge(item) for item in items]
+
+    def classify(self, items: Sequence[ClassifyItem]) -> list[Classified]:
+        """See `label_logprobs`."""
+        self._read(items)
+        return [Classified(self._logit(item)) for item in items]
+
+    def generate(self, items: Sequence[GenerateItem]) -> list[Generated]:
+        """See `label_logprobs`."""
+        self._read(items)
+        return [self._written(item) for item in items]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _read(self, items: Sequence[AnyItem]) -> None:
+        """What befalls a call whatever it asks for."""
+        tokens = 0
         for item in items:
-            if not 1 <= len(item.token_ids) <= self.max_tokens or not item.label_ids:
-                raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
-        seconds = self.delay + self.delay_per_token * sum(len(item.token_ids) for item in items)
+            if not 1 <= len(item.token_ids) <= self.max_tokens:
+                raise ValueError(f"an item needs 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
+            tokens += len(item.token_ids) + (item.max_new_tokens if isinstance(item, GenerateItem) else 0)
+        seconds = self.delay + self.delay_per_token * tokens
         if seconds > 0:
             time.sleep(seconds)
         self._rehearse_disaster(items)
         if any(self.poison_token in item.token_ids for item in items):
             raise RuntimeError(f"an item holds the poison token {self.poison_token}")
-        return [self._judge(item) for item in items]
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def _logit(self, item: ClassifyItem) -> float:
+        if self.nan_token in item.token_ids:
+            return math.nan
+        return 2 * _SPREAD * (2 * _uniform(_digest(item.token_ids), b"logit") - 1)
 
-    def _rehearse_disaster(self, items: Sequence[EngineItem]) -> None:
+    def _written(self, item: GenerateItem) -> Generated:
+        """Another seed is another text, unless the temperature is 0."""
+        seed = item.seed if item.temperature else 0
+        key = _digest([*item.token_ids, seed & 0xFFFFFFFF, seed >> 32])
+        graded = _uniform(key, b"graded") >= self.unparseable
+        line = f"\nScore: {int(_GRADES * _uniform(key, b'grade'))}" if graded else ""
+        ids = tuple((self.encode or _encode)(f"{_WRITTEN}{line}"))
+        return Generated(ids[: item.max_new_tokens], ended=len(ids) < item.max_new_tokens)
+
+    def _rehearse_disaster(self, items: Sequence[AnyItem]) -> None:
         if self.crash_token is not None and any(self.crash_token in item.token_ids for item in items):
             os._exit(CRASH_STATUS)
         while self.hang_token is not None and any(self.hang_token in item.token_ids for item in items):
@@ -101,6 +150,11 @@ class FakeEngine:
         if math.exp(logprobs[best]) >= rest:
             return item.label_ids[best]
         return next(token for token in range(self.vocab_size) if token not in item.label_ids)
+
+
+@cache
+def _encode(text: str) -> tuple[int, ...]:
+    return tuple(fake_tokenizer()(text).input_ids)
 
 
 def _digest(token_ids: Sequence[int]) -> bytes:

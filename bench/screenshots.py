@@ -1,0 +1,101 @@
+"""Pictures of the playground for docs/images, taken in headless Chromium.
+
+    python -m bench.screenshots                                    # of a service with made-up scores
+    python -m bench.screenshots --url http://127.0.0.1:8000        # of a running one
+
+Needs Chromium (`apt-get install chromium`); Playwright downloads none here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from bench.process import running_service
+from client import Judge
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+OUT = Path(__file__).parents[1] / "docs" / "images"
+# What the live panel shows was sent meanwhile, this many times with a pause in milliseconds.
+CALLS, PAUSE = 60, 150
+# Milliseconds for a page, or for a slow model's answer.
+PATIENCE = 300_000
+
+
+def find_chromium() -> str:
+    """The browser's path. Raises RuntimeError that says how to install it."""
+    found = next((path for path in map(shutil.which, NAMES) if path), None)
+    if found is None:
+        raise RuntimeError(f"no {' or '.join(NAMES)} on PATH: apt-get install -y --no-install-recommends chromium")
+    return found
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Headless Chromium that knows no host but this machine's loopback address."""
+    with sync_playwright() as playwright:
+        rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=[rules])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def take(page: Page, url: str, path: Path, *, mode: str) -> None:
+    """Run the page's example in `mode`, with some traffic beside it, and save the whole page."""
+    page.set_default_timeout(PATIENCE)
+    page.goto(url)
+    page.get_by_role("button", name="Fill in an example").click()
+    page.locator(f"input[value={mode}]").check()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator("#results h2").wait_for()
+    with Judge(url) as judge:
+        for number in range(CALLS):
+            # Each asked once: what has been judged before makes no load.
+            judge.compare(f"{path.stem}: {number} + 1?", ["2", "I cannot know.", "It depends."])
+            page.wait_for_timeout(PAUSE)
+    # Two more samples, so that the last calls are in.
+    page.wait_for_timeout(4_500)
+    page.evaluate("document.activeElement.blur()")
+    page.screenshot(path=path, full_page=True)
+    print(path)
+
+
+def take_all(url: str, out: Path) -> None:
+    """The three pictures of the documentation."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open_browser() as browser:
+        for name, width, scheme, mode in (
+            ("playground-1280", 1280, "light", "pointwise"),
+            ("playground-1280-dark", 1280, "dark", "pairwise"),
+            ("playground-390", 390, "light", "pointwise"),
+        ):
+            # The height of a phone or of a laptop; the picture is as high as the page.
+            page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            take(page, url, out / f"{name}.png", mode=mode)
+            page.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m bench.screenshots", description=__doc__.partition("\n")[0])
+    parser.add_argument("--url", help="a running service without keys; unset: one is started, with made-up scores")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the pictures (default: {OUT.name} of docs/)")
+    options = parser.parse_args(argv)
+    if options.url:
+        take_all(options.url, options.out)
+    else:
+        with running_service("--engine", "fake") as service:
+            take_all(service.url, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

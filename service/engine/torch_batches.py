@@ -1,0 +1,56 @@
+"""Items into forwards: which of them go together, and which may not go at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+# Rows per forward: bounds the logits, rows x vocabulary in fp32 (39 MB for 64 rows of 152k).
+MAX_ROWS: Final = 64
+# A row shorter than this share of its micro-batch's longest goes to the next one: bounds the padding.
+_MIN_FILL: Final = 0.75
+
+
+def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
+    """Raise ValueError for too many ids, none, or one that the model has not got.
+
+    Ids out of range would abort the whole CUDA context, not just this call.
+    """
+    if not 1 <= len(token_ids) <= most:
+        raise ValueError(f"an item has {len(token_ids)} tokens; this engine reads 1 to {most}")
+    if min(token_ids) < 0 or max(token_ids) >= vocabulary:
+        raise ValueError(f"a token id is outside the model's vocabulary of {vocabulary}")
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """Groups of items of similar length, of at most `tokens` with their padding; `alone`: one item at a time.
+
+    `length_limit` is the length that must not lie between two of a group; see `longrope_threshold`.
+    """
+
+    tokens: int
+    length_limit: int | None = None
+    alone: bool = False
+
+    def of(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of `lengths`, longest first, in groups."""
+        group: list[int] = []
+        for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if group and not self._fits(len(group), lengths[group[0]], lengths[index]):
+                yield group
+                group = []
+            group.append(index)
+        if group:
+            yield group
+
+    def _fits(self, rows: int, longest: int, length: int) -> bool:
+        limit = self.length_limit
+        return (
+            not self.alone
+            and rows < MAX_ROWS
+            and (rows + 1) * longest <= self.tokens
+            and length >= _MIN_FILL * longest
+            and (limit is None or (longest > limit) == (length > limit))
+        )

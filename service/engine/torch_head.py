@@ -1,0 +1,37 @@
+"""The output layer of a causal model, replaced by one that computes a single position, in fp32."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Floats of output-layer weights held in fp32 at a time: 4 MB stays in a CPU's cache, four times as fast as 64 MB.
+_HEAD_CHUNK: Final = {"cpu": 1 << 20}
+_HEAD_CHUNK_ELSEWHERE: Final = 1 << 26
+
+
+class LastTokenHead(nn.Module):
+    """An output layer computed in fp32, and only at position `last[row]` of each row.
+
+    [rows, tokens, width] -> [rows, 1, vocabulary]. 16-bit weights are cast chunk by chunk: memory stays bounded.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.last = torch.zeros(1, dtype=torch.long)
+        floats = _HEAD_CHUNK.get(linear.weight.device.type, _HEAD_CHUNK_ELSEWHERE)
+        self._chunk = max(1, floats // linear.in_features)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = hidden[rows, self.last].float()
+        bias = None if self.bias is None else self.bias.float()
+        if self.weight.dtype == torch.float32:
+            return functional.linear(last, self.weight, bias)[:, None]
+        logits = torch.cat([last @ part.float().T for part in torch.split(self.weight, self._chunk)], dim=1)
+        return (logits if bias is None else logits + bias)[:, None]

@@ -1,0 +1,198 @@
+"""Weights from a folder into memory, for the engines that run them with torch: device, dtype, what is refused."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+Kind = Literal["causal", "classifier"]
+
+# Padded tokens per forward. On a CPU 512 to 2048 are alike; 4096 loses a fifth (SmolLM2, time of one core), as
+# does one item at a time, which pays for the output layer each time.
+_MICRO_TOKENS: Final = {"cpu": 1024}
+_MICRO_TOKENS_ELSEWHERE: Final = 16_384
+_BATCH_TOKENS: Final = {"cpu": 4096}
+_BATCH_TOKENS_ELSEWHERE: Final = 32_768
+# For models that state no limit (recurrent ones).
+_DEFAULT_MAX_TOKENS: Final = 8192
+
+
+class EngineLoadError(RuntimeError):
+    """The folder cannot be loaded as a judge; the message says why and what to do."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded.
+
+    dtype `auto` is bfloat16 where the hardware multiplies it natively, else float32; device `auto` is cuda, mps or cpu,
+    the first there is. `max_tokens` lowers the model's own limit, `batch_tokens` replaces what suits the device.
+    `threads` sets torch's CPU threads for the whole process.
+    """
+
+    dtype: DType
+    device: str
+    max_tokens: int | None
+    batch_tokens: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in evaluation mode, and how much it reads: at most, in a call, in a forward."""
+
+    model: Any  # what transformers says of its own types is not enough for strict checks
+    max_tokens: int
+    batch_tokens: int
+    micro_tokens: int
+
+
+def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
+    """Load the model in `folder`; nothing is fetched. Raises EngineLoadError."""
+    threads = options.get("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")  # no TF32: fp32 has to mean fp32
+    where = _choose_device(options.get("device", "auto"))
+    what = _choose_dtype(options.get("dtype", "auto"), where)
+    model = _read_model(folder, kind, what, where)
+    return Loaded(
+        model,
+        max_tokens=_choose_max_tokens(model.config, options.get("max_tokens")),
+        batch_tokens=options.get("batch_tokens") or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ELSEWHERE),
+        micro_tokens=_MICRO_TOKENS.get(where.type, _MICRO_TOKENS_ELSEWHERE),
+    )
+
+
+def free_memory() -> None:
+    """Give back what models that nobody refers to any more still hold."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _choose_device(device: str) -> torch.device:
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 products; where they are emulated fp32 is faster and exact."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return False
+
+
+def _choose_max_tokens(config: PreTrainedConfig, asked: int | None) -> int:
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return int(own or _DEFAULT_MAX_TOKENS)
+    if asked < 1 or (own is not None and asked > own):
+        raise EngineLoadError(f"max_tokens is {asked}; the model reads 1 to {own} tokens")
+    return asked
+
+
+def longrope_threshold(config: PreTrainedConfig) -> int | None:
+    """The padded length over which a LongRoPE model reads *all* rows of a batch with its other frequencies."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    limits = [part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
+def _read_model(folder: Path, kind: Kind, dtype: torch.dtype, device: torch.device) -> Any:
+    """The folder's model on `device`, every weight of it read from the folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EngineLoadError(f"{folder} holds no model that transformers can read: {error}") from error
+    (_require_causal if kind == "causal" else _require_classifier)(config)
+    _require_memory(folder, dtype, device)
+    try:
+        auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+        model, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        model = model.eval().to(device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EngineLoadError(f"not enough memory for the model on {device}: take a smaller one") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EngineLoadError(f"the model in {folder} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise EngineLoadError(f"{folder} lacks weights of the model ({missing}, …): they would be random numbers")
+    return model
+
+
+def _require_causal(config: PreTrainedConfig) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kinds = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+    stated = config.architectures or []
+    fits = not stated or any(kind in name for name in stated for kind in kinds)
+    if not fits or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        name = ", ".join(stated) or config.model_type
+        advice = "; serve it with --judge reward-model" if "SequenceClassification" in name else ""
+        raise EngineLoadError(f"{name} is not a causal language model (…ForCausalLM); a judge needs one{advice}")
+
+
+def _require_classifier(config: PreTrainedConfig) -> None:
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    stated = config.architectures or []
+    fits = not stated or any("SequenceClassification" in name for name in stated)
+    if not fits or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        name = ", ".join(stated) or config.model_type
+        raise EngineLoadError(
+            f"{name} is not a reward model: --judge reward-model needs a sequence classifier "
+            "(…ForSequenceClassification) with one output; a causal language model judges with --judge yes-no"
+        )
+    if config.num_labels != 1:
+        raise EngineLoadError(
+            f"{', '.join(stated)} has {config.num_labels} outputs; --judge reward-model reads the one of a reward model"
+        )
+
+
+def _require_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse what cannot fit a Linux host's free memory: the kernel would kill the process without a word."""
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    need = _weight_count(folder) * dtype.itemsize
+    if need > free:
+        raise EngineLoadError(
+            f"the weights take {need / 2**30:.1f} GiB in {dtype} and {free / 2**30:.1f} GiB are free: "
+            "take a smaller model or bfloat16"
+        )
+
+
+def _weight_count(folder: Path) -> int:
+    """Numbers in the folder's safetensors files, from their headers alone (0 where there are none)."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 - not a dict
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count

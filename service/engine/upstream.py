@@ -1,0 +1,170 @@
+"""The engine that judges through a server with OpenAI's API: vLLM, SGLang, llama.cpp, or a service on the net.
+
+    items ──> one request each, some at a time, retried ──> the probabilities of the next token, or a text
+
+Two ways of asking. `Completions` sends token ids, so the model's tokenizer must be known here, and asks for exactly the
+labels' ids where the server can do that (vLLM's `logprob_token_ids`, seen in 0.32), else for the likeliest tokens.
+`Chat` sends text, and finds the labels among the likeliest tokens of the reply by their spelling.
+
+One request holds one prompt: servers batch across requests by themselves, and a prompt that is refused, or slow, then
+costs no other its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+import structlog
+
+from client.errors import ErrorCode
+from service.engine.contract import (
+    EngineItem,
+    Generated,
+    GenerateItem,
+    ItemFailure,
+    LabelLogprobs,
+    Task,
+)
+from service.engine.openai_api import Access, OpenAIServer, RefusalError, UpstreamError
+from service.engine.upstream_answers import Answer, read, read_text
+from service.engine.upstream_dialects import Dialect
+
+Item = TypeVar("Item", EngineItem, GenerateItem)
+Result = TypeVar("Result")
+
+log = structlog.get_logger(__name__)
+
+# A call takes at most so many times what one question may take, however many questions wait for their turn.
+MAX_TURNS: Final = 3
+_BATCH_TOKENS: Final = 1 << 20
+_FIELD_REFUSED: Final = frozenset({400, 422})
+
+
+class UpstreamEngine:
+    """Asks a server for each item. See `Engine` for the contract.
+
+    What befalls one item is its ItemFailure: no answer in time, a label that was not returned, a prompt that the server
+    finds too long. `floor` is the log-probability that stands in for a label that was not returned while another one
+    was; it is lowered to that of the least likely token returned. Without it such an item fails.
+    """
+
+    name = "upstream"
+    dtype = "remote"
+    tasks: frozenset[Task] = frozenset({"labels", "generate"})
+    batch_tokens = _BATCH_TOKENS
+
+    def __init__(
+        self, access: Access, dialect: Dialect, *, max_tokens: int, concurrency: int = 32, floor: float | None = None
+    ) -> None:
+        """`max_tokens` is the longest item that is taken, `concurrency` how many requests are under way at most."""
+        self.max_tokens = max_tokens
+        self._access = access
+        self._dialect = dialect
+        self._concurrency = concurrency
+        self._floor = floor
+        self._runner = asyncio.Runner()
+        self._server = OpenAIServer(access)
+
+    def probe(self, item: EngineItem | GenerateItem) -> None:
+        """Ask for an item whose text is no secret, and find out what this server takes. Raises UpstreamError."""
+        self._runner.run(self._probe(item))
+
+    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
+        """One answer per item, in order. Raises ValueError for an item outside the contract."""
+        for item in items:
+            if not 1 <= len(item.token_ids) <= self.max_tokens or not item.label_ids:
+                raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
+        return self._ask_all(items, self._judge)
+
+    def generate(self, items: Sequence[GenerateItem]) -> list[Generated | ItemFailure]:
+        """One text per item, in order. The seed goes to the server, which keeps to it or not."""
+        return self._ask_all(items, self._write)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._runner.run(self._server.close())
+        self._runner.close()
+
+    def _ask_all(
+        self, items: Sequence[Item], ask: Callable[[Item, float], Awaitable[Result]]
+    ) -> list[Result | ItemFailure]:
+        failures: Counter[str] = Counter()
+        answers = self._runner.run(self._gather(items, ask, failures))
+        for reason, count in failures.items():
+            log.warning("upstream failed", items=count, reason=reason)
+        return answers
+
+    async def _gather(
+        self, items: Sequence[Item], ask: Callable[[Item, float], Awaitable[Result]], failures: Counter[str]
+    ) -> list[Result | ItemFailure]:
+        places = asyncio.Semaphore(self._concurrency)
+        end = time.monotonic() + MAX_TURNS * self._access.timeout
+
+        async def one(item: Item) -> Result | ItemFailure:
+            async with places:
+                now = time.monotonic()
+                try:
+                    if now >= end:
+                        raise self._access.too_late
+                    return await ask(item, min(end, now + self._access.timeout))
+                except UpstreamError as exc:
+                    failures[str(exc)] += 1
+                    return ItemFailure(exc.code, exc.message)
+
+        return list(await asyncio.gather(*map(one, items)))
+
+    async def _write(self, item: GenerateItem, deadline: float) -> Generated:
+        text = read_text(await self._server.post(self._dialect.path, self._dialect.text_body(item), deadline))
+        cached = min(text.cached_tokens, len(item.token_ids))
+        return Generated(self._dialect.ids(text.text), text.ended, cached)
+
+    async def _judge(self, item: EngineItem, deadline: float) -> LabelLogprobs:
+        answer = read(await self._server.post(self._dialect.path, self._dialect.body(item), deadline))
+        found, argmax = self._dialect.find(answer, item)
+        logprobs, floored = _complete(found, answer, self._floor)
+        return LabelLogprobs(logprobs, argmax, min(answer.cached_tokens, len(item.token_ids)), floored)
+
+    async def _probe(self, item: EngineItem | GenerateItem) -> None:
+        while True:
+            deadline = time.monotonic() + self._access.timeout
+            try:
+                await (self._judge(item, deadline) if isinstance(item, EngineItem) else self._write(item, deadline))
+            except RefusalError as refusal:
+                if refusal.status in _FIELD_REFUSED and self._dialect.adapt(refusal):
+                    continue
+                raise _explained(refusal, self._access) from refusal
+            except UpstreamError as exc:
+                if exc.code is not ErrorCode.LABEL_NOT_RETURNED:
+                    raise
+                # Its own prompts may do better.
+                log.warning("the upstream server did not return the labels of a probe", reason=exc.message)
+                return
+            log.info("the upstream server answers", url=self._access.url)
+            return
+
+
+def _complete(found: Sequence[float | None], answer: Answer, floor: float | None) -> tuple[tuple[float, ...], bool]:
+    """The log-probabilities with the floor for what is missing, and whether anything was."""
+    missing = [index for index, value in enumerate(found) if value is None]
+    if not missing:
+        return tuple(value for value in found if value is not None), False
+    count = len(answer.tokens)
+    if len(missing) == len(found):
+        problem = f"none of the labels is among the {count} tokens that the upstream server returned"
+        raise UpstreamError(ErrorCode.LABEL_NOT_RETURNED, problem)
+    if floor is None:
+        problem = (
+            f"label {missing[0] + 1} of {len(found)} is not among the {count} tokens that the upstream server "
+            "returned, so its probability is not known; the service's --floor sets one for such cases"
+        )
+        raise UpstreamError(ErrorCode.LABEL_NOT_RETURNED, problem)
+    return tuple(min(floor, answer.least) if value is None else value for value in found), True
+
+
+def _explained(refusal: RefusalError, access: Access) -> UpstreamError:
+    said = f" and says: {refusal.said}" if refusal.said else ""
+    return UpstreamError(refusal.code, f"{access.url}: {refusal.message}{said}")

@@ -1,0 +1,46 @@
+// Elements and numbers. Text becomes text, never markup: there is no other way in here to put a string on the page.
+
+export const byId = (id) => document.getElementById(id);
+
+// el("p", {class: "hint"}, "text", child, null): attributes by name, functions as listeners, the rest as children.
+export function el(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+
+// A probability in three digits; one that is not quite 0 or 1 is not shown as if it were.
+export function probability(value) {
+  if (!isNumber(value)) return "–";
+  if (value > 0 && value < 0.0005) return "<0.001";
+  if (value < 1 && value > 0.9995) return ">0.999";
+  return value.toFixed(3);
+}
+
+// With a real minus sign, and a plus, since the sign is the verdict.
+export function signed(value) {
+  if (!isNumber(value)) return "–";
+  const digits = Math.abs(value).toFixed(2);
+  if (Number(digits) === 0) return "0.00";
+  return (value < 0 ? "−" : "+") + digits;
+}
+
+export function duration(seconds) {
+  if (!isNumber(seconds)) return "–";
+  return seconds < 0.9995 ? `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+}
+
+export const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;

@@ -1,0 +1,49 @@
+"""What is cut from a judge's prompt that is too long, in numbers: which texts, how much of each, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from client.schema import Truncation
+
+CUT_MARK: Final = " [...] "
+"""Stands where the middle of a response was cut out."""
+MIN_KEPT_TOKENS: Final = 4
+"""A text that is cut keeps at least so many tokens; where that is still too much, the request is refused."""
+
+
+def cuttable(turns: int, texts: int, truncation: Truncation) -> range:
+    """Which of the texts may be cut: the first `turns` are the prompt's, the rest are responses."""
+    return {"error": range(0), "prompt_left": range(turns), "response_middle": range(turns, texts)}[truncation]
+
+
+def kept_behind(lengths: Sequence[int], drop: int) -> list[int]:
+    """How many tokens each of the prompt's texts keeps when `drop` are cut from the left.
+
+    All but the last keep a few; the last one's number may come out as too few, or below 0.
+    """
+    kept = []
+    for length in lengths[:-1]:
+        keep = max(min(length, MIN_KEPT_TOKENS), length - drop)
+        drop -= length - keep
+        kept.append(keep)
+    return [*kept, lengths[-1] - drop]
+
+
+def kept_evenly(lengths: Sequence[int], drop: int) -> list[int]:
+    """How many tokens each of one or two texts keeps when `drop` are cut, from the longer first, until both are equally
+    long; may come out as too few, or below 0."""
+    longest, others = max(lengths), sum(lengths) - max(lengths)
+    level = longest - drop
+    if len(lengths) > 1 and level < others:
+        level = (longest + others - drop) // 2
+    return [min(length, level) for length in lengths]
+
+
+def cut_roughly(text: str, left: bool, window: int) -> str:
+    """The text without its first characters, or with the middle ones replaced by a mark, if it is longer than `window`:
+    tokenising what is to be cut anyway then costs little."""
+    if len(text) <= window:
+        return text
+    return text[-window:] if left else text[: window // 2] + CUT_MARK + text[-window // 2 :]

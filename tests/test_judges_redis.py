@@ -1,0 +1,52 @@
+"""Judges over Redis: API processes and workers meet by model and task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fleet import Fleet
+from tests.live import wait_for
+from tests.redis_server import RedisServer, running_redis
+
+ASKED = {"prompt": "What is 2+2?", "response": "4"}
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    """A Redis."""
+    with running_redis() as running:
+        yield running
+
+
+def test_judges_of_one_task_share_a_worker_and_others_do_not(server: RedisServer, tmp_path: Path) -> None:
+    """A yes-no worker serves an API that compares pairs; a reward model's API waits for a worker of its own."""
+    with Fleet(tmp_path, "--queue-url", server.url) as fleet:
+        fleet.worker()
+        pairwise = fleet.api("--judge", "pairwise")
+        fleet.wait_ready()
+        reward = fleet.api("--judge", "reward-model")
+        assert wait_for(lambda: reward.status("/health") == 200, 60)
+
+        answer = httpx.post(f"{pairwise.url}/compare", json={"prompt": "2+2?", "responses": ["4", "5"]}, timeout=30)
+        waiting = reward.status("/ready")
+
+    assert (answer.status_code, answer.json()["mode"]) == (200, "pairwise")
+    assert waiting == 503
+
+
+def test_texts_and_rewards_come_over_redis(server: RedisServer, tmp_path: Path) -> None:
+    """An API and a worker with the same judge give what both tasks give in one process."""
+    for judge in (["--judge", "self-reward", "--self-reward-mode", "parsed"], ["--judge", "reward-model"]):
+        with Fleet(tmp_path, "--queue-url", server.url, *judge) as fleet:
+            api = fleet.api()
+            fleet.worker()
+            fleet.wait_ready()
+
+            answer = httpx.post(f"{api.url}/score", json=ASKED, timeout=30)
+
+        assert answer.status_code == 200
+        assert answer.json()["template"] in {"self-reward-rubric@1", "reward-model@1"}

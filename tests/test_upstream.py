@@ -1,0 +1,530 @@
+"""The upstream engine against a real server: numbers, order, retries, and one failure for each item that has one."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+from transformers import PreTrainedTokenizerFast
+
+from client.errors import ErrorCode
+from service.engine.contract import (
+    EngineItem,
+    Generated,
+    GenerateEngine,
+    GenerateItem,
+    ItemFailure,
+    LabelEngine,
+    LabelLogprobs,
+)
+from service.engine.openai_api import Access, UpstreamError, base_url, find_served
+from service.engine.upstream import UpstreamEngine
+from service.engine.upstream_dialects import Chat, Completions, Question
+from service.engine.upstream_text import text_tokenizer
+from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, error, openai_server
+from tests.tiny import tiny_tokenizer
+
+KEY = "sk-very-secret-123"
+YES, NO = 40, 41
+
+
+def spread(ids: Sequence[int]) -> list[float]:
+    """Log-probabilities of 600 tokens, of which YES and NO are among the likeliest, another set for other ids."""
+    rng = random.Random(str(list(ids)))
+    logits = [rng.uniform(0, 2) for _ in range(600)]
+    logits[YES], logits[NO] = rng.uniform(6, 9), rng.uniform(6, 9)
+    total = math.log(sum(math.exp(logit) for logit in logits))
+    return [logit - total for logit in logits]
+
+
+def words(message: str) -> list[tuple[str, float]]:
+    """Yes, No and other words, with probabilities that the message decides."""
+    rng = random.Random(message)
+    return [(word, -rng.uniform(0.1, 9)) for word in ("Yes", "No", " Yes", "Well", "The")]
+
+
+@pytest.fixture(scope="module")
+def text() -> PreTrainedTokenizerFast:
+    """The tokenizer of the chat API."""
+    return text_tokenizer([], 4096)
+
+
+@contextmanager
+def completions(upstream: Upstream, **options: Any) -> Iterator[UpstreamEngine]:
+    """An engine that sends ids."""
+    with _engine(upstream, Completions(Question(model=MODEL), tiny_tokenizer()), **options) as engine:
+        yield engine
+
+
+@contextmanager
+def chat(upstream: Upstream, text: PreTrainedTokenizerFast, **options: Any) -> Iterator[UpstreamEngine]:
+    """An engine that sends text."""
+    with _engine(upstream, Chat(Question(model=MODEL), text), **options) as engine:
+        yield engine
+
+
+@contextmanager
+def _engine(
+    upstream: Upstream, dialect: Chat | Completions, *, timeout: float = 20.0, key: str | None = None, **options: Any
+) -> Iterator[UpstreamEngine]:
+    secret = None if key is None else SecretStr(key)
+    access = Access(url=upstream.url, key=secret, timeout=timeout, backoff=0.01)
+    engine = UpstreamEngine(access, dialect, max_tokens=1000, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def item(*token_ids: int) -> EngineItem:
+    """An item that asks for YES and NO."""
+    return EngineItem(token_ids or (1, 2, 3), (YES, NO))
+
+
+def message(text: PreTrainedTokenizerFast, content: str, *labels: str) -> EngineItem:
+    """A chat message that asks for these labels, else for Yes and No."""
+    encode: Callable[[str], list[int]] = lambda part: text.backend_tokenizer.encode(part, add_special_tokens=False).ids  # noqa: E731
+    return EngineItem([*encode(content), 0], tuple(encode(label)[0] for label in labels or ("Yes", "No")))
+
+
+def failed(answer: object) -> ErrorCode | None:
+    """The code of a failure."""
+    return answer.code if isinstance(answer, ItemFailure) else None
+
+
+def test_it_is_an_engine(text: PreTrainedTokenizerFast) -> None:
+    """The service can use it wherever it uses another."""
+    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
+        labels: LabelEngine = engine
+        texts: GenerateEngine = engine
+
+        assert labels.name == "upstream"
+        assert texts.tasks == {"labels", "generate"}
+
+
+@pytest.mark.parametrize("style", ["vllm", "llamacpp"])
+def test_ids_give_the_servers_own_numbers(style: Style) -> None:
+    """Exactly those of the labels' ids, and the likeliest token."""
+    items = [item(7, 8, n) for n in range(5)]
+    with openai_server(ids=spread, style=style) as upstream, completions(upstream) as engine:
+        answers = engine.label_logprobs(items)
+
+    for asked, answer in zip(items, answers, strict=True):
+        logprobs = spread(asked.token_ids)
+        assert answer == LabelLogprobs((logprobs[YES], logprobs[NO]), logprobs.index(max(logprobs)))
+
+
+def test_labels_far_down_are_exact_where_the_server_takes_their_ids() -> None:
+    """They need not be among the likeliest."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        (answer,) = engine.label_logprobs([EngineItem((1, 2), (500, 501))])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert answer.logprobs == (spread((1, 2))[500], spread((1, 2))[501])
+    assert not answer.floored
+
+
+def test_tokens_named_by_text_are_matched_letter_by_letter() -> None:
+    """A server that leaves out ids names them by their text."""
+    tokenizer = tiny_tokenizer()
+    yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
+
+    def likely(_: Sequence[int]) -> list[float]:
+        return [-1.0 if token == yes else -2.0 if token == no else -9.0 for token in range(len(tokenizer))]
+
+    name = tokenizer.backend_tokenizer.decode
+    served = openai_server(ids=likely, style="sglang", name=lambda t: str(name([t])))
+    with served as upstream, completions(upstream) as engine:
+        answers = engine.label_logprobs([EngineItem((1, 2), (no, yes))])
+
+    assert answers == [LabelLogprobs((-2.0, -1.0), yes)]
+
+
+def test_a_strict_server_is_asked_without_extensions() -> None:
+    """The probe finds out; judgements then cost one request each."""
+    served = openai_server(ids=spread, style="strict", name=lambda token: f"token_id:{token}")
+    with served as upstream, completions(upstream) as engine:
+        engine.probe(item(9))
+        (answer,) = engine.label_logprobs([item(7)])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert len(upstream.asked) == 3
+    assert "logprob_token_ids" not in upstream.asked[-1].body
+
+
+def test_chat_finds_labels_by_their_spelling(text: PreTrainedTokenizerFast) -> None:
+    """Both spellings of Yes count for it, and the message arrives as it was written."""
+    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
+        (answer,) = engine.label_logprobs([message(text, "Is 2+2=4?\n\tgrüße 好")])
+
+    said = dict(words("Is 2+2=4?\n\tgrüße 好"))
+    assert isinstance(answer, LabelLogprobs)
+    assert answer.logprobs[0] == pytest.approx(math.log(math.exp(said["Yes"]) + math.exp(said[" Yes"])))
+    assert answer.logprobs[1] == said["No"]
+    assert upstream.asked[0].body["messages"] == [{"role": "user", "content": "Is 2+2=4?\n\tgrüße 好"}]
+
+
+def test_chat_says_whether_a_label_was_likeliest(text: PreTrainedTokenizerFast) -> None:
+    """By the label's own id, else by one that is no label's."""
+    served = openai_server(words=lambda m: [("Yes", -1.0), ("No", -2.0), (m, -1.5 if m == "b" else -0.5)])
+    items = [message(text, "a"), message(text, "b")]
+    with served as upstream, chat(upstream, text) as engine:
+        other, yes = engine.label_logprobs(items)
+
+    assert isinstance(other, LabelLogprobs)
+    assert isinstance(yes, LabelLogprobs)
+    assert other.argmax_id not in items[0].label_ids
+    assert yes.argmax_id == items[1].label_ids[0]
+
+
+def test_newer_models_get_the_newer_name_of_the_limit(text: PreTrainedTokenizerFast) -> None:
+    """OpenAI's refuse `max_tokens` and name what they want instead."""
+    refusal = error(400, "Unsupported parameter: use 'max_completion_tokens' instead.", param="max_tokens")
+    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
+        upstream.always = lambda seen: refusal if "max_tokens" in seen.body else None
+        engine.probe(message(text, "probe"))
+        (answer,) = engine.label_logprobs([message(text, "x")])
+
+    assert failed(answer) is None
+    assert upstream.asked[-1].body["max_completion_tokens"] == 1
+
+
+def test_answers_keep_their_order_under_concurrency() -> None:
+    """Whichever comes back first; and never more are under way than asked for."""
+    items = [item(5, n) for n in range(40)]
+    with openai_server(ids=spread) as upstream, completions(upstream, concurrency=7) as engine:
+        upstream.always = lambda seen: time.sleep(random.Random(str(seen.body)).uniform(0, 0.03))
+        answers = engine.label_logprobs(items)
+
+    expected = [spread(each.token_ids) for each in items]
+    assert [a.logprobs for a in answers if isinstance(a, LabelLogprobs)] == [(e[YES], e[NO]) for e in expected]
+
+
+def test_a_missing_label_is_an_error_of_its_item(text: PreTrainedTokenizerFast) -> None:
+    """Its neighbours have their numbers."""
+    replies = {"full": [("Yes", -1.0), ("No", -2.0)], "half": [("Yes", -1.0), ("Maybe", -2.0)]}
+    with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text) as engine:
+        full, half = engine.label_logprobs([message(text, "full"), message(text, "half")])
+
+    assert isinstance(full, LabelLogprobs)
+    assert isinstance(half, ItemFailure)
+    assert half.code is ErrorCode.LABEL_NOT_RETURNED
+    assert half.message.startswith("label 2 of 2 is not among the 2 tokens")
+
+
+def test_a_floor_stands_in_for_a_missing_label_and_says_so(text: PreTrainedTokenizerFast) -> None:
+    """It is never above the least likely token that was returned; without any label it is no help."""
+    replies = {
+        "half": [("Yes", -1.0), ("Maybe", -2.0)],
+        "deep": [("Yes", -1.0), ("Maybe", -30.0)],
+        "none": [("Maybe", -1.0)],
+    }
+    with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text, floor=-20.0) as engine:
+        half, deep, none = engine.label_logprobs([message(text, content) for content in replies])
+
+    assert isinstance(half, LabelLogprobs)
+    assert (half.logprobs, half.floored) == ((-1.0, -20.0), True)
+    assert isinstance(deep, LabelLogprobs)
+    assert deep.logprobs == (-1.0, -30.0)
+    assert failed(none) is ErrorCode.LABEL_NOT_RETURNED
+
+
+def test_an_answer_without_a_missing_label_is_not_floored(text: PreTrainedTokenizerFast) -> None:
+    """A floor changes nothing where nothing is missing."""
+    with openai_server(words=words) as upstream, chat(upstream, text, floor=-1.0) as engine:
+        (answer,) = engine.label_logprobs([message(text, "x")])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert not answer.floored
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503])
+def test_what_may_pass_is_asked_again(status: int) -> None:
+    """Twice refused, then answered."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.extend([error(status), error(status)])
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert len(upstream.asked) == 3
+
+
+def test_retry_after_is_waited_off() -> None:
+    """The server is not asked before the time that it names."""
+    times: list[float] = []
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: times.append(time.monotonic())
+        upstream.scripts.append(lambda _: times.append(time.monotonic()) or error(429, headers={"Retry-After": "0.4"}))
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert times[1] - times[0] >= 0.4
+
+
+def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
+    """The caller is told to come back instead."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(error(429, headers={"Retry-After": "3600"}))
+        (answer,) = engine.label_logprobs([item()])
+
+    assert failed(answer) is ErrorCode.OVERLOADED
+    assert len(upstream.asked) == 1
+
+
+def test_a_server_that_keeps_failing_is_given_up() -> None:
+    """After the first request and the retries that are allowed."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: error(500)
+        (answer,) = engine.label_logprobs([item()])
+
+    assert answer == ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server answered 500")
+    assert len(upstream.asked) == 6
+
+
+def test_an_account_without_quota_is_not_asked_again() -> None:
+    """That does not pass by waiting."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: error(429, code="insufficient_quota")
+        (answer,) = engine.label_logprobs([item()])
+
+    assert answer == ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server's account has no quota left (429)")
+    assert len(upstream.asked) == 1
+
+
+def test_a_slow_item_costs_only_itself() -> None:
+    """The others of its batch are answered."""
+    with openai_server(ids=spread) as upstream, completions(upstream, timeout=1.0) as engine:
+        upstream.always = lambda seen: Reply(after=3.0) if seen.body["prompt"] == [66] else None
+        first, slow, last = engine.label_logprobs([item(1), item(66), item(2)])
+
+    assert isinstance(first, LabelLogprobs)
+    assert isinstance(last, LabelLogprobs)
+    assert slow == ItemFailure(ErrorCode.DEADLINE_EXCEEDED, "the upstream server did not answer within 1 s")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        error(400, "This model's maximum context length is 4096 tokens. However, your prompt contains 5000"),
+        error(400, "The input (5000 tokens) is longer than the model's context length (4096 tokens)."),
+        error(400, "the request exceeds the available context size. try increasing the context size", n_ctx=4096),
+        error(400, "anything", code="context_length_exceeded"),
+    ],
+)
+def test_a_prompt_that_the_server_finds_too_long_is_the_callers(refusal: Reply) -> None:
+    """With the code that such prompts have everywhere."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(refusal)
+        (answer,) = engine.label_logprobs([item()])
+
+    assert failed(answer) is ErrorCode.CONTEXT_LENGTH_EXCEEDED
+    assert len(upstream.asked) == 1
+
+
+def test_an_unreadable_answer_is_an_error_of_its_item() -> None:
+    """A proxy's page is no judgement."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda seen: Reply(body=b"<html>") if seen.body["prompt"] == [66] else None
+        good, bad = engine.label_logprobs([item(1), item(66)])
+
+    assert isinstance(good, LabelLogprobs)
+    assert failed(bad) is ErrorCode.INFERENCE_FAILED
+
+
+def test_an_item_outside_the_contract_is_refused() -> None:
+    """Before anything is sent."""
+    with (
+        openai_server(ids=spread) as upstream,
+        completions(upstream) as engine,
+        pytest.raises(ValueError, match="1001"),
+    ):
+        engine.label_logprobs([item(*range(1001))])
+
+    assert not upstream.seen
+
+
+def test_the_key_is_sent_and_said_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not where it is refused by a server that repeats it, nor in the engine's own words."""
+    with openai_server(ids=spread) as upstream, capture_logs() as logs, completions(upstream, key=KEY) as engine:
+        upstream.key = "another"
+        (answer,) = engine.label_logprobs([item()])
+        with pytest.raises(UpstreamError) as refused:
+            engine.probe(item())
+
+    assert upstream.asked[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert failed(answer) is ErrorCode.INFERENCE_FAILED
+    said = repr((answer, refused.value, logs, engine.__dict__, capfd.readouterr()))
+    assert "refused the key (401): set JUDGE_UPSTREAM_API_KEY" in said
+    assert KEY not in said
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", "sk 1", "schlüssel", ""])
+def test_a_key_that_no_header_holds_is_refused_unsaid(key: str) -> None:
+    """The transport's own message would repeat it."""
+    with pytest.raises(ValueError, match="JUDGE_UPSTREAM_API_KEY") as refused:
+        Access(url="http://127.0.0.1:1/v1", key=SecretStr(key))
+
+    assert not key or key not in str(refused.value)
+
+
+def test_a_probe_says_what_the_server_says() -> None:
+    """Its prompt is ours, so nothing of a caller's can be in it."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: error(400, "logprobs must be at most 5")
+
+        with pytest.raises(UpstreamError, match="answered 400 and says: logprobs must be at most 5"):
+            engine.probe(item())
+
+
+def test_a_probe_whose_label_is_missing_is_no_reason_not_to_start(text: PreTrainedTokenizerFast) -> None:
+    """The user's templates may do better; the log says it."""
+    served = openai_server(words=lambda _: [("Maybe", -0.1)])
+    with served as upstream, capture_logs() as logs, chat(upstream, text) as engine:
+        engine.probe(message(text, "x"))
+
+    assert [entry["log_level"] for entry in logs] == ["warning"]
+
+
+def test_the_only_model_is_found_with_its_length() -> None:
+    """Nobody has to type what the server says."""
+    with openai_server() as upstream:
+        served = find_served(Access(url=upstream.url), None)
+
+    assert (served.id, served.max_tokens) == (MODEL, 1024)
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt", "does not serve gpt; it serves a, b"), (None, "serves a, b")])
+def test_a_model_that_is_not_served_is_told_from_those_that_are(name: str | None, words: str) -> None:
+    """And a name is asked for where there is a choice."""
+    with openai_server() as upstream:
+        upstream.models = [{"id": "b"}, {"id": "a"}]
+
+        with pytest.raises(UpstreamError, match=words):
+            find_served(Access(url=upstream.url), name)
+
+
+def test_a_server_without_a_list_is_taken_at_our_word() -> None:
+    """Not every server has one."""
+    with openai_server() as upstream:
+        upstream.always = lambda _: error(404)
+
+        assert find_served(Access(url=upstream.url), "gpt").id == "gpt"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (error(401, "Incorrect API key provided: sk-very"), "wants a key .401.: set JUDGE_UPSTREAM_API_KEY"),
+        (Reply(body=b"<html>"), "is this its base URL"),
+        (Reply(301, b"", {"Location": "https://elsewhere/v1"}), "redirects"),
+    ],
+)
+def test_an_address_that_is_no_api_is_told(answer: Reply, words: str) -> None:
+    """In words that say what to change."""
+    with openai_server() as upstream:
+        upstream.always = lambda _: answer
+
+        with pytest.raises(UpstreamError, match=words):
+            find_served(Access(url=upstream.url), "gpt")
+
+
+@pytest.mark.parametrize(
+    ("given", "base"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/", "http://localhost:8000/v1"),
+        ("https://api.openai.com/v1/", "https://api.openai.com/v1"),
+        ("https://host/v1beta/openai", "https://host/v1beta/openai"),
+    ],
+)
+def test_addresses_are_read_as_openais_clients_read_them(given: str, base: str) -> None:
+    """`/v1` is added where no path is given."""
+    assert base_url(given) == base
+
+
+@pytest.mark.parametrize("given", ["localhost:8000", "http://user:pw@host/v1", "https://host/v1?key=1", "ftp://host"])
+def test_addresses_that_hold_secrets_or_are_none_are_refused(given: str) -> None:
+    """A key in an address would end up in logs."""
+    with pytest.raises(ValueError, match="must"):
+        base_url(given)
+
+
+def test_the_seen_request_is_what_servers_take(text: PreTrainedTokenizerFast) -> None:
+    """Golden bodies of both ways of asking."""
+    served = openai_server(ids=spread, words=words)
+    with served as upstream, completions(upstream) as by_ids, chat(upstream, text) as by_text:
+        by_ids.label_logprobs([item(5, 6)])
+        by_text.label_logprobs([message(text, "Hi")])
+
+    first, second = (Seen(seen.path, {}, seen.body) for seen in upstream.asked)
+    assert first.path == "/v1/completions"
+    assert first.body == {
+        "model": MODEL,
+        "prompt": [5, 6],
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": 20,
+        "logprob_token_ids": [YES, NO],
+        "return_tokens_as_token_ids": True,
+        "repetition_penalty": 1.0,
+    }
+    assert second.path == "/v1/chat/completions"
+    assert second.body == {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 1,
+        "temperature": 1,
+        "top_p": 1,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+
+
+def written(text: str, finish_reason: str = "stop") -> Reply:
+    """A reply as both APIs put it."""
+    choice = {"index": 0, "text": text, "message": {"content": text}, "finish_reason": finish_reason}
+    return Reply(body={"choices": [choice]})
+
+
+def test_a_reply_is_written(text: PreTrainedTokenizerFast) -> None:
+    """Its tokens are those of our vocabulary; the limit's end is told from the model's own."""
+    prompt = message(text, "Grade it").token_ids
+    items = [GenerateItem(prompt, 8, (0,)), GenerateItem(prompt, 8, (0,), temperature=0.7, seed=2**40 + 5)]
+    with openai_server() as upstream, chat(upstream, text, concurrency=1) as engine:
+        upstream.scripts.extend([written("Score: 3"), written("Score: ", "length")])
+        whole, cut = engine.generate(items)
+
+    assert whole == Generated(tuple(text.backend_tokenizer.encode("Score: 3").ids), True)
+    assert isinstance(cut, Generated)
+    assert not cut.ended
+    sent = [{name: seen.body.get(name) for name in ("max_tokens", "temperature", "seed")} for seen in upstream.asked]
+    assert sent == [
+        {"max_tokens": 8, "temperature": 0.0, "seed": None},
+        {"max_tokens": 8, "temperature": 0.7, "seed": 2**40 % 2**31 + 5},
+    ]
+
+
+def test_ids_are_continued() -> None:
+    """With the ids that end the text."""
+    with openai_server() as upstream, completions(upstream) as engine:
+        upstream.scripts.append(written(" Yes"))
+        (answer,) = engine.generate([GenerateItem((5, 6), 4, (2,))])
+
+    assert answer == Generated(tuple(tiny_tokenizer().backend_tokenizer.encode(" Yes").ids), True)
+    assert upstream.asked[0].body["stop_token_ids"] == [2]
+
+
+def test_a_reply_that_was_withheld_is_an_error() -> None:
+    """A filter's stop is no end."""
+    with openai_server() as upstream, completions(upstream) as engine:
+        upstream.scripts.append(written("", "content_filter"))
+        (answer,) = engine.generate([GenerateItem((5, 6), 4, (2,))])
+
+    assert failed(answer) is ErrorCode.INFERENCE_FAILED
