@@ -1,0 +1,1 @@
+"""Running and checking the deployment; none of it is installed with the package."""

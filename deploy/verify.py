@@ -1,0 +1,282 @@
+"""`make test-compose`: the deployment of docker-compose.yml, run as plain processes, for want of a Docker engine.
+
+Commands, environments and health checks are read from docker-compose.yml and the Dockerfile and run as they stand, but
+for host names (loopback addresses) and volumes (folders). The model is a random tiny one, from a stand-in for the hub.
+In the end stands a list of what was run, and of what only an engine can show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from deploy.compose import ROOT, Service, load
+from deploy.processes import CheckError, Container, Deployment
+from tests.model_sources import Hub
+from tests.tiny import make_tiny_model
+
+MODEL = "tiny/judge"
+KEY = "test-compose-key"
+SETTINGS = {
+    "JUDGE_MODEL": MODEL,
+    "JUDGE_API_KEY": KEY,
+    "JUDGE_DTYPE": "float32",
+    "JUDGE_THREADS": "1",
+    # Small batches, so that a worker which is killed has something in hand; and little time until that is missed.
+    "JUDGE_BATCH_JOBS": "8",
+    "JUDGE_LEASE_SECONDS": "2",
+    "JUDGE_BENCH_DATA": "/data/pairs.jsonl",
+    "JUDGE_POLICY": "/data/policy",
+    "JUDGE_INSTRUCTIONS": "/data/instructions.jsonl",
+}
+# What makes a round of training small; the rest of its command is the file's.
+TINY_ROUND = (
+    "--count 8 --held-out 4 --samples 3 --max-new-tokens 8 --cut-off keep --device cpu --dtype float32 "
+    "--batch 4 --lr 1e-3 --rank 4 --alpha 8 --patience 30"
+)
+PAIRS = 400
+SUBSETS = ("alpacaeval-easy", "llmbar-natural", "donotanswer", "hep-go", "math-prm")
+UNCHECKED = (
+    "images: builds, sizes, users (deploy/build_images.sh builds them with docker, podman or buildah)",
+    "what the engine enforces: read-only root, dropped rights, limits, restart policies, log rotation",
+    "its networks and volumes: names of services, published ports, ownership of a new volume",
+    "the GPU reservation of `worker` and `trainer`, whose commands are those of `worker-cpu` and `trainer-cpu`",
+    "the images of others: redis (the program of this machine was used), prom/prometheus, grafana/grafana",
+)
+
+
+@dataclass
+class Report:
+    """What was run, said as it happens and once more in the end."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def ran(self, what: str) -> None:
+        """Something worked."""
+        self.lines.append(what)
+        sys.stdout.write(f"ok  {what}\n")
+        sys.stdout.flush()
+
+    def summary(self, skipped: Sequence[str]) -> str:
+        """The list, for the end of the output."""
+        ran = "".join(f"  - {line}\n" for line in self.lines)
+        unchecked = "".join(f"  - {line}\n" for line in [*UNCHECKED, *skipped])
+        return f"\nrun for real, as processes:\n{ran}\nnot checked here:\n{unchecked}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the deployment: 0 if all of it works, 1 with the reason if not."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.verify", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("--keep", action="store_true", help="leave logs and volumes behind, and say where")
+    arguments = parser.parse_args(argv)
+    folder = Path(tempfile.mkdtemp(prefix="judge-compose-"))
+    report = Report()
+    try:
+        skipped = check(folder, report)
+    except CheckError as error:
+        sys.stderr.write(f"FAILED: {error}\nlogs: {folder}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    sys.stdout.write(report.summary(skipped))
+    if arguments.keep:
+        sys.stdout.write(f"logs: {folder}\n")
+    else:
+        shutil.rmtree(folder)
+    return 0
+
+
+def check(folder: Path, report: Report) -> list[str]:
+    """Run everything; returns what could not be run on this machine. Raises CheckError."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    volumes = make_volumes(folder)
+    services = load(SETTINGS)
+    hub = Hub(MODEL, make_tiny_model(folder / "published"))
+    with hub.running(), Deployment(services, folder, volumes) as deployment:
+        workers = bring_up(deployment, hub.url, report)
+        judge_something(deployment, report)
+        benchmark_with_a_killed_worker(deployment, workers, volumes["/runs"], report)
+        train(deployment, volumes["/runs"], report)
+        take_down(deployment, workers, report)
+        check_logs(deployment, report)
+    return check_monitoring(services, report)
+
+
+def make_volumes(folder: Path) -> dict[str, Path]:
+    """Folders for the volumes, with pairs, instructions and a policy in /data."""
+    volumes = {path: folder / path.strip("/") for path in ("/models", "/runs", "/data")}
+    for volume in volumes.values():
+        volume.mkdir()
+    rows = [
+        {"id": f"{n}", "subset": SUBSETS[n % 5], "prompt": f"Question {n}?", "chosen": f"Yes {n}", "rejected": f"{n}"}
+        for n in range(PAIRS)
+    ]
+    write_lines(volumes["/data"] / "pairs.jsonl", rows)
+    asked = [{"id": f"{n}", "prompt": f"What is {n}?", "category": ("chat", "math")[n % 2]} for n in range(12)]
+    write_lines(volumes["/data"] / "instructions.jsonl", asked)
+    make_tiny_model(volumes["/data"] / "policy", seed=1)
+    return volumes
+
+
+def write_lines(file: Path, rows: Sequence[object]) -> None:
+    """JSON, one row a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def bring_up(deployment: Deployment, hub: str, report: Report) -> list[Container]:
+    """In the order of depends_on: Redis healthy, the model fetched, API and two workers; returns the workers."""
+    redis = deployment.start("redis")
+    deployment.await_health(redis)
+    report.ran(f"redis: {show(redis)}; healthy by `{' '.join(healthcheck_of(redis))}`")
+    model = deployment.run("model", 300, changes={"HF_ENDPOINT": hub})
+    report.ran(f"model: {show(model)} (the hub: a stand-in)")
+    deployment.run("model", 120, changes={"HF_ENDPOINT": hub})
+    report.ran("model: a second run finds it there and ends with 0")
+    api = deployment.start("api")
+    workers = [deployment.start("worker-cpu", number) for number in (1, 2)]
+    deployment.await_health(api)
+    report.ran(f"api: {show(api)}; healthy by its check of /ready")
+    for worker in workers:
+        deployment.await_health(worker)
+    report.ran(f"worker-cpu, twice: {show(workers[0])}; healthy by their check of /metrics")
+    return workers
+
+
+def show(container: Container) -> str:
+    """A container's command as the file has it."""
+    return f"`{' '.join(container.service.command)}`"
+
+
+def healthcheck_of(container: Container) -> list[str]:
+    """The command of a container's health check."""
+    return container.service.healthcheck.command if container.service.healthcheck else []
+
+
+def judge_something(deployment: Deployment, report: Report) -> None:
+    """A judgement with the key, and a refusal without."""
+    url = f"http://{deployment.address('api')}:8000"
+    if status(f"{url}/score") != 401:
+        raise CheckError("a request without a key was not refused")
+    workers = json.loads(get(f"{url}/v1/models"))["data"][0]["workers"]
+    if len(workers) != 2 or {worker["engine"] for worker in workers} != {"torch"}:
+        raise CheckError(f"/v1/models shows these workers: {workers}")
+    report.ran("without the key of JUDGE_API_KEY: 401; with it, /v1/models shows two torch workers")
+
+
+def status(url: str) -> int:
+    """The status of a POST without a key."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def get(url: str) -> str:
+    """The body of a GET with the key."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def benchmark_with_a_killed_worker(
+    deployment: Deployment, workers: list[Container], runs: Path, report: Report
+) -> None:
+    """The bench service; in its middle a worker gets SIGKILL, and is started again as `restart` has it."""
+    items = runs / "rewardbench" / "items.jsonl"
+    bench = deployment.start("bench", more=["--batch-items", "8", "--patience", "60"])
+    while lines(items) < PAIRS // 10:
+        if bench.process.poll() is not None:
+            raise CheckError(f"the benchmark ended early:\n{bench.output[-2000:]}")
+        time.sleep(0.02)
+    # Held first, so that it has jobs in hand which nobody will answer.
+    workers[0].process.send_signal(signal.SIGSTOP)
+    time.sleep(0.3)
+    before = lines(items)
+    workers[0].process.kill()
+    if bench.wait(300):
+        raise CheckError(f"the benchmark ended with {bench.process.returncode}:\n{bench.output[-2000:]}")
+    summary = json.loads((runs / "rewardbench" / "summary.json").read_bytes())
+    if (summary["counts"]["judged"], summary["counts"]["failed"]) != (PAIRS, 0):
+        raise CheckError(f"not all {PAIRS} pairs were judged: {summary['counts']}")
+    moved = metric(workers[1], "judge_jobs_redelivered_total")
+    report.ran(f"bench: {show(bench)}: {PAIRS} of {PAIRS} pairs, no failures")
+    report.ran(f"kill -9 of a worker after {before} pairs: {moved:.0f} jobs it held were judged by the other")
+    workers[0] = deployment.start("worker-cpu", 1)
+    deployment.await_health(workers[0])
+    report.ran("the killed worker, started again: healthy")
+
+
+def lines(file: Path) -> int:
+    """How many lines a file has, which may not be there yet."""
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def metric(container: Container, name: str) -> float:
+    """A metric of a worker, by its name."""
+    text = get(f"http://{container.address}:9100/metrics")
+    return sum(float(line.split()[1]) for line in text.splitlines() if line.split()[0] == name)
+
+
+def train(deployment: Deployment, runs: Path, report: Report) -> None:
+    """A round of self-improvement through the deployed judge."""
+    trainer = deployment.run("trainer-cpu", 600, more=TINY_ROUND.split())
+    metrics = json.loads((runs / "improve" / "round-1" / "metrics.json").read_bytes())
+    report.ran(f"trainer-cpu: {show(trainer)} with tiny sizes: {metrics['compared']} held-out answers compared")
+
+
+def take_down(deployment: Deployment, workers: Sequence[Container], report: Report) -> None:
+    """SIGTERM to API and workers: each ends with 0 within its stop_grace_period."""
+    (api,) = (one for one in deployment.containers if one.service.name == "api")
+    took = max(deployment.stop(container) for container in [api, *workers])
+    report.ran(f"SIGTERM to API and workers: all end with 0, the slowest after {took:.1f} s")
+
+
+def check_logs(deployment: Deployment, report: Report) -> None:
+    """Logs of API and workers are JSON, and nobody's log has the key."""
+    for container in deployment.containers:
+        if KEY in container.output:
+            raise CheckError(f"the key is in a log: {container.log}")
+        if container.service.name in ("api", "worker-cpu"):
+            check_json(container)
+    report.ran("logs: those of API and workers are JSON lines, none has the key")
+
+
+def check_json(container: Container) -> None:
+    """Every line of a log is a JSON object."""
+    for line in container.output.splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            raise CheckError(f"a line of {container.log} is not JSON: {line[:200]}") from None
+
+
+def check_monitoring(services: dict[str, Service], report: Report) -> list[str]:
+    """Prometheus' own check of its configuration and rules, where it is installed; returns what was not checked."""
+    if shutil.which("promtool") is None:
+        return ["Prometheus' configuration and rules: promtool is not installed"]
+    folder = ROOT / "deploy" / "prometheus"
+    checks = (["check", "config", folder / "prometheus.yml"], ["test", "rules", folder / "alerts_test.yml"])
+    for words in checks:
+        done = subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckError(f"promtool: {done.stdout}{done.stderr}")
+    report.ran(f"promtool: configuration, rules and their tests, for {services['prometheus'].image}")
+    return []
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
