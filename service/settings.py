@@ -162,7 +162,6 @@ class EngineSettings(CommonSettings):
     fake_crash_token: int | None = Field(None, description="fake engine: a token id that ends the process, for tests")
     fake_hang_token: int | None = Field(None, description="fake engine: a token id that hangs the process, for tests")
 
-
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _parse_args(cls, value: object) -> object:
