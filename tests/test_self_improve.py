@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,7 +159,7 @@ def test_a_run_killed_at_every_stage_ends_like_an_undisturbed_one(
 
 
 class Mortal(FakeEngine):
-    """Takes its service down with the third call."""
+    """Takes its service down with the third call, which it does not answer in time."""
 
     services: ClassVar[list[Live]] = []
     calls: ClassVar[list[int]] = []
@@ -168,6 +169,7 @@ class Mortal(FakeEngine):
         self.calls.append(len(items))
         for live in self.services[: len(self.calls) // 3]:
             live.server.should_exit = live.server.force_exit = True
+            time.sleep(1)
         return super().label_logprobs(items)
 
 
@@ -176,7 +178,7 @@ def test_a_judge_that_dies_stops_the_run_resumably(
 ) -> None:
     """What was labelled stays; with the judge back, the same command goes on and ends as if nothing had been."""
     command = ["--output", str(tmp_path / "run"), "--samples-from", str(whole), *without(flags, "--judge-url")]
-    with live_service(Mortal(delay=0.05), max_batch_items=4) as live:
+    with live_service(Mortal(delay=0.05), max_batch_items=2) as live:
         Mortal.services.append(live)
         code = main(["--judge-url", live.url, *command])
     told, kept = capsys.readouterr().err, lines(tmp_path / "run" / "round-1" / "scores.jsonl")
