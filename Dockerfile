@@ -80,10 +80,8 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["--host", "0.0.0.0", "--log-format", "json"]
 
-FROM run AS worker-cpu
-COPY --from=worker-cpu-deps /opt/venv /opt/venv
-COPY --from=code /opt/judge /opt/judge
-USER judge
+# What the two workers have in common.
+FROM run AS worker
 VOLUME /models
 EXPOSE 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
@@ -91,18 +89,17 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
 ENTRYPOINT ["python", "-m", "service.worker"]
 CMD ["--log-format", "json", "--metrics-host", "0.0.0.0", "--metrics-port", "9100"]
 
-FROM run AS worker-gpu
+FROM worker AS worker-cpu
+COPY --from=worker-cpu-deps /opt/venv /opt/venv
+COPY --from=code /opt/judge /opt/judge
+USER judge
+
+FROM worker AS worker-gpu
 # vLLM's kernels are put together by a C compiler when they are first used.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=worker-gpu-deps /opt/venv /opt/venv
 COPY --from=code /opt/judge /opt/judge
 USER judge
-VOLUME /models
-EXPOSE 9100
-HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9100/metrics', timeout=4)"]
-ENTRYPOINT ["python", "-m", "service.worker"]
-CMD ["--log-format", "json", "--metrics-host", "0.0.0.0", "--metrics-port", "9100"]
 
 # A run ends by itself: there is nothing to check but that it is there.
 FROM run AS trainer

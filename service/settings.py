@@ -115,8 +115,8 @@ class CommonSettings(BaseSettings):
 
     @field_validator("upstream_body", mode="before")
     @classmethod
-    def _parse_json(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
+    def _parse_body(cls, value: object) -> object:
+        return parse_json(value)
 
 
 class EngineSettings(CommonSettings):
@@ -165,7 +165,7 @@ class EngineSettings(CommonSettings):
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _parse_args(cls, value: object) -> object:
-        return json.loads(value) if isinstance(value, str) else value
+        return parse_json(value)
 
 
 class WorkerSettings(EngineSettings):
@@ -235,6 +235,11 @@ class UpstreamKey(BaseSettings):
         """Files end in a newline; an empty variable is as good as none."""
         stripped = "" if value is None else value.get_secret_value().strip()
         return SecretStr(stripped) if stripped else None
+
+
+def parse_json(value: object) -> object:
+    """What a flag or an environment variable says in JSON; other values are given in code, as they are."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def split_commas(value: object) -> object:

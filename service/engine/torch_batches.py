@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+from torch import Tensor
+
 # Rows per forward: bounds the logits, rows x vocabulary in fp32 (39 MB for 64 rows of 152k).
 MAX_ROWS: Final = 64
 # A row shorter than this share of its micro-batch's longest goes to the next one: bounds the padding.
 _MIN_FILL: Final = 0.75
+_PROBE_TOKENS: Final = 12
 
 
 def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
@@ -21,6 +25,21 @@ def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
         raise ValueError(f"an item has {len(token_ids)} tokens; this engine reads 1 to {most}")
     if min(token_ids) < 0 or max(token_ids) >= vocabulary:
         raise ValueError(f"a token id is outside the model's vocabulary of {vocabulary}")
+
+
+def right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids, [rows, longest row], on the CPU."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, token_ids in enumerate(rows):
+        ids[row, : len(token_ids)] = torch.tensor(list(token_ids))
+    return ids
+
+
+def probe_prompts(vocabulary: int, max_tokens: int) -> tuple[list[int], list[int]]:
+    """Two prompts to try a model on at load; the second has twice the length where the limit allows, so that together
+    the first is padded."""
+    short = [(37 * i + 11) % vocabulary for i in range(min(_PROBE_TOKENS, max_tokens))]
+    return short, [*short, *short][:max_tokens]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.engine.contract import Classified, ClassifyItem, Task
-from service.engine.torch_batches import MicroBatches, check_ids
+from service.engine.torch_batches import MicroBatches, check_ids, probe_prompts, right_padded
 from service.engine.torch_loading import EngineLoadError, LoadOptions, free_memory, load_model, longrope_threshold
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS: Final = 12
 # Share of the logit's natural size by which two ways of computing it may differ.
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -80,9 +79,7 @@ class TorchClassifier:
     @torch.inference_mode()
     def _is_fast(self) -> bool:
         """Whether our way gives what the model gives by itself, padding included."""
-        probe = [(37 * i + 11) % self._vocabulary for i in range(min(_PROBE_TOKENS, self.max_tokens))]
-        # The second item has twice the length where the limit allows, so that the first is padded.
-        both = [probe, [*probe, *probe][: self.max_tokens]]
+        both = probe_prompts(self._vocabulary, self.max_tokens)
         own = torch.cat([self._own_logits([ids]) for ids in both])
         if not bool(torch.isfinite(own).all()):
             raise EngineLoadError(f"the model gives values that are not finite in {self.dtype}; use another dtype")
@@ -107,11 +104,8 @@ class TorchClassifier:
         """The state behind each row's last token, [rows, width], in fp32."""
         if self._model is None:
             raise RuntimeError("the engine is closed")
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-        for row, token_ids in enumerate(batch):
-            ids[row, : len(token_ids)] = torch.tensor(list(token_ids))
         last = torch.tensor([self._last(token_ids) for token_ids in batch])
-        states = self._model.base_model(input_ids=ids.to(self._model.device)).last_hidden_state
+        states = self._model.base_model(input_ids=right_padded(batch).to(self._model.device)).last_hidden_state
         return cast(Tensor, states)[torch.arange(len(batch)), last].float()
 
     def _last(self, token_ids: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLogprobs, Task
-from service.engine.torch_batches import MicroBatches, check_ids
+from service.engine.torch_batches import MicroBatches, check_ids, probe_prompts, right_padded
 from service.engine.torch_generate import Writer, can_write
 from service.engine.torch_head import LastTokenHead
 from service.engine.torch_loading import (
@@ -37,7 +37,6 @@ __all__ = ["DType", "EngineLoadError", "TorchEngine"]
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS: Final = 12
 # Share of the logits' spread by which two ways of computing them may differ.
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -111,31 +110,25 @@ class TorchEngine:
         """Next-token logits after each item, [items, vocabulary], in fp32."""
         if self._model is None:
             raise RuntimeError("the engine is closed")
-        lengths = [len(item.token_ids) for item in items]
-        ids = torch.zeros(len(items), max(lengths), dtype=torch.long)
-        for row, item in enumerate(items):
-            ids[row, : lengths[row]] = torch.tensor(list(item.token_ids))
-        ids = ids.to(self._model.device)
+        ids = right_padded([item.token_ids for item in items]).to(self._model.device)
         if self._head is None:
             return _own_logits(self._model, ids)
-        self._head.last = torch.tensor(lengths, device=ids.device) - 1
+        self._head.last = torch.tensor([len(item.token_ids) - 1 for item in items], device=ids.device)
         return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)[:, 0].float()
 
     def _install_head(self) -> None:
         """Put the fp32 last-position layer in place where it gives what the model gives by itself, padding included."""
         model = self._model
         output = model.get_output_embeddings()
-        probe = EngineItem([(37 * i + 11) % self._vocabulary for i in range(min(_PROBE_TOKENS, self.max_tokens))], (0,))
-        # The second item has twice the length where the limit allows, so that the first is padded.
-        longer = EngineItem([*probe.token_ids, *probe.token_ids][: self.max_tokens], (0,))
-        own = self._last_logits([probe])[0]
+        probes = [EngineItem(ids, (0,)) for ids in probe_prompts(self._vocabulary, self.max_tokens)]
+        own = self._last_logits(probes[:1])[0]
         self._vocabulary = min(self._vocabulary, len(own))
         if not bool(torch.isfinite(own).all()):
             raise EngineLoadError(f"the model gives values that are not finite in {self.dtype}; use another dtype")
         if type(output) is nn.Linear:
             self._head = LastTokenHead(output)
             model.set_output_embeddings(self._head)
-            if _agree(own, self._last_logits([probe, longer]), model.dtype):
+            if _agree(own, self._last_logits(probes), model.dtype):
                 return
             self._head = None
             model.set_output_embeddings(output)

@@ -7,7 +7,6 @@ in both APIs); the completions API's columns, with text for tokens (SGLang); the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
@@ -16,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
 from service.engine.openai_api import UpstreamError
+from service.scoring import logsumexp
 
 UNSEEN: Final = -9999.0
 """The log-probability of a spelling that was not returned while another one of its label was: nothing. Servers
@@ -217,11 +217,6 @@ def by_word(tokens: Iterable[Token], labels: Sequence[str]) -> list[float | None
             shares[index].append(token.logprob)
     seen = {label.strip() for label, share in zip(labels, shares, strict=True) if share}
     return [
-        _log_sum(share) if share else UNSEEN if label.strip() in seen else None
+        logsumexp(share) if share else UNSEEN if label.strip() in seen else None
         for label, share in zip(labels, shares, strict=True)
     ]
-
-
-def _log_sum(values: Sequence[float]) -> float:
-    top = max(values)
-    return top + math.log(math.fsum(math.exp(value - top) for value in values))
