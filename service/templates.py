@@ -9,6 +9,8 @@ nothing else in a template is interpreted. A file (TOML or JSON) holds a list `t
                  5, or "rubric", answered by a text that ends in "Score: n"
     category     optional: requests for this category get the newest version of this template
     instruction  what to judge by
+    question     what is asked after the answer, in the frame "instruction-first" of a pointwise template; default: the
+                 frame's
     format       "chat" or "raw"; default: chat where the model has a chat template
     frame        "instruction-first" (default) or, pointwise, "question-last": the built-in layout and labels to use
     layout       one's own in its place; needs `format` too
@@ -214,11 +216,17 @@ Grades = Annotated[list[Text], Field(min_length=len(GRADE_WEIGHTS), max_length=l
 
 
 class _Layout(_Part):
-    """A built-in layout and its labels or grades."""
+    """A built-in layout, the question that is asked in it where a template asks none, and its labels or grades."""
 
     layout: Text
+    question: Text | None = None
     labels: Labels | None = None
     grades: Grades | None = None
+
+    def asking(self, question: str | None) -> str:
+        """The layout with a question in its place; other layouts as they are."""
+        question = question or self.question
+        return self.layout if question is None else self.layout.replace("{question}", question)
 
 
 _FRAMES: Final = TypeAdapter(dict[Frame, dict[Mode, dict[Format, _Layout]]])
@@ -232,6 +240,7 @@ class _Entry(_Part):
     mode: Mode = "pointwise"
     category: Name | None = None
     instruction: str = ""
+    question: Text | None = None
     format: Format | None = None
     frame: Frame = "instruction-first"
     layout: Text | None = None
@@ -242,6 +251,9 @@ class _Entry(_Part):
     def _names_and_formats(self) -> Self:
         if self.frame == "question-last" and self.mode != "pointwise":
             raise ValueError("frame question-last is for pointwise templates")
+        own_place = self.layout is None and self.frame == "instruction-first" and self.mode == "pointwise"
+        if self.question is not None and not own_place:
+            raise ValueError("question is for pointwise templates in the frame instruction-first")
         if self.labels is not None and self.mode not in DEFAULT_MODES:
             raise ValueError(f"a {self.mode} template has no yes and no labels")
         if self.grades is not None and self.mode != "graded":
@@ -319,7 +331,7 @@ def _parse(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ServiceError(ErrorCode.BAD_TEMPLATE, f"{path}: cannot be read as TOML or JSON: {error}") from error
 
 
@@ -349,7 +361,7 @@ def _template(entry: _Entry, default_format: Format) -> Template:
         version=entry.version,
         mode=entry.mode,
         format=form,
-        layout=entry.layout or built_in.layout,
+        layout=entry.layout or built_in.asking(entry.question),
         instruction=entry.instruction,
         yes=tuple(labels.yes) if labels else (),
         no=tuple(labels.no) if labels else (),

@@ -49,7 +49,7 @@ def pairs(count: int, gap: float = 3.0, sd: float = 4.0, seed: int = 0) -> list[
     return [Labelled(f"{i}", (rng.gauss(5 + gap, sd),), (rng.gauss(5, sd),)) for i in range(count)]
 
 
-def row(sample: Labelled, template: str = "general@2", **changes: Any) -> dict[str, Any]:
+def row(sample: Labelled, template: str = "general@3", **changes: Any) -> dict[str, Any]:
     """A sample as a line of items.jsonl."""
     chosen, rejected = (
         {"log_odds": side[0], "score": sigmoid(side[0]), "label_mass": 0.9, "length": 3}
@@ -191,7 +191,7 @@ def test_what_does_not_count_is_left_out_and_counted(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", [row(sample), cut, failed, *odd, pairwise])
     evidence = from_runs([folder, folder])
 
-    assert evidence.templates == {"general@2": [sample]}
+    assert evidence.templates == {"general@3": [sample]}
     assert evidence.left_out == {
         "given twice": 1,
         "truncated": 2,
@@ -208,7 +208,7 @@ def test_samples_with_many_answers_count_whole(tmp_path: Path) -> None:
 
     evidence = from_runs([run_folder(tmp_path / "run", [several])])
 
-    assert evidence.templates == {"general@2": [Labelled("a", (2.0,), (1.0, -4.0))]}
+    assert evidence.templates == {"general@3": [Labelled("a", (2.0,), (1.0, -4.0))]}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_runs_make_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     written = calibration.load(out)
     assert code == 0
-    assert written.templates == {"general@2": calibrate(pairs(60), seed=5)}
+    assert written.templates == {"general@3": calibrate(pairs(60), seed=5)}
     assert (written.model, written.fingerprint) == ("fake", "fake")
     assert written.fitted_on.sources == [str(folder) for folder in folders]
     shown = capsys.readouterr().out
@@ -347,5 +347,5 @@ def test_a_live_judge_is_calibrated_end_to_end(tmp_path: Path, live: Live) -> No
 
     written = calibration.load(out)
     assert code == 0
-    assert (written.templates["general@2"].pairs, written.fitted_on.left_out) == (60, {"failed": 1})
-    assert result["calibrated"] == written.templates["general@2"].apply(result["log_odds"])
+    assert (written.templates["general@3"].pairs, written.fitted_on.left_out) == (60, {"failed": 1})
+    assert result["calibrated"] == written.templates["general@3"].apply(result["log_odds"])

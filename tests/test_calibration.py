@@ -23,7 +23,7 @@ FILE = {
     "format": 1,
     "model": "fake",
     "fingerprint": "fake",
-    "templates": {"general@2": FIT},
+    "templates": {"general@3": FIT},
     "fitted_on": {"sources": ["runs/a"], "seed": 7, "left_out": {"truncated": 3}},
 }
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
@@ -81,12 +81,12 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         ({"templates": {}}, "templates"),
         ({"templates": {"inline": FIT}}, "inline"),
         ({"templates": {"general": FIT}}, "general"),
-        ({"templates": {"general@2": {**FIT, "temperature": 0}}}, "temperature"),
-        ({"templates": {"general@2": {**FIT, "temperature": -1.0}}}, "temperature"),
-        ({"templates": {"general@2": {**FIT, "temperature": "1"}}}, "temperature"),
-        ({"templates": {"general@2": {**FIT, "temperature": float("inf")}}}, "Infinity"),
-        ({"templates": {"general@2": {**FIT, "bias": float("nan")}}}, "NaN"),
-        ({"templates": {"general@2": {**FIT, "scale": 1}}}, "scale"),
+        ({"templates": {"general@3": {**FIT, "temperature": 0}}}, "temperature"),
+        ({"templates": {"general@3": {**FIT, "temperature": -1.0}}}, "temperature"),
+        ({"templates": {"general@3": {**FIT, "temperature": "1"}}}, "temperature"),
+        ({"templates": {"general@3": {**FIT, "temperature": float("inf")}}}, "Infinity"),
+        ({"templates": {"general@3": {**FIT, "bias": float("nan")}}}, "NaN"),
+        ({"templates": {"general@3": {**FIT, "scale": 1}}}, "scale"),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -103,7 +103,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, changes: dict[str, Any],
     [
         ("", "Expecting value"),
         ("[" * 100_000, "cannot be read"),
-        ('{"templates": {"general@2": 1, "general@2": 2}}', "general@2 is given twice"),
+        ('{"templates": {"general@3": 1, "general@3": 2}}', "general@3 is given twice"),
         (json.dumps(FILE).replace("-0.25", "1e999"), "finite"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_text_that_is_no_such_json_is_refused(tmp_path: Path, text: str, said:
 @pytest.mark.parametrize(("log_odds", "expected"), [(0.625, 0.5), (1e308, 1.0), (-1e308, 0.0)])
 def test_the_formula_holds_at_both_ends(log_odds: float, expected: float) -> None:
     """sigmoid(log_odds / temperature + bias) never overflows."""
-    found = Calibration.model_validate(FILE).templates["general@2"]
+    found = Calibration.model_validate(FILE).templates["general@3"]
 
     assert found.apply(log_odds) == expected
 
@@ -131,7 +131,7 @@ def test_a_calibrated_template_says_the_probability(live: Live) -> None:
     """`calibrated` is the formula applied to the raw log-odds, which stay as they are."""
     result = post(live, "/score", PAIR)
 
-    assert result["template"] == "general@2"
+    assert result["template"] == "general@3"
     assert result["calibrated"] == sigmoid(result["log_odds"] / 2.5 - 0.25)
     assert result["score"] == sigmoid(result["log_odds"])
 
@@ -197,7 +197,7 @@ def test_several_files_add_up(tmp_path: Path) -> None:
         ({"templates": {"nonsense@1": FIT}}, "nonsense@1 is not known"),
         ({"templates": {"general@99": FIT}}, "general@99 is not known"),
         ({"templates": {"pairwise-general@1": FIT}}, "pairwise-general@1 is pairwise"),
-        ({"templates": {"general@2": FIT}}, "general@2 is already calibrated in .*a.json"),
+        ({"templates": {"general@3": FIT}}, "general@3 is already calibrated in .*a.json"),
     ],
 )
 def test_a_file_that_does_not_fit_the_service_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

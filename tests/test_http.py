@@ -42,7 +42,7 @@ def test_a_score_follows_the_rule(live: Live) -> None:
     assert result.log_odds == pytest.approx(result.yes_logprob - result.no_logprob, abs=1e-12)
     assert result.score == pytest.approx(1 / (1 + math.exp(-result.log_odds)), abs=1e-12)
     assert result.label_mass == pytest.approx(math.exp(result.yes_logprob) + math.exp(result.no_logprob), abs=1e-12)
-    assert (result.template, result.model, result.truncated) == ("general@2", "fake", False)
+    assert (result.template, result.model, result.truncated) == ("general@3", "fake", False)
     assert result.usage.prompt_tokens > 10
 
 

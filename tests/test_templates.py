@@ -138,6 +138,16 @@ def test_a_frame_goes_with_the_models_format(tmp_path: Path, form: Any, labels: 
     assert (template.format, template.yes) == (form, labels)
 
 
+@pytest.mark.parametrize(("form", "end"), [("chat", "\n\nIs it legal?"), ("raw", "\n\nQuestion: Is it legal?\nVerdict:")])
+def test_a_template_may_ask_a_question_of_its_own(tmp_path: Path, form: Any, end: str) -> None:
+    """The question takes the place of the frame's, whatever the format; the rest of the frame stays."""
+    path = write(tmp_path, OWN | {"question": "Is it legal?"})
+
+    template = TemplateLibrary.load(form, [path]).get("law")
+
+    assert template.layout == "{instruction}\n\nRequest:\n{prompt}\n\nAnswer:\n{response}" + end
+
+
 def test_toml_reads_as_json_does(tmp_path: Path) -> None:
     """The same template can be written in TOML."""
     path = tmp_path / "own.toml"
@@ -165,6 +175,10 @@ def test_toml_reads_as_json_does(tmp_path: Path) -> None:
         ({"layout": LAYOUT}, "format"),
         ({"frame": "upside-down"}, "frame"),
         ({"frame": "question-last", "mode": "pairwise"}, "pointwise"),
+        ({"question": "Legal?", "frame": "question-last"}, "question is for"),
+        ({"question": "Legal?", "mode": "pairwise"}, "question is for"),
+        ({"question": "Legal?", "layout": LAYOUT, "format": "raw"}, "question is for"),
+        ({"question": "Is {response} legal?"}, "exactly once"),
         ({"layout": "{instruction} {prompt}", "format": "raw"}, "response"),
         ({"layout": LAYOUT + "{response}", "format": "raw"}, "exactly once"),
         ({"layout": LAYOUT + "{instruction}", "format": "raw"}, "at most once"),
