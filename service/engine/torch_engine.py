@@ -1,12 +1,16 @@
 """The engine that runs a causal transformers model with torch in this process. For labels: prefill only, one head row
 per prompt. torch_generate.py writes text with the same model, torch_classify.py is the engine for reward models.
 
-    items ──> micro-batches, padded on the right ──> the model's own forward ──> its output layer, replaced:
+    items ──> packs ──> torch_packed.py: no padding, shared prefixes once ────────────────────────> output layer in fp32
+          └─> micro-batches, padded on the right ──> the model's own forward ──> its output layer, replaced:
               last real position of each row only, in fp32 ──> log-softmax over the whole vocabulary in fp32
+
+On a CPU, models of the families that torch_packed.py knows are read packed: an item then gets the same bits whatever is
+beside it. Others, and those on a GPU, are padded.
 
 A causal model's real tokens never see what stands on their right, so no attention mask is passed and attention takes
 its fast causal path. The model's own forward stays in charge of what comes after the output layer (soft-capping,
-logit scales). A probe at load compares both ways; where they disagree the model's own layer and no padding are used.
+logit scales). A probe at load compares all ways; where they disagree the model's own layer and no padding are used.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
@@ -32,6 +37,7 @@ from service.engine.torch_loading import (
     load_model,
     longrope_threshold,
 )
+from service.engine.torch_packed import PackedDecoder, UnsupportedModelError
 
 __all__ = ["DType", "EngineLoadError", "TorchEngine"]
 
@@ -57,6 +63,7 @@ class TorchEngine:
         self._model = model  # Any: what transformers says of its own types is not enough for strict checks
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._head: LastTokenHead | None = None
+        self._packed: PackedDecoder | None = None
         self._install_head()
         self._batches = MicroBatches(micro_tokens, longrope_threshold(model.config), alone=self._head is None)
         self._writer = Writer(model, self._head) if can_write(model) else None
@@ -80,6 +87,10 @@ class TorchEngine:
         """
         for item in items:
             self._check(item)
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        if self._packed is not None:
+            return self._read_packed(self._packed, items)
         found: dict[int, LabelLogprobs] = {}
         for rows in self._batches.of([len(item.token_ids) for item in items]):
             batch = [items[row] for row in rows]
@@ -96,7 +107,9 @@ class TorchEngine:
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards."""
-        self._model = self._head = self._writer = None
+        if self._packed is not None:
+            self._packed.close()
+        self._model = self._head = self._writer = self._packed = None
         free_memory()
 
     def _check(self, item: EngineItem) -> None:
@@ -104,6 +117,13 @@ class TorchEngine:
             raise ValueError("an item has no label ids")
         check_ids(item.token_ids, self.max_tokens, self._vocabulary)
         check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
+
+    def _read_packed(self, packed: PackedDecoder, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+        answers: list[LabelLogprobs] = []
+        for logits, cached in packed.last_logits(items):
+            part = _read_labels(logits, items[len(answers) : len(answers) + len(cached)])
+            answers += [replace(answer, cached_tokens=count) for answer, count in zip(part, cached, strict=True)]
+        return answers
 
     @torch.inference_mode()
     def _last_logits(self, items: Sequence[EngineItem]) -> Tensor:
@@ -120,19 +140,42 @@ class TorchEngine:
         """Put the fp32 last-position layer in place where it gives what the model gives by itself, padding included."""
         model = self._model
         output = model.get_output_embeddings()
-        probes = [EngineItem(ids, (0,)) for ids in probe_prompts(self._vocabulary, self.max_tokens)]
-        own = self._last_logits(probes[:1])[0]
-        self._vocabulary = min(self._vocabulary, len(own))
+        probes = _probes(self._vocabulary, self.max_tokens)
+        own = torch.cat([self._last_logits([probe]) for probe in probes])
+        self._vocabulary = min(self._vocabulary, own.shape[1])
         if not bool(torch.isfinite(own).all()):
             raise EngineLoadError(f"the model gives values that are not finite in {self.dtype}; use another dtype")
         if type(output) is nn.Linear:
             self._head = LastTokenHead(output)
             model.set_output_embeddings(self._head)
             if _agree(own, self._last_logits(probes), model.dtype):
+                self._install_packed(self._head, probes, own)
                 return
             self._head = None
             model.set_output_embeddings(output)
         logger.warning("the fp32 output layer does not fit %s: using the model's own, unbatched", type(model).__name__)
+
+    def _install_packed(self, head: LastTokenHead, probes: Sequence[EngineItem], own: Tensor) -> None:
+        """Read labels packed where the model can be, and where that gives what the model gives by itself."""
+        try:
+            packed = PackedDecoder(self._model, head, torch.get_num_threads())
+        except UnsupportedModelError as reason:
+            logger.info("labels are read in padded batches: packed ones are not made %s", reason)
+            return
+        ours = torch.cat([logits for logits, _ in packed.last_logits(probes)])
+        if _agree(own, ours, self._model.dtype):
+            self._packed = packed
+            return
+        packed.close()
+        logger.warning("labels are read in padded batches: packed ones do not fit %s", type(self._model).__name__)
+
+
+def _probes(vocabulary: int, max_tokens: int) -> list[EngineItem]:
+    """Items to try a model on: of different lengths, with a prefix that all share and one that two share."""
+    short, long = probe_prompts(vocabulary, max_tokens)
+    other = [*short[:-1], (short[-1] + 1) % vocabulary]
+    places = (len(short) // 3, len(short) - 1)
+    return [EngineItem(ids, (0,), places) for ids in (short, long, other)]
 
 
 def _own_logits(model: Any, ids: Tensor) -> Tensor:
@@ -153,8 +196,12 @@ def _read_labels(logits: Tensor, items: Sequence[EngineItem]) -> list[LabelLogpr
 
 
 def _agree(own: Tensor, ours: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the first row of `ours` is `own`, but for the rounding of `dtype`."""
-    if ours.shape[-1] != own.shape[-1]:
+    """Whether the rows of `ours` are those of `own`, but for the rounding of `dtype`.
+
+    One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
+    """
+    if ours.shape != own.shape:
         return False
-    difference = (ours[0] - own).square().mean().sqrt()
-    return bool(difference <= _PROBE_TOLERANCE[dtype] * own.std())
+    difference = (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)
+    limit = _PROBE_TOLERANCE[dtype]
+    return bool(difference.median() <= limit and difference.max() <= 3 * limit)

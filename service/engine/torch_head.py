@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Rows of every product where the bits must not depend on how many items there are; packed items are padded to these.
+HEAD_ROWS: Final = 16
 # Floats of output-layer weights held in fp32 at a time: 4 MB stays in a CPU's cache, four times as fast as 64 MB.
 _HEAD_CHUNK: Final = {"cpu": 1 << 20}
 _HEAD_CHUNK_ELSEWHERE: Final = 1 << 26

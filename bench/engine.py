@@ -1,0 +1,301 @@
+"""The torch engine against other ways to read the same texts, in one interleaved run (A B C A B C …, medians).
+
+    python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--json FILE]
+    python -m bench.engine --model NAME --grow --plot FILE
+
+- one at a time: model(ids) for each text, logits at every position, as published code does it
+- padded: the same model, texts sorted by length, padded batches, the last position's logits only
+- engine: service.engine.torch_engine, in calls of its own `batch_tokens`
+
+"Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
+layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
+one decoder layer's products with 2,048 rows, measured in every round, with as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from service import models
+from service.codec import load_tokenizer
+from service.engine.contract import EngineItem
+from service.engine.torch_engine import TorchEngine
+from service.prompt import PromptBuilder
+from service.templates import TemplateLibrary
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
+PEAK_ROWS = 2048
+PADDED_TOKENS = 1024
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_LENGTH = 128
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and print its table."""
+    args = parse(argv)
+    files = models.resolve(args.model)
+    console = Console(width=120)
+    if args.grow:
+        rows = growth(files.path, args)
+        console.print(f"{len(rows)} measurements")
+        if args.plot:
+            plot(rows, args.plot)
+    else:
+        items = texts(files.path, args)
+        rows = [asdict(way) for way in compared(files.path, items, args)]
+        console.print(table(rows, items, args))
+    if args.json:
+        told = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "data")}
+        args.json.write_text(json.dumps({"settings": told, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
+    parser.add_argument("--pairs", type=int, default=300, help="prompt/response pairs in a round (300)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median is told (5)")
+    parser.add_argument("--compare", type=int, default=1, help="responses that share a prompt (1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="number format (auto)")
+    parser.add_argument("--data", type=Path, default=DATA, help="RewardBench rows as JSON lines; else made-up texts")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--grow", action="store_true", help="cost over length, batch and threads instead")
+    parser.add_argument("--plot", type=Path, help="with --grow: write a figure to this file")
+    return parser.parse_args(argv)
+
+
+@dataclass(slots=True)
+class Way:
+    """One way of reading all texts, and what its rounds took; `megabytes` is the peak of resident memory."""
+
+    name: str
+    flop: float
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    megabytes: float = 0.0
+
+    def run(self, read: Callable[[], object]) -> None:
+        """One round."""
+        reset_peak_memory()
+        cpu, wall = time.process_time(), time.perf_counter()
+        read()
+        self.seconds.append(time.perf_counter() - wall)
+        self.cpu_seconds.append(time.process_time() - cpu)
+        self.megabytes = max(self.megabytes, peak_memory())
+
+
+def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
+    """The service's prompts for seeded pairs; `--compare` answers of each prompt one after the other."""
+    prompts = PromptBuilder(load_tokenizer(folder), 4096)
+    library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
+    rng = random.Random(0)
+    rows = rewardbench(args.data) if args.data.exists() else made_up(rng)
+    rng.shuffle(rows)
+    items = []
+    for number in range(-(-args.pairs // args.compare)):
+        prompt, answers = rows[number % len(rows)]
+        others = [rng.choice(rng.choice(rows)[1]) for _ in range(args.compare)]
+        for answer in rng.sample([*answers, *others][: max(2, args.compare)], args.compare):
+            built = prompts.build(library.default("pointwise"), prompt, [answer], "response_middle")
+            items.append(EngineItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries))
+    return items[: args.pairs]
+
+
+def rewardbench(file: Path) -> list[tuple[str, list[str]]]:
+    """Prompts with their two responses."""
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [(row["prompt"], [row["chosen"], row["rejected"]]) for row in rows]
+
+
+def made_up(rng: random.Random) -> list[tuple[str, list[str]]]:
+    """Words, in lengths like RewardBench's."""
+    words = ["the", "model", "answers", "a", "question", "about", "code", "with", "reasons", "and", "examples"]
+
+    def text(mean: float) -> str:
+        return " ".join(rng.choices(words, k=1 + int(rng.expovariate(1 / mean))))
+
+    return [(text(80), [text(150), text(150)]) for _ in range(1000)]
+
+
+def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) -> list[Way]:
+    """All ways, round by round; the first is the peak."""
+    with closing(TorchEngine.load(folder, dtype=args.dtype, device="cpu", threads=args.threads)) as engine:
+        dtype = getattr(torch, engine.dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        peak, peak_flop = layer_products(model)
+        reads: dict[str, Callable[[], object]] = {
+            "one at a time": lambda: one_at_a_time(model, items),
+            "padded": lambda: padded(model, items),
+            "engine": lambda: in_calls(engine, items),
+        }
+        flop = useful_flop(model, [len(item.token_ids) for item in items])
+        ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
+        for warm_up in (peak, lambda: in_calls(engine, items[:2]), lambda: one_at_a_time(model, items[:2])):
+            warm_up()
+        for _ in track(range(args.rounds), "rounds", console=Console(stderr=True)):
+            for way, read in zip(ways, (peak, *reads.values()), strict=True):
+                way.run(read)
+    return ways
+
+
+@torch.inference_mode()
+def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
+    """The published loop: a forward for each text, in full, and the softmax of its last row."""
+    found = []
+    for item in items:
+        last = model(torch.tensor([list(item.token_ids)])).logits[0, -1].float().softmax(-1)
+        found.append(last[list(item.label_ids)].sum().item())
+    return found
+
+
+@torch.inference_mode()
+def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
+    """Texts of similar length together, padded on the left, with the mask that this needs."""
+    found, group = [], list[EngineItem]()
+    for item in [*sorted(items, key=lambda item: -len(item.token_ids)), None]:
+        if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > PADDED_TOKENS):
+            width = len(group[0].token_ids)
+            ids, mask = torch.zeros(len(group), width, dtype=torch.long), torch.zeros(len(group), width).long()
+            for row, member in enumerate(group):
+                ids[row, width - len(member.token_ids) :] = torch.tensor(list(member.token_ids))
+                mask[row, width - len(member.token_ids) :] = 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            last = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits
+            found += last[:, 0].float().softmax(-1)[:, 0].tolist()
+            group = []
+        if item is not None:
+            group.append(item)
+    return found
+
+
+def in_calls(engine: TorchEngine, items: Sequence[EngineItem]) -> None:
+    """As the worker asks: in calls of about `batch_tokens`."""
+    call, tokens = list[EngineItem](), 0
+    for item in items:
+        if call and tokens + len(item.token_ids) > engine.batch_tokens:
+            engine.label_logprobs(call)
+            call, tokens = [], 0
+        call.append(item)
+        tokens += len(item.token_ids)
+    engine.label_logprobs(call)
+
+
+def layer_products(model: Any) -> tuple[Callable[[], object], float]:
+    """The products of one decoder layer, for 2,048 rows, eight times; and their floating-point operations."""
+    linears = [module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {part.in_features: torch.randn(PEAK_ROWS, part.in_features).to(model.dtype) for part in linears}
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(8):
+            for part in linears:
+                functional.linear(inputs[part.in_features], part.weight, part.bias)
+
+    return run, 8 * sum(2.0 * PEAK_ROWS * part.weight.numel() for part in linears)
+
+
+def useful_flop(model: Any, lengths: Sequence[int]) -> float:
+    """Operations that these texts need by themselves: products, half of attention, one output row."""
+    config = model.config.get_text_config()
+    linear = sum(part.weight.numel() for part in model.model.modules() if isinstance(part, torch.nn.Linear))
+    attention = config.num_hidden_layers * model.model.layers[0].self_attn.o_proj.in_features
+    head = model.get_output_embeddings().weight.numel()
+    return sum(2.0 * linear * n + 2.0 * attention * n * n + 2.0 * head for n in lengths)
+
+
+def table(rows: list[dict[str, Any]], items: Sequence[EngineItem], args: argparse.Namespace) -> Table:
+    """Medians."""
+    tokens = sum(len(item.token_ids) for item in items)
+    shape = f"{len(items)} texts of {tokens / len(items):.0f} tokens, {args.compare} to a prompt"
+    found = Table(title=f"{args.model}, {shape}, {args.threads} threads, medians of {args.rounds} rounds")
+    for name in ("", "tokens/s", "tokens/CPU s", "pairs/s", "useful TFLOP/s", "of the peak", "peak memory MB"):
+        found.add_column(name, justify="right" if name else "left")
+    peak = rows[0]["flop"] / statistics.median(rows[0]["seconds"])
+    found.add_row("linear peak", "", "", "", f"{peak / 1e12:.2f}", "", "")
+    for row in rows[1:]:
+        seconds, cpu = statistics.median(row["seconds"]), statistics.median(row["cpu_seconds"])
+        speeds = f"{tokens / seconds:,.0f}", f"{tokens / cpu:,.0f}", f"{len(items) / seconds:.1f}"
+        work = f"{row['flop'] / seconds / 1e12:.2f}", f"{row['flop'] / seconds / peak:.0%}"
+        found.add_row(row["name"], *speeds, *work, f"{row['megabytes']:,.0f}")
+    return found
+
+
+def growth(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of one text of each length, and of each number of texts of 128 tokens, on 1 and 2 threads."""
+    rng = random.Random(0)
+    shapes = [(length, 1) for length in LENGTHS] + [(BATCH_LENGTH, batch) for batch in BATCHES[1:]]
+    rows = []
+    for threads in (1, 2):
+        with closing(TorchEngine.load(folder, dtype=args.dtype, device="cpu", threads=threads)) as engine:
+            for length, batch in track(shapes, f"{threads} threads", console=Console(stderr=True)):
+                work = [EngineItem([rng.randrange(3, 256) for _ in range(length)], (5, 9)) for _ in range(batch)]
+                way = Way("engine", 0.0)
+                for _ in range(args.rounds):
+                    way.run(partial(in_calls, engine, work))
+                seconds = statistics.median(way.seconds)
+                rows.append({"length": length, "batch": batch, "threads": threads, "seconds": seconds})
+    return rows
+
+
+def plot(rows: Sequence[dict[str, float]], file: Path) -> None:
+    """Seconds over length, and tokens a second over the number of texts, both axes by powers of two."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for threads in (1, 2):
+        single = [row for row in rows if row["batch"] == 1 and row["threads"] == threads]
+        many = [row for row in rows if row["length"] == BATCH_LENGTH and row["threads"] == threads]
+        left.plot([r["length"] for r in single], [r["seconds"] for r in single], "o-", label=f"{threads} threads")
+        speed = [row["batch"] * row["length"] / row["seconds"] for row in many]
+        right.plot([row["batch"] for row in many], speed, "o-", label=f"{threads} threads")
+    left.set(xscale="log", yscale="log", xlabel="tokens of one text", ylabel="seconds", title="one text")
+    right.set(xscale="log", xlabel="texts in a call", ylabel="tokens/s", title=f"texts of {BATCH_LENGTH} tokens")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend()
+    figure.savefig(file)
+
+
+def reset_peak_memory() -> None:
+    """Let the kernel's mark start again, where it lets us (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_memory() -> float:
+    """The most resident memory since the mark, in MB; 0 where /proc does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0.0
+    lines = status.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

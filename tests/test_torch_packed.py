@@ -1,0 +1,226 @@
+"""The packed forward: the model's own numbers, and the same bits whatever is beside an item."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.torch_engine import DType, TorchEngine
+
+VOCABULARY = 128
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama with biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen2 sliding": lambda: transformers.Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=20, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=20),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=16, sliding_window=20, final_logit_softcapping=5.0, attn_logit_softcapping=4.0
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=20, sliding_window_pattern=2),
+}
+every = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def make_model(folder: Path, kind: str) -> Any:
+    """A random model of this kind, written to the folder and read back as transformers does."""
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def some_items(prompts: int = 4, answers: int = 3, seed: int = 0) -> list[EngineItem]:
+    """Prompts behind one head, each with some answers: 10 to 170 tokens, cut after the head and after the prompt."""
+    rng = random.Random(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(least, most))]
+
+    head = tokens(7, 7)
+    shared = [head + tokens(1, 80) for _ in range(prompts)]
+    return [EngineItem(p + tokens(2, 83), (5, 9), (7, len(p))) for p in shared for _ in range(answers)]
+
+
+def bits(answers: list[LabelLogprobs]) -> list[tuple[float, ...]]:
+    """What must be equal to the last bit."""
+    return [answer.logprobs for answer in answers]
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[TorchEngine]:
+    """The tiny Llama in fp32."""
+    with closing(TorchEngine.load(tiny_model, dtype="float32", device="cpu")) as engine:
+        yield engine
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """torch's threads are as many after the test as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def own_logprobs(model: Any, item: EngineItem) -> list[float]:
+    """What the model itself says of one item's labels."""
+    logprobs = model(torch.tensor([item.token_ids])).logits[0, -1].float().log_softmax(-1)
+    return [logprobs[label].item() for label in item.label_ids]
+
+
+@every
+def test_packed_items_get_the_models_own_numbers(kind: str, tmp_path: Path) -> None:
+    """Items that share prefixes get in one call what the model's own forward gives each alone."""
+    model = make_model(tmp_path, kind)
+    items = some_items()
+
+    with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu")) as engine:
+        answers = engine.label_logprobs(items)
+        assert engine._packed is not None
+
+    expected = [own_logprobs(model, item) for item in items]
+    assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=2e-5) for row in expected]
+    assert sum(answer.cached_tokens for answer in answers) > 200
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@every
+def test_neighbours_do_not_move_a_bit(kind: str, dtype: DType, tmp_path: Path) -> None:
+    """In 20 calls of other sizes and orders, beside items with its prefix or none, an item keeps its bits."""
+    make_model(tmp_path, kind)
+    items = some_items()
+    rng = random.Random(1)
+
+    with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu")) as engine:
+        alone = [bits(engine.label_logprobs([item]))[0] for item in items]
+        calls = [rng.sample(range(len(items)), rng.randint(1, len(items))) for _ in range(20)]
+        found = [bits(engine.label_logprobs([items[index] for index in call])) for call in calls]
+
+    assert found == [[alone[index] for index in call] for call in calls]
+    assert len(set(alone)) == len(items)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("own_threads")
+def test_the_number_of_threads_does_not_move_a_bit(dtype: DType, tiny_model: Path) -> None:
+    """One thread and three give the same bits, though the items then lie in other packs."""
+    items = some_items()
+    found = []
+    for threads in (1, 3):
+        with closing(TorchEngine.load(tiny_model, dtype=dtype, device="cpu", threads=threads)) as engine:
+            found.append(bits(engine.label_logprobs(items)))
+
+    assert found[0] == found[1]
+
+
+def test_a_long_prompt_behind_a_shared_head_gets_its_own_number(engine: TorchEngine, tiny_model: Path) -> None:
+    """A segment longer than one call of masked attention takes gives what the model's own forward gives."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    rng = random.Random(2)
+    item = EngineItem([rng.randrange(3, VOCABULARY) for _ in range(1200)], (5, 9), (7,))
+
+    (answer,) = engine.label_logprobs([item])
+
+    assert list(answer.logprobs) == pytest.approx(own_logprobs(model, item), abs=2e-5)
+
+
+@pytest.mark.usefixtures("own_threads")
+def test_threads_that_come_later_divide_their_work_as_before(tiny_model: Path) -> None:
+    """The engine's own threads are single ones, and all others have as many as were asked for."""
+    with closing(TorchEngine.load(tiny_model, device="cpu", threads=2)) as engine, ThreadPoolExecutor(1) as later:
+        engine.label_logprobs(some_items(2, 2))
+
+        assert later.submit(torch.get_num_threads).result() == 2
+        assert engine._packed is not None
+        assert engine._packed._pool.submit(torch.get_num_threads).result() == 1
+
+
+def test_shared_tokens_are_counted(engine: TorchEngine) -> None:
+    """`cached_tokens` has the head and the prompt of a second answer, and all of an item that comes twice."""
+    first = EngineItem([7] * 30, (5,), (10, 20))
+    second = EngineItem([7] * 20 + [8] * 4, (5,), (10, 20))
+
+    answers = engine.label_logprobs([first, second, first])
+
+    assert [answer.cached_tokens for answer in answers] == [0, 20, 30]
+
+
+def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: Path) -> None:
+    """A token with broken embeddings gives NaN to its own item, and its neighbour keeps every bit."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.get_input_embeddings().weight.data[300] = float("nan")
+    model.save_pretrained(tmp_path)
+    fine = EngineItem([9, 7, 8, 10], (5,), (2,))
+
+    with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu")) as engine:
+        spoiled, beside = engine.label_logprobs([EngineItem([9, 7, 300, 8], (5,), (2,)), fine])
+        (alone,) = engine.label_logprobs([fine])
+
+    assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
+    assert beside.logprobs == alone.logprobs
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256), "GPT2"),
+        (transformers.GraniteConfig(**SMALL), "for GraniteDecoderLayer"),
+        (transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+    ],
+    ids=["other parts", "other arithmetic", "frequencies by length"],
+)
+def test_a_model_that_cannot_be_packed_is_padded(
+    config: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says why, and the numbers are the model's own."""
+    caplog.set_level("INFO")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    items = some_items(2, 2)
+
+    engine = TorchEngine.load(tmp_path, dtype="float32", device="cpu")
+
+    expected = [own_logprobs(model, item) for item in items]
+    assert "labels are read in padded batches" in caplog.text
+    assert reason in caplog.text
+    assert [list(a.logprobs) for a in engine.label_logprobs(items)] == [pytest.approx(r, abs=2e-5) for r in expected]
+
+
+def test_packed_numbers_that_are_not_the_models_own_are_not_used(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the probe finds another result the padded way is taken, with a warning."""
+    monkeypatch.setattr("service.engine.torch_packed._rotate", lambda x, _: x)
+
+    engine = TorchEngine.load(tiny_model, dtype="float32", device="cpu")
+
+    assert engine._packed is None
+    assert "packed ones do not fit LlamaForCausalLM" in caplog.text
