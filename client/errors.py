@@ -78,6 +78,9 @@ STATUS: Final[dict[ErrorCode, int]] = {
     ErrorCode.DEADLINE_EXCEEDED: 504,
 }
 
+SETTLED: Final = frozenset({ErrorCode.UNPARSEABLE, ErrorCode.LABEL_NOT_RETURNED})
+"""What the model said of this item, if with a status of the service's: asked again, it says the same."""
+
 TYPE: Final[dict[int, str]] = {
     400: "invalid_request_error",
     401: "authentication_error",

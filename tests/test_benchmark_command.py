@@ -70,6 +70,18 @@ def test_a_rerun_finds_its_folder_by_itself(tmp_path: Path, monkeypatch: pytest.
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_two_ways_of_grading_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grades read off probabilities are not taken for written ones by a rerun of the same command."""
+    monkeypatch.chdir(tmp_path)
+    file = str(pairs_file(tmp_path))
+    for way in ("expectation", "parsed"):
+        with live_service(judge="self-reward", self_reward_mode=way) as live:
+            assert rewardbench.main(["--judge-url", live.url, "--data", file]) == 0
+
+    written = [summary_of(folder)["cost"]["completion_tokens"] > 0 for folder in (tmp_path / "runs").iterdir()]
+    assert sorted(written) == [False, True]
+
+
 def test_rm_bench_gives_its_matrix(tmp_path: Path) -> None:
     """Three answers a side become a 3 x 3 table for each domain."""
     file = tmp_path / "rm.json"
@@ -220,7 +232,7 @@ def test_kills_on_both_sides_change_nothing(tmp_path: Path) -> None:
 
     assert stopped_at < 300
     assert lines(out) == 300
-    assert summary_of(out) == summary_of(tmp_path / "undisturbed")
+    assert {**summary_of(out), "cost": None} == {**summary_of(tmp_path / "undisturbed"), "cost": None}
 
 
 def serves(port: int) -> bool:

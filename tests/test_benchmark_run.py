@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from client.benchmarks.run import (
 )
 from client.bulk import BulkOptions
 from client.schema import InlineTemplate
+from service.engine.fake import FakeEngine
 from tests.fake_judge import SCORE
 from tests.live import Live, live_service
 
@@ -69,6 +71,11 @@ def run(
     return asyncio.run(judged())
 
 
+def verdicts(rows: Sequence[Row]) -> list[Row]:
+    """Without what they cost, which is another thing each time."""
+    return [row.model_copy(update={"usage": None, "seconds": None}) for row in rows]
+
+
 def judgements(live: Live) -> float:
     """How many judgements the service has been asked for."""
     return sum(
@@ -89,6 +96,34 @@ def test_rows_hold_what_the_judge_says(tmp_path: Path) -> None:
     assert [row.id for row in rows] == ["0", "1", "2", "3", "4"]
     assert rows[3].margins == [[good - bad]]
     assert rows[3].template == "code@2"
+
+
+def test_rows_say_what_they_cost(tmp_path: Path) -> None:
+    """The tokens of all their judgements; their seconds add up to no more than the run took."""
+    started = time.monotonic()
+    with live_service() as live, Judge(live.url) as judge:
+        rows = run(live.url, tmp_path, samples(3))
+        asked = [judge.score("Question 2?", text, category="chat").usage for text in ("Right 2 0", "Wrong 2 0")]
+
+    assert rows[2].usage is not None
+    assert rows[2].usage.prompt_tokens == sum(usage.prompt_tokens for usage in asked)
+    assert 0 < sum(row.seconds or 0.0 for row in rows) < time.monotonic() - started
+
+
+def test_texts_without_a_grade_are_failures_of_their_samples(tmp_path: Path) -> None:
+    """They are counted as such, cost tokens where the other answer was graded, and are not asked for again."""
+    asking = replace(ASKING, plan={"a": Question(), "b": Question()})
+    with live_service(FakeEngine(unparseable=0.5), judge="self-reward", self_reward_mode="parsed") as live:
+        first = run(live.url, tmp_path, samples(20), asking)
+        asked = judgements(live)
+        again = run(live.url, tmp_path, samples(20), asking)
+
+        assert judgements(live) == asked
+    failed = [row for row in first if row.error is not None]
+    assert {row.error.code for row in failed if row.error is not None} == {"unparseable"}
+    assert 0 < len(failed) < 20
+    assert any(row.usage is not None and row.usage.completion_tokens > 0 for row in failed)
+    assert again == first
 
 
 def test_three_answers_a_side_make_a_table(tmp_path: Path) -> None:
@@ -133,7 +168,7 @@ def test_an_interrupted_run_goes_on_without_asking_twice(tmp_path: Path) -> None
             on_progress=lambda p: first.append(replace(p)) if not first else None,
         )
 
-    assert resumed == undisturbed
+    assert verdicts(resumed) == verdicts(undisturbed)
     assert first == [Progress(40, known=known, done=known)]
     assert len((tmp_path / "parts" / ITEMS_FILE).read_text().splitlines()) == 40
 
@@ -157,7 +192,7 @@ def test_a_line_cut_off_by_a_kill_is_judged_again(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-40])
         again = run(live.url, tmp_path, samples(6))
 
-    assert again == first
+    assert verdicts(again) == verdicts(first)
     assert [json.loads(line)["margins"] for line in file.read_text().splitlines()]
 
 

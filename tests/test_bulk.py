@@ -495,6 +495,17 @@ def test_an_item_that_always_fails_keeps_its_error() -> None:
     assert len(desk.batches) == 3
 
 
+@pytest.mark.parametrize("code", ["unparseable", "label_not_returned"])
+def test_what_the_model_said_of_an_item_is_not_asked_again(code: str) -> None:
+    """It would say the same, at the same cost."""
+    desk = Desk(lambda _, responses: all_well(len(responses), _0=wire_error(code)))
+
+    result, _ = scored(desk.transport, asked(2), attempts=3)
+
+    assert result.code == code
+    assert len(desk.batches) == 1
+
+
 def test_a_call_has_longer_than_the_service() -> None:
     """A batch may take all the time that a service gives it, whatever the client's timeout for single calls is."""
     limits: list[float] = []

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from client.benchmarks.records import Row, read_rows
-from client.benchmarks.results import Summary
+from client.benchmarks.results import Cost, Summary
 from client.benchmarks.summary import print_table
+from client.schema import Usage
 from tests.rows import answer, failed, pair, pairs, summary_of
 
 
@@ -44,6 +45,26 @@ def test_failures_are_counted_and_in_no_accuracy() -> None:
     assert (score.samples, score.judged, score.failed, score.accuracy) == (3, 1, 2, 1.0)
     assert summary.counts.failures == {"context_length_exceeded": 1, "timeout": 1}
     assert summary.mean == 1.0
+
+
+def test_a_run_says_what_it_cost() -> None:
+    """Tokens and seconds of all rows; of failed ones the tokens are known in part, which is said."""
+    usage = Usage(prompt_tokens=1000, cached_tokens=30, completion_tokens=7)
+    rows = [
+        pair("a/0", 1, 0, usage=usage, seconds=2.5),
+        failed("a/1").model_copy(update={"usage": usage, "seconds": 4}),
+    ]
+    summary = summary_of("pairs", [*rows, failed("a/2")])
+
+    expected = {"prompt_tokens": 2000, "cached_tokens": 60, "completion_tokens": 14, "without_tokens": 2}
+    assert summary.cost == Cost(**expected, seconds=6.5)
+    told = "cost: 2,000 prompt tokens (60 cached), 14 written, not all of those of 2 failed samples, in 6 s"
+    assert told in printed(summary).replace("\n", " ")
+
+
+def test_rows_of_before_costs_were_kept_have_none() -> None:
+    """Not zero."""
+    assert summary_of("pairs", [pair("a/0", 1, 0)]).cost is None
 
 
 def test_a_subset_that_failed_as_a_whole_has_no_accuracy() -> None:

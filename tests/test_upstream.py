@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from service.engine.upstream_text import text_tokenizer
 from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, error, openai_server
 from tests.tiny import tiny_tokenizer
 
+CONVERSATION = json.loads((Path(__file__).parent / "data" / "openai_conversation.json").read_text(encoding="utf-8"))
 KEY = "sk-very-secret-123"
 YES, NO = 40, 41
 
@@ -234,6 +237,15 @@ def test_a_floor_stands_in_for_a_missing_label_and_says_so(text: PreTrainedToken
     assert isinstance(deep, LabelLogprobs)
     assert deep.logprobs == (-1.0, -30.0)
     assert failed(none) is ErrorCode.LABEL_NOT_RETURNED
+
+
+def test_a_list_that_was_left_out_is_no_reason_for_a_floor(text: PreTrainedTokenizerFast) -> None:
+    """vLLM does so beside requests for exact ids: the label may be likely all the same; the error is a passing one."""
+    served = openai_server(words=lambda _: [("Yes", -0.7), ("<|endoftext|>", -9999.0)])
+    with served as upstream, chat(upstream, text, floor=-20.0) as engine:
+        (answer,) = engine.label_logprobs([message(text, "x")])
+
+    assert failed(answer) is ErrorCode.INFERENCE_FAILED
 
 
 def test_an_answer_without_a_missing_label_is_not_floored(text: PreTrainedTokenizerFast) -> None:
@@ -519,6 +531,7 @@ def test_ids_are_continued() -> None:
 
     assert answer == Generated(tuple(tiny_tokenizer().backend_tokenizer.encode(" Yes").ids), True)
     assert upstream.asked[0].body["stop_token_ids"] == [2]
+    assert (upstream.asked[0].body["repetition_penalty"], upstream.asked[0].body["top_k"]) == (1.0, -1)
 
 
 def test_a_reply_that_was_withheld_is_an_error() -> None:
@@ -528,3 +541,68 @@ def test_a_reply_that_was_withheld_is_an_error() -> None:
         (answer,) = engine.generate([GenerateItem((5, 6), 4, (2,))])
 
     assert failed(answer) is ErrorCode.INFERENCE_FAILED
+
+
+@contextmanager
+def replayed(way: str) -> Iterator[Upstream]:
+    """A server that gives the recorded answers to the recorded requests, and no others."""
+    answers = {json.dumps(said["request"], sort_keys=True): said["answer"] for said in CONVERSATION[way]}
+    with openai_server() as upstream:
+        upstream.always = lambda seen: Reply(body=answers[json.dumps(seen.body, sort_keys=True)])
+        yield upstream
+
+
+def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_ids() -> None:
+    """What vLLM's server really answered, against what the torch engine gave for the same tokens; both in fp32."""
+    said = CONVERSATION["completions"]
+    items = [EngineItem(s["request"]["prompt"], tuple(s["request"]["logprob_token_ids"])) for s in said]
+    dialect = Completions(Question(model=said[0]["request"]["model"]), tiny_tokenizer())
+    with replayed("completions") as upstream, _engine(upstream, dialect) as engine:
+        answers = engine.label_logprobs(items)
+
+    for answer, exchange in zip(answers, said, strict=True):
+        assert isinstance(answer, LabelLogprobs)
+        own = exchange["torch"]["logprobs"]
+        assert answer.logprobs == pytest.approx((own["Yes"], own["No"]), abs=1e-3)
+        assert (answer.argmax_id in items[0].label_ids) == (exchange["torch"]["likeliest"] in own)
+
+
+def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_text(text: PreTrainedTokenizerFast) -> None:
+    """The same over the chat API, where the spellings that were returned are summed."""
+    said = CONVERSATION["chat"]
+    items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
+    dialect = Chat(Question(model=said[0]["request"]["model"]), text)
+    with replayed("chat") as upstream, _engine(upstream, dialect) as engine:
+        answers = engine.label_logprobs(items)
+
+    for answer, exchange in zip(answers, said, strict=True):
+        assert isinstance(answer, LabelLogprobs)
+        assert answer.logprobs == pytest.approx(returned(exchange), abs=1e-3)
+
+
+def returned(exchange: Any) -> tuple[float, float]:
+    """The torch engine's log-probabilities of Yes and No over the spellings that the server returned."""
+    listed = {entry["token"] for entry in exchange["answer"]["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    own = {token: value for token, value in exchange["torch"]["logprobs"].items() if token in listed}
+    yes, no = ([value for token, value in own.items() if token.strip() == label] for label in ("Yes", "No"))
+    return math.log(sum(map(math.exp, yes))), math.log(sum(map(math.exp, no)))
+
+
+@pytest.mark.parametrize("floor", [None, -20.0])
+def test_a_recorded_answer_without_one_label_is_an_error_or_floored(
+    text: PreTrainedTokenizerFast, floor: float | None
+) -> None:
+    """One token was asked for, and vLLM returned the one that it drew: no answer holds both labels, some hold one."""
+    said = CONVERSATION["chat, one token"]
+    items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
+    dialect = Chat(Question(model=said[0]["request"]["model"], top=1), text)
+    with replayed("chat, one token") as upstream, _engine(upstream, dialect, floor=floor) as engine:
+        answers = engine.label_logprobs(items)
+
+    has_one = [exchange["answer"]["choices"][0]["message"]["content"].strip() in {"Yes", "No"} for exchange in said]
+    floored = [isinstance(answer, LabelLogprobs) and answer.floored for answer in answers]
+    assert 0 < sum(has_one) < len(said)
+    assert floored == [floor is not None and one for one in has_one]
+    assert {failed(answer) for answer, was in zip(answers, floored, strict=True) if not was} <= {
+        ErrorCode.LABEL_NOT_RETURNED
+    }

@@ -30,9 +30,9 @@ from service.upstreams import find_upstream
 from service.worker import Worker
 from tests.openai_server import MODEL, Reply, Seen, Upstream, error, openai_server
 from tests.reference import paper_file, paper_text
-from tests.test_upstream import words
+from tests.test_upstream import returned, words
 
-CONVERSATION = json.loads((Path(__file__).parent / "data" / "openai_chat.json").read_text(encoding="utf-8"))
+CONVERSATION = json.loads((Path(__file__).parent / "data" / "openai_conversation.json").read_text(encoding="utf-8"))
 KEY = "sk-very-secret-123"
 
 
@@ -144,21 +144,24 @@ def test_a_users_label_is_one_token_of_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_a_recorded_conversation_is_followed() -> None:
-    """Each question is the recorded one, and the judgement is what its recorded answer says."""
-    exchanges = CONVERSATION["exchanges"]
+    """Each question is the recorded one, and the judgement is the torch engine's for the same model."""
+    exchanges = CONVERSATION["chat"]
+    name = exchanges[0]["request"]["model"]
 
     def play(seen: Seen) -> Reply | None:
         return next((Reply(body=e["answer"]) for e in exchanges if e["request"] == seen.body), None)
 
     with openai_server(words=lambda _: [("Yes", -1.0), ("No", -1.0)]) as upstream:
-        upstream.models = [{"id": "gpt-4o", "object": "model"}, {"id": "gpt-4o-mini", "object": "model"}]
+        upstream.models = [{"id": "another", "object": "model"}, {"id": name, "object": "model"}]
         upstream.always = play
-        with served(upstream, upstream_model="gpt-4o-mini") as http:
-            got = [http.post("/score", json=exchange["asked"]).json() for exchange in exchanges]
+        with served(upstream, upstream_model=name) as http:
+            asked = [ask(**exchange["asked"], template=CONVERSATION["template"]) for exchange in exchanges]
+            got = [http.post("/score", json=body).json() for body in asked]
 
     for exchange, result in zip(exchanges, got, strict=True):
-        expected = exchange["expect"]
-        assert {name: result[name] for name in expected} == pytest.approx(expected)
+        yes, no = returned(exchange)
+        assert (result["yes_logprob"], result["no_logprob"]) == pytest.approx((yes, no), abs=1e-3)
+        assert result["log_odds"] == pytest.approx(yes - no, abs=1e-3)
 
 
 def test_a_floor_is_said_in_the_answer() -> None:

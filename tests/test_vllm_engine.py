@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from bench.vllm_agreement import compare, judge_prompts, run_torch, run_vllm
+from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
 from service.engine.contract import ClassifyItem, EngineItem, Generated, GenerateItem, ItemFailure, LabelLogprobs
 from service.engine.torch_classify import TorchClassifier
@@ -270,12 +270,14 @@ def test_a_model_that_kills_vllm_is_found_out_at_start(tiny_model: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_real_model_judges_alike_on_both_engines(dtype: str) -> None:
+def test_a_real_model_judges_alike_on_both_engines(dtype: str, tmp_path: Path) -> None:
     """SmolLM2 on RewardBench: the same ranking in bf16, the same numbers to 1e-3 in fp32."""
     folder = resolve(SMOLLM).path
     prompts = judge_prompts(folder, rewardbench_pairs(2 * PAIRS))
 
-    agreement = compare(run_torch(folder, dtype, prompts), run_vllm(folder, dtype, prompts, EAGER))
+    own = side("torch", torch_loader(folder, dtype), prompts, tmp_path / "torch.jsonl")
+    other = side("vllm", vllm_loader(folder, dtype, EAGER), prompts, tmp_path / "vllm.jsonl")
+    agreement = compare(own, other)
 
     assert agreement.holds(dtype), agreement
 

@@ -191,6 +191,9 @@ async def _run(
         plan, mode = suited(args, plan, info.judge)
         asking = Asking(plan, mode, args.truncation, args.max_failures, options)
         config = run_config(command.benchmark, samples, asking, info)
+        if info.judge == "self-reward":
+            # Nothing else tells grades that are read off probabilities from those that are written.
+            config["asks_for"] = sorted({template.mode for template in (await judge.templates()).templates})
         folder = RunFolder(args.out or default_folder(config), config)
         console.print(f"{command.benchmark.name}: {len(samples)} samples, judge {info.id}, into {folder.path}")
         with progress_bar(console, command.benchmark.name) as on_progress:

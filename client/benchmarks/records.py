@@ -15,7 +15,7 @@ from typing import Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from client.jsonl import read_lines
-from client.schema import Message
+from client.schema import Message, Usage
 
 ITEMS_FILE: Final = "items.jsonl"
 CONFIG_FILE: Final = "config.json"
@@ -68,7 +68,9 @@ class Row(_Record):
 
     `chosen` and `rejected` are single answers where the sample has one of each, else lists in the sample's order.
     `first_log_odds` (pairwise mode) is the mean log-odds for whichever answer was shown first, `flips` how many of the
-    comparisons changed their winner with the order.
+    comparisons changed their winner with the order. `usage` sums up the judgements that were answered, those of a
+    failed sample included; `seconds` passed between the row before, or the start, and this one, so that the rows' sum
+    is the time that the run took, whatever stood beside each other.
     """
 
     id: str
@@ -81,6 +83,8 @@ class Row(_Record):
     fingerprint: str | None = None
     flips: int | None = None
     first_log_odds: float | None = None
+    usage: Usage | None = None
+    seconds: float | None = None
     error: RowError | None = None
 
     @model_validator(mode="after")

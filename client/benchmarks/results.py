@@ -43,6 +43,21 @@ class Counts(_Part):
     failures: dict[str, int]
 
 
+class Cost(_Part):
+    """What the run took: tokens of the judgements that were answered, as the service counts them, and seconds.
+
+    `cached_tokens` of the prompts' came from a cache, `completion_tokens` were written by a judge that answers in text.
+    Of `without_tokens` samples no judgement was answered, or not all: what those cost in tokens is not known. `seconds`
+    are of the clock, those of a run that was interrupted summed up. None where the rows do not say it.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    without_tokens: int
+    seconds: float | None
+
+
 class LabelMass(_Part):
     """P(Yes)+P(No) over all judged answers: the mean, the 5th percentile, the share of answers below one half."""
 
@@ -122,6 +137,7 @@ class Summary(_Part):
     matrices: dict[str, list[list[float]]]
     subsets: dict[str, SubsetScore]
     counts: Counts
+    cost: Cost | None = None
     label_mass: LabelMass | None
     calibration: Calibration
     position: Position | None

@@ -10,6 +10,7 @@ its own. Another configuration, or another model behind the URL, is refused.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +20,19 @@ from typing import Any, Final, TypeAlias, cast
 from client.benchmarks.plan import Plan
 from client.benchmarks.records import CONFIG_FILE, ITEMS_FILE, JudgedAnswer, Mode, Row, RowError, Sample, read_rows
 from client.bulk import BulkOptions, stream_compares, stream_scores
-from client.errors import STATUS, ErrorCode, JudgeAPIError
+from client.errors import SETTLED, STATUS, ErrorCode, JudgeAPIError
 from client.jsonl import appending
 from client.judge import AsyncJudge
-from client.schema import CompareRequest, CompareResult, ModelInfo, Request, ScoreRequest, ScoreResult, Truncation
+from client.schema import (
+    CompareRequest,
+    CompareResult,
+    ModelInfo,
+    Request,
+    ScoreRequest,
+    ScoreResult,
+    Truncation,
+    Usage,
+)
 
 EMPTY_RESPONSE: Final = "empty_response"
 EMPTY_PROMPT: Final = "empty_prompt"
@@ -134,7 +144,7 @@ class RunFolder:
 
 def is_final(error: RowError) -> bool:
     """Whether the error is the sample's own, so that asking again would change nothing."""
-    if error.code in (EMPTY_RESPONSE, EMPTY_PROMPT):
+    if error.code in (EMPTY_RESPONSE, EMPTY_PROMPT) or error.code in SETTLED:
         return True
     return error.code in set(ErrorCode) and STATUS[ErrorCode(error.code)] in _OWN_FAULT
 
@@ -159,10 +169,13 @@ async def judge_samples(
     identity = _Identity(folder)
     pending = [sample for sample in samples if sample.id not in folder.rows]
     with folder.writing() as write:
+        last = time.monotonic()
         async with aclosing(_judged(judge, pending, asking)) as rows:
             async for row in rows:
                 identity.check(row)
-                write(row)
+                now = time.monotonic()
+                write(row.model_copy(update={"seconds": round(now - last, 6)}))
+                last = now
                 progress.done += 1
                 progress.failed += row.error is not None
                 tell(progress)
@@ -276,15 +289,29 @@ def _requests(sample: Sample, asking: Asking) -> list[ScoreRequest] | list[Compa
 def _row(opened: _Open, asking: Asking) -> Row:
     """The record of a sample of which everything asked has been answered."""
     sample = opened.sample
+    usage = _usage(opened.outcomes)
     for outcome in opened.outcomes:
         if isinstance(outcome, JudgeAPIError):
-            return _failed(sample, RowError(code=outcome.code, message=outcome.message))
+            error = RowError(code=outcome.code, message=outcome.message)
+            return _failed(sample, error).model_copy(update={"usage": usage})
     if asking.mode == "pointwise":
         row = _pointwise(sample, cast("list[ScoreResult]", opened.outcomes))
     else:
         row = _pairwise(sample, cast("list[CompareResult]", opened.outcomes))
     name = asking.plan[sample.subset].name
-    return row.model_copy(update={"template": name}) if name is not None else row
+    return row.model_copy(update={"usage": usage, **({} if name is None else {"template": name})})
+
+
+def _usage(outcomes: Sequence[Outcome | None]) -> Usage | None:
+    """The tokens of the judgements that were answered; the service does not say them of those that failed."""
+    known = [outcome.usage for outcome in outcomes if isinstance(outcome, ScoreResult | CompareResult)]
+    if not known:
+        return None
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in known),
+        cached_tokens=sum(usage.cached_tokens for usage in known),
+        completion_tokens=sum(usage.completion_tokens for usage in known),
+    )
 
 
 def _failed(sample: Sample, error: RowError) -> Row:

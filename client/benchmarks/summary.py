@@ -20,6 +20,7 @@ from client.benchmarks.results import (
     AnswerCalibration,
     Calibration,
     CalibrationFit,
+    Cost,
     Counts,
     JudgeName,
     LabelMass,
@@ -48,6 +49,7 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row], *, config: Mapping[str,
         matrices=standing.matrices,
         subsets=_subsets(benchmark, rows, ties, list(standing.sections)),
         counts=_counts(rows, judged),
+        cost=_cost(rows),
         label_mass=_label_mass(judged),
         calibration=Calibration(pairs=_pair_calibration(judged), answers=_answer_calibration(judged)),
         position=_position(judged),
@@ -164,6 +166,21 @@ def _counts(rows: Sequence[Row], judged: Sequence[Row]) -> Counts:
         ties=sum(_tied(row) for row in judged),
         truncated=sum(any(answer.truncated for answer in _answers([row])) for row in judged),
         failures=dict(sorted(codes.items())),
+    )
+
+
+def _cost(rows: Sequence[Row]) -> Cost | None:
+    """None for rows of before these numbers were kept."""
+    used = [row.usage for row in rows if row.usage is not None]
+    seconds = [row.seconds for row in rows if row.seconds is not None]
+    if not used and not seconds:
+        return None
+    return Cost(
+        prompt_tokens=sum(usage.prompt_tokens for usage in used),
+        cached_tokens=sum(usage.cached_tokens for usage in used),
+        completion_tokens=sum(usage.completion_tokens for usage in used),
+        without_tokens=sum(row.usage is None or row.error is not None for row in rows),
+        seconds=math.fsum(seconds) if seconds else None,
     )
 
 

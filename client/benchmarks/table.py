@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from client.benchmarks.results import SubsetScore, Summary
+from client.benchmarks.results import Cost, SubsetScore, Summary
 from client.benchmarks.rmbench import STYLES, level_scores
 
 WIDTH: Final = 100
@@ -98,6 +98,8 @@ def _judging(summary: Summary) -> Iterable[str]:
     )
     if counts.failures:
         yield "failures: " + ", ".join(f"{code} {number}" for code, number in counts.failures.items())
+    if (cost := summary.cost) is not None:
+        yield _cost(cost)
     if (mass := summary.label_mass) is not None:
         below = percent(mass.share_below_half)
         yield f"label mass: mean {mass.mean:.3f}, 5th percentile {mass.p05:.3f}, {below}% of answers below 0.5"
@@ -116,6 +118,15 @@ def _judging(summary: Summary) -> Iterable[str]:
             f"length: accuracy {percent(length.accuracy_when_chosen_longer)}% where the chosen answer is longer, "
             f"{percent(length.accuracy_when_chosen_shorter)}% where it is shorter"
         )
+
+
+def _cost(cost: Cost) -> str:
+    unknown = f", not all of those of {cost.without_tokens} failed samples" if cost.without_tokens else ""
+    time = "" if cost.seconds is None else f", in {cost.seconds:,.0f} s"
+    return (
+        f"cost: {cost.prompt_tokens:,} prompt tokens ({cost.cached_tokens:,} cached), {cost.completion_tokens:,} "
+        f"written{unknown}{time}"
+    )
 
 
 def _line(numbers: dict[str, float]) -> str:

@@ -41,6 +41,8 @@ log = structlog.get_logger(__name__)
 # A call takes at most so many times what one question may take, however many questions wait for their turn.
 MAX_TURNS: Final = 3
 _BATCH_TOKENS: Final = 1 << 20
+# That a label is missing then says nothing of its probability, and asking again may help.
+_NO_LIST: Final = "the upstream server returned its chosen token alone, without the likeliest ones that were asked for"
 _FIELD_REFUSED: Final = frozenset({400, 422})
 
 
@@ -125,6 +127,8 @@ class UpstreamEngine:
     async def _judge(self, item: EngineItem, deadline: float) -> LabelLogprobs:
         answer = read(await self._server.post(self._dialect.path, self._dialect.body(item), deadline))
         found, argmax = self._dialect.find(answer, item)
+        if None in found and answer.collapsed:
+            raise UpstreamError(ErrorCode.INFERENCE_FAILED, _NO_LIST)
         logprobs, floored = _complete(found, answer, self._floor)
         return LabelLogprobs(logprobs, argmax, min(answer.cached_tokens, len(item.token_ids)), floored)
 

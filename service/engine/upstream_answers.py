@@ -95,6 +95,14 @@ class Answer:
         return max(self.tokens, key=lambda token: token.logprob)
 
     @property
+    def collapsed(self) -> bool:
+        """Whether the likeliest tokens were left out: only the chosen one, and one that stands for nothing.
+
+        vLLM 0.32 does so in a step in which another caller's request has `logprob_token_ids` (its pull request 51789).
+        """
+        return len(self.tokens) > 1 == sum(token.logprob > UNSEEN for token in self.tokens)
+
+    @property
     def least(self) -> float:
         """The lowest log-probability among them but for those of nothing: what was not returned has no higher one."""
         return min((token.logprob for token in self.tokens if token.logprob > UNSEEN), default=0.0)

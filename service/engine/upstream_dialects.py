@@ -89,12 +89,18 @@ class Completions:
 
     def text_body(self, item: GenerateItem) -> dict[str, Any]:
         """With the item's own stops, where the server takes ids of them, beside those that it knows."""
+        # As in `body`: a server may take what it is not told from the model's own settings.
+        extensions: dict[str, Any] = {
+            "stop_token_ids": list(item.stop_ids),
+            "repetition_penalty": 1.0,
+            "top_k": -1,
+        }
         return {
             "model": self._question.model,
             "prompt": list(item.token_ids),
             "max_tokens": item.max_new_tokens,
             **_sampling(item),
-            **({"stop_token_ids": list(item.stop_ids)} if self._extended else {}),
+            **(extensions if self._extended else {}),
             **self._question.extra,
         }
 
@@ -151,7 +157,11 @@ class Chat:
         return by_word(answer.tokens, labels), _argmax(item, owner(answer.likeliest.text, labels))
 
     def text_body(self, item: GenerateItem) -> dict[str, Any]:
-        """The server ends the reply itself."""
+        """The server ends the reply itself.
+
+        What its model's own settings say of sampling, such as a repetition penalty, holds unless the question's `extra`
+        says otherwise: strict servers refuse fields that they do not know.
+        """
         return {
             "model": self._question.model,
             "messages": [{"role": "user", "content": text_of(self._tokenizer, item.token_ids)}],
