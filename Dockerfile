@@ -19,7 +19,7 @@ RUN touch README.md LICENSE
 
 FROM build AS api-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c base.txt '.[service]' && pip uninstall --yes judge-as-api setuptools pip
+    pip install -c base.txt '.[service,otel]' && pip uninstall --yes judge-as-api setuptools pip
 
 FROM build AS bench-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -38,14 +38,14 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' ba
 # These keep pip: `python -m service.models fetch` downloads with it.
 FROM torch-cpu AS worker-cpu-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c base.txt '.[service,torch]' && pip uninstall --yes judge-as-api
+    pip install -c base.txt '.[service,otel,torch]' && pip uninstall --yes judge-as-api
 
 # Has both engines, torch and vllm, on the versions that vLLM wants.
 FROM build AS worker-gpu-deps
 COPY constraints/vllm.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' vllm.txt)"
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c vllm.txt '.[service,torch,vllm]' && pip uninstall --yes judge-as-api
+    pip install -c vllm.txt '.[service,otel,torch,vllm]' && pip uninstall --yes judge-as-api
 
 FROM torch-${TRAINER_TORCH} AS trainer-deps
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -38,7 +38,7 @@ from client.schema import (
     TemplatesResult,
     WorkerStatus,
 )
-from service import http_errors, playground
+from service import documentation, http_errors, playground
 from service.asking import Call
 from service.errors import ServiceError
 from service.jobs import JobQueue, Lane
@@ -47,6 +47,7 @@ from service.limits import RateLimiter
 from service.metrics import Metrics
 from service.middleware import Authentication, RequestContext, WholeBody
 from service.templates import Template
+from service.tracing import OFF, Tracing
 
 VERSION = version("judge-as-api")
 
@@ -78,6 +79,7 @@ class Service:
     limits: Limits
     api_keys: Sequence[str] = ()
     draining: bool = False
+    tracing: Tracing = OFF
     limiter: RateLimiter | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,6 +179,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
         version=VERSION,
         summary="Is this a good answer? P(Yes) of a language model, over HTTP.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
     )
@@ -184,6 +187,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
     http_errors.install(app, service.metrics)
     _add_judging(app, service)
     _add_information(app, service)
+    documentation.install(app, documentation.swagger_files())
     if page:
         playground.install(app)
     # Added last runs first.
@@ -194,7 +198,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
         metrics=service.metrics,
     )
     app.add_middleware(Authentication, keys=service.api_keys, metrics=service.metrics)
-    app.add_middleware(RequestContext, metrics=service.metrics)
+    app.add_middleware(RequestContext, metrics=service.metrics, tracing=service.tracing)
     return app
 
 

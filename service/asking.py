@@ -19,6 +19,7 @@ from service.judges import LabelReader, Reader
 from service.metrics import Metrics
 from service.prompt import JudgePrompt
 from service.scoring import Judgement
+from service.tracing import OFF, Tracing
 
 # The worker itself answers a job that is past its deadline; this is how long that answer may take to arrive.
 GRACE_SECONDS = 0.5
@@ -74,12 +75,18 @@ class Asker:
     """Has prompts judged by a model behind a queue; with `scores` each is judged once, whoever asks again."""
 
     def __init__(
-        self, queue: JobQueue, metrics: Metrics, scores: Scores | None = None, reader: Reader | None = None
+        self,
+        queue: JobQueue,
+        metrics: Metrics,
+        scores: Scores | None = None,
+        reader: Reader | None = None,
+        tracing: Tracing = OFF,
     ) -> None:
         """`reader` says what is asked for each prompt; by default the probabilities of its labels."""
         self._queue = queue
         self._metrics = metrics
         self._reader = reader or LabelReader()
+        self._tracing = tracing
         # Text that was written is not kept.
         self._scores = None if self._reader.task == "generate" else scores
         self._name = os.urandom(8).hex()
@@ -183,20 +190,24 @@ class Asker:
         """What the queue answers to each item; None where that is nothing before the deadline."""
         if not items:
             return []
-        jobs = [self._job(item, call) for item in items]
-        futures = await self._queue.submit(jobs)
-        try:
-            await _all_done(futures, max(0.0, call.deadline - time.time()) + GRACE_SECONDS)
-            replies = [future.result() if _has_reply(future) else None for future in futures]
-        finally:
-            # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
-            self._queue.cancel([job.id for job, future in zip(jobs, futures, strict=True) if not _has_reply(future)])
+        with self._tracing.span("judge", jobs=len(items)) as span:
+            replies = await self._submit([self._job(item, call, span.traceparent) for item in items], call)
+            span.set(unanswered=sum(reply is None for reply in replies))
         self._metrics.queued([reply.queued for reply in replies if reply is not None])
         return replies
 
-    def _job(self, item: AnyItem, call: Call) -> Job:
+    async def _submit(self, jobs: Sequence[Job], call: Call) -> list[Reply | None]:
+        futures = await self._queue.submit(jobs)
+        try:
+            await _all_done(futures, max(0.0, call.deadline - time.time()) + GRACE_SECONDS)
+            return [future.result() if _has_reply(future) else None for future in futures]
+        finally:
+            # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
+            self._queue.cancel([job.id for job, future in zip(jobs, futures, strict=True) if not _has_reply(future)])
+
+    def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
-        return Job(name, item, call.deadline, time.time(), call.lane, traceparent=call.traceparent)
+        return Job(name, item, call.deadline, time.time(), call.lane, traceparent=traceparent or call.traceparent)
 
 
 async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) -> None:

@@ -30,6 +30,7 @@ from service.judges import REWARD_TEMPLATE, YES_NO, Judge
 from service.prompt import JudgePrompt, PromptBuilder, Wanted
 from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise, compare_pointwise
 from service.templates import Mode, Template, TemplateLibrary, from_inline
+from service.tracing import OFF, Tracing
 
 # Requests rendered and tokenised in one go by one thread.
 CHUNK = 64
@@ -98,6 +99,7 @@ class Judging:
         templates: TemplateLibrary,
         asker: Asker,
         executor: Executor,
+        tracing: Tracing = OFF,
     ) -> None:
         self.templates = templates
         self._provenance = provenance
@@ -105,6 +107,7 @@ class Judging:
         self._prompts = prompts
         self._asker = asker
         self._executor = executor
+        self._tracing = tracing
 
     async def score(self, requests: Sequence[ScoreRequest], call: Call) -> list[ScoreResult | ServiceError]:
         """Judge each response by itself."""
@@ -128,8 +131,10 @@ class Judging:
         await self._asker.close()
 
     async def _answer(self, requests: Sequence[AnyRequest], call: Call) -> list[Answer | ServiceError]:
-        plans = await self._plan_all(requests)
-        prompts = [prompt for plan in plans if isinstance(plan, Plan) for prompt in plan.prompts]
+        with self._tracing.span("tokenize", requests=len(requests)) as span:
+            plans = await self._plan_all(requests)
+            prompts = [prompt for plan in plans if isinstance(plan, Plan) for prompt in plan.prompts]
+            span.set(prompts=len(prompts), tokens=sum(len(prompt.token_ids) for prompt in prompts))
         outcomes = iter(await self._asker.ask(prompts, call))
         return [
             plan if isinstance(plan, ServiceError) else _gathered(plan, list(islice(outcomes, len(plan.prompts))))

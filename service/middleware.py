@@ -13,20 +13,22 @@ import re
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.errors import ErrorCode
-from service import playground
+from service import documentation, playground
 from service.errors import ServiceError
 from service.http_errors import error_response
 from service.metrics import Metrics
+from service.tracing import OFF, Span, Tracing
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/docs", "/openapi.json"}) | playground.PATHS
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json"}) | documentation.PATHS | playground.PATHS
 CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -38,9 +40,10 @@ class RequestContext:
     `X-Request-Id` is echoed where it is 1 to 128 visible ASCII characters, else made up.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing = OFF) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,12 +57,15 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                # No answer is to be taken for a page or a script by a browser that guesses.
+                headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         started = time.perf_counter()
         self._metrics.request_started()
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with self._span(scope) as span, structlog.contextvars.bound_contextvars(**_marks(request_id, span)):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as exc:
@@ -70,12 +76,19 @@ class RequestContext:
                     self._metrics.error(failure.code)
                     await error_response(failure)(scope, receive, send_with_id)
             finally:
-                self._done(scope, status, time.perf_counter() - started)
+                self._done(scope, span, status, time.perf_counter() - started)
 
-    def _done(self, scope: Scope, status: int, seconds: float) -> None:
+    def _span(self, scope: Scope) -> AbstractContextManager[Span]:
+        # What probes and scrapers ask for all the time is in nobody's interest.
+        tracing = OFF if scope["path"] in OPEN_PATHS else self._tracing
+        return tracing.request(Headers(scope=scope).get("traceparent"))
+
+    def _done(self, scope: Scope, span: Span, status: int, seconds: float) -> None:
         # The route's pattern, never the path as sent: that is the caller's text, and unbounded as a label.
         route = getattr(scope.get("route"), "path", "other")
-        self._metrics.request_done(scope["method"] if route != "other" else "other", route, status, seconds)
+        method = scope["method"] if route != "other" else "other"
+        self._metrics.request_done(method, route, status, seconds)
+        span.answered(method, route, status)
         level = log.debug if route in OPEN_PATHS else log.info
         level("request", method=scope["method"], route=route, status=status, ms=round(seconds * 1e3, 1))
 
@@ -193,6 +206,11 @@ class WholeBody:
             task.uncancel()
         finally:
             watcher.cancel()
+
+
+def _marks(request_id: str, span: Span) -> dict[str, str]:
+    """What a request's log lines are found by."""
+    return {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
 
 
 def _digest(key: str) -> bytes:

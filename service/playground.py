@@ -7,7 +7,7 @@ it also works behind a proxy that strips a path prefix (`https://host/judge/`, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files as package_files
 from typing import Final
 
@@ -70,13 +70,14 @@ def install(app: FastAPI) -> None:
     """Add the page's routes; they are not in the OpenAPI document. Reads the files once, now."""
     folder = package_files("service").joinpath("page")
     for path, name in FILES.items():
-        serve = _serve(folder.joinpath(name).read_bytes(), _TYPES[name.rpartition(".")[2]])
+        serve = fixed(folder.joinpath(name).read_bytes(), _TYPES[name.rpartition(".")[2]], HEADERS)
         app.add_api_route(path, serve, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def _serve(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+def fixed(content: bytes, media_type: str, common: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
+    """A route that always answers the same, and 304 to who has it already; `common` are its headers beside the ETag."""
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {**HEADERS, "ETag": etag}
+    headers = {**common, "ETag": etag}
 
     async def serve(request: Request) -> Response:
         if _knows(request.headers.get("if-none-match", ""), etag):

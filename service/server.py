@@ -25,6 +25,7 @@ from service.asking import Asker, Scores
 from service.cache import MemoryCache, redis_cache
 from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
+from service.http_guard import guarded
 from service.jobs import JobQueue
 from service.judges import Judge, judge_of, stop_ids_of
 from service.judging import Judging, Provenance
@@ -36,6 +37,8 @@ from service.redis_jobs import RedisJobs
 from service.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
 from service.templates import TemplateLibrary
+from service.tracing import OFF, Tracing
+from service.tracing import start as start_tracing
 from service.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -49,31 +52,39 @@ def serve(settings: Settings) -> int:
     Raises ModelError when the model cannot be had, ServiceError when a template does not fit it, CalibrationError when
     a calibration does not.
     """
+    tracing = start_tracing(settings.otel_endpoint, "judge-api")
     model = find_model(settings)
     metrics = Metrics()
     with ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize") as executor:
         if settings.queue_url == MEMORY_URL:
             jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
-            service = compose(settings, model, jobs, metrics, executor)
-            server = Server(service, settings, lambda stop: _work(settings, model, jobs, metrics, stop))
+            service = compose(settings, model, jobs, metrics, executor, tracing)
+            server = Server(service, settings, lambda stop: _work(settings, model, jobs, service, stop))
         else:
             keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
             shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
-            server = Server(compose(settings, model, shared, metrics, executor), settings, None)
+            server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
         server.run()
+    tracing.close()
     return 1 if server.worker_failed else 0
 
 
-def _work(settings: Settings, model: Model, jobs: MemoryJobs, metrics: Metrics, stop: threading.Event) -> None:
+def _work(settings: Settings, model: Model, jobs: MemoryJobs, service: Service, stop: threading.Event) -> None:
     engine = load_engine(settings, model)
     try:
-        Worker(engine, jobs, make_batcher(settings, engine), metrics).run(stop)
+        batcher = make_batcher(settings, engine)
+        Worker(engine, jobs, batcher, service.metrics, tracing=service.tracing).run(stop)
     finally:
         engine.close()
 
 
 def compose(
-    settings: Settings, model: Model, queue: JobQueue, metrics: Metrics, executor: ThreadPoolExecutor
+    settings: Settings,
+    model: Model,
+    queue: JobQueue,
+    metrics: Metrics,
+    executor: ThreadPoolExecutor,
+    tracing: Tracing = OFF,
 ) -> Service:
     """Put the HTTP side's parts together, and check that templates and calibrations fit the model."""
     metrics.watch_queue(queue.stats)
@@ -102,9 +113,10 @@ def compose(
         request_timeout=settings.request_timeout,
         rate=settings.rate_limit,
     )
-    asker = Asker(queue, metrics, _scores(settings, model), judge.reader)
-    judging = Judging(provenance, prompts, templates, asker, executor)
-    return Service(judging, queue, metrics, info, limits, [key.get_secret_value() for key in settings.api_key])
+    asker = Asker(queue, metrics, _scores(settings, model), judge.reader, tracing)
+    judging = Judging(provenance, prompts, templates, asker, executor, tracing)
+    keys = [key.get_secret_value() for key in settings.api_key]
+    return Service(judging, queue, metrics, info, limits, keys, tracing=tracing)
 
 
 def _prompts(settings: Settings, model: Model) -> PromptBuilder:
@@ -141,7 +153,13 @@ class Server(uvicorn.Server):
         """`work` is the worker's body, given the event that stops it; None where workers are processes elsewhere."""
         app = create_app(service, self._lifespan, page=settings.playground)
         config = uvicorn.Config(
-            app, settings.host, settings.port, log_config=None, access_log=False, server_header=False
+            app,
+            settings.host,
+            settings.port,
+            http=guarded(settings.body_timeout),
+            log_config=None,
+            access_log=False,
+            server_header=False,
         )
         super().__init__(config)
         self.worker_failed = False

@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.contract import Task
 from service.engine.openai_api import base_url
+from service.tracing import checked_endpoint
 
 MEMORY_URL = "memory://"
 
@@ -93,6 +94,11 @@ class CommonSettings(BaseSettings):
         None, description="vllm engine: NAME=FOLDER of a LoRA adapter, which is served by that name"
     )
     key_prefix: str = Field("judge", min_length=1, description="what the names of all Redis keys begin with")
+    otel_endpoint: str | None = Field(
+        None,
+        description="address of an OpenTelemetry collector that traces are sent to by OTLP over HTTP, as "
+        "http://localhost:4318; needs `pip install 'judge-as-api[otel]'`; unset: no traces",
+    )
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="which log lines are written")
 
@@ -112,6 +118,11 @@ class CommonSettings(BaseSettings):
     @classmethod
     def _base_url(cls, value: str | None) -> str | None:
         return None if value is None else base_url(value)
+
+    @field_validator("otel_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        return checked_endpoint(value)
 
     @field_validator("upstream_body", mode="before")
     @classmethod
@@ -203,7 +214,7 @@ class Settings(EngineSettings):
     max_queue_tokens: int = Field(8_000_000, ge=1, description="their tokens at most; more are refused with 503")
     max_batch_items: int = Field(1024, ge=1, description="items in one /score/batch or /compare/batch request at most")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="size of a request body at most; more gets 413")
-    body_timeout: float = Field(30.0, gt=0, description="seconds that a caller may take to send a body")
+    body_timeout: float = Field(30.0, gt=0, description="seconds that a caller may take to send a head, and a body")
     request_timeout: float = Field(
         300.0, gt=0, description="seconds until a judgement is given up with 504; callers may ask for less"
     )

@@ -26,6 +26,8 @@ from service.metrics import Metrics
 from service.redis_protocol import Keys
 from service.redis_source import RedisSource, Timing
 from service.settings import MEMORY_URL, WorkerSettings
+from service.tracing import OFF, Tracing
+from service.tracing import start as start_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +49,7 @@ class Worker:
         batcher: Batcher,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        tracing: Tracing = OFF,
     ) -> None:
         self._engine = engine
         self._core = engine if isinstance(engine, RemoteCore) else None
@@ -54,6 +57,7 @@ class Worker:
         self._batcher = batcher
         self._metrics = metrics
         self._clock = clock
+        self._tracing = tracing
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a batch in hand is finished first.
@@ -87,18 +91,21 @@ class Worker:
         live, late = split_expired([job for job in batch if job.id not in gone], started)
         if late:
             self._metrics.dropped("deadline", len(late))
+            self._tracing.waited(late, started, dropped="deadline")
             failure = JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
             self._source.reply([Reply(job.id, failure, queued=started - job.submitted) for job in late])
         if live:
-            outcomes = self._outcomes(live)
+            self._tracing.waited(live, started)
+            with self._tracing.batch(live, started) as span:
+                outcomes = self._outcomes(live)
             took = self._clock() - started
             self._metrics.batch([len(job.item.token_ids) for job in live], took)
-            self._source.reply(
-                [
-                    Reply(job.id, outcome, queued=started - job.submitted, inference=took)
-                    for job, outcome in zip(live, outcomes, strict=True)
-                ]
-            )
+            replies = [
+                Reply(job.id, outcome, queued=started - job.submitted, inference=took)
+                for job, outcome in zip(live, outcomes, strict=True)
+            ]
+            with self._tracing.below(span, "reply"):
+                self._source.reply(replies)
 
     def _outcomes(self, jobs: Sequence[Job]) -> list[Outcome]:
         try:
@@ -147,6 +154,7 @@ def work(settings: WorkerSettings) -> int:
         raise ValueError("a worker needs --queue-url redis://…; with memory:// the service runs the model itself")
     stop = threading.Event()
     _stop_on_signals(stop)
+    tracing = start_tracing(settings.otel_endpoint, "judge-worker")
     model = find_model(settings)
     metrics = Metrics()
     if settings.metrics_port is not None:
@@ -162,12 +170,13 @@ def work(settings: WorkerSettings) -> int:
     )
     log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
     try:
-        Worker(engine, source, make_batcher(settings, engine), metrics).run(stop)
+        Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing).run(stop)
     except EngineLostError as exc:
         log.error("the engine is lost", reason=str(exc))
         return STALLED_STATUS
     finally:
         engine.close()
+        tracing.close()
     log.info("stopped")
     return 0
 

@@ -16,7 +16,7 @@ from client.errors import ErrorCode
 from deploy.compose import COMPOSE_FILE, DOCKERFILE, ROOT, Service, instructions, interpolated, load, seconds, stages
 from service.metrics import Metrics
 from service.models import _parser as models_parser
-from service.settings import Settings, WorkerSettings
+from service.settings import Settings, UpstreamKey, WorkerSettings
 from trainer.self_improve import _parser as loop_parser
 
 # Of the Compose Specification (Apache-2.0), as the Python package docker-compose 1.29.2 carries it.
@@ -149,7 +149,8 @@ def test_the_service_reads_its_command_and_environment(
     services: dict[str, Service], name: str, settings: type[Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every JUDGE_ variable is a setting, and flags and values are understood."""
-    known = {f"JUDGE_{field.upper()}" for field in settings.model_fields} | {"JUDGE_CACHE_DIR"}
+    fields = {**settings.model_fields, **UpstreamKey.model_fields}
+    known = {f"JUDGE_{field.upper()}" for field in fields} | {"JUDGE_CACHE_DIR"}
     for variable, value in services[name].environment.items():
         monkeypatch.setenv(variable, value)
     named = {variable for variable in services[name].definition["environment"] if variable.startswith("JUDGE_")}

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -332,6 +333,23 @@ def test_strange_categories_stay_text(context: BrowserContext, live: Live) -> No
     assert page.evaluate("window.pwned") is None
 
 
+def test_strange_templates_of_the_operator_stay_text(context: BrowserContext, tmp_path: Path) -> None:
+    """Categories, instructions and layouts out of a template file are offered and edited as text."""
+    layout = f"{XSS[1]}{{instruction}}{{prompt}}{{response}}\nVerdict:"
+    strange = [
+        {**OWN, "name": f"strange{n}", "version": 1, "category": text, "layout": layout, "instruction": text}
+        for n, text in enumerate(XSS[:4])
+    ]
+    (tmp_path / "strange.json").write_text(json.dumps({"templates": strange}), encoding="utf-8")
+    with live_service(template_file=[tmp_path / "strange.json"]) as service:
+        page = opened(context, link(service.url, {"prompt": "p", "responses": ["r"], "category": XSS[0]}))
+        run(page)
+
+        assert page.evaluate("window.pwned") is None
+        assert page.locator("img, iframe, style, b, #pwned, main script, main svg").count() == 0
+        expect(page.locator("#results")).to_contain_text("strange0@1")
+
+
 def test_everything_works_by_keyboard(page: Page) -> None:
     """From the first Tab to the result, with a visible mark on whatever has the focus."""
     seen: list[str] = []
@@ -467,3 +485,17 @@ def test_a_reward_model_is_asked_for_no_template(context: BrowserContext, live: 
     assert sent.value.post_data_json == {"prompt": "2+2?", "response": "4", "truncation": "error"}
     expect(page.locator("#results h2")).to_contain_text("Sigmoid of the reward")
     expect(page.get_by_label("Category or template")).to_be_disabled()
+
+
+def test_the_documentation_is_drawn_offline(context: BrowserContext, live: Live) -> None:
+    """Swagger UI shows the routes, and asks one from there, with no host but the service's."""
+    page = context.new_page()
+    page.goto(f"{live.url}/docs")
+    health = page.locator("#operations-operation-health_health_get")
+    health.locator(".opblock-summary-control").click()
+    health.get_by_role("button", name="Try it out").click()
+    health.get_by_role("button", name="Execute").click()
+
+    expect(health.locator(".live-responses-table tr.response .response-col_status")).to_contain_text("200")
+    expect(page.locator(".info .title")).to_contain_text("judge-as-api")
+    assert page.locator(".opblock").count() >= 9

@@ -138,7 +138,9 @@ def test_a_frame_goes_with_the_models_format(tmp_path: Path, form: Any, labels: 
     assert (template.format, template.yes) == (form, labels)
 
 
-@pytest.mark.parametrize(("form", "end"), [("chat", "\n\nIs it legal?"), ("raw", "\n\nQuestion: Is it legal?\nVerdict:")])
+@pytest.mark.parametrize(
+    ("form", "end"), [("chat", "\n\nIs it legal?"), ("raw", "\n\nQuestion: Is it legal?\nVerdict:")]
+)
 def test_a_template_may_ask_a_question_of_its_own(tmp_path: Path, form: Any, end: str) -> None:
     """The question takes the place of the frame's, whatever the format; the rest of the frame stays."""
     path = write(tmp_path, OWN | {"question": "Is it legal?"})

@@ -1,0 +1,67 @@
+"""`make audit`: what pip-audit says, and what it does not say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from deploy import audit
+
+GOOD = {"name": "good", "version": "1.0", "vulns": []}
+BAD = {"name": "bad", "version": "2.0", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"], "aliases": []}]}
+UNKNOWN = {"name": "good", "skip_reason": "not found on PyPI"}
+
+
+def answering(dependencies: object) -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
+    """A pip-audit that has found this."""
+    return lambda command: subprocess.CompletedProcess(command, 0, json.dumps({"dependencies": dependencies}), "")
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Path:
+    """Two pins."""
+    file = tmp_path / "base.txt"
+    file.write_text("# ours\ngood==1.0\nbad==2.0\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "code", "said"),
+    [
+        ([GOOD, {**BAD, "vulns": []}], 0, "2 packages looked up, 0 known"),
+        ([GOOD, BAD], 1, "bad 2.0: CVE-1, fixed in 2.1"),
+        ([UNKNOWN, BAD], 1, "NOT CHECKED: the source has no data on good"),
+        ([UNKNOWN, {**BAD, "vulns": []}], 3, "NOT CHECKED"),
+        ([GOOD], 3, "2 packages are pinned and 1 were looked at"),
+    ],
+)
+def test_what_was_not_looked_up_is_not_called_safe(
+    pins: Path, dependencies: list[object], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vulnerabilities are 1, missing data is 3, and both are told."""
+    ended = audit.main([str(pins)], answering(dependencies))
+
+    assert ended == code
+    assert said in capsys.readouterr().out
+
+
+def test_a_source_that_is_away_is_told(pins: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """pip-audit's last word is passed on."""
+
+    def failing(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nConnectionError: api.osv.dev\n")
+
+    assert audit.main([str(pins)], failing) == 3
+    assert "ConnectionError: api.osv.dev" in capsys.readouterr().out
+
+
+def test_a_missing_file_is_wrong_usage(tmp_path: Path) -> None:
+    """It is not an audit of nothing."""
+    with pytest.raises(SystemExit) as ended:
+        audit.main([str(tmp_path / "gone.txt")], answering([]))
+
+    assert ended.value.code == 2

@@ -1,0 +1,57 @@
+"""The log as machines read it: every line of stderr is one JSON object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from bench.process import free_port
+from tests.fleet import Program
+from tests.live import wait_for
+
+ROOT = Path(__file__).parents[1]
+NOISE = (
+    "import logging, sys, threading, warnings\n"
+    "from service import logs\n"
+    "logs.configure('json', 'info')\n"
+    "from tqdm import tqdm\n"
+    "list(tqdm(range(3), desc='a bar'))\n"
+    "warnings.warn('a warning')\n"
+    "sys.stderr.write('half ')\n"
+    "print('a line', file=sys.stderr)\n"
+    "logging.getLogger('elsewhere').error('an error of a library')\n"
+    "thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()\n"
+    "raise RuntimeError('the end')\n"
+)
+SAID = ("a warning", "ZeroDivisionError", "RuntimeError: the end", "an error of a library")
+
+
+def test_whatever_is_written_to_stderr_becomes_json() -> None:
+    """Warnings, prints, libraries' log lines, tracebacks of threads and of the program; bars are not drawn."""
+    ended = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=False, cwd=ROOT)
+    events = [json.loads(line) for line in ended.stderr.splitlines()]
+
+    assert ended.returncode == 1
+    assert "half a line" in [event.get("text") for event in events]
+    said = " ".join(event.get("text", event["event"]) for event in events)
+    assert {each for each in SAID if each not in said} == set()
+    assert "a bar" not in said
+
+
+def test_a_service_with_a_model_logs_nothing_but_json(tiny_model: Path, tmp_path: Path) -> None:
+    """From the first line to the last one, with all that transformers and torch have to say about a model."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ["--model", str(tiny_model), "--port", str(port), "--log-format", "json", "--log-level", "debug"]
+    service = Program(["service", *flags], tmp_path / "log")
+    assert wait_for(lambda: not service.alive or '"model loaded"' in service.output, seconds=100), service.output
+    status = httpx.post(f"{url}/score", json={"prompt": "2+2?", "response": "4"}, timeout=60).status_code
+    service.terminate()
+
+    assert (status, service.wait()) == (200, 0)
+    assert {"listening", "model loaded", "request", "draining"} <= {
+        json.loads(line)["event"] for line in service.output.splitlines()
+    }
