@@ -340,7 +340,7 @@ class Refusing(FakeEngine):
         return [self._answer(item) for item in items]
 
     def _answer(self, item: EngineItem) -> LabelLogprobs | ItemFailure:
-        if len(item.token_ids) > 150:
+        if len(item.token_ids) > 500:
             return ItemFailure("inference_failed", "the API refused this one")
         return LabelLogprobs((-0.1, -20.0), item.label_ids[0], floored=True)
 
@@ -348,7 +348,7 @@ class Refusing(FakeEngine):
 def test_what_befalls_one_item_is_its_own() -> None:
     """An engine's failure for one item is that item's error; its neighbour is judged."""
     with live_service(Refusing()) as live:
-        items = [ASKED, ASKED | {"response": "word " * 100}]
+        items = [ASKED, ASKED | {"response": "word " * 500}]
         fine, failed = ok(live.http.post("/score/batch", json={"items": items}))["results"]
 
     assert failed["error"]["message"] == "the API refused this one"

@@ -13,7 +13,6 @@ stopped. The base of every evaluation is the model that the first round began wi
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -35,7 +34,7 @@ from trainer.judges import JudgeSource, connect
 from trainer.label import run_labelling
 from trainer.labelers import RANDOM
 from trainer.merge import push_to_hub
-from trainer.models import quiet_libraries, resolve_model
+from trainer.models import quiet_libraries, release_memory, resolve_model
 from trainer.pairs import write_pairs
 from trainer.plan import write_plan
 from trainer.preferences import Preference, split_preferences
@@ -273,7 +272,7 @@ class Loop:
             adopt(stage, self.settings.samples_from / stage.folder.relative_to(self.run.path), self.run.overwrite)
         if not self.run.run_stage(stage, work):
             self.console.print(f"{stage.name}: done before", highlight=False)
-        _free_memory()
+        release_memory()  # before the next stage loads a model
 
     def _first_judge(self) -> Any:
         """Who says the categories where there are none: a service of the loop's own is not started for nothing."""
@@ -312,14 +311,6 @@ def _check_machine(settings: LoopSettings) -> None:
             "accelerate launch … -m trainer.dpo --pairs DIR/round-1/pairs.jsonl, and python -m trainer.merge"
         )
     resolve_model(settings.model)
-
-
-def _free_memory() -> None:
-    """A stage's model is gone before the next one is loaded."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
