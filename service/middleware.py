@@ -68,6 +68,12 @@ class RequestContext:
         with self._span(scope) as span, structlog.contextvars.bound_contextvars(**_marks(request_id, span)):
             try:
                 await self._app(scope, receive, send_with_id)
+            except asyncio.CancelledError:
+                # The drain's time is over and uvicorn ends what is left, with a 500 of its own where nothing is said.
+                if status == CLIENT_CLOSED_REQUEST:
+                    stopped = ServiceError(ErrorCode.DRAINING, "the service has stopped", retry_after=1.0)
+                    self._metrics.error(stopped.code)
+                    await error_response(stopped)(scope, receive, send_with_id)
             except Exception as exc:
                 # The message may hold the caller's text: the log gets the kind and the place alone.
                 log.error("unhandled", error=type(exc).__name__, at=traceback.format_tb(exc.__traceback__)[-1].strip())

@@ -141,6 +141,19 @@ def test_a_second_signal_ends_the_service_at_once() -> None:
         assert service.process.wait(20) is not None
 
 
+def test_what_outlives_the_drain_is_told_so() -> None:
+    """Work that is not done when the drain's time is over is refused like new work: it may be sent elsewhere."""
+    flags = (*SLOW, "--cache-entries", "0", "--drain-timeout", "0.1")
+    with running_service(*flags) as service, ThreadPoolExecutor(1) as pool:
+        items = {"items": [PAIR] * 1000}
+        accepted = pool.submit(httpx.post, f"{service.url}/score/batch", json=items, timeout=30)
+        assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
+        service.process.send_signal(signal.SIGTERM)
+        answer = accepted.result()
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+
+
 def test_the_three_packages_are_ours_from_anywhere(tmp_path: Path) -> None:
     """The names service, client and trainer resolve to this distribution in a process started in another folder."""
     code = "import client, service, trainer; print(client.__file__, service.__file__, trainer.__file__)"
