@@ -20,20 +20,8 @@ _FOLDER: Final = "fastapi_swagger/resources"
 _FROM_PACKAGE: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 PATHS: Final = frozenset({"/docs", "/docs/start.js", *(f"/docs/{name}" for name in _FROM_PACKAGE)})
 
-# Swagger UI draws its icons from data: addresses. It sets markup by itself, so trusted types cannot be asked of it.
-_POLICY: Final = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
-)
-HEADERS: Final = {**playground.HEADERS, "Content-Security-Policy": _POLICY}
+# Swagger UI sets markup by itself, so trusted types cannot be asked of it.
+HEADERS: Final = {**playground.HEADERS, "Content-Security-Policy": playground.policy()}
 
 # Addresses are relative, for proxies that strip a path prefix.
 _PAGE: Final = """<!doctype html>

@@ -40,9 +40,10 @@ FILES: Final = {
 }
 PATHS: Final = frozenset(FILES)
 
-# No inline script or style, no other host, no form that is sent, no frame around it; and no string becomes markup.
-_POLICY: Final = "; ".join(
-    (
+
+def policy(*more: str) -> str:
+    """No inline script or style, no other host, no form that is sent, no frame around the page; and `more`."""
+    parts = (
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
@@ -51,12 +52,13 @@ _POLICY: Final = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
     )
-)
+    return "; ".join((*parts, *more))
+
+
 HEADERS: Final = {
-    "Content-Security-Policy": _POLICY,
+    # No string becomes markup.
+    "Content-Security-Policy": policy("require-trusted-types-for 'script'", "trusted-types 'none'"),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
