@@ -35,6 +35,7 @@ from rich.table import Table
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from bench.calls import in_calls
 from service import models
 from service.codec import load_tokenizer
 from service.engine.contract import EngineItem
@@ -119,7 +120,7 @@ def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
         others = [rng.choice(rng.choice(rows)[1]) for _ in range(args.compare)]
         for answer in rng.sample([*answers, *others][: max(2, args.compare)], args.compare):
             built = prompts.build(library.default("pointwise"), prompt, [answer], "response_middle")
-            items.append(EngineItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries))
+            items.append(EngineItem(built.token_ids, built.label_ids, built.boundaries))
     return items[: args.pairs]
 
 
@@ -148,11 +149,11 @@ def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) ->
         reads: dict[str, Callable[[], object]] = {
             "one at a time": lambda: one_at_a_time(model, items),
             "padded": lambda: padded(model, items),
-            "engine": lambda: in_calls(engine, items),
+            "engine": lambda: by_engine(engine, items),
         }
         flop = useful_flop(model, [len(item.token_ids) for item in items])
         ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
-        for warm_up in (peak, lambda: in_calls(engine, items[:2]), lambda: one_at_a_time(model, items[:2])):
+        for warm_up in (peak, lambda: by_engine(engine, items[:2]), lambda: one_at_a_time(model, items[:2])):
             warm_up()
         for _ in track(range(args.rounds), "rounds", console=Console(stderr=True)):
             for way, read in zip(ways, (peak, *reads.values()), strict=True):
@@ -190,16 +191,10 @@ def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
     return found
 
 
-def in_calls(engine: TorchEngine, items: Sequence[EngineItem]) -> None:
+def by_engine(engine: TorchEngine, items: Sequence[EngineItem]) -> None:
     """As the worker asks: in calls of about `batch_tokens`."""
-    call, tokens = list[EngineItem](), 0
-    for item in items:
-        if call and tokens + len(item.token_ids) > engine.batch_tokens:
-            engine.label_logprobs(call)
-            call, tokens = [], 0
-        call.append(item)
-        tokens += len(item.token_ids)
-    engine.label_logprobs(call)
+    for call in in_calls(items, engine.batch_tokens):
+        engine.label_logprobs(call)
 
 
 def layer_products(model: Any) -> tuple[Callable[[], object], float]:
@@ -253,7 +248,7 @@ def growth(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
                 work = [EngineItem([rng.randrange(3, 256) for _ in range(length)], (5, 9)) for _ in range(batch)]
                 way = Way("engine", 0.0)
                 for _ in range(args.rounds):
-                    way.run(partial(in_calls, engine, work))
+                    way.run(partial(by_engine, engine, work))
                 seconds = statistics.median(way.seconds)
                 rows.append({"length": length, "batch": batch, "threads": threads, "seconds": seconds})
     return rows

@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, Final, TypeAlias
 from pydantic import BaseModel
 from rich.console import Console
 
+from bench.calls import in_calls
 from client.benchmarks.progress import shown
 from client.benchmarks.run import Progress
 from client.jsonl import appending, read_lines
@@ -177,7 +178,7 @@ def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call
         try:
             with appending(file) as append, shown(Console(stderr=True), name) as tell:
                 _judge(missing[:1], engine)  # what is done once is not counted
-                for call in _calls(missing, call_tokens or engine.batch_tokens):
+                for call in in_calls(missing, call_tokens or engine.batch_tokens):
                     for answer in _judge(call, engine):
                         append(answer)
                         known[answer.prompt] = answer
@@ -190,17 +191,6 @@ def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call
 
 def _key(prompt: JudgePrompt) -> str:
     return sha256(json.dumps([list(prompt.token_ids), prompt.label_ids]).encode()).hexdigest()[:16]
-
-
-def _calls(prompts: Sequence[JudgePrompt], tokens: int) -> Iterator[list[JudgePrompt]]:
-    """In order, so many that they have about as many tokens; one at least."""
-    call: list[JudgePrompt] = []
-    for prompt in prompts:
-        if call and sum(len(one.token_ids) for one in (*call, prompt)) > tokens:
-            yield call
-            call = []
-        call.append(prompt)
-    yield call
 
 
 def _judge(prompts: Sequence[JudgePrompt], engine: LabelEngine) -> list[Answered]:

@@ -171,3 +171,14 @@ def answers_to(engine: Engine, items: Sequence[AnyItem]) -> Sequence[AnyAnswer |
             return cast(ClassifyEngine, some).classify(cast(Sequence[ClassifyItem], items))
         case "generate":
             return cast(GenerateEngine, some).generate(cast(Sequence[GenerateItem], items))
+
+
+def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
+    """Raise ValueError for too many ids, none, or one that the model has not got.
+
+    Engines check before anything is computed: ids out of range would abort the whole CUDA context, not just this call.
+    """
+    if not 1 <= len(token_ids) <= most:
+        raise ValueError(f"an item has {len(token_ids)} tokens; this engine reads 1 to {most}")
+    if min(token_ids) < 0 or max(token_ids) >= vocabulary:
+        raise ValueError(f"a token id is outside the model's vocabulary of {vocabulary}")

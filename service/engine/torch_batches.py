@@ -16,17 +16,6 @@ _MIN_FILL: Final = 0.75
 _PROBE_TOKENS: Final = 12
 
 
-def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
-    """Raise ValueError for too many ids, none, or one that the model has not got.
-
-    Ids out of range would abort the whole CUDA context, not just this call.
-    """
-    if not 1 <= len(token_ids) <= most:
-        raise ValueError(f"an item has {len(token_ids)} tokens; this engine reads 1 to {most}")
-    if min(token_ids) < 0 or max(token_ids) >= vocabulary:
-        raise ValueError(f"a token id is outside the model's vocabulary of {vocabulary}")
-
-
 def right_padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """Token ids, [rows, longest row], on the CPU."""
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.engine.contract import Classified, ClassifyItem, Task
-from service.engine.torch_batches import MicroBatches, check_ids, probe_prompts, right_padded
+from service.engine.contract import Classified, ClassifyItem, Task, check_ids
+from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
 from service.engine.torch_loading import EngineLoadError, LoadOptions, free_memory, load_model, longrope_threshold
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from typing import Any, Final, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLogprobs, Task
-from service.engine.torch_batches import MicroBatches, check_ids, probe_prompts, right_padded
+from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLogprobs, Task, check_ids
+from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
 from service.engine.torch_generate import Writer, can_write
 from service.engine.torch_head import LastTokenHead
 from service.engine.torch_loading import (
@@ -148,7 +148,7 @@ class TorchEngine:
         if type(output) is nn.Linear:
             self._head = LastTokenHead(output)
             model.set_output_embeddings(self._head)
-            if _agree(own, self._last_logits(probes), model.dtype):
+            if bool(_errors(own, self._last_logits(probes))[0] <= _PROBE_TOLERANCE[model.dtype]):
                 self._install_packed(self._head, probes, own)
                 return
             self._head = None
@@ -163,7 +163,9 @@ class TorchEngine:
             logger.info("labels are read in padded batches: packed ones are not made %s", reason)
             return
         ours = torch.cat([logits for logits, _ in packed.last_logits(probes)])
-        if _agree(own, ours, self._model.dtype):
+        errors, limit = _errors(own, ours), _PROBE_TOLERANCE[self._model.dtype]
+        # One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
+        if bool(errors.median() <= limit and errors.max() <= 3 * limit):
             self._packed = packed
             return
         packed.close()
@@ -195,13 +197,11 @@ def _read_labels(logits: Tensor, items: Sequence[EngineItem]) -> list[LabelLogpr
     return answers
 
 
-def _agree(own: Tensor, ours: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the rows of `ours` are those of `own`, but for the rounding of `dtype`.
+def _errors(own: Tensor, ours: Tensor) -> Tensor:
+    """How far each row of `ours` is from that of `own`, [rows], as a share of that row's spread.
 
-    One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
+    Infinite where they have not even the same shape.
     """
     if ours.shape != own.shape:
-        return False
-    difference = (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)
-    limit = _PROBE_TOLERANCE[dtype]
-    return bool(difference.median() <= limit and difference.max() <= 3 * limit)
+        return torch.full((len(own),), torch.inf)
+    return (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)

@@ -29,6 +29,7 @@ from service.engine.contract import (
     LabelLogprobs,
     Task,
     answers_to,
+    check_ids,
 )
 from service.engine.loop_thread import LoopThread
 from service.engine.orphans import OrphanGuard
@@ -98,20 +99,20 @@ class VllmEngine:
     def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
         """One answer per item, in order. Raises EngineLostError; ValueError for an item outside the contract."""
         for item in items:
-            self._check_ids(item.token_ids, self.max_tokens)
-            self._check_ids(item.label_ids, len(item.label_ids))
+            check_ids(item.token_ids, self.max_tokens, self._vocabulary)
+            check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
         return self._answer(items, self._read_labels)
 
     def classify(self, items: Sequence[ClassifyItem]) -> list[Classified | ItemFailure]:
         """See `label_logprobs`."""
         for item in items:
-            self._check_ids(item.token_ids, self.max_tokens)
+            check_ids(item.token_ids, self.max_tokens, self._vocabulary)
         return self._answer(items, self._read_logit)
 
     def generate(self, items: Sequence[GenerateItem]) -> list[Generated | ItemFailure]:
         """See `label_logprobs`."""
         for item in items:
-            self._check_ids(item.token_ids, self.max_tokens - item.max_new_tokens)
+            check_ids(item.token_ids, self.max_tokens - item.max_new_tokens, self._vocabulary)
         return self._answer(items, self._write)
 
     def check(self) -> None:
@@ -151,12 +152,6 @@ class VllmEngine:
         if isinstance(answer, ItemFailure):
             raise VllmStartError(f"vLLM cannot judge with this model: {answer.message}")
 
-    def _check_ids(self, ids: Sequence[int], longest: int) -> None:
-        if not 1 <= len(ids) <= longest:
-            raise ValueError(f"1 to {longest} ids are needed, not {len(ids)}")
-        if min(ids) < 0 or max(ids) >= self._vocabulary:
-            raise ValueError(f"an id is outside the vocabulary of {self._vocabulary}")
-
     def _answer(
         self, items: Sequence[Item], ask: Callable[[Item], Coroutine[Any, Any, Answer]]
     ) -> list[Answer | ItemFailure]:
@@ -166,19 +161,7 @@ class VllmEngine:
         return self._loop.run(_gather([_in_time(ask(item), when) for item, when in zip(items, deadlines, strict=True)]))
 
     async def _read_labels(self, item: EngineItem) -> LabelLogprobs:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            ignore_eos=True,
-            detokenize=False,
-            logprob_token_ids=list(item.label_ids),
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+        params = _sampling(max_tokens=1, temperature=0.0, logprob_token_ids=list(item.label_ids), flat_logprobs=True)
         output = await self._last_output(item, params)
         (completion,) = output.outputs
         found = completion.logprobs
@@ -195,19 +178,11 @@ class VllmEngine:
         return Classified(float(output.outputs.data.reshape(-1)[0]), output.num_cached_tokens or 0)
 
     async def _write(self, item: GenerateItem) -> Generated:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
+        params = _sampling(
             max_tokens=item.max_new_tokens,
             temperature=item.temperature,
             seed=None if item.temperature < _GREEDY else item.seed,
-            # The item names all that ends the text.
-            ignore_eos=True,
             stop_token_ids=list(item.stop_ids),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
         )
         output = await self._last_output(item, params)
         (completion,) = output.outputs
@@ -231,6 +206,16 @@ class VllmEngine:
         if last is None or not last.finished:
             raise RuntimeError("vLLM ended a request without an answer")
         return last
+
+
+def _sampling(**wanted: Any) -> Any:
+    """vLLM's parameters for token ids that come all at once; nothing but what the item names ends them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True, **wanted
+    )
 
 
 async def _started(config: Any) -> Any:

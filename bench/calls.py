@@ -1,0 +1,30 @@
+"""Prompts into calls of about so many tokens, as the worker puts them to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
+
+
+class Prompt(Protocol):
+    """Whatever has token ids."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The whole prompt."""
+
+
+P = TypeVar("P", bound=Prompt)
+
+
+def in_calls(prompts: Sequence[P], tokens: int) -> Iterator[list[P]]:
+    """In order; at most `tokens` tokens in a call, or one prompt."""
+    call, size = list[P](), 0
+    for prompt in prompts:
+        if call and size + len(prompt.token_ids) > tokens:
+            yield call
+            call, size = [], 0
+        call.append(prompt)
+        size += len(prompt.token_ids)
+    if call:
+        yield call
