@@ -130,6 +130,7 @@ def _load_engine(settings: EngineSettings, model: Model) -> Engine:
         max_tokens=model.max_tokens,
         batch_tokens=settings.batch_tokens,
         threads=settings.threads,
+        native_kernels=settings.native_kernels,
     )
     log.info("model loaded", model=model.id, dtype=engine.dtype, seconds=round(time.monotonic() - started, 1))
     return engine

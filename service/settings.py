@@ -138,6 +138,9 @@ class EngineSettings(CommonSettings):
     )
     device: str = Field("auto", description="torch device; auto: cuda, else mps, else cpu")
     threads: int | None = Field(None, ge=1, description="CPU threads of the torch engine; unset: one for each core")
+    native_kernels: bool = Field(
+        True, description="torch engine: read prompts with code that is compiled here, where CPU and model allow it"
+    )
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
     batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
     linger_ms: float = Field(1.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")

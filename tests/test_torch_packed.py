@@ -22,8 +22,8 @@ SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "bos_token_id": 1,
@@ -39,11 +39,11 @@ CONFIGS = {
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
     "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=20),
-    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=32),
     "gemma2": lambda: transformers.Gemma2Config(
-        **SMALL, head_dim=16, sliding_window=20, final_logit_softcapping=5.0, attn_logit_softcapping=4.0
+        **SMALL, head_dim=32, sliding_window=20, final_logit_softcapping=5.0, attn_logit_softcapping=4.0
     ),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=20, sliding_window_pattern=2),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, head_dim=32, sliding_window=20, sliding_window_pattern=2),
 }
 every = pytest.mark.parametrize("kind", CONFIGS)
 
@@ -109,15 +109,15 @@ def test_packed_items_get_the_models_own_numbers(kind: str, tmp_path: Path) -> N
     assert sum(answer.cached_tokens for answer in answers) > 200
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "native"), [("float32", True), ("bfloat16", True), ("bfloat16", False)])
 @every
-def test_neighbours_do_not_move_a_bit(kind: str, dtype: DType, tmp_path: Path) -> None:
+def test_neighbours_do_not_move_a_bit(kind: str, dtype: DType, native: bool, tmp_path: Path) -> None:
     """In 20 calls of other sizes and orders, beside items with its prefix or none, an item keeps its bits."""
     make_model(tmp_path, kind)
     items = some_items()
     rng = random.Random(1)
 
-    with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu")) as engine:
+    with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu", native_kernels=native)) as engine:
         alone = [bits(engine.label_logprobs([item]))[0] for item in items]
         calls = [rng.sample(range(len(items)), rng.randint(1, len(items))) for _ in range(20)]
         found = [bits(engine.label_logprobs([items[index] for index in call])) for call in calls]
@@ -218,9 +218,10 @@ def test_packed_numbers_that_are_not_the_models_own_are_not_used(
     tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the probe finds another result the padded way is taken, with a warning."""
-    monkeypatch.setattr("service.engine.torch_packed._rotate", lambda x, _: x)
+    monkeypatch.setattr("service.engine.tiled_decoder._rotate", lambda x, _: x)
 
     engine = TorchEngine.load(tiny_model, dtype="float32", device="cpu")
 
     assert engine._packed is None
-    assert "packed ones do not fit LlamaForCausalLM" in caplog.text
+    assert "packs as torch's operations read them do not fit LlamaForCausalLM" in caplog.text
+    assert "labels are read in padded batches" in caplog.text

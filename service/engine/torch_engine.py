@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLogprobs, Task, check_ids
+from service.engine.decoder_layers import UnsupportedModelError
 from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
 from service.engine.torch_generate import Writer, can_write
 from service.engine.torch_head import LastTokenHead
@@ -37,7 +38,7 @@ from service.engine.torch_loading import (
     load_model,
     longrope_threshold,
 )
-from service.engine.torch_packed import PackedDecoder, UnsupportedModelError
+from service.engine.torch_packed import PackedDecoder
 
 __all__ = ["DType", "EngineLoadError", "TorchEngine"]
 
@@ -56,12 +57,15 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, model: Any, *, max_tokens: int, batch_tokens: int, micro_tokens: int) -> None:
+    def __init__(
+        self, model: Any, *, max_tokens: int, batch_tokens: int, micro_tokens: int, native_kernels: bool = True
+    ) -> None:
         self.max_tokens = max_tokens
         self.batch_tokens = batch_tokens
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._model = model  # Any: what transformers says of its own types is not enough for strict checks
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._native_kernels = native_kernels
         self._head: LastTokenHead | None = None
         self._packed: PackedDecoder | None = None
         self._install_head()
@@ -78,6 +82,7 @@ class TorchEngine:
             max_tokens=found.max_tokens,
             batch_tokens=found.batch_tokens,
             micro_tokens=found.micro_tokens,
+            native_kernels=options.get("native_kernels", True),
         )
 
     def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
@@ -157,19 +162,25 @@ class TorchEngine:
 
     def _install_packed(self, head: LastTokenHead, probes: Sequence[EngineItem], own: Tensor) -> None:
         """Read labels packed where the model can be, and where that gives what the model gives by itself."""
-        try:
-            packed = PackedDecoder(self._model, head, torch.get_num_threads())
-        except UnsupportedModelError as reason:
-            logger.info("labels are read in padded batches: packed ones are not made %s", reason)
-            return
-        ours = torch.cat([logits for logits, _ in packed.last_logits(probes)])
-        errors, limit = _errors(own, ours), _PROBE_TOLERANCE[self._model.dtype]
-        # One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
-        if bool(errors.median() <= limit and errors.max() <= 3 * limit):
-            self._packed = packed
-            return
-        packed.close()
-        logger.warning("labels are read in padded batches: packed ones do not fit %s", type(self._model).__name__)
+        for native in (True, False) if self._native_kernels else (False,):
+            try:
+                packed = PackedDecoder(self._model, head, torch.get_num_threads(), native=native)
+            except UnsupportedModelError as reason:
+                logger.info("labels are read in padded batches: packed ones are not made %s", reason)
+                return
+            ours = torch.cat([logits for logits, _ in packed.last_logits(probes)])
+            errors, limit = _errors(own, ours), _PROBE_TOLERANCE[self._model.dtype]
+            # One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
+            if bool(errors.median() <= limit and errors.max() <= 3 * limit):
+                packed.take_over()
+                self._packed = packed
+                return
+            packed.close()
+            kernels = "compiled kernels" if packed.compiled else "torch's operations"
+            logger.warning("packs as %s read them do not fit %s", kernels, type(self._model).__name__)
+            if not packed.compiled:
+                break
+        logger.warning("labels are read in padded batches")
 
 
 def _probes(vocabulary: int, max_tokens: int) -> list[EngineItem]:

@@ -34,7 +34,7 @@ class LoadOptions(TypedDict, total=False):
 
     dtype `auto` is bfloat16 where the hardware multiplies it natively, else float32; device `auto` is cuda, mps or cpu,
     the first there is. `max_tokens` lowers the model's own limit, `batch_tokens` replaces what suits the device.
-    `threads` sets torch's CPU threads for the whole process.
+    `threads` sets torch's CPU threads for the whole process. `native_kernels` false keeps compiled code away.
     """
 
     dtype: DType
@@ -42,6 +42,7 @@ class LoadOptions(TypedDict, total=False):
     max_tokens: int | None
     batch_tokens: int | None
     threads: int | None
+    native_kernels: bool
 
 
 @dataclass(frozen=True, slots=True)

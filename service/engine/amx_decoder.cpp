@@ -1,0 +1,442 @@
+// The forward of a decoder over one pack of prompts, in bfloat16 on a CPU with AMX. amx_decoder.py calls it.
+//
+// Products take bfloat16 and sum in float32; the residual stream, norms, softmax and activations are float32, each
+// rounded once where the next product reads it. Every number of a row is made from that row alone (and, in attention,
+// from the keys of its chain) in an order that does not depend on where the row lies or on what lies beside it: a
+// prompt has the same bits in every pack.
+//
+// Weights and keys lie in panels of 32 outputs: [outputs / 32][depth / 32][2 tiles][16 pairs][16 outputs][2], so that a
+// step of 32 along the depth is two tiles, one behind the other. Strides are in elements.
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+typedef uint16_t bf16;
+
+namespace {
+
+const int64_t kBlock = 32;      // rows and outputs of one block of a product: two tiles by two
+const int64_t kChunkRows = 256;  // rows that go through a layer's products together, so that they stay in the cache
+
+struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+template <class T>
+struct Buffer {  // memory in whole cache lines, zeroed; `stride` keeps rows off each other's cache sets
+  T *data;
+  int64_t stride;
+  Buffer(int64_t rows, int64_t width) : stride((width + 31) / 32 * 32 + 32) {
+    size_t bytes = (size_t)(rows * stride * (int64_t)sizeof(T) + 63) / 64 * 64;
+    data = (T *)aligned_alloc(64, bytes);
+    if (data) memset(data, 0, bytes);
+  }
+  ~Buffer() { free(data); }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  T *row(int64_t index) const { return data + index * stride; }
+};
+
+inline __m512 widen(const bf16 *x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+inline void narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+// exp, to 2 units in the last place: Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 it is 0; NaN stays NaN.
+inline __m512 exponential(__m512 x) {
+  __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+  x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+  return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), tiny, _mm512_setzero_ps());
+}
+
+inline __m512 sigmoid(__m512 x) {
+  __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
+  return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+inline __m512 hyperbolic_tangent(__m512 x) {
+  return _mm512_fmsub_ps(_mm512_set1_ps(2.0f), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1.0f));
+}
+
+// x * sigmoid(x), or the tanh form of GELU, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+inline __m512 activate(__m512 x, bool gelu) {
+  if (!gelu) return _mm512_mul_ps(x, sigmoid(x));
+  __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
+  return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_add_ps(x, cubed))));
+}
+
+// rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
+// results. `rows` is rounded up to blocks: the input has those rows too. A panel is `panel` long, of which depth * 32
+// are read. Tiles: 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the weight.
+template <class Store>
+inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
+                    int64_t outputs, Store store) {
+  alignas(64) float sums[4][256];
+  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel)
+    for (int64_t row = 0; row < rows; row += kBlock) {
+      const bf16 *upper = x + row * stride, *lower = upper + 16 * stride, *step = weight;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t k = 0; k < depth; k += 32, step += 1024) {
+        _tile_loadd(4, upper + k, stride * 2);
+        _tile_loadd(6, step, 64);
+        _tile_loadd(7, step + 512, 64);
+        _tile_loadd(5, lower + k, stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      for (int64_t i = 0; i < kBlock; i++) {
+        const float *left = sums[i / 16 * 2] + i % 16 * 16;
+        store(row + i, output, _mm512_load_ps(left), _mm512_load_ps(left + 256));
+      }
+    }
+}
+
+inline float sum_of_squares(const float *x, int64_t width) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t at = 0; at < width; at += 16) {
+    __m512 part = _mm512_loadu_ps(x + at);
+    sum = _mm512_fmadd_ps(part, part, sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// weight * x / sqrt(mean(x^2) + eps) for one row.
+inline __m512 norm_scale(const float *x, int64_t width, float eps) {
+  return _mm512_set1_ps(1.0f / __builtin_sqrtf(sum_of_squares(x, width) / width + eps));
+}
+
+void rms_norm(const float *x, const float *weight, float eps, int64_t width, bf16 *out) {
+  __m512 scale = norm_scale(x, width, eps);
+  for (int64_t at = 0; at < width; at += 16)
+    narrow(out + at, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at), scale), _mm512_loadu_ps(weight + at)));
+}
+
+}  // namespace
+
+extern "C" {
+
+// One decoder layer. Pointers that a family has no use for are null.
+struct Layer {
+  const float *before_norm, *qkv_bias, *q_norm, *k_norm, *output_bias, *attention_norm, *mlp_norm, *last_norm;
+  const bf16 *qkv, *output, *gate_up, *down;
+  const float *cos, *sin;  // [positions][head_width]
+  int64_t window;          // keys that a query sees, itself included; 0: all before it
+  float scaling, cap;      // cap 0: scores are not capped
+};
+
+struct Model {
+  int64_t layers, width, heads, kv_heads, head_width, mlp_width, gelu;
+  float eps;
+  const float *final_norm;  // [width]
+  const Layer *layer;
+};
+
+// Tokens that are read once: rows [row, row + length) of the pack. It sees the segments chain[0] to chain[links - 1], the
+// last of which is itself; `position` is the place of its first token in its prompt.
+struct Segment {
+  int64_t row, length, position, links;
+  const int64_t *chain;
+};
+}
+
+namespace {
+
+// Rotary positions of one head, the first half of which is paired with the second, behind a norm where there is one.
+void rotate(bf16 *head, int64_t width, const float *cos, const float *sin, const float *norm, float eps) {
+  alignas(64) float x[1024];
+  for (int64_t at = 0; at < width; at += 16) _mm512_store_ps(x + at, widen(head + at));
+  if (norm) {
+    __m512 scale = norm_scale(x, width, eps);
+    for (int64_t at = 0; at < width; at += 16)
+      _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(x + at), scale), _mm512_loadu_ps(norm + at)));
+  }
+  int64_t half = width / 2;
+  for (int64_t at = 0; at < half; at += 16) {
+    __m512 first = _mm512_load_ps(x + at), second = _mm512_load_ps(x + half + at);
+    __m512 turned = _mm512_mul_ps(second, _mm512_loadu_ps(sin + at));
+    narrow(head + at, _mm512_fmsub_ps(first, _mm512_loadu_ps(cos + at), turned));
+    turned = _mm512_mul_ps(first, _mm512_loadu_ps(sin + half + at));
+    narrow(head + half + at, _mm512_fmadd_ps(second, _mm512_loadu_ps(cos + half + at), turned));
+  }
+}
+
+// Scratch for the attention of one segment over at most `keys` keys.
+struct AttentionScratch {
+  Buffer<bf16> keys, values, shares;
+  Buffer<float> scores;
+  AttentionScratch(int64_t most_keys, int64_t head_width)
+      : keys(most_keys, head_width), values(most_keys, head_width), shares(kBlock, most_keys), scores(kBlock, most_keys) {}
+  bool complete() const { return keys.data && values.data && shares.data && scores.data; }
+};
+
+// Keys (outputs are keys, depth is the head's width) and values (outputs are the head's width, depth is keys) of one
+// kv head into panels; what lies behind the last key is zero.
+void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Segment &own, int64_t width,
+             int64_t key_offset, int64_t value_offset, int64_t padded, AttentionScratch &scratch) {
+  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32((int)(stride / 2)));
+  static const bf16 zeros[1024] = {};
+  const bf16 *rows[kBlock];
+  int64_t link = 0, within = 0;
+  for (int64_t key = 0; key < padded; key += kBlock) {
+    bool together = true;
+    for (int64_t i = 0; i < kBlock; i++) {
+      while (link < own.links && within == segments[own.chain[link]].length) link++, within = 0;
+      rows[i] = link < own.links ? qkv + (segments[own.chain[link]].row + within++) * stride + key_offset : zeros;
+      together = together && rows[i] == rows[0] + i * stride;
+    }
+    bf16 *panel = scratch.keys.data + key * width;
+    for (int64_t pair = 0; pair < width / 2; pair++) {
+      uint32_t *to = (uint32_t *)(panel + pair / 16 * 1024 + pair % 16 * 32);
+      if (together) {
+        _mm512_storeu_si512(to, _mm512_i32gather_epi32(places, (const int *)rows[0] + pair, 4));
+        _mm512_storeu_si512(to + 256, _mm512_i32gather_epi32(places, (const int *)rows[16] + pair, 4));
+      } else {
+        for (int64_t i = 0; i < 16; i++) {
+          memcpy(to + i, rows[i] + pair * 2, 4);
+          memcpy(to + 256 + i, rows[16 + i] + pair * 2, 4);
+        }
+      }
+    }
+    int64_t shift = value_offset - key_offset;
+    for (int64_t column = 0; column < width; column += 16) {
+      bf16 *to = scratch.values.data + column / 32 * padded * 32 + key * 32 + column % 32 / 16 * 512;
+      for (int64_t i = 0; i < kBlock; i += 2, to += 32) {
+        const bf16 *even = rows[i] == zeros ? zeros : rows[i] + shift + column;
+        const bf16 *odd = rows[i + 1] == zeros ? zeros : rows[i + 1] + shift + column;
+        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)even));
+        __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)odd));
+        _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+}
+
+// exp(score - largest) over keys [first, last), zero over the rest of [0, padded); returns the sum.
+float softmax(float *scores, bf16 *shares, int64_t first, int64_t last, int64_t padded, float scaling, float cap) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  auto seen = [&](int64_t at) {
+    return _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(first - at)), _MM_CMPINT_NLT) &
+           _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(last - at)), _MM_CMPINT_LT);
+  };
+  int64_t start = first / 32 * 32, end = (last + 31) / 32 * 32;
+  __m512 largest = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t at = start; at < end; at += 16) {
+    __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scaling));
+    if (cap != 0)
+      score = _mm512_mul_ps(_mm512_set1_ps(cap), hyperbolic_tangent(_mm512_div_ps(score, _mm512_set1_ps(cap))));
+    _mm512_store_ps(scores + at, score);
+    largest = _mm512_mask_max_ps(largest, seen(at), largest, score);
+  }
+  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t at = start; at < end; at += 16) {
+    __m512 share = exponential(_mm512_sub_ps(_mm512_load_ps(scores + at), largest));
+    share = _mm512_maskz_mov_ps(seen(at), share);
+    sum = _mm512_add_ps(sum, share);
+    narrow(shares + at, share);
+  }
+  memset(shares + end, 0, (size_t)(padded - end) * 2);
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Attention of a segment's queries to the keys of its chain, from [rows][queries, keys, values] into [rows][heads, width].
+void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, const Segment *segments, const Segment &own,
+            const Buffer<bf16> &out, AttentionScratch &scratch) {
+  int64_t width = model.head_width, group = model.heads / model.kv_heads, keys = 0;
+  for (int64_t link = 0; link < own.links; link++) keys += segments[own.chain[link]].length;
+  int64_t padded = (keys + kBlock - 1) / kBlock * kBlock, before = keys - own.length;
+  float sums[kBlock] = {};
+  for (int64_t kv = 0; kv < model.kv_heads; kv++) {
+    int64_t key_offset = (model.heads + kv) * width;
+    lay_out(qkv.data, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width, padded, scratch);
+    for (int64_t query = 0; query < own.length; query += kBlock) {
+      int64_t rows = own.length - query < kBlock ? own.length - query : kBlock, last = before + query + rows;
+      int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
+      int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
+      for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+        product(qkv.row(own.row + query) + head * width, qkv.stride, kBlock, scratch.keys.data + start * width,
+                kBlock * width, width, used - start, [&](int64_t row, int64_t key, __m512 left, __m512 right) {
+                  _mm512_store_ps(scratch.scores.row(row) + start + key, left);
+                  _mm512_store_ps(scratch.scores.row(row) + start + key + 16, right);
+                });
+        for (int64_t row = 0; row < rows; row++) {
+          int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
+          memset(scratch.shares.row(row) + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
+          sums[row] = softmax(scratch.scores.row(row), scratch.shares.row(row), begin, end, used, layer.scaling, layer.cap);
+        }
+        product(scratch.shares.data + start, scratch.shares.stride, kBlock, scratch.values.data + start * kBlock,
+                padded * kBlock, used - start, width, [&](int64_t row, int64_t column, __m512 left, __m512 right) {
+                  if (row >= rows) return;
+                  bf16 *to = out.row(own.row + query + row) + head * width + column;
+                  narrow(to, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
+                  narrow(to + 16, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
+                });
+      }
+    }
+  }
+}
+
+inline void add_bias(const float *bias, int64_t output, __m512 &left, __m512 &right) {
+  if (!bias) return;
+  left = _mm512_add_ps(left, _mm512_loadu_ps(bias + output));
+  right = _mm512_add_ps(right, _mm512_loadu_ps(bias + output + 16));
+}
+
+// hidden += x times weight; with a norm (Gemma's) in between where there is one.
+void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, const float *bias, const float *norm,
+                 float eps, int64_t depth, const Buffer<float> &hidden, int64_t first_row, int64_t width,
+                 const Buffer<float> &mixed) {
+  product(x, stride, rows, weight, depth * kBlock, depth, width, [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+    add_bias(bias, output, left, right);
+    float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
+    _mm512_storeu_ps(to, norm ? left : _mm512_add_ps(_mm512_loadu_ps(to), left));
+    _mm512_storeu_ps(to + 16, norm ? right : _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
+  });
+  for (int64_t row = 0; norm && row < rows; row++) {
+    float *to = hidden.row(first_row + row), *from = mixed.row(row);
+    __m512 scale = norm_scale(from, width, eps);
+    for (int64_t at = 0; at < width; at += 16) {
+      __m512 part = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + at), scale), _mm512_loadu_ps(norm + at));
+      _mm512_storeu_ps(to + at, _mm512_add_ps(_mm512_loadu_ps(to + at), part));
+    }
+  }
+}
+
+void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t depth, int64_t width, bool gelu,
+           bf16 *out, int64_t out_stride) {
+  product(x, stride, rows, weight, depth * kBlock, depth, 2 * width, [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
+    narrow(out + row * out_stride + output / 2, _mm512_mul_ps(activate(gate, gelu), up));
+  });
+}
+
+int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
+
+}  // namespace
+
+extern "C" {
+
+// Ask the kernel for AMX, once in a process; 0 if it is ours.
+int64_t amx_request() { return syscall(SYS_arch_prctl, 0x1023, 18); }
+
+// [rows, depth] times a panelled weight, plus bias where there is one, into [rows, outputs]; as nn.Linear. Rows are
+// rounded up to 32 in both.
+void amx_linear(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, const float *bias, int64_t outputs, bf16 *out) {
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  product(x, depth, blocks(rows), weight, depth * kBlock, depth, outputs, [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+    add_bias(bias, output, left, right);
+    narrow(out + row * outputs + output, left);
+    narrow(out + row * outputs + output + 16, right);
+  });
+  _tile_release();
+}
+
+// activation(x times gate) * (x times up), as [rows, width]; gate and up lie in turn in blocks of 16 outputs.
+void amx_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu, bf16 *out) {
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  gated(x, depth, blocks(rows), weight, depth, width, gelu, out, width);
+  _tile_release();
+}
+
+// The states behind the rows `last` of a pack, normed, into [lasts, width]. `embedded` is [rows, width]. Returns 0, or 1
+// where there is not enough memory.
+int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
+                   const int64_t *last, int64_t lasts, float *out) {
+  const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
+  const int64_t mixed_width = model->heads * head, chunk = rows < kChunkRows ? blocks(rows) : kChunkRows;
+  int64_t most_keys = 0;
+  for (int64_t s = 0; s < count; s++) {
+    int64_t keys = segments[s].position + segments[s].length;
+    most_keys = keys > most_keys ? keys : most_keys;
+  }
+  // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
+  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width), mixed(kChunkRows, width);
+  Buffer<bf16> qkv(rows + 2 * kBlock, heads * head), seen(blocks(rows), mixed_width), seen_ends(blocks(lasts), mixed_width);
+  Buffer<bf16> normed(kChunkRows, width), inner(kChunkRows, model->mlp_width);
+  AttentionScratch scratch(blocks(most_keys), head);
+  if (!hidden.data || !ends.data || !mixed.data || !qkv.data || !seen.data || !seen_ends.data || !normed.data ||
+      !inner.data || !scratch.complete())
+    return 1;
+  for (int64_t row = 0; row < rows; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  for (int64_t l = 0; l < model->layers; l++) {
+    const Layer &layer = model->layer[l];
+    for (int64_t from = 0; from < rows; from += chunk) {
+      int64_t some = rows - from < chunk ? rows - from : chunk;
+      for (int64_t row = 0; row < some; row++)
+        rms_norm(hidden.row(from + row), layer.before_norm, model->eps, width, normed.row(row));
+      product(normed.data, normed.stride, some, layer.qkv, width * kBlock, width, heads * head,
+              [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+                add_bias(layer.qkv_bias, output, left, right);
+                narrow(qkv.row(from + row) + output, left);
+                narrow(qkv.row(from + row) + output + 16, right);
+              });
+    }
+    for (int64_t s = 0; s < count; s++)
+      for (int64_t token = 0; token < segments[s].length; token++) {
+        const float *cos = layer.cos + (segments[s].position + token) * head;
+        const float *sin = layer.sin + (segments[s].position + token) * head;
+        bf16 *row = qkv.row(segments[s].row + token);
+        for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
+          rotate(row + h * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
+      }
+    for (int64_t s = 0; s < count; s++) attend(*model, layer, qkv, segments, segments[s], seen, scratch);
+    // Nobody reads what the last layer makes of other rows.
+    const bool final = l + 1 == model->layers;
+    for (int64_t i = 0; final && i < lasts; i++) {
+      memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
+      memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)mixed_width * 2);
+    }
+    const Buffer<float> &state = final ? ends : hidden;
+    const Buffer<bf16> &read = final ? seen_ends : seen;
+    for (int64_t from = 0, all = final ? lasts : rows; from < all; from += chunk) {
+      int64_t some = all - from < chunk ? all - from : chunk;
+      add_product(read.row(from), read.stride, some, layer.output, layer.output_bias, layer.attention_norm, model->eps,
+                  mixed_width, state, from, width, mixed);
+      for (int64_t row = 0; row < some; row++)
+        rms_norm(state.row(from + row), layer.mlp_norm, model->eps, width, normed.row(row));
+      gated(normed.data, normed.stride, some, layer.gate_up, width, model->mlp_width, model->gelu, inner.data, inner.stride);
+      add_product(inner.data, inner.stride, some, layer.down, nullptr, layer.last_norm, model->eps, model->mlp_width, state,
+                  from, width, mixed);
+    }
+  }
+  _tile_release();
+  for (int64_t i = 0; i < lasts; i++) {
+    __m512 scale = norm_scale(ends.row(i), width, model->eps);
+    for (int64_t at = 0; at < width; at += 16) {
+      __m512 part = _mm512_mul_ps(_mm512_loadu_ps(ends.row(i) + at), scale);
+      _mm512_storeu_ps(out + i * width + at, _mm512_mul_ps(part, _mm512_loadu_ps(model->final_norm + at)));
+    }
+  }
+  return 0;
+}
+}

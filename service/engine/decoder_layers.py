@@ -1,0 +1,148 @@
+"""What the decoders that can be read packed are made of: the parts of each layer, by family, and rotary positions.
+
+All known families have Llama's parts; some add norms, windows or caps, which are None where a family lacks them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+LAYERS: Final = frozenset(
+    {
+        "LlamaDecoderLayer",
+        "MistralDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "GemmaDecoderLayer",
+        "Gemma2DecoderLayer",
+        "Gemma3DecoderLayer",
+    }
+)
+# Frequencies that do not depend on the length of what is read.
+_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+class UnsupportedModelError(ValueError):
+    """The model cannot be run this way; the message says why, so that it can follow "not made"."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """A decoder layer's parts: `attention` is the module that its projections belong to, `layer` has all of them."""
+
+    layer: nn.Module
+    attention: nn.Module
+    before: nn.Module
+    qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    output: nn.Linear
+    after_attention: nn.Module | None
+    before_mlp: nn.Module
+    gate: nn.Linear
+    up: nn.Linear
+    activation: nn.Module
+    down: nn.Linear
+    after_mlp: nn.Module | None
+    kind: str | None
+    head_width: int
+    scaling: float
+    window: int | None
+    cap: float | None
+
+
+class Rope:
+    """The model's own rotary factors in `dtype`, [positions, head width] each, from a table that grows by doubling."""
+
+    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype) -> None:
+        self._module, self._kind = module, kind
+        self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
+
+    @torch.inference_mode()
+    def grow(self, positions: int) -> None:
+        """Make the table long enough; its first rows stay what they are."""
+        if positions > len(self.cos):
+            size = max(256, 1 << (positions - 1).bit_length())
+            more = {} if self._kind is None else {"layer_type": self._kind}
+            cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
+            self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model's decoder: what stands before, between and behind its layers."""
+
+    embed: nn.Module
+    layers: Sequence[DecoderLayer]
+    norm: nn.Module
+    dtype: torch.dtype
+    rotary: nn.Module
+
+    def ropes(self, dtype: torch.dtype) -> dict[str | None, Rope]:
+        """Tables by the kinds of layers that have frequencies of their own; None is for all others."""
+        by_kind = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        kinds = {layer.kind for layer in self.layers} if by_kind else {None}
+        return {kind: Rope(self.rotary, kind, dtype) for kind in kinds}
+
+
+def read_decoder(model: Any) -> Decoder:
+    """The model's decoder; UnsupportedModelError where it is not of a known family or not on a CPU."""
+    if model.device.type != "cpu":
+        raise UnsupportedModelError(f"on {model.device.type}")
+    decoder = getattr(model, "model", None)
+    names = {type(layer).__name__ for layer in getattr(decoder, "layers", ())}
+    if decoder is None or not names or not names <= LAYERS:
+        raise UnsupportedModelError(f"for {', '.join(sorted(names)) or type(model).__name__}")
+    config = model.config.get_text_config()
+    ropes = config.rope_parameters
+    kinds = {part["rope_type"] for part in (ropes, *ropes.values()) if isinstance(part, dict) and "rope_type" in part}
+    if not kinds <= _ROPES:
+        raise UnsupportedModelError(f"with rotary positions of the kind {', '.join(sorted(kinds))}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError("with attention in both directions")
+    layers = [_read_layer(layer) for layer in decoder.layers]
+    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, decoder.rotary_emb)
+
+
+def bias_of(*layers: nn.Linear) -> Tensor | None:
+    """The biases of layers that read the same rows, one behind the other; None where there are none."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if biases and len(biases) < len(layers):
+        raise UnsupportedModelError("with biases on some of the merged layers")
+    return torch.cat([bias.data for bias in biases]) if biases else None
+
+
+def _read_layer(layer: Any) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    has_kind = hasattr(attention, "sliding_window")
+    found = DecoderLayer(
+        layer=layer,
+        attention=attention,
+        before=layer.input_layernorm,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
+        output=attention.o_proj,
+        after_attention=layer.post_attention_layernorm if sandwich else None,
+        before_mlp=layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm,
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        activation=mlp.act_fn,
+        down=mlp.down_proj,
+        after_mlp=layer.post_feedforward_layernorm if sandwich else None,
+        kind=getattr(attention, "layer_type", None),
+        head_width=attention.head_dim,
+        scaling=attention.scaling,
+        window=attention.sliding_window if has_kind else getattr(attention.config, "sliding_window", None),
+        cap=getattr(attention, "attn_logit_softcapping", None),
+    )
+    if any(type(part) is not nn.Linear for part in (*found.qkv, found.output, found.gate, found.up, found.down)):
+        raise UnsupportedModelError("with linear layers of another kind")
+    return found

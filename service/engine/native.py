@@ -1,0 +1,61 @@
+"""C++ beside this file into a library of this machine: compiled at its first use, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from platformdirs import user_cache_path
+
+_COMPILERS: Final = ("c++", "g++", "clang++")
+_TIME_LIMIT: Final = 120.0
+
+
+class NativeUnavailableError(RuntimeError):
+    """There is no library; the message says why."""
+
+
+def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library made of `source`; what another process compiled is used as it is.
+
+    It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default the user's cache folder. CXX
+    names another compiler. Raises NativeUnavailableError.
+    """
+    text = source.read_bytes()
+    digest = hashlib.sha256(b"\0".join([text, *(flag.encode() for flag in flags)])).hexdigest()[:20]
+    file = _folder() / f"{source.stem}-{digest}.so"
+    if not file.exists():
+        _compile(source, flags, file)
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise NativeUnavailableError(f"{file} cannot be loaded: {error}") from error
+
+
+def _folder() -> Path:
+    own = os.environ.get("JUDGE_NATIVE_DIR")
+    return Path(own) if own else user_cache_path("judge-as-api") / "native"
+
+
+def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
+    """Into a file of this process first, so that nobody loads half a library."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++; Debian: apt install g++)")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=False)
+            if done.returncode:
+                raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+            made.replace(file)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"compiling {source.name} failed: {error}") from error

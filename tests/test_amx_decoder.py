@@ -1,0 +1,218 @@
+"""Packs read by compiled code: the model's numbers, more exact than its own forward's; and what happens without."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from service.engine import native
+from service.engine.amx_decoder import PanelLinear, PanelMlp
+from service.engine.contract import EngineItem, GenerateItem
+from service.engine.torch_engine import TorchEngine
+from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
+
+needs_amx = pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_bf16"), reason="this CPU has no AMX")
+
+
+@pytest.fixture
+def library_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for compiled libraries."""
+    folder = tmp_path / "native"
+    monkeypatch.setenv("JUDGE_NATIVE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[TorchEngine]:
+    """A small Llama in bfloat16."""
+    make_model(tmp_path, "llama")
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        yield engine
+
+
+def log_odds(engine: TorchEngine, items: list[EngineItem]) -> torch.Tensor:
+    """Of each item's two labels."""
+    return torch.tensor([answer.logprobs[0] - answer.logprobs[1] for answer in engine.label_logprobs(items)])
+
+
+def is_compiled(engine: TorchEngine) -> bool:
+    """Whether compiled code reads this engine's packs."""
+    assert engine._packed is not None
+    return engine._packed.compiled
+
+
+@needs_amx
+@every
+def test_it_is_as_exact_as_the_models_own_forward(kind: str, tmp_path: Path) -> None:
+    """Against the same bfloat16 weights in float32, its errors are smaller than those of the model's own forward."""
+    make_model(tmp_path, kind)
+    rounded, exact = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16) for _ in "12")
+    exact.float()
+    items = some_items(8, 4)
+    own, expected = (
+        torch.tensor([a - b for a, b in (own_logprobs(model.eval(), item) for item in items)])
+        for model in (rounded, exact)
+    )
+
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        found = log_odds(engine, items)
+        assert is_compiled(engine) == (kind != "llama with biases")
+
+    if kind != "llama with biases":
+        assert (found - expected).square().mean().sqrt() < (own - expected).square().mean().sqrt()
+    assert torch.corrcoef(torch.stack((found, expected)))[0, 1] > 0.999
+
+
+@needs_amx
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_long_prompts_behind_shared_ones(kind: str, tmp_path: Path) -> None:
+    """1,200 tokens, whole and cut in places that are no multiples of anything, give what the model gives, and the
+    same bits however they are shared."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        CONFIGS[kind]().__class__(**{**CONFIGS[kind]().to_dict(), "max_position_embeddings": 2048})
+    )
+    model.save_pretrained(tmp_path)
+    exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval().float()
+    rng = random.Random(3)
+    shared = [rng.randrange(3, 128) for _ in range(701)]
+    items = [EngineItem(shared + [rng.randrange(3, 128) for _ in range(n)], (5, 9), (17, 701)) for n in (499, 1, 33)]
+
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        together, alone = log_odds(engine, items), torch.cat([log_odds(engine, [item]) for item in items])
+        assert is_compiled(engine)
+
+    expected = [a - b for a, b in (own_logprobs(exact, item) for item in items)]
+    assert together.tolist() == alone.tolist()
+    assert together.tolist() == pytest.approx(expected, abs=0.05)
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", [(1,), (33,), (2, 5)])
+def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine, tmp_path: Path) -> None:
+    """What takes the place of the model's projections and MLP gives their numbers, for any number of rows."""
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0]
+    ours: Any = engine._model.model.layers[0]
+    x = torch.randn(*shape, 64).bfloat16()
+
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert isinstance(getattr(ours.self_attn, name), PanelLinear)
+        assert torch.allclose(getattr(ours.self_attn, name)(x), getattr(own.self_attn, name)(x), atol=0.02, rtol=0.01)
+    assert isinstance(ours.mlp, PanelMlp)
+    assert torch.allclose(ours.mlp(x), own.mlp(x), atol=0.05, rtol=0.02)
+    assert not any(isinstance(part, nn.Linear) for part in ours.modules())
+
+
+@needs_amx
+def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
+    """Text comes from the same weights: its first token is the most likely one of the model's own forward."""
+    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    ids = [7, 8, 9, 10]
+    (text,) = engine.generate([GenerateItem(ids, 4, ())])
+
+    with torch.no_grad():
+        logits = own(torch.tensor([ids])).logits[0, -1].float()
+    assert logits.max() - logits[text.token_ids[0]] < 0.05
+
+
+@needs_amx
+def test_an_item_with_broken_embeddings_spoils_itself_only(tmp_path: Path) -> None:
+    """NaN stays in its own item, though others lie in the same blocks of rows."""
+    model = make_model(tmp_path, "llama")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.get_input_embeddings().weight.data[100] = float("nan")
+    model.save_pretrained(tmp_path)
+    fine, broken = EngineItem([9, 7, 8, 10], (5, 6), (2,)), EngineItem([9, 7, 100, 8], (5, 6), (2,))
+
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        spoiled, beside = engine.label_logprobs([broken, fine])
+        (alone,) = engine.label_logprobs([fine])
+        assert is_compiled(engine)
+
+    assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
+    assert beside.logprobs == alone.logprobs
+
+
+@needs_amx
+@pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"intermediate_size": 72}, {"hidden_act": "relu"}])
+def test_shapes_that_it_does_not_know_are_left_to_torch(
+    change: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heads of 16 numbers, an MLP that is no multiple of 32, another activation: the log says why."""
+    caplog.set_level("INFO")
+    config = transformers.LlamaConfig(**{**SMALL, **change})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        assert not is_compiled(engine)
+
+    assert "packs are read by torch's operations: compiled ones are not made with" in caplog.text
+
+
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    """`native_kernels` false leaves everything to torch."""
+    make_model(tmp_path, "llama")
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu", native_kernels=False)) as engine:
+        assert not is_compiled(engine)
+
+
+@needs_amx
+def test_without_a_compiler_torch_reads_the_packs(
+    tmp_path: Path, library_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log says what to install."""
+    caplog.set_level("INFO")
+    make_model(tmp_path / "model", "llama")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+
+    with closing(TorchEngine.load(tmp_path / "model", dtype="bfloat16", device="cpu")) as engine:
+        assert not is_compiled(engine)
+
+    assert "apt install g++" in caplog.text
+    assert not list(library_folder.rglob("*.so"))
+
+
+def test_a_library_is_compiled_once(tmp_path: Path, library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in the cache is used, and other flags or another source are another library."""
+    source = tmp_path / "two.cpp"
+    source.write_text('extern "C" int two() { return NUMBER; }\n', encoding="utf-8")
+    first = native.library(source, ("-DNUMBER=2",))
+    monkeypatch.setenv("CXX", "false")
+    again = native.library(source, ("-DNUMBER=2",))
+
+    assert first.two() == again.two() == 2
+    with pytest.raises(native.NativeUnavailableError, match="false failed"):
+        native.library(source, ("-DNUMBER=3",))
+    assert [file.suffix for file in library_folder.iterdir()] == [".so"]
+
+
+@pytest.mark.usefixtures("library_folder")
+def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+    """Broken code, and a folder that cannot be written."""
+    source = tmp_path / "broken.cpp"
+    source.write_text("int two() { return two_of_them; }\n", encoding="utf-8")
+
+    with pytest.raises(native.NativeUnavailableError, match="two_of_them"):
+        native.library(source, ())
+
+
+@pytest.mark.usefixtures("library_folder")
+def test_a_library_that_cannot_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that makes something else."""
+    compiler, source = tmp_path / "compiler", tmp_path / "two.cpp"
+    compiler.write_text('#!/bin/sh\nfor last; do :; done\necho no library > "$last"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    source.write_text('extern "C" int two() { return 2; }\n', encoding="utf-8")
+    monkeypatch.setenv("CXX", str(compiler))
+
+    with pytest.raises(native.NativeUnavailableError, match="cannot be loaded"):
+        native.library(source, ())
