@@ -18,8 +18,11 @@ typedef uint16_t bf16;
 
 namespace {
 
-const int64_t kBlock = 32;      // rows and outputs of one block of a product: two tiles by two
-const int64_t kChunkRows = 256;  // rows that go through a layer's products together, so that they stay in the cache
+const int64_t kBlock = 32;       // rows and outputs of one block of a product: two tiles by two
+const int64_t kCache = 1 << 20;   // bytes of a product's input that should stay in a core's cache
+const int64_t kMostDepth = 1024;  // of one product into the residual stream; a deeper one is made in slices
+
+inline int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
 
 struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -49,26 +52,32 @@ inline __m512 widen(const bf16 *x) {
 // To the nearest, ties to even; NaN stays NaN.
 inline void narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-// exp, to 2 units in the last place: Cephes' polynomial on [-ln2/2, ln2/2]. Below -87 it is 0; NaN stays NaN.
-inline __m512 exponential(__m512 x) {
-  __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-  x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-  return _mm512_mask_mov_ps(_mm512_scalef_ps(p, n), tiny, _mm512_setzero_ps());
+// 2^t, to 3e-7 of its value: 2^n 2^r with |r| <= 1/2 and the series of 2^r. Below -150 it is 0; NaN stays NaN.
+inline __m512 power_of_two(__m512 t) {
+  __m512 n = _mm512_roundscale_ps(t, 0), r = _mm512_sub_ps(t, n);
+  __m512 p = _mm512_set1_ps(1.33335581e-3f);  // ln(2)^k / k!
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.61812911e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
 }
 
+const float kLog2e = 1.44269504088896341f;
+
+// exp; what is beyond +-87 counts as that.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(87.0f), x));
+  return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(kLog2e)));
+}
+
+// 1 / (1 + exp(-x)); the estimate of the quotient, good to 14 bits, is refined once.
 inline __m512 sigmoid(__m512 x) {
-  __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+  __m512 one = _mm512_set1_ps(1.0f);
+  __m512 d = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+  __m512 estimate = _mm512_rcp14_ps(d);
+  return _mm512_mul_ps(estimate, _mm512_fnmadd_ps(d, estimate, _mm512_set1_ps(2.0f)));
 }
 
 inline __m512 hyperbolic_tangent(__m512 x) {
@@ -82,39 +91,70 @@ inline __m512 activate(__m512 x, bool gelu) {
   return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_add_ps(x, cubed))));
 }
 
+// Tiles 0 to 3: 32 rows of x, `depth` long, times one panel. Tiles 4 and 5 hold rows, 6 and 7 the panel. The tile unit
+// works beside the vector unit: `beside` is done in each of the depth / 32 steps.
+template <class Beside>
+inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, Beside beside) {
+  const bf16 *lower = x + 16 * stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += 32, panel += 1024) {
+    _tile_loadd(4, x + k, stride * 2);
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(7, panel + 512, 64);
+    _tile_loadd(5, lower + k, stride * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    beside();
+  }
+}
+
 // rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
-// results. `rows` is rounded up to blocks: the input has those rows too. A panel is `panel` long, of which depth * 32
-// are read. Tiles: 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the weight.
+// results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
+// too. A panel is `panel` long, of which depth * 32 are read.
 template <class Store>
 inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
                     int64_t outputs, Store store) {
   alignas(64) float sums[4][256];
-  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel)
+  const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps, lines = (kBlock * kBlock + rows - 1) / rows;
+  int64_t stored = kBlock, stored_row = 0, stored_output = 0;
+  auto store_some = [&](int64_t count) {
+    for (int64_t end = stored + count < kBlock ? stored + count : kBlock; stored < end; stored++) {
+      const float *left = sums[stored / 16 * 2] + stored % 16 * 16;
+      store(stored_row + stored, stored_output, _mm512_load_ps(left), _mm512_load_ps(left + 256));
+    }
+  };
+  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel) {
+    const bf16 *next = weight + panel;  // is fetched while this panel is used
     for (int64_t row = 0; row < rows; row += kBlock) {
-      const bf16 *upper = x + row * stride, *lower = upper + 16 * stride, *step = weight;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t k = 0; k < depth; k += 32, step += 1024) {
-        _tile_loadd(4, upper + k, stride * 2);
-        _tile_loadd(6, step, 64);
-        _tile_loadd(7, step + 512, 64);
-        _tile_loadd(5, lower + k, stride * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
+      multiply(x + row * stride, stride, weight, depth, [&] {
+        for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
+        store_some(share);
+      });
       _tile_stored(0, sums[0], 64);
       _tile_stored(1, sums[1], 64);
       _tile_stored(2, sums[2], 64);
       _tile_stored(3, sums[3], 64);
-      for (int64_t i = 0; i < kBlock; i++) {
-        const float *left = sums[i / 16 * 2] + i % 16 * 16;
-        store(row + i, output, _mm512_load_ps(left), _mm512_load_ps(left + 256));
-      }
+      stored = 0, stored_row = row, stored_output = output;
     }
+  }
+  store_some(kBlock);
+}
+
+// 32 rows x depth times a panelled weight, as they are, into [32][outputs].
+inline void product_of_block(const bf16 *x, int64_t stride, const bf16 *weight, int64_t depth, int64_t outputs, float *out,
+                             int64_t out_stride) {
+  for (int64_t output = 0; output < outputs; output += kBlock, weight += depth * kBlock, out += kBlock) {
+    multiply(x, stride, weight, depth, [] {});
+    _tile_stored(0, out, out_stride * 4);
+    _tile_stored(1, out + 16, out_stride * 4);
+    _tile_stored(2, out + 16 * out_stride, out_stride * 4);
+    _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
+  }
 }
 
 inline float sum_of_squares(const float *x, int64_t width) {
@@ -238,26 +278,25 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
   }
 }
 
-// exp(score - largest) over keys [first, last), zero over the rest of [0, padded); returns the sum.
+// exp(scaling * (score - largest)) over keys [first, last), zero over the rest of [0, padded); returns the sum.
 float softmax(float *scores, bf16 *shares, int64_t first, int64_t last, int64_t padded, float scaling, float cap) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   auto seen = [&](int64_t at) {
     return _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(first - at)), _MM_CMPINT_NLT) &
            _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(last - at)), _MM_CMPINT_LT);
   };
-  int64_t start = first / 32 * 32, end = (last + 31) / 32 * 32;
-  __m512 largest = _mm512_set1_ps(-__builtin_inff());
-  for (int64_t at = start; at < end; at += 16) {
-    __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scaling));
-    if (cap != 0)
-      score = _mm512_mul_ps(_mm512_set1_ps(cap), hyperbolic_tangent(_mm512_div_ps(score, _mm512_set1_ps(cap))));
-    _mm512_store_ps(scores + at, score);
-    largest = _mm512_mask_max_ps(largest, seen(at), largest, score);
+  int64_t start = first / kBlock * kBlock, end = blocks(last);
+  for (int64_t at = start; cap != 0 && at < end; at += 16) {
+    __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scaling / cap));
+    _mm512_store_ps(scores + at, _mm512_mul_ps(_mm512_set1_ps(cap), hyperbolic_tangent(score)));
   }
-  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 largest = _mm512_set1_ps(-__builtin_inff()), factor = _mm512_set1_ps((cap != 0 ? 1.0f : scaling) * kLog2e);
+  for (int64_t at = start; at < end; at += 16)
+    largest = _mm512_mask_max_ps(largest, seen(at), largest, _mm512_load_ps(scores + at));
+  largest = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(largest)), factor);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t at = start; at < end; at += 16) {
-    __m512 share = exponential(_mm512_sub_ps(_mm512_load_ps(scores + at), largest));
+    __m512 share = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, largest));
     share = _mm512_maskz_mov_ps(seen(at), share);
     sum = _mm512_add_ps(sum, share);
     narrow(shares + at, share);
@@ -281,11 +320,8 @@ void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, con
       int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
       int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
       for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-        product(qkv.row(own.row + query) + head * width, qkv.stride, kBlock, scratch.keys.data + start * width,
-                kBlock * width, width, used - start, [&](int64_t row, int64_t key, __m512 left, __m512 right) {
-                  _mm512_store_ps(scratch.scores.row(row) + start + key, left);
-                  _mm512_store_ps(scratch.scores.row(row) + start + key + 16, right);
-                });
+        product_of_block(qkv.row(own.row + query) + head * width, qkv.stride, scratch.keys.data + start * width, width,
+                         used - start, scratch.scores.data + start, scratch.scores.stride);
         for (int64_t row = 0; row < rows; row++) {
           int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
           memset(scratch.shares.row(row) + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
@@ -313,12 +349,17 @@ inline void add_bias(const float *bias, int64_t output, __m512 &left, __m512 &ri
 void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, const float *bias, const float *norm,
                  float eps, int64_t depth, const Buffer<float> &hidden, int64_t first_row, int64_t width,
                  const Buffer<float> &mixed) {
-  product(x, stride, rows, weight, depth * kBlock, depth, width, [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-    add_bias(bias, output, left, right);
-    float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
-    _mm512_storeu_ps(to, norm ? left : _mm512_add_ps(_mm512_loadu_ps(to), left));
-    _mm512_storeu_ps(to + 16, norm ? right : _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
-  });
+  for (int64_t row = 0; norm && row < blocks(rows); row++) memset(mixed.row(row), 0, (size_t)width * 4);
+  for (int64_t from = 0; from < depth; from += kMostDepth) {
+    int64_t some = depth - from < kMostDepth ? depth - from : kMostDepth;
+    product(x + from, stride, rows, weight + from * kBlock, depth * kBlock, some, width,
+            [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+              if (from == 0) add_bias(bias, output, left, right);
+              float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
+              _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
+              _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
+            });
+  }
   for (int64_t row = 0; norm && row < rows; row++) {
     float *to = hidden.row(first_row + row), *from = mixed.row(row);
     __m512 scale = norm_scale(from, width, eps);
@@ -335,8 +376,6 @@ void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int6
     narrow(out + row * out_stride + output / 2, _mm512_mul_ps(activate(gate, gelu), up));
   });
 }
-
-int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
 
 }  // namespace
 
@@ -366,21 +405,53 @@ void amx_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, i
   _tile_release();
 }
 
+// [vocabulary, depth] times 16 states: what the three panels of their parts give, summed, as [vocabulary, 16]. `parts`
+// has two panels: the first and second parts of the states, and the third parts. Returns 0, or 1 without enough memory.
+int64_t amx_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, float *out) {
+  const int64_t some = kCache / (2 * depth) / kBlock * kBlock, chunk = some < kBlock ? kBlock : some;
+  const int64_t whole = vocabulary / kBlock * kBlock;
+  Buffer<bf16> rest(kBlock, depth);
+  if (!rest.data) return 1;
+  for (int64_t row = whole; row < vocabulary; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  for (int64_t from = 0; from < vocabulary; from += from < whole ? (whole - from < chunk ? whole - from : chunk) : kBlock) {
+    const bf16 *x = from < whole ? weight + from * depth : rest.data;
+    int64_t stride = from < whole ? depth : rest.stride, all = vocabulary - from;
+    int64_t rows = from >= whole ? kBlock : whole - from < chunk ? whole - from : chunk;
+    product(x, stride, rows, parts + depth * kBlock, depth * kBlock, depth, kBlock,
+            [&](int64_t row, int64_t, __m512 third, __m512) {
+              if (row < all) _mm512_storeu_ps(out + (from + row) * 16, third);
+            });
+    product(x, stride, rows, parts, depth * kBlock, depth, kBlock, [&](int64_t row, int64_t, __m512 first, __m512 second) {
+      if (row >= all) return;
+      float *to = out + (from + row) * 16;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(to), second), first));
+    });
+  }
+  _tile_release();
+  return 0;
+}
+
 // The states behind the rows `last` of a pack, normed, into [lasts, width]. `embedded` is [rows, width]. Returns 0, or 1
 // where there is not enough memory.
 int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
                    const int64_t *last, int64_t lasts, float *out) {
   const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
-  const int64_t mixed_width = model->heads * head, chunk = rows < kChunkRows ? blocks(rows) : kChunkRows;
+  const int64_t mixed_width = model->heads * head;
+  // Rows that go through a layer's products together.
+  const int64_t widest = width < kMostDepth ? kMostDepth : width;
+  const int64_t fitting = kCache / (2 * widest) / kBlock * kBlock, least = fitting < 64 ? 64 : fitting;
+  const int64_t chunk = rows < least ? blocks(rows) : least;
   int64_t most_keys = 0;
   for (int64_t s = 0; s < count; s++) {
     int64_t keys = segments[s].position + segments[s].length;
     most_keys = keys > most_keys ? keys : most_keys;
   }
   // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
-  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width), mixed(kChunkRows, width);
+  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width), mixed(chunk, width);
   Buffer<bf16> qkv(rows + 2 * kBlock, heads * head), seen(blocks(rows), mixed_width), seen_ends(blocks(lasts), mixed_width);
-  Buffer<bf16> normed(kChunkRows, width), inner(kChunkRows, model->mlp_width);
+  Buffer<bf16> normed(chunk, width), inner(chunk, model->mlp_width);
   AttentionScratch scratch(blocks(most_keys), head);
   if (!hidden.data || !ends.data || !mixed.data || !qkv.data || !seen.data || !seen_ends.data || !normed.data ||
       !inner.data || !scratch.complete())

@@ -18,6 +18,7 @@ from torch.nn import functional
 from service.engine import native
 from service.engine.decoder_layers import Decoder, DecoderLayer, UnsupportedModelError, bias_of
 from service.engine.packing import Pack
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 _FLAGS: Final = tuple(
@@ -113,6 +114,30 @@ class AmxDecoder:
         if short:
             raise MemoryError(f"no memory for {len(ids)} tokens")
         return dict(zip(pack.last_row, states, strict=True))
+
+    @torch.inference_mode()
+    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+        """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items.
+
+        Each state is the sum of three numbers in bfloat16, so that its products with bfloat16 weights are exact.
+        """
+        weight = head.weight
+        if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+            return head.of_rows(states)
+        rest = functional.pad(states, (0, 0, 0, HEAD_ROWS - len(states)))
+        parts = []
+        for _ in range(3):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1].float()
+        panels = _panels(torch.cat((*parts, torch.zeros_like(parts[0]))))
+        found = torch.empty(len(weight), HEAD_ROWS)
+        short = self._library.amx_head(
+            weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), found.data_ptr()
+        )
+        if short:
+            raise MemoryError("no memory for the output layer")
+        logits = found.T[: len(states)].contiguous()
+        return logits if head.bias is None else logits + head.bias.float()
 
     def take_over(self) -> None:
         """Put layers that use these weights in the place of the model's own, whose memory is then free."""
@@ -260,6 +285,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer]
     found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer]
     found.amx_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
+    found.amx_head.argtypes = [pointer, number, number, pointer, pointer]
+    found.amx_head.restype = number
     found.amx_linear.restype = found.amx_gated.restype = None
     found.amx_decode.restype = number
     return found

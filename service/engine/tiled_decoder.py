@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from service.engine.decoder_layers import Decoder, DecoderLayer, bias_of
 from service.engine.packing import Pack, Segment
+from service.engine.torch_head import LastTokenHead
 
 # Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
 _TILE_ROWS: Final = {torch.float32: 128}
@@ -68,6 +69,11 @@ class TiledDecoder:
         """Before packs with items of so many tokens."""
         for rope in self._ropes.values():
             rope.grow(longest)
+
+    @torch.inference_mode()
+    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+        """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items."""
+        return head.of_rows(states)
 
     @torch.inference_mode()
     def read(self, pack: Pack) -> dict[int, Tensor]:

@@ -124,11 +124,11 @@ class TorchEngine:
         check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
 
     def _read_packed(self, packed: PackedDecoder, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
-        answers: list[LabelLogprobs] = []
-        for logits, cached in packed.last_logits(items):
-            part = _read_labels(logits, items[len(answers) : len(answers) + len(cached)])
-            answers += [replace(answer, cached_tokens=count) for answer, count in zip(part, cached, strict=True)]
-        return answers
+        def read(logits: Tensor, cached: dict[int, int]) -> list[LabelLogprobs]:
+            answers = zip(_read_labels(logits, [items[index] for index in cached]), cached.values(), strict=True)
+            return [replace(answer, cached_tokens=count) for answer, count in answers]
+
+        return [answer for part in packed.last_logits(items, read) for answer in part]
 
     @torch.inference_mode()
     def _last_logits(self, items: Sequence[EngineItem]) -> Tensor:
@@ -168,7 +168,7 @@ class TorchEngine:
             except UnsupportedModelError as reason:
                 logger.info("labels are read in padded batches: packed ones are not made %s", reason)
                 return
-            ours = torch.cat([logits for logits, _ in packed.last_logits(probes)])
+            ours = torch.cat(list(packed.last_logits(probes, lambda logits, _: logits)))
             errors, limit = _errors(own, ours), _PROBE_TOLERANCE[self._model.dtype]
             # One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
             if bool(errors.median() <= limit and errors.max() <= 3 * limit):

@@ -31,9 +31,16 @@ class LastTokenHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
-        last = hidden[rows, self.last].float()
+        return self._product(hidden[rows, self.last].float())[:, None]
+
+    def of_rows(self, states: Tensor) -> Tensor:
+        """[items, width] -> [items, vocabulary], for at most HEAD_ROWS items, always computed as that many."""
+        return self._product(functional.pad(states.float(), (0, 0, 0, HEAD_ROWS - len(states))))[: len(states)]
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """[rows, width] in fp32 -> [rows, vocabulary]."""
         bias = None if self.bias is None else self.bias.float()
         if self.weight.dtype == torch.float32:
-            return functional.linear(last, self.weight, bias)[:, None]
-        logits = torch.cat([last @ part.float().T for part in torch.split(self.weight, self._chunk)], dim=1)
-        return (logits if bias is None else logits + bias)[:, None]
+            return functional.linear(rows, self.weight, bias)
+        logits = torch.cat([rows @ part.float().T for part in torch.split(self.weight, self._chunk)], dim=1)
+        return logits if bias is None else logits + bias

@@ -12,14 +12,13 @@ other than a CPU, keep the padded way; attention over packs of unequal lengths i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from service.engine.amx_decoder import AmxDecoder
 from service.engine.contract import EngineItem
@@ -29,6 +28,7 @@ from service.engine.tiled_decoder import TiledDecoder
 from service.engine.torch_head import HEAD_ROWS, LastTokenHead
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Rows of a pack: in bf16 its last tile, half empty on average, is one of eight.
 _PACK_ROWS: Final = 2048
@@ -42,6 +42,9 @@ class Reader(Protocol):
 
     def read(self, pack: Pack) -> dict[int, Tensor]:
         """The state behind each item's last token, [width], by the item's index."""
+
+    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+        """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items."""
 
 
 class PackedDecoder:
@@ -65,29 +68,30 @@ class PackedDecoder:
         if isinstance(self._reader, AmxDecoder):
             self._reader.take_over()
 
-    def last_logits(self, items: Sequence[EngineItem]) -> Iterator[tuple[Tensor, list[int]]]:
-        """Next-token logits after each item, in order, some items at a time: [some, vocabulary] in fp32, and how many
-        tokens of each were read for another item."""
-        packs = plan(items, _PACK_ROWS, self._threads)
+    def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
+        """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, but by several threads.
+
+        With them it gets how many tokens of each item, by its index, were read for another one.
+        """
         self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
+        packs = plan(items, _PACK_ROWS, self._threads)
         states = dict(pair for found in self._pool.map(self._reader.read, packs) for pair in found.items())
         cached = {index: count for pack in packs for index, count in pack.cached.items()}
-        for start in range(0, len(items), HEAD_ROWS):
+
+        def group(start: int) -> T:
             some = range(start, min(start + HEAD_ROWS, len(items)))
-            logits = self._pool.submit(self._logits, torch.stack([states[index] for index in some])).result()
-            yield logits, [cached[index] for index in some]
+            logits = self._logits(torch.stack([states[index] for index in some]))
+            return use(logits, {index: cached[index] for index in some})
+
+        return self._pool.map(group, range(0, len(items), HEAD_ROWS))
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
 
-    @torch.inference_mode()
     def _logits(self, states: Tensor) -> Tensor:
-        """[items, width] -> [items, vocabulary], for at most HEAD_ROWS items, always computed as that many."""
-        self._head.last = torch.zeros(HEAD_ROWS, dtype=torch.long)
-        full = functional.pad(states, (0, 0, 0, HEAD_ROWS - len(states)))
-        logits = self._head(full[:, None])[: len(states), 0]
-        return cast(Tensor, logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap)
+        logits = self._reader.logits(self._head, states)
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
 def _reader(decoder: Decoder, *, native: bool) -> Reader:
