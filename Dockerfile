@@ -40,6 +40,13 @@ FROM torch-cpu AS worker-cpu-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c base.txt '.[service,otel,torch]' && pip uninstall --yes judge-as-api
 
+# The kernels of the torch engine, which are otherwise compiled at their first use.
+FROM worker-cpu-deps AS native
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY client client
+COPY service service
+RUN JUDGE_NATIVE_DIR=/opt/native python -m service.engine.amx_decoder
+
 # Has both engines, torch and vllm, on the versions that vLLM wants.
 FROM build AS worker-gpu-deps
 COPY constraints/vllm.txt ./
@@ -90,6 +97,8 @@ ENTRYPOINT ["python", "-m", "service.worker"]
 CMD ["--log-format", "json", "--metrics-host", "0.0.0.0", "--metrics-port", "9100"]
 
 FROM worker AS worker-cpu
+ENV JUDGE_NATIVE_DIR=/opt/native
+COPY --from=native /opt/native /opt/native
 COPY --from=worker-cpu-deps /opt/venv /opt/venv
 COPY --from=code /opt/judge /opt/judge
 USER judge

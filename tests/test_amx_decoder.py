@@ -14,9 +14,10 @@ import transformers
 from torch import nn
 
 from service.engine import native
-from service.engine.amx_decoder import PanelLinear, PanelMlp
+from service.engine.amx_decoder import AmxDecoder, PanelLinear, PanelMlp
 from service.engine.contract import EngineItem, GenerateItem
 from service.engine.torch_engine import TorchEngine
+from service.engine.torch_head import LastTokenHead
 from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
 
 needs_amx = pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_bf16"), reason="this CPU has no AMX")
@@ -108,6 +109,25 @@ def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine
     assert isinstance(ours.mlp, PanelMlp)
     assert torch.allclose(ours.mlp(x), own.mlp(x), atol=0.05, rtol=0.02)
     assert not any(isinstance(part, nn.Linear) for part in ours.modules())
+
+
+@needs_amx
+@pytest.mark.parametrize("vocabulary", [64, 1000, 7])
+def test_its_output_layer_is_in_float32(vocabulary: int, engine: TorchEngine) -> None:
+    """Logits of bfloat16 weights and float32 states are float32's, whatever the size of the vocabulary, with or
+    without a bias, and a state's own whatever is beside it."""
+    output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16()
+    states = torch.randn(5, 64) * torch.tensor([[1e-3], [1.0], [30.0], [1e3], [0.0]])
+    reader = engine._packed._reader if engine._packed else None
+    assert isinstance(reader, AmxDecoder)
+
+    found = reader.logits(LastTokenHead(output), states)
+    alone = torch.cat([reader.logits(LastTokenHead(output), state[None]) for state in states])
+
+    assert torch.equal(found, alone)
+    expected = nn.functional.linear(states.double(), output.weight.double())
+    error = (found - (0 if output.bias is None else output.bias.float()) - expected).abs().max(dim=1).values
+    assert bool((error <= 1e-5 * states.abs().amax(dim=1) + 1e-6).all())
 
 
 @needs_amx

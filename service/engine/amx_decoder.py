@@ -31,6 +31,11 @@ _MOST_HEAD_WIDTH: Final = 1024  # of rotate in amx_decoder.cpp
 _ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "NewGELUActivation": True}
 
 
+def compiled() -> ctypes.CDLL:
+    """The library as it is, compiled where that has not been done yet. Raises NativeUnavailableError."""
+    return native.library(_SOURCE, _FLAGS)
+
+
 class _Layer(ctypes.Structure):
     """Layer in amx_decoder.cpp."""
 
@@ -276,7 +281,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if dtype != torch.bfloat16 or not all(able.get(name, False) for name in _NEEDED):
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
-        found = native.library(_SOURCE, _FLAGS)
+        found = compiled()
     except native.NativeUnavailableError as reason:
         raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
     if found.amx_request():
@@ -349,3 +354,7 @@ def _is_gelu(activation: nn.Module) -> bool:
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+if __name__ == "__main__":
+    compiled()

@@ -69,7 +69,7 @@ class PackedDecoder:
             self._reader.take_over()
 
     def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
-        """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, but by several threads.
+        """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
 
         With them it gets how many tokens of each item, by its index, were read for another one.
         """

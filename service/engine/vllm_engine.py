@@ -103,6 +103,11 @@ class VllmEngine:
             check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
         return self._answer(items, self._read_labels)
 
+    def forget(self) -> None:
+        """Empty the prefix cache: nothing that comes is spared work by what was read before."""
+        if not self._loop.run(self._llm.reset_prefix_cache()):
+            raise RuntimeError("vLLM's prefix cache is in use")
+
     def classify(self, items: Sequence[ClassifyItem]) -> list[Classified | ItemFailure]:
         """See `label_logprobs`."""
         for item in items:
