@@ -144,10 +144,12 @@ class AmxDecoder:
         logits = found.T[: len(states)].contiguous()
         return logits if head.bias is None else logits + head.bias.float()
 
-    def take_over(self) -> None:
+    def take_over(self, head: LastTokenHead) -> None:
         """Put layers that use these weights in the place of the model's own, whose memory is then free."""
         for layer in self._layers:
             layer.take_over()
+        if head.weight.dtype == torch.bfloat16 and head.weight.is_contiguous():
+            head.compiled = lambda rows: torch.cat([self.logits(head, part) for part in torch.split(rows, HEAD_ROWS)])
 
     def _described(self, layer: _Weights) -> _Layer:
         rope = self._ropes[layer.parts.kind if layer.parts.kind in self._ropes else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -26,6 +27,8 @@ class LastTokenHead(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.last = torch.zeros(1, dtype=torch.long)
+        # [rows, width] in fp32 -> [rows, vocabulary], for any number of rows, where there is a faster way.
+        self.compiled: Callable[[Tensor], Tensor] | None = None
         floats = _HEAD_CHUNK.get(linear.weight.device.type, _HEAD_CHUNK_ELSEWHERE)
         self._chunk = max(1, floats // linear.in_features)
 
@@ -39,6 +42,8 @@ class LastTokenHead(nn.Module):
 
     def _product(self, rows: Tensor) -> Tensor:
         """[rows, width] in fp32 -> [rows, vocabulary]."""
+        if self.compiled is not None:
+            return self.compiled(rows)
         bias = None if self.bias is None else self.bias.float()
         if self.weight.dtype == torch.float32:
             return functional.linear(rows, self.weight, bias)

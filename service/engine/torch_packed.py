@@ -66,7 +66,7 @@ class PackedDecoder:
     def take_over(self) -> None:
         """Let the model use this decoder's weights where they are copies of its own, and free those."""
         if isinstance(self._reader, AmxDecoder):
-            self._reader.take_over()
+            self._reader.take_over(self._head)
 
     def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
         """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
