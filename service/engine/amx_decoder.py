@@ -8,6 +8,7 @@ the model itself still does, such as writing text, goes on working.
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from torch.nn import functional
 from service.engine import native
 from service.engine.decoder_layers import Decoder, DecoderLayer, UnsupportedModelError, bias_of
 from service.engine.packing import Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead
+from service.engine.torch_head import LastTokenHead
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 _FLAGS: Final = tuple(
@@ -26,6 +27,7 @@ _FLAGS: Final = tuple(
 )
 _NEEDED: Final = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _BLOCK: Final = 32  # kBlock in amx_decoder.cpp
+_GROUP: Final = 16  # states that amx_head takes together
 _MOST_HEAD_WIDTH: Final = 1024  # of rotate in amx_decoder.cpp
 # Classes of activations; true for the tanh form of GELU, false for SiLU.
 _ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "NewGELUActivation": True}
@@ -122,34 +124,42 @@ class AmxDecoder:
 
     @torch.inference_mode()
     def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
-        """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items.
+        """[items, width] -> [items, vocabulary] in fp32.
 
         Each state is the sum of three numbers in bfloat16, so that its products with bfloat16 weights are exact.
         """
         weight = head.weight
-        if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        if not _fits(weight):
             return head.of_rows(states)
-        rest = functional.pad(states, (0, 0, 0, HEAD_ROWS - len(states)))
+        groups = -(-len(states) // _GROUP)
+        rest = functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1)
         parts = []
         for _ in range(3):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
-        panels = _panels(torch.cat((*parts, torch.zeros_like(parts[0]))))
-        found = torch.empty(len(weight), HEAD_ROWS)
+        panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
+        found = torch.empty(groups, len(weight), _GROUP)
         short = self._library.amx_head(
-            weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), found.data_ptr()
+            weight.data_ptr(),
+            len(weight),
+            weight.shape[1],
+            panels.data_ptr(),
+            groups,
+            found.data_ptr(),
+            torch.get_num_threads(),
         )
         if short:
             raise MemoryError("no memory for the output layer")
-        logits = found.T[: len(states)].contiguous()
+        # In rows, as what is summed over them later depends on how they lie in memory.
+        logits = found.transpose(1, 2).contiguous().view(groups * _GROUP, -1)[: len(states)]
         return logits if head.bias is None else logits + head.bias.float()
 
     def take_over(self, head: LastTokenHead) -> None:
         """Put layers that use these weights in the place of the model's own, whose memory is then free."""
         for layer in self._layers:
             layer.take_over()
-        if head.weight.dtype == torch.bfloat16 and head.weight.is_contiguous():
-            head.compiled = lambda rows: torch.cat([self.logits(head, part) for part in torch.split(rows, HEAD_ROWS)])
+        if _fits(head.weight):
+            head.compiled = partial(self.logits, head)
 
     def _described(self, layer: _Weights) -> _Layer:
         rope = self._ropes[layer.parts.kind if layer.parts.kind in self._ropes else None]
@@ -176,7 +186,14 @@ class PanelLinear(nn.Module):
         out = torch.empty(len(rows), count, dtype=torch.bfloat16)
         bias = _address(self._bias)
         self._library.amx_linear(
-            rows.data_ptr(), len(rows), depth, self._panels.data_ptr(), bias, count, out.data_ptr()
+            rows.data_ptr(),
+            len(rows),
+            depth,
+            self._panels.data_ptr(),
+            bias,
+            count,
+            out.data_ptr(),
+            torch.get_num_threads(),
         )
         return out[:size].view(*x.shape[:-1], count)
 
@@ -194,7 +211,14 @@ class PanelMlp(nn.Module):
         rows, size = _blocks(x, depth)
         inner = torch.empty(len(rows), width, dtype=torch.bfloat16)
         self._library.amx_gated(
-            rows.data_ptr(), len(rows), depth, self._gate_up.data_ptr(), width, int(self._gelu), inner.data_ptr()
+            rows.data_ptr(),
+            len(rows),
+            depth,
+            self._gate_up.data_ptr(),
+            width,
+            int(self._gelu),
+            inner.data_ptr(),
+            torch.get_num_threads(),
         )
         found: Tensor = self.down_proj(inner[:size])
         return found.view(*x.shape[:-1], -1)
@@ -289,10 +313,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if found.amx_request():
         raise UnsupportedModelError("as the system does not give AMX to this process")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer]
-    found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer]
+    found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number]
+    found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number]
     found.amx_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
-    found.amx_head.argtypes = [pointer, number, number, pointer, pointer]
+    found.amx_head.argtypes = [pointer, number, number, pointer, number, pointer, number]
     found.amx_head.restype = number
     found.amx_linear.restype = found.amx_gated.restype = None
     found.amx_decode.restype = number
@@ -313,6 +337,11 @@ def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
         raise UnsupportedModelError(f"with widths that are no multiples of {_BLOCK}")
     halves = (part.view(-1, _BLOCK // 2, part.shape[1]) for part in (gate, up))
     return torch.stack(tuple(halves), dim=1).flatten(0, 2)
+
+
+def _fits(weight: Tensor) -> bool:
+    """Whether amx_head can read the output layer's weight as it lies in memory."""
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % _BLOCK == 0
 
 
 def _blocks(x: Tensor, depth: int) -> tuple[Tensor, int]:

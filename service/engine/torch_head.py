@@ -34,16 +34,15 @@ class LastTokenHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self._product(hidden[rows, self.last].float())[:, None]
+        states = hidden[rows, self.last].float()
+        return (self._own_product(states) if self.compiled is None else self.compiled(states))[:, None]
 
     def of_rows(self, states: Tensor) -> Tensor:
         """[items, width] -> [items, vocabulary], for at most HEAD_ROWS items, always computed as that many."""
-        return self._product(functional.pad(states.float(), (0, 0, 0, HEAD_ROWS - len(states))))[: len(states)]
+        return self._own_product(functional.pad(states.float(), (0, 0, 0, HEAD_ROWS - len(states))))[: len(states)]
 
-    def _product(self, rows: Tensor) -> Tensor:
+    def _own_product(self, rows: Tensor) -> Tensor:
         """[rows, width] in fp32 -> [rows, vocabulary]."""
-        if self.compiled is not None:
-            return self.compiled(rows)
         bias = None if self.bias is None else self.bias.float()
         if self.weight.dtype == torch.float32:
             return functional.linear(rows, self.weight, bias)
