@@ -370,19 +370,6 @@ void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight
   }
 }
 
-// work(first, how many) on each of some threads, which share `all` among them, with the tile unit set up.
-template <class Work>
-void shared_out(int64_t all, int64_t threads, Work work) {
-#pragma omp parallel for num_threads((int)threads) schedule(static, 1)
-  for (int64_t thread = 0; thread < threads; thread++) {
-    const int64_t first = all * thread / threads, end = all * (thread + 1) / threads;
-    Tiles tiles;
-    _tile_loadconfig(&tiles);
-    if (end > first) work(first, end - first);
-    _tile_release();
-  }
-}
-
 void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t depth, int64_t width, bool gelu,
            bf16 *out, int64_t out_stride) {
   product(x, stride, rows, weight, depth * kBlock, depth, 2 * width, [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
@@ -397,62 +384,66 @@ extern "C" {
 // Ask the kernel for AMX, once in a process; 0 if it is ours.
 int64_t amx_request() { return syscall(SYS_arch_prctl, 0x1023, 18); }
 
+// The next three do panels [first, first + count) of their weights, so that several threads can share one product.
+
 // [rows, depth] times a panelled weight, plus bias where there is one, into [rows, outputs]; as nn.Linear. Rows are
 // rounded up to 32 in both.
 void amx_linear(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, const float *bias, int64_t outputs, bf16 *out,
-                int64_t threads) {
-  shared_out(outputs / kBlock, threads, [&](int64_t first, int64_t count) {
-    const int64_t offset = first * kBlock;
-    product(x, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock,
-            [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-              add_bias(bias, offset + output, left, right);
-              narrow(out + row * outputs + offset + output, left);
-              narrow(out + row * outputs + offset + output + 16, right);
-            });
-  });
+                int64_t first, int64_t count) {
+  const int64_t offset = first * kBlock;
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  product(x, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock,
+          [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+            add_bias(bias, offset + output, left, right);
+            narrow(out + row * outputs + offset + output, left);
+            narrow(out + row * outputs + offset + output + 16, right);
+          });
+  _tile_release();
 }
 
 // activation(x times gate) * (x times up), as [rows, width]; gate and up lie in turn in blocks of 16 outputs.
 void amx_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu, bf16 *out,
-               int64_t threads) {
-  shared_out(2 * width / kBlock, threads, [&](int64_t first, int64_t count) {
-    gated(x, depth, blocks(rows), weight + first * kBlock * depth, depth, count * kBlock / 2, gelu,
-          out + first * kBlock / 2, width);
-  });
+               int64_t first, int64_t count) {
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  gated(x, depth, blocks(rows), weight + first * kBlock * depth, depth, count * kBlock / 2, gelu,
+        out + first * kBlock / 2, width);
+  _tile_release();
 }
 
 // [vocabulary, depth] times 16 states for each group: what the panels of their parts give, summed, as
 // [groups, vocabulary, 16]. `parts` has two panels for each group: the first and second parts of the states, and the
-// third parts. Returns 0, or 1 without enough memory.
+// third parts. Here it is the weight that lies in rows, and a panel of it is 32 of these; the last may be shorter.
+// Returns 0, or 1 without enough memory.
 int64_t amx_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, int64_t groups, float *out,
-                 int64_t threads) {
+                 int64_t first, int64_t count) {
   const int64_t fitting = kCache / (2 * depth) / kBlock * kBlock, chunk = fitting < kBlock ? kBlock : fitting;
-  const int64_t whole = vocabulary / kBlock, panel = depth * kBlock;
-  auto read = [&](const bf16 *x, int64_t stride, int64_t from, int64_t rows, int64_t real) {
+  const int64_t whole = vocabulary / kBlock * kBlock, panel = depth * kBlock;
+  Buffer<bf16> rest(kBlock, depth);
+  if (!rest.data) return 1;
+  for (int64_t row = whole; row < vocabulary; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
+  Tiles tiles;
+  _tile_loadconfig(&tiles);
+  for (int64_t from = first * kBlock, end = (first + count) * kBlock, rows; from < end; from += rows) {
+    const bool last = from >= whole;
+    const bf16 *x = last ? rest.data : weight + from * depth;
+    const int64_t stride = last ? rest.stride : depth, left = (end < whole || last ? end : whole) - from;
+    rows = left < chunk ? left : chunk;
     for (int64_t group = 0; group < groups; group++) {
       const bf16 *upper = parts + 2 * group * panel;
       float *to = out + (group * vocabulary + from) * 16;
       product(x, stride, rows, upper + panel, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 third, __m512) {
-        if (row < real) _mm512_storeu_ps(to + row * 16, third);
+        if (from + row < vocabulary) _mm512_storeu_ps(to + row * 16, third);
       });
-      product(x, stride, rows, upper, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 first, __m512 second) {
+      product(x, stride, rows, upper, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 high, __m512 middle) {
         float *at = to + row * 16;
-        if (row < real) _mm512_storeu_ps(at, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(at), second), first));
+        if (from + row < vocabulary)
+          _mm512_storeu_ps(at, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(at), middle), high));
       });
     }
-  };
-  shared_out(whole, threads, [&](int64_t first, int64_t count) {
-    for (int64_t from = first * kBlock, end = (first + count) * kBlock; from < end; from += chunk) {
-      int64_t rows = end - from < chunk ? end - from : chunk;
-      read(weight + from * depth, depth, from, rows, rows);
-    }
-  });
-  const int64_t from = whole * kBlock, real = vocabulary - from;
-  if (!real) return 0;
-  Buffer<bf16> rest(kBlock, depth);
-  if (!rest.data) return 1;
-  for (int64_t row = 0; row < real; row++) memcpy(rest.row(row), weight + (from + row) * depth, (size_t)depth * 2);
-  shared_out(1, 1, [&](int64_t, int64_t) { read(rest.data, rest.stride, from, kBlock, real); });
+  }
+  _tile_release();
   return 0;
 }
 

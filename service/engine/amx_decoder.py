@@ -8,9 +8,13 @@ the model itself still does, such as writing text, goes on working.
 from __future__ import annotations
 
 import ctypes
-from functools import partial
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,8 @@ from service.engine import native
 from service.engine.decoder_layers import Decoder, DecoderLayer, UnsupportedModelError, bias_of
 from service.engine.packing import Pack
 from service.engine.torch_head import LastTokenHead
+
+T = TypeVar("T")
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 _FLAGS: Final = tuple(
@@ -139,16 +145,8 @@ class AmxDecoder:
             rest = rest - parts[-1].float()
         panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
         found = torch.empty(groups, len(weight), _GROUP)
-        short = self._library.amx_head(
-            weight.data_ptr(),
-            len(weight),
-            weight.shape[1],
-            panels.data_ptr(),
-            groups,
-            found.data_ptr(),
-            torch.get_num_threads(),
-        )
-        if short:
+        fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()
+        if any(_shared_out(-(-len(weight) // _BLOCK), partial(self._library.amx_head, *fixed))):
             raise MemoryError("no memory for the output layer")
         # In rows, as what is summed over them later depends on how they lie in memory.
         logits = found.transpose(1, 2).contiguous().view(groups * _GROUP, -1)[: len(states)]
@@ -184,17 +182,8 @@ class PanelLinear(nn.Module):
         count, depth = len(self._panels) * _BLOCK, self._panels.shape[1] * _BLOCK
         rows, size = _blocks(x, depth)
         out = torch.empty(len(rows), count, dtype=torch.bfloat16)
-        bias = _address(self._bias)
-        self._library.amx_linear(
-            rows.data_ptr(),
-            len(rows),
-            depth,
-            self._panels.data_ptr(),
-            bias,
-            count,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        fixed = rows.data_ptr(), len(rows), depth, self._panels.data_ptr(), _address(self._bias), count, out.data_ptr()
+        _shared_out(len(self._panels), partial(self._library.amx_linear, *fixed))
         return out[:size].view(*x.shape[:-1], count)
 
 
@@ -210,16 +199,9 @@ class PanelMlp(nn.Module):
         width, depth = len(self._gate_up) * _BLOCK // 2, self._gate_up.shape[1] * _BLOCK
         rows, size = _blocks(x, depth)
         inner = torch.empty(len(rows), width, dtype=torch.bfloat16)
-        self._library.amx_gated(
-            rows.data_ptr(),
-            len(rows),
-            depth,
-            self._gate_up.data_ptr(),
-            width,
-            int(self._gelu),
-            inner.data_ptr(),
-            torch.get_num_threads(),
-        )
+        weight = self._gate_up
+        fixed = rows.data_ptr(), len(rows), depth, weight.data_ptr(), width, int(self._gelu), inner.data_ptr()
+        _shared_out(len(weight), partial(self._library.amx_gated, *fixed))
         found: Tensor = self.down_proj(inner[:size])
         return found.view(*x.shape[:-1], -1)
 
@@ -313,14 +295,30 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if found.amx_request():
         raise UnsupportedModelError("as the system does not give AMX to this process")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number]
-    found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number]
+    found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number, number]
+    found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
     found.amx_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
-    found.amx_head.argtypes = [pointer, number, number, pointer, number, pointer, number]
+    found.amx_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
     found.amx_head.restype = number
     found.amx_linear.restype = found.amx_gated.restype = None
     found.amx_decode.restype = number
     return found
+
+
+def _shared_out(panels: int, product: Callable[[int, int], T]) -> list[T]:
+    """product(first, count) for all panels, by as many threads as torch would use here."""
+    threads = min(torch.get_num_threads(), panels)
+    if threads == 1:
+        return [product(0, panels)]
+    ends = [panels * thread // threads for thread in range(threads + 1)]
+    others = [_helpers().submit(product, start, end - start) for start, end in pairwise(ends[1:])]
+    return [product(0, ends[1]), *(other.result() for other in others)]
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that help with one product. They do nothing in torch, so they need not be kept to one thread there."""
+    return ThreadPoolExecutor(os.cpu_count(), "amx")
 
 
 def _panels(weight: Tensor) -> Tensor:
