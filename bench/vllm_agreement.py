@@ -73,13 +73,17 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How two engines differ in the log-odds of the same prompts; `spread` is the first one's standard deviation."""
+    """How two engines differ in the log-odds of the same prompts, the two of each pair one after the other.
+
+    `spread` is the first one's standard deviation; `same_winner` the share of pairs with the same order.
+    """
 
     spread: float
     rank_correlation: float
     largest: float
     mean: float
     same_argmax: float
+    same_winner: float
 
     def holds(self, dtype: str) -> bool:
         """Whether that is what the number format explains."""
@@ -138,7 +142,7 @@ def _figures(found: Agreement) -> str:
     return (
         f"rank correlation {found.rank_correlation:.5f}, largest difference {found.largest:.5f}, mean "
         f"{found.mean:.5f}, spread of the first {found.spread:.5f}; the same answer whether a label is likeliest: "
-        f"{found.same_argmax:.1%}"
+        f"{found.same_argmax:.1%}, the same winner: {found.same_winner:.1%}"
     )
 
 
@@ -228,7 +232,13 @@ def compare(one: Side, other: Side) -> Agreement:
         largest=max(differences),
         mean=sum(differences) / len(differences),
         same_argmax=sum(same) / len(same),
+        same_winner=sum(a == b for a, b in zip(_winners(one), _winners(other), strict=True)) / (len(same) // 2),
     )
+
+
+def _winners(one: Side) -> list[bool]:
+    """Whether the first of each pair has the higher log-odds."""
+    return [first > second for first, second in zip(one.log_odds[::2], one.log_odds[1::2], strict=True)]
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:

@@ -70,9 +70,19 @@ def test_calls_are_filled_up_to_the_tokens(prompts: list[JudgePrompt], tmp_path:
 
 def test_the_limit_depends_on_the_number_format(prompts: list[JudgePrompt], tmp_path: Path) -> None:
     """Numbers in float32, ranks in others."""
-    one = side("a", Counting, prompts, tmp_path / "a.jsonl")
+    one = side("a", Counting, prompts[:4], tmp_path / "a.jsonl")
     moved = [answer.model_copy(update={"log_odds": answer.log_odds + 0.01}) for answer in one.answers]
 
     found = compare(one, Side("b", moved))
     assert found.largest == pytest.approx(0.01)
     assert (found.holds("float32"), found.holds("bfloat16")) == (False, True)
+
+
+def test_winners_are_those_of_neighbours(prompts: list[JudgePrompt], tmp_path: Path) -> None:
+    """Two answers are a pair; the engines agree on it where the same one is ahead."""
+    one = side("a", Counting, prompts[:4], tmp_path / "a.jsonl")
+    turned = [answer.model_copy(update={"log_odds": -answer.log_odds}) for answer in one.answers]
+
+    assert compare(one, one).same_winner == 1
+    assert compare(one, Side("b", turned)).same_winner == 0
+    assert compare(one, Side("b", [*one.answers[:2], *turned[2:]])).same_winner == 0.5
