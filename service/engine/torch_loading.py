@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ _MICRO_TOKENS: Final = {"cpu": 1024}
 _MICRO_TOKENS_ELSEWHERE: Final = 16_384
 _BATCH_TOKENS: Final = {"cpu": 4096}
 _BATCH_TOKENS_ELSEWHERE: Final = 32_768
+# M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes, and M_ARENA_MAX: blocks that threads free are there for all of them.
+_MALLOC_OPTIONS: Final = ((-3, 1 << 30), (-1, 1 << 30), (-8, 1))
 # For models that state no limit (recurrent ones).
 _DEFAULT_MAX_TOKENS: Final = 8192
 
@@ -63,6 +66,8 @@ def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 has to mean fp32
     where = _choose_device(options.get("device", "auto"))
     what = _choose_dtype(options.get("dtype", "auto"), where)
+    if where.type == "cpu":
+        _keep_blocks()
     model = _read_model(folder, kind, what, where)
     return Loaded(
         model,
@@ -77,6 +82,14 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _keep_blocks() -> None:
+    """Let glibc keep large blocks: given back and asked for again, each costs a page fault for every 4 KB of it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option in _MALLOC_OPTIONS:
+            mallopt(*option)
 
 
 def _choose_device(device: str) -> torch.device:
