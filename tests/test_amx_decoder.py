@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import closing
@@ -42,6 +43,11 @@ def engine(tmp_path: Path) -> Iterator[TorchEngine]:
 def log_odds(engine: TorchEngine, items: list[EngineItem]) -> torch.Tensor:
     """Of each item's two labels."""
     return torch.tensor([answer.logprobs[0] - answer.logprobs[1] for answer in engine.label_logprobs(items)])
+
+
+def linear_layers() -> int:
+    """How many there are in this process."""
+    return sum(type(thing) is nn.Linear for thing in gc.get_objects())
 
 
 def is_compiled(engine: TorchEngine) -> bool:
@@ -110,6 +116,18 @@ def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine
     assert isinstance(ours.mlp, PanelMlp)
     assert torch.allclose(ours.mlp(x), own.mlp(x), atol=0.05, rtol=0.02)
     assert not any(isinstance(part, nn.Linear) for part in ours.modules())
+
+
+@needs_amx
+def test_nothing_is_held_twice(tmp_path: Path) -> None:
+    """The model's own linear layers are gone once its weights lie in panels."""
+    make_model(tmp_path, "llama")
+    gc.collect()
+    before = linear_layers()
+    with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
+        gc.collect()
+        assert is_compiled(engine)
+        assert linear_layers() == before
 
 
 @needs_amx

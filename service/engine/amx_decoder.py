@@ -86,8 +86,9 @@ class AmxDecoder:
 
     def __init__(self, decoder: Decoder) -> None:
         self._library = _library(decoder.dtype)
-        self._decoder = decoder
-        self._layers = [_Weights(layer, self._library) for layer in decoder.layers]
+        self._decoder: Decoder | None = decoder
+        self._embed = decoder.embed
+        self._layers = [_Weights(layer) for layer in decoder.layers]
         self._final_norm = _norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._shape = _Shape(decoder)
@@ -104,7 +105,7 @@ class AmxDecoder:
     def read(self, pack: Pack) -> dict[int, Tensor]:
         """The state behind each item's last token, [width] in fp32, by the item's index."""
         ids = torch.tensor([token for segment in pack.segments for token in segment.tokens])
-        embedded = self._decoder.embed(ids).float().contiguous()
+        embedded = self._embed(ids).float().contiguous()
         chains = [(ctypes.c_int64 * len(segment.chain))(*segment.chain) for segment in pack.segments]
         segments = (_Segment * len(pack.segments))(
             *(
@@ -154,20 +155,22 @@ class AmxDecoder:
 
     def take_over(self, head: LastTokenHead) -> None:
         """Put layers that use these weights in the place of the model's own, whose memory is then free."""
-        for layer in self._layers:
-            layer.take_over()
+        if self._decoder is not None:
+            for weights, layer in zip(self._layers, self._decoder.layers, strict=True):
+                weights.take_over(layer, self._library)
+            self._decoder = None
         if _fits(head.weight):
             head.compiled = partial(self.logits, head)
 
     def _described(self, layer: _Weights) -> _Layer:
-        rope = self._ropes[layer.parts.kind if layer.parts.kind in self._ropes else None]
+        rope = self._ropes[layer.kind if layer.kind in self._ropes else None]
         return _Layer(
             **{name: _address(tensor) for name, tensor in layer.tensors.items()},
             cos=rope.cos.data_ptr(),
             sin=rope.sin.data_ptr(),
-            window=layer.parts.window or 0,
-            scaling=layer.parts.scaling,
-            cap=layer.parts.cap or 0.0,
+            window=layer.window,
+            scaling=layer.scaling,
+            cap=layer.cap,
         )
 
 
@@ -242,40 +245,36 @@ class _Shape:
 class _Weights:
     """A layer's weights in the library's layout, by their names in it; None for those that the family lacks."""
 
-    def __init__(self, parts: DecoderLayer, library: ctypes.CDLL) -> None:
-        self.parts = parts
-        self._library = library
-        if any(part.bias is not None for part in (parts.gate, parts.up, parts.down)):
+    def __init__(self, layer: DecoderLayer) -> None:
+        if any(part.bias is not None for part in (layer.gate, layer.up, layer.down)):
             raise UnsupportedModelError("with biases in its MLP")
-        gate, up = (part.weight.data for part in (parts.gate, parts.up))
-        qkv_bias, output_bias = bias_of(*parts.qkv), bias_of(parts.output)
+        self.kind, self.window, self.scaling, self.cap = layer.kind, layer.window or 0, layer.scaling, layer.cap or 0.0
+        gate, up = (part.weight.data for part in (layer.gate, layer.up))
+        qkv_bias, output_bias = bias_of(*layer.qkv), bias_of(layer.output)
         self.tensors: dict[str, Tensor | None] = {
-            **{name: None if norm is None else _norm_weight(norm) for name, norm in _norms(parts).items()},
+            **{name: None if norm is None else _norm_weight(norm) for name, norm in _norms(layer).items()},
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
             "output_bias": None if output_bias is None else output_bias.float(),
-            "qkv": _panels(torch.cat([part.weight.data for part in parts.qkv])),
-            "output": _panels(parts.output.weight.data),
+            "qkv": _panels(torch.cat([part.weight.data for part in layer.qkv])),
+            "output": _panels(layer.output.weight.data),
             "gate_up": _panels(_in_turn(gate, up)),
-            "down": _panels(parts.down.weight.data),
+            "down": _panels(layer.down.weight.data),
         }
 
-    def take_over(self) -> None:
+    def take_over(self, layer: DecoderLayer, library: ctypes.CDLL) -> None:
         """Replace the model's projections and its MLP."""
-        start = 0
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), self.parts.qkv, strict=True):
+        start, qkv_bias = 0, self.tensors["qkv_bias"]
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), layer.qkv, strict=True):
             rows = slice(start, start + part.out_features)
             start = rows.stop
-            bias = self.tensors["qkv_bias"]
             panels = self._tensor("qkv")[rows.start // _BLOCK : rows.stop // _BLOCK]
-            self.parts.attention.set_submodule(name, self._linear(panels, None if bias is None else bias[rows]))
-        output = self._linear(self._tensor("output"), self.tensors["output_bias"])
-        self.parts.attention.set_submodule("o_proj", output)
-        down = self._linear(self._tensor("down"), None)
-        mlp = PanelMlp(self._library, self._tensor("gate_up"), down, gelu=_is_gelu(self.parts.activation))
-        self.parts.layer.set_submodule("mlp", mlp)
-
-    def _linear(self, panels: Tensor, bias: Tensor | None) -> PanelLinear:
-        return PanelLinear(self._library, panels, bias)
+            bias = None if qkv_bias is None else qkv_bias[rows]
+            layer.attention.set_submodule(name, PanelLinear(library, panels, bias))
+        output = PanelLinear(library, self._tensor("output"), self.tensors["output_bias"])
+        layer.attention.set_submodule("o_proj", output)
+        down = PanelLinear(library, self._tensor("down"), None)
+        mlp = PanelMlp(library, self._tensor("gate_up"), down, gelu=_is_gelu(layer.activation))
+        layer.layer.set_submodule("mlp", mlp)
 
     def _tensor(self, name: str) -> Tensor:
         found = self.tensors[name]
