@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from types import FrameType
 
 import structlog
@@ -52,10 +52,12 @@ def serve(settings: Settings) -> int:
     Raises ModelError when the model cannot be had, ServiceError when a template does not fit it, CalibrationError when
     a calibration does not.
     """
-    tracing = start_tracing(settings.otel_endpoint, "judge-api")
     model = find_model(settings)
     metrics = Metrics()
-    with ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize") as executor:
+    with (
+        closing(start_tracing(settings.otel_endpoint, "judge-api")) as tracing,
+        ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize") as executor,
+    ):
         if settings.queue_url == MEMORY_URL:
             jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
             service = compose(settings, model, jobs, metrics, executor, tracing)
@@ -65,7 +67,6 @@ def serve(settings: Settings) -> int:
             shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
         server.run()
-    tracing.close()
     return 1 if server.worker_failed else 0
 
 
