@@ -40,13 +40,6 @@ FROM torch-cpu AS worker-cpu-deps
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c base.txt '.[service,otel,torch]' && pip uninstall --yes judge-as-api
 
-# The kernels of the torch engine, which are otherwise compiled at their first use.
-FROM worker-cpu-deps AS native
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-COPY client client
-COPY service service
-RUN JUDGE_NATIVE_DIR=/opt/native python -m service.engine.amx_decoder
-
 # Has both engines, torch and vllm, on the versions that vLLM wants.
 FROM build AS worker-gpu-deps
 COPY constraints/vllm.txt ./
@@ -64,6 +57,12 @@ COPY client client
 COPY service service
 COPY trainer trainer
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --target /opt/judge .
+
+# The kernels of the torch engine, which are otherwise compiled at their first use.
+FROM worker-cpu-deps AS native
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY --from=code /opt/judge /opt/judge
+RUN JUDGE_NATIVE_DIR=/opt/native python -m service.engine.amx_decoder
 
 # What every image ends with: a user without rights, and nothing to be written outside /tmp, /models and /runs, so that the
 # root file system can be read-only. HOME is /tmp because libraries keep caches there. What Hugging Face's libraries
@@ -89,6 +88,7 @@ CMD ["--host", "0.0.0.0", "--log-format", "json"]
 
 # What the two workers have in common.
 FROM run AS worker
+ENV JUDGE_NATIVE_DIR=/opt/native
 VOLUME /models
 EXPOSE 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
@@ -97,7 +97,6 @@ ENTRYPOINT ["python", "-m", "service.worker"]
 CMD ["--log-format", "json", "--metrics-host", "0.0.0.0", "--metrics-port", "9100"]
 
 FROM worker AS worker-cpu
-ENV JUDGE_NATIVE_DIR=/opt/native
 COPY --from=native /opt/native /opt/native
 COPY --from=worker-cpu-deps /opt/venv /opt/venv
 COPY --from=code /opt/judge /opt/judge
