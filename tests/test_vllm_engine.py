@@ -135,6 +135,10 @@ def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
     assert (first.cached_tokens, second.cached_tokens) == (0, 128)
     assert second.logprobs == pytest.approx(first.logprobs, abs=1e-4)
 
+    engine.forget()
+    (third,) = answered(engine.label_logprobs([item]))
+    assert third.cached_tokens == 0
+
 
 @pytest.mark.parametrize("ids", [[], [1] * 256, [VOCABULARY], [-1]])
 def test_items_outside_the_contract_are_refused(engine: VllmEngine, ids: list[int]) -> None:
