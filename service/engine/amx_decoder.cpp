@@ -157,24 +157,21 @@ inline void product_of_block(const bf16 *x, int64_t stride, const bf16 *weight, 
   }
 }
 
-inline float sum_of_squares(const float *x, int64_t width) {
+// weight * x / sqrt(mean(x^2) + eps) for one row; store(at, 16 numbers from `at` on) takes it, and may put it over x.
+template <class Store>
+inline void rms_norm(const float *x, const float *weight, float eps, int64_t width, Store store) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t at = 0; at < width; at += 16) {
     __m512 part = _mm512_loadu_ps(x + at);
     sum = _mm512_fmadd_ps(part, part, sum);
   }
-  return _mm512_reduce_add_ps(sum);
-}
-
-// weight * x / sqrt(mean(x^2) + eps) for one row.
-inline __m512 norm_scale(const float *x, int64_t width, float eps) {
-  return _mm512_set1_ps(1.0f / __builtin_sqrtf(sum_of_squares(x, width) / width + eps));
+  __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / width + eps));
+  for (int64_t at = 0; at < width; at += 16)
+    store(at, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at), scale), _mm512_loadu_ps(weight + at)));
 }
 
 void rms_norm(const float *x, const float *weight, float eps, int64_t width, bf16 *out) {
-  __m512 scale = norm_scale(x, width, eps);
-  for (int64_t at = 0; at < width; at += 16)
-    narrow(out + at, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at), scale), _mm512_loadu_ps(weight + at)));
+  rms_norm(x, weight, eps, width, [&](int64_t at, __m512 part) { narrow(out + at, part); });
 }
 
 }  // namespace
@@ -211,11 +208,7 @@ namespace {
 void rotate(bf16 *head, int64_t width, const float *cos, const float *sin, const float *norm, float eps) {
   alignas(64) float x[1024];
   for (int64_t at = 0; at < width; at += 16) _mm512_store_ps(x + at, widen(head + at));
-  if (norm) {
-    __m512 scale = norm_scale(x, width, eps);
-    for (int64_t at = 0; at < width; at += 16)
-      _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(x + at), scale), _mm512_loadu_ps(norm + at)));
-  }
+  if (norm) rms_norm(x, norm, eps, width, [&](int64_t at, __m512 part) { _mm512_store_ps(x + at, part); });
   int64_t half = width / 2;
   for (int64_t at = 0; at < half; at += 16) {
     __m512 first = _mm512_load_ps(x + at), second = _mm512_load_ps(x + half + at);
@@ -361,12 +354,10 @@ void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight
             });
   }
   for (int64_t row = 0; norm && row < rows; row++) {
-    float *to = hidden.row(first_row + row), *from = mixed.row(row);
-    __m512 scale = norm_scale(from, width, eps);
-    for (int64_t at = 0; at < width; at += 16) {
-      __m512 part = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + at), scale), _mm512_loadu_ps(norm + at));
+    float *to = hidden.row(first_row + row);
+    rms_norm(mixed.row(row), norm, eps, width, [&](int64_t at, __m512 part) {
       _mm512_storeu_ps(to + at, _mm512_add_ps(_mm512_loadu_ps(to + at), part));
-    }
+    });
   }
 }
 
@@ -515,13 +506,9 @@ int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, cons
     }
   }
   _tile_release();
-  for (int64_t i = 0; i < lasts; i++) {
-    __m512 scale = norm_scale(ends.row(i), width, model->eps);
-    for (int64_t at = 0; at < width; at += 16) {
-      __m512 part = _mm512_mul_ps(_mm512_loadu_ps(ends.row(i) + at), scale);
-      _mm512_storeu_ps(out + i * width + at, _mm512_mul_ps(part, _mm512_loadu_ps(model->final_norm + at)));
-    }
-  }
+  for (int64_t i = 0; i < lasts; i++)
+    rms_norm(ends.row(i), model->final_norm, model->eps, width,
+             [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
   return 0;
 }
 }

@@ -88,18 +88,18 @@ class AmxDecoder:
         self._library = _library(decoder.dtype)
         self._decoder: Decoder | None = decoder
         self._embed = decoder.embed
+        self._shape = _Shape(decoder)
         self._layers = [_Weights(layer) for layer in decoder.layers]
         self._final_norm = _norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
-        self._shape = _Shape(decoder)
         self._model = _Model()
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
-        for rope in self._ropes.values():
-            rope.grow(longest)
-        layers = (_Layer * len(self._layers))(*(self._described(layer) for layer in self._layers))
-        self._model = self._shape.model(layers, self._final_norm)
+        grown = [rope.grow(longest) for rope in self._ropes.values()]
+        if any(grown):
+            layers = (_Layer * len(self._layers))(*(self._described(layer) for layer in self._layers))
+            self._model = self._shape.model(layers, self._final_norm)
 
     @torch.inference_mode()
     def read(self, pack: Pack) -> dict[int, Tensor]:
@@ -322,16 +322,12 @@ def _helpers() -> ThreadPoolExecutor:
 
 def _panels(weight: Tensor) -> Tensor:
     """[outputs, inputs] -> [outputs / 32, inputs / 32, 2, 16 pairs of inputs, 16 outputs, 2]."""
-    if any(size % _BLOCK for size in weight.shape):
-        raise UnsupportedModelError(f"with widths that are no multiples of {_BLOCK}")
     parts = weight.view(weight.shape[0] // _BLOCK, 2, 16, weight.shape[1] // _BLOCK, 16, 2)
     return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
 
 
 def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
     """Half a block of the one's outputs, half a block of the other's: [2 outputs, inputs]."""
-    if len(gate) % _BLOCK:
-        raise UnsupportedModelError(f"with widths that are no multiples of {_BLOCK}")
     halves = (part.view(-1, _BLOCK // 2, part.shape[1]) for part in (gate, up))
     return torch.stack(tuple(halves), dim=1).flatten(0, 2)
 

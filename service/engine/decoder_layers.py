@@ -65,13 +65,15 @@ class Rope:
         self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
 
     @torch.inference_mode()
-    def grow(self, positions: int) -> None:
-        """Make the table long enough; its first rows stay what they are."""
-        if positions > len(self.cos):
-            size = max(256, 1 << (positions - 1).bit_length())
-            more = {} if self._kind is None else {"layer_type": self._kind}
-            cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
-            self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+    def grow(self, positions: int) -> bool:
+        """Make the table long enough; its first rows stay what they are. Returns whether it is another one now."""
+        if positions <= len(self.cos):
+            return False
+        size = max(256, 1 << (positions - 1).bit_length())
+        more = {} if self._kind is None else {"layer_type": self._kind}
+        cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
+        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
+        return True
 
 
 @dataclass(frozen=True, slots=True)

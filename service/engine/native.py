@@ -1,4 +1,4 @@
-"""C++ beside this file into a library of this machine: compiled at its first use, kept in the user's cache folder."""
+"""C++ beside this file into a library of this machine: compiled at its first use, kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from platformdirs import user_cache_path
+from service.weights.converted import cache_root
 
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _TIME_LIMIT: Final = 120.0
@@ -24,8 +24,8 @@ class NativeUnavailableError(RuntimeError):
 def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     """The library made of `source`; what another process compiled is used as it is.
 
-    It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default the user's cache folder. CXX
-    names another compiler. Raises NativeUnavailableError.
+    It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default in the folder where models are
+    kept. CXX names another compiler. Raises NativeUnavailableError.
     """
     text = source.read_bytes()
     digest = hashlib.sha256(b"\0".join([text, *(flag.encode() for flag in flags)])).hexdigest()[:20]
@@ -40,7 +40,7 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
 
 def _folder() -> Path:
     own = os.environ.get("JUDGE_NATIVE_DIR")
-    return Path(own) if own else user_cache_path("judge-as-api") / "native"
+    return Path(own) if own else cache_root() / "native"
 
 
 def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
