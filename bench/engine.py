@@ -1,6 +1,6 @@
 """The torch engine against other ways to read the same texts, in one interleaved run (A B C A B C …, medians).
 
-    python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--vllm] [--json FILE]
+    python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--device cuda] [--vllm] [--json FILE]
     python -m bench.engine --model NAME --grow --plot FILE
 
 - one at a time: model(ids) for each text, logits at every position, as published code does it
@@ -12,8 +12,8 @@
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
-one decoder layer's products with 2,048 rows by torch, measured in every round, with as many threads. CPU time and
-memory count the processes that an engine started.
+one decoder layer's products by torch, with 2,048 rows (16,384 on a GPU), measured in every round, with as many threads.
+CPU time and memory count the processes that an engine started.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
-PEAK_ROWS = 2048
-PADDED_TOKENS = 1024
+PEAK_ROWS = {"cpu": 2048, "cuda": 16_384}
+PADDED_TOKENS = {"cpu": 1024, "cuda": 16_384}
 MAX_TOKENS = 4096
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -88,6 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=int, default=1, help="responses that share a prompt (1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="number format (auto)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what computes (cpu)")
     parser.add_argument("--operations", action="store_true", help="also the engine without compiled kernels")
     parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
@@ -109,12 +110,14 @@ class Way:
     megabytes: float = 0.0
 
     def run(self, read: Callable[[], object]) -> None:
-        """One round."""
+        """One round, to the end of what it has a GPU do."""
         own = psutil.Process()
         family = [own, *own.children(recursive=True)]
         reset_peak_memory(family)
         cpu, wall = cpu_seconds(family), time.perf_counter()
         read()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - wall)
         self.cpu_seconds.append(cpu_seconds(family) - cpu)
         self.megabytes = max(self.megabytes, peak_memory(family))
@@ -158,12 +161,12 @@ def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) ->
     with ExitStack() as stack:
 
         def load(**more: Any) -> TorchEngine:
-            options = {"dtype": args.dtype, "device": "cpu", "threads": args.threads, **more}
+            options = {"dtype": args.dtype, "device": args.device, "threads": args.threads, **more}
             return stack.enter_context(closing(TorchEngine.load(folder, **options)))
 
         engine = load()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, engine.dtype), local_files_only=True)
-        peak, peak_flop = layer_products(model.eval())
+        peak, peak_flop = layer_products(model.eval().to(args.device))
         reads: dict[str, partial[object]] = {
             "one at a time": partial(one_at_a_time, model, items),
             "padded": partial(padded, model, items),
@@ -196,7 +199,7 @@ def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
     """The published loop: a forward for each text, in full, and the softmax of its last row."""
     found = []
     for item in items:
-        last = model(torch.tensor([list(item.token_ids)])).logits[0, -1].float().softmax(-1)
+        last = model(torch.tensor([list(item.token_ids)], device=model.device)).logits[0, -1].float().softmax(-1)
         found.append(last[list(item.label_ids)].sum().item())
     return found
 
@@ -204,14 +207,15 @@ def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
 @torch.inference_mode()
 def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
     """Texts of similar length together, padded on the left, with the mask that this needs."""
-    found, group = [], list[EngineItem]()
+    found, group, most = [], list[EngineItem](), PADDED_TOKENS[model.device.type]
     for item in [*sorted(items, key=lambda item: -len(item.token_ids)), None]:
-        if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > PADDED_TOKENS):
+        if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > most):
             width = len(group[0].token_ids)
             ids, mask = torch.zeros(len(group), width, dtype=torch.long), torch.zeros(len(group), width).long()
             for row, member in enumerate(group):
                 ids[row, width - len(member.token_ids) :] = torch.tensor(list(member.token_ids))
                 mask[row, width - len(member.token_ids) :] = 1
+            ids, mask = ids.to(model.device), mask.to(model.device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             last = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits
             found += last[:, 0].float().softmax(-1)[:, 0].tolist()
@@ -234,9 +238,12 @@ def by_vllm(engine: VllmEngine, items: Sequence[EngineItem]) -> None:
 
 
 def layer_products(model: Any) -> tuple[Callable[[], object], float]:
-    """The products of one decoder layer, for 2,048 rows, eight times; and their floating-point operations."""
+    """The products of one decoder layer, eight times; and their floating-point operations."""
+    rows = PEAK_ROWS[model.device.type]
     linears = [module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
-    inputs = {part.in_features: torch.randn(PEAK_ROWS, part.in_features).to(model.dtype) for part in linears}
+    inputs = {
+        part.in_features: torch.randn(rows, part.in_features).to(model.dtype).to(model.device) for part in linears
+    }
 
     @torch.inference_mode()
     def run() -> None:
@@ -244,7 +251,7 @@ def layer_products(model: Any) -> tuple[Callable[[], object], float]:
             for part in linears:
                 functional.linear(inputs[part.in_features], part.weight, part.bias)
 
-    return run, 8 * sum(2.0 * PEAK_ROWS * part.weight.numel() for part in linears)
+    return run, 8 * sum(2.0 * rows * part.weight.numel() for part in linears)
 
 
 def useful_flop(model: Any, lengths: Sequence[int]) -> float:
@@ -260,7 +267,8 @@ def table(rows: list[dict[str, Any]], items: Sequence[EngineItem], args: argpars
     """Medians."""
     tokens = sum(len(item.token_ids) for item in items)
     shape = f"{len(items)} texts of {tokens / len(items):.0f} tokens, {args.compare} to a prompt"
-    found = Table(title=f"{args.model}, {shape}, {args.threads} threads, medians of {args.rounds} rounds")
+    where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    found = Table(title=f"{args.model}, {shape}, {where}, medians of {args.rounds} rounds")
     for name in ("", "tokens/s", "tokens/CPU s", "pairs/s", "useful TFLOP/s", "of the peak", "peak memory MB"):
         found.add_column(name, justify="right" if name else "left")
     peak = rows[0]["flop"] / statistics.median(rows[0]["seconds"])

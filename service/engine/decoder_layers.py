@@ -24,6 +24,8 @@ LAYERS: Final = frozenset(
         "Gemma3DecoderLayer",
     }
 )
+# Classes of activations; true for the tanh form of GELU, false for SiLU.
+_ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "NewGELUActivation": True}
 # Frequencies that do not depend on the length of what is read.
 _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -60,9 +62,9 @@ class DecoderLayer:
 class Rope:
     """The model's own rotary factors in `dtype`, [positions, head width] each, from a table that grows by doubling."""
 
-    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
         self._module, self._kind = module, kind
-        self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
+        self.cos = self.sin = torch.empty(0, 0, dtype=dtype, device=device)
 
     @torch.inference_mode()
     def grow(self, positions: int) -> bool:
@@ -71,7 +73,7 @@ class Rope:
             return False
         size = max(256, 1 << (positions - 1).bit_length())
         more = {} if self._kind is None else {"layer_type": self._kind}
-        cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
+        cos, sin = self._module(self.cos, torch.arange(size, device=self.cos.device)[None], **more)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
         return True
 
@@ -84,18 +86,19 @@ class Decoder:
     layers: Sequence[DecoderLayer]
     norm: nn.Module
     dtype: torch.dtype
+    device: torch.device
     rotary: nn.Module
 
     def ropes(self, dtype: torch.dtype) -> dict[str | None, Rope]:
         """Tables by the kinds of layers that have frequencies of their own; None is for all others."""
         by_kind = "layer_type" in inspect.signature(self.rotary.forward).parameters
         kinds = {layer.kind for layer in self.layers} if by_kind else {None}
-        return {kind: Rope(self.rotary, kind, dtype) for kind in kinds}
+        return {kind: Rope(self.rotary, kind, dtype, self.device) for kind in kinds}
 
 
 def read_decoder(model: Any) -> Decoder:
-    """The model's decoder; UnsupportedModelError where it is not of a known family or not on a CPU."""
-    if model.device.type != "cpu":
+    """The model's decoder; UnsupportedModelError where it is of no known family, or on neither a CPU nor a GPU."""
+    if model.device.type not in ("cpu", "cuda"):
         raise UnsupportedModelError(f"on {model.device.type}")
     decoder = getattr(model, "model", None)
     names = {type(layer).__name__ for layer in getattr(decoder, "layers", ())}
@@ -109,7 +112,7 @@ def read_decoder(model: Any) -> Decoder:
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError("with attention in both directions")
     layers = [_read_layer(layer) for layer in decoder.layers]
-    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, decoder.rotary_emb)
+    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, model.device, decoder.rotary_emb)
 
 
 def bias_of(*layers: nn.Linear) -> Tensor | None:
@@ -118,6 +121,38 @@ def bias_of(*layers: nn.Linear) -> Tensor | None:
     if biases and len(biases) < len(layers):
         raise UnsupportedModelError("with biases on some of the merged layers")
     return torch.cat([bias.data for bias in biases]) if biases else None
+
+
+def merged(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """One weight, and one bias, for layers that read the same rows: [outputs of all, inputs].
+
+    Each layer's own weight becomes a view of its part, so that nothing is held twice.
+    """
+    if len(layers) == 1:
+        return layers[0].weight.data, bias_of(*layers)
+    weight = torch.cat([layer.weight.data for layer in layers])
+    for layer, part in zip(layers, torch.split(weight, [layer.out_features for layer in layers]), strict=True):
+        layer.weight.data = part
+    return weight, bias_of(*layers)
+
+
+def norm_weight(norm: Any) -> Tensor:
+    """What a norm multiplies by, in fp32: Gemma's are stored less one."""
+    weight: Tensor = norm.weight.data.float()
+    return weight + (1.0 if type(norm).__name__.startswith("Gemma") else 0.0)
+
+
+def norm_eps(norm: Any) -> float:
+    """What a norm adds to the mean of the squares."""
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+def is_gelu(activation: nn.Module) -> bool:
+    """Whether it is GELU's tanh form, rather than SiLU; UnsupportedModelError for others."""
+    name = type(activation).__name__
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"with the activation {name}")
+    return _ACTIVATIONS[name]
 
 
 def _read_layer(layer: Any) -> DecoderLayer:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.engine.decoder_layers import Decoder, DecoderLayer, bias_of
-from service.engine.packing import Pack, Segment
-from service.engine.torch_head import LastTokenHead
+from service.engine.decoder_layers import Decoder, DecoderLayer, merged
+from service.engine.packing import PACK_ROWS, Pack, Segment
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, summaries
 
 # Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
 _TILE_ROWS: Final = {torch.float32: 128}
@@ -33,6 +33,11 @@ class _Linear:
     weight: Tensor
     bias: Tensor | None
     widths: list[int]
+
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> _Linear:
+        """The product of these layers together."""
+        return cls(*merged(*layers), [layer.out_features for layer in layers])
 
     def __call__(self, rows: Tensor) -> Sequence[Tensor]:
         """[rows, inputs] -> [rows, outputs] for each layer."""
@@ -56,11 +61,21 @@ class TiledDecoder:
     The weights of merged layers move into one tensor; the model's own layers go on using theirs, as views of it.
     """
 
+    pack_rows: Final = PACK_ROWS
+    head_states: Final = HEAD_ROWS
+    summaries = staticmethod(summaries)
+
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._tile = _TILE_ROWS.get(decoder.dtype, _TILE_ROWS_16_BIT)
         self._layers = [
-            _Layer(part, _merged(*part.qkv), _merged(part.output), _merged(part.gate, part.up), _merged(part.down))
+            _Layer(
+                part,
+                _Linear.of(*part.qkv),
+                _Linear.of(part.output),
+                _Linear.of(part.gate, part.up),
+                _Linear.of(part.down),
+            )
             for part in decoder.layers
         ]
         self._ropes = decoder.ropes(decoder.dtype)
@@ -167,14 +182,3 @@ def _masked_attention(layer: DecoderLayer, qkv: tuple[Tensor, Tensor, Tensor], m
     scores = query.float() @ key.transpose(2, 3) * layer.scaling
     scores = torch.tanh(scores / layer.cap) * layer.cap
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).to(query.dtype)
-
-
-def _merged(*layers: nn.Linear) -> _Linear:
-    """One weight for all; each layer's own becomes a view of its part, so that nothing is held twice."""
-    widths = [layer.out_features for layer in layers]
-    if len(layers) == 1:
-        return _Linear(layers[0].weight.data, bias_of(*layers), widths)
-    weight = torch.cat([layer.weight.data for layer in layers])
-    for layer, part in zip(layers, torch.split(weight, widths), strict=True):
-        layer.weight.data = part
-    return _Linear(weight, bias_of(*layers), widths)

@@ -5,8 +5,8 @@ per prompt. torch_generate.py writes text with the same model, torch_classify.py
           └─> micro-batches, padded on the right ──> the model's own forward ──> its output layer, replaced:
               last real position of each row only, in fp32 ──> log-softmax over the whole vocabulary in fp32
 
-On a CPU, models of the families that torch_packed.py knows are read packed: an item then gets the same bits whatever is
-beside it. Others, and those on a GPU, are padded.
+Models of the families that torch_packed.py knows are read packed: an item then gets the same bits whatever is beside
+it. Others are padded.
 
 A causal model's real tokens never see what stands on their right, so no attention mask is passed and attention takes
 its fast causal path. The model's own forward stays in charge of what comes after the output layer (soft-capping,
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
@@ -29,7 +29,7 @@ from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLo
 from service.engine.decoder_layers import UnsupportedModelError
 from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
 from service.engine.torch_generate import Writer, can_write
-from service.engine.torch_head import LastTokenHead
+from service.engine.torch_head import LastTokenHead, summaries
 from service.engine.torch_loading import (
     DType,
     EngineLoadError,
@@ -44,6 +44,9 @@ __all__ = ["DType", "EngineLoadError", "TorchEngine"]
 
 logger = logging.getLogger(__name__)
 
+# Of the items that a model is tried on: how many share a prefix and fit one padded batch, and the others' tokens.
+_SHARING: Final = 3
+_PROBE_LENGTHS: Final = (16, 24, 40, 70)
 # Share of the logits' spread by which two ways of computing them may differ.
 _PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
@@ -125,8 +128,10 @@ class TorchEngine:
 
     def _read_packed(self, packed: PackedDecoder, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
         def read(logits: Tensor, cached: dict[int, int]) -> list[LabelLogprobs]:
-            answers = zip(_read_labels(logits, [items[index] for index in cached]), cached.values(), strict=True)
-            return [replace(answer, cached_tokens=count) for answer, count in answers]
+            answers = _read_labels(logits, [items[index] for index in cached], packed.summaries)
+            return [
+                replace(answer, cached_tokens=count) for answer, count in zip(answers, cached.values(), strict=True)
+            ]
 
         return [answer for part in packed.last_logits(items, read) for answer in part]
 
@@ -153,7 +158,7 @@ class TorchEngine:
         if type(output) is nn.Linear:
             self._head = LastTokenHead(output)
             model.set_output_embeddings(self._head)
-            if bool(_errors(own, self._last_logits(probes))[0] <= _PROBE_TOLERANCE[model.dtype]):
+            if _alike(own[:_SHARING], self._last_logits(probes[:_SHARING]), _PROBE_TOLERANCE[model.dtype]):
                 self._install_packed(self._head, probes, own)
                 return
             self._head = None
@@ -169,26 +174,30 @@ class TorchEngine:
                 logger.info("labels are read in padded batches: packed ones are not made %s", reason)
                 return
             ours = torch.cat(list(packed.last_logits(probes, lambda logits, _: logits)))
-            errors, limit = _errors(own, ours), _PROBE_TOLERANCE[self._model.dtype]
-            # One row may be much off: 16-bit models have inputs at which any two ways to compute them are.
-            if bool(errors.median() <= limit and errors.max() <= 3 * limit):
+            if _alike(own, ours, _PROBE_TOLERANCE[self._model.dtype]):
                 packed.take_over()
                 self._packed = packed
                 return
             packed.close()
             kernels = "compiled kernels" if packed.compiled else "torch's operations"
             logger.warning("packs as %s read them do not fit %s", kernels, type(self._model).__name__)
-            if not packed.compiled:
+            if not packed.compiled or self._model.device.type != "cpu":
                 break
         logger.warning("labels are read in padded batches")
 
 
 def _probes(vocabulary: int, max_tokens: int) -> list[EngineItem]:
-    """Items to try a model on: of different lengths, with a prefix that all share and one that two share."""
+    """Items to try a model on: of different lengths, with a prefix that all of three share and one that two share.
+
+    There are several because 16-bit models have inputs whose logits any rounding moves by a tenth of their spread.
+    """
     short, long = probe_prompts(vocabulary, max_tokens)
     other = [*short[:-1], (short[-1] + 1) % vocabulary]
     places = (len(short) // 3, len(short) - 1)
-    return [EngineItem(ids, (0,), places) for ids in (short, long, other)]
+    shared = [EngineItem(ids, (0,), places) for ids in (short, long, other)]
+    lengths = [min(length, max_tokens) for length in _PROBE_LENGTHS]
+    alone = [[short[(place * place + length) % len(short)] for place in range(length)] for length in lengths]
+    return [*shared, *(EngineItem(ids, (0,), (len(ids) // 3,)) for ids in alone)]
 
 
 def _own_logits(model: Any, ids: Tensor) -> Tensor:
@@ -197,22 +206,27 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=ids, use_cache=False, **keep).logits)[:, -1].float()
 
 
-def _read_labels(logits: Tensor, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+def _read_labels(
+    logits: Tensor, items: Sequence[EngineItem], summaries: Callable[[Tensor], tuple[Tensor, Tensor]] = summaries
+) -> list[LabelLogprobs]:
     """Log-probability of each item's labels, from [items, vocabulary] logits in fp32."""
-    total = torch.logsumexp(logits, dim=1).tolist()
-    argmax = logits.argmax(dim=1).tolist()
-    answers = []
-    for row, item in enumerate(items):
-        values = logits[row, list(item.label_ids)].tolist()
-        answers.append(LabelLogprobs(tuple(value - total[row] for value in values), argmax[row]))
-    return answers
+    most = max(len(item.label_ids) for item in items)
+    padded = [[*item.label_ids, *[0] * (most - len(item.label_ids))] for item in items]
+    values = logits.gather(1, torch.tensor(padded, device=logits.device)).tolist()
+    rows = zip(items, values, *(part.tolist() for part in summaries(logits)), strict=True)
+    return [
+        LabelLogprobs(tuple(value - total for value in row[: len(item.label_ids)]), argmax)
+        for item, row, total, argmax in rows
+    ]
 
 
-def _errors(own: Tensor, ours: Tensor) -> Tensor:
-    """How far each row of `ours` is from that of `own`, [rows], as a share of that row's spread.
+def _alike(own: Tensor, ours: Tensor, tolerance: float) -> bool:
+    """Whether two ways of computing the same rows of logits differ by no more than rounding does.
 
-    Infinite where they have not even the same shape.
+    Each row's difference counts as a share of its spread. One row may be much off: 16-bit models have inputs at which
+    any two ways to compute them are.
     """
     if ours.shape != own.shape:
-        return torch.full((len(own),), torch.inf)
-    return (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)
+        return False
+    errors = (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)
+    return bool(errors.median() <= tolerance and errors.max() <= 3 * tolerance)

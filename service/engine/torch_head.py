@@ -48,3 +48,8 @@ class LastTokenHead(nn.Module):
             return functional.linear(rows, self.weight, bias)
         logits = torch.cat([rows @ part.float().T for part in torch.split(self.weight, self._chunk)], dim=1)
         return logits if bias is None else logits + bias
+
+
+def summaries(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of [rows, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
+    return torch.logsumexp(logits, dim=1), logits.argmax(dim=1)

@@ -1,12 +1,12 @@
 """The packed forward of a causal model: no padding, shared prefixes once, and the same bits whatever is beside an item.
 
-    items ──> packs (packing.py) ──> a decoder reads each pack in one thread ──> the states behind the last tokens
-          ──> the fp32 output layer, always of as many rows
+    items ──> packs (packing.py) ──> a reader takes each pack in one thread ──> the states behind the last tokens
+          ──> the fp32 output layer
 
-Two decoders read packs: amx_decoder.py, in C++, where the CPU and the model allow it, else tiled_decoder.py, in torch's
-operations. In both what becomes of an item depends on the item alone, and one thread reads a pack, so that neither
-neighbours nor the number of threads change a bit. Models whose layers are not known (decoder_layers.py), and devices
-other than a CPU, keep the padded way; attention over packs of unequal lengths is where kernels of a GPU would come in.
+Three readers: triton_decoder.py on a GPU; on a CPU native_decoder.py, in C++, where CPU and model allow it, else
+tiled_decoder.py, in torch's operations. In all of them what becomes of an item depends on the item alone, and one
+thread reads a pack, so that neither neighbours nor the number of threads change a bit. Models whose layers are not
+known (decoder_layers.py), and other devices, keep the padded way.
 """
 
 from __future__ import annotations
@@ -15,27 +15,32 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from service.engine.amx_decoder import AmxDecoder
 from service.engine.contract import EngineItem
 from service.engine.decoder_layers import Decoder, UnsupportedModelError, read_decoder
+from service.engine.native_decoder import NativeDecoder
 from service.engine.packing import Pack, plan
 from service.engine.tiled_decoder import TiledDecoder
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead
+from service.engine.torch_head import LastTokenHead
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Rows of a pack: in bf16 its last tile, half empty on average, is one of eight.
-_PACK_ROWS: Final = 2048
-
 
 class Reader(Protocol):
     """What reads packs."""
+
+    @property
+    def pack_rows(self) -> int:
+        """The rows of a pack that is worth filling."""
+
+    @property
+    def head_states(self) -> int:
+        """The most states that `logits` takes."""
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
@@ -44,7 +49,10 @@ class Reader(Protocol):
         """The state behind each item's last token, [width], by the item's index."""
 
     def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
-        """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items."""
+        """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items."""
+
+    def summaries(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row of [items, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
 
 
 class PackedDecoder:
@@ -55,18 +63,23 @@ class PackedDecoder:
         self._reader = _reader(read_decoder(model), native=native)
         self._head = head
         self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._threads = threads
-        self._pool = _single_threads(threads)
+        self._threads = threads if model.device.type == "cpu" else 1
+        self._pool = _single_threads(self._threads)
 
     @property
     def compiled(self) -> bool:
         """Whether compiled code reads the packs."""
-        return isinstance(self._reader, AmxDecoder)
+        return not isinstance(self._reader, TiledDecoder)
 
     def take_over(self) -> None:
         """Let the model use this decoder's weights where they are copies of its own, and free those."""
-        if isinstance(self._reader, AmxDecoder):
+        if isinstance(self._reader, NativeDecoder):
             self._reader.take_over(self._head)
+
+    @property
+    def summaries(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`Reader.summaries` of the logits that `use` gets."""
+        return self._reader.summaries
 
     def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
         """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
@@ -74,16 +87,17 @@ class PackedDecoder:
         With them it gets how many tokens of each item, by its index, were read for another one.
         """
         self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
-        packs = plan(items, _PACK_ROWS, self._threads)
+        packs = plan(items, self._reader.pack_rows, self._threads)
         states = dict(pair for found in self._pool.map(self._reader.read, packs) for pair in found.items())
+        size = self._reader.head_states
         cached = {index: count for pack in packs for index, count in pack.cached.items()}
 
         def group(start: int) -> T:
-            some = range(start, min(start + HEAD_ROWS, len(items)))
+            some = range(start, min(start + size, len(items)))
             logits = self._logits(torch.stack([states[index] for index in some]))
             return use(logits, {index: cached[index] for index in some})
 
-        return self._pool.map(group, range(0, len(items), HEAD_ROWS))
+        return self._pool.map(group, range(0, len(items), size))
 
     def close(self) -> None:
         """End the threads."""
@@ -95,9 +109,17 @@ class PackedDecoder:
 
 
 def _reader(decoder: Decoder, *, native: bool) -> Reader:
+    if decoder.device.type != "cpu":
+        if not native:
+            raise UnsupportedModelError("on a GPU without compiled kernels")
+        try:
+            from service.engine.triton_decoder import TritonDecoder
+        except ImportError as reason:
+            raise UnsupportedModelError(f"on a GPU without Triton: {reason}") from reason
+        return TritonDecoder(decoder)
     if native:
         try:
-            return AmxDecoder(decoder)
+            return NativeDecoder(decoder)
         except UnsupportedModelError as reason:
             logger.info("packs are read by torch's operations: compiled ones are not made %s", reason)
     return TiledDecoder(decoder)

@@ -15,13 +15,15 @@ import transformers
 from torch import nn
 
 from service.engine import native
-from service.engine.amx_decoder import AmxDecoder, PanelLinear, PanelMlp
 from service.engine.contract import EngineItem, GenerateItem
+from service.engine.native_decoder import NativeDecoder, PanelLinear, PanelMlp
 from service.engine.torch_engine import TorchEngine
 from service.engine.torch_head import LastTokenHead
 from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
 
-needs_amx = pytest.mark.skipif(not torch.cpu.get_capabilities().get("amx_bf16"), reason="this CPU has no AMX")
+needs_bf16 = pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this CPU has neither AMX nor AVX-512's bfloat16"
+)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def is_compiled(engine: TorchEngine) -> bool:
     return engine._packed.compiled
 
 
-@needs_amx
+@needs_bf16
 @every
 def test_it_is_as_exact_as_the_models_own_forward(kind: str, tmp_path: Path) -> None:
     """Against the same bfloat16 weights in float32, its errors are smaller than those of the model's own forward."""
@@ -78,7 +80,7 @@ def test_it_is_as_exact_as_the_models_own_forward(kind: str, tmp_path: Path) -> 
     assert torch.corrcoef(torch.stack((found, expected)))[0, 1] > 0.999
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_long_prompts_behind_shared_ones(kind: str, tmp_path: Path) -> None:
     """1,200 tokens, whole and cut in places that are no multiples of anything, give what the model gives, and the
@@ -102,7 +104,7 @@ def test_long_prompts_behind_shared_ones(kind: str, tmp_path: Path) -> None:
     assert together.tolist() == pytest.approx(expected, abs=0.2)
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("shape", [(1,), (33,), (2, 5)])
 def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine, tmp_path: Path) -> None:
     """What takes the place of the model's projections and MLP gives their numbers, for any number of rows."""
@@ -118,7 +120,7 @@ def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine
     assert not any(isinstance(part, nn.Linear) for part in ours.modules())
 
 
-@needs_amx
+@needs_bf16
 def test_nothing_is_held_twice(tmp_path: Path) -> None:
     """The model's own linear layers are gone once its weights lie in panels."""
     make_model(tmp_path, "llama")
@@ -130,7 +132,7 @@ def test_nothing_is_held_twice(tmp_path: Path) -> None:
         assert linear_layers() == before
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("vocabulary", [64, 1000, 7])
 def test_its_output_layer_is_in_float32(vocabulary: int, engine: TorchEngine) -> None:
     """Logits of bfloat16 weights and float32 states are float32's, whatever the size of the vocabulary, with or
@@ -138,7 +140,7 @@ def test_its_output_layer_is_in_float32(vocabulary: int, engine: TorchEngine) ->
     output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16()
     states = torch.randn(5, 64) * torch.tensor([[1e-3], [1.0], [30.0], [1e3], [0.0]])
     reader = engine._packed._reader if engine._packed else None
-    assert isinstance(reader, AmxDecoder)
+    assert isinstance(reader, NativeDecoder)
 
     found = reader.logits(LastTokenHead(output), states)
     alone = torch.cat([reader.logits(LastTokenHead(output), state[None]) for state in states])
@@ -149,7 +151,7 @@ def test_its_output_layer_is_in_float32(vocabulary: int, engine: TorchEngine) ->
     assert bool((error <= 1e-5 * states.abs().amax(dim=1) + 1e-6).all())
 
 
-@needs_amx
+@needs_bf16
 def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
     """Text comes from the same weights: its first token is the most likely one of the model's own forward."""
     own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
@@ -161,7 +163,7 @@ def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
     assert logits.max() - logits[text.token_ids[0]] < 0.05
 
 
-@needs_amx
+@needs_bf16
 def test_an_item_with_broken_embeddings_spoils_itself_only(tmp_path: Path) -> None:
     """NaN stays in its own item, though others lie in the same blocks of rows."""
     model = make_model(tmp_path, "llama")
@@ -180,7 +182,7 @@ def test_an_item_with_broken_embeddings_spoils_itself_only(tmp_path: Path) -> No
     assert beside.logprobs == alone.logprobs
 
 
-@needs_amx
+@needs_bf16
 @pytest.mark.parametrize("change", [{"num_attention_heads": 4}, {"intermediate_size": 72}, {"hidden_act": "relu"}])
 def test_shapes_that_it_does_not_know_are_left_to_torch(
     change: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -203,7 +205,7 @@ def test_it_can_be_switched_off(tmp_path: Path) -> None:
         assert not is_compiled(engine)
 
 
-@needs_amx
+@needs_bf16
 def test_without_a_compiler_torch_reads_the_packs(
     tmp_path: Path, library_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

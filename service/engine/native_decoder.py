@@ -1,4 +1,4 @@
-"""The packed forward in C++ (amx_decoder.cpp), for bfloat16 on CPUs with AMX.
+"""The packed forward in C++ (native_decoder.cpp), for bfloat16 on CPUs with AMX, or with AVX-512's bfloat16 alone.
 
 It does what tiled_decoder.py does with torch's operations, three times as fast, and rounds less often.
 Weights are held in its layout only: `PanelLinear` and `PanelMlp` take the place of the model's own layers, so that what
@@ -14,38 +14,50 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from service.engine import native
-from service.engine.decoder_layers import Decoder, DecoderLayer, UnsupportedModelError, bias_of
-from service.engine.packing import Pack
-from service.engine.torch_head import LastTokenHead
+from service.engine.decoder_layers import (
+    Decoder,
+    DecoderLayer,
+    UnsupportedModelError,
+    bias_of,
+    is_gelu,
+    norm_eps,
+    norm_weight,
+)
+from service.engine.packing import PACK_ROWS, Pack
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, summaries
 
 T = TypeVar("T")
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
-_FLAGS: Final = tuple(
-    f"-m{name}" for name in ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "amx-tile", "amx-bf16"]
-)
-_NEEDED: Final = ("amx_tile", "amx_bf16", "avx512_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
-_BLOCK: Final = 32  # kBlock in amx_decoder.cpp
-_GROUP: Final = 16  # states that amx_head takes together
-_MOST_HEAD_WIDTH: Final = 1024  # of rotate in amx_decoder.cpp
-# Classes of activations; true for the tanh form of GELU, false for SiLU.
-_ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "NewGELUActivation": True}
+# What the library is compiled for: the compiler's flags, and what torch calls them.
+_AVX512: Final = {
+    "avx512f": "avx512_f",
+    "avx512bw": "avx512_bw",
+    "avx512dq": "avx512_dq",
+    "avx512vl": "avx512_vl",
+    "avx512bf16": "avx512_bf16",
+    "fma": "fma3",
+}
+_AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+_BLOCK: Final = 32  # kBlock in native_decoder.cpp
+_GROUP: Final = 16  # states that native_head takes together
+_MOST_HEAD_WIDTH: Final = 1024  # of rotate in native_decoder.cpp
 
 
-def compiled() -> ctypes.CDLL:
+def compiled(*, amx: bool) -> ctypes.CDLL:
     """The library as it is, compiled where that has not been done yet. Raises NativeUnavailableError."""
-    return native.library(_SOURCE, _FLAGS)
+    return native.library(_SOURCE, tuple(f"-m{flag}" for flag in (_AVX512 | _AMX if amx else _AVX512)))
 
 
 class _Layer(ctypes.Structure):
-    """Layer in amx_decoder.cpp."""
+    """Layer in native_decoder.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("before_norm", "qkv_bias", "q_norm", "k_norm", "output_bias")),
@@ -58,7 +70,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    """Model in amx_decoder.cpp."""
+    """Model in native_decoder.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "kv_heads")),
@@ -70,7 +82,7 @@ class _Model(ctypes.Structure):
 
 
 class _Segment(ctypes.Structure):
-    """Segment in amx_decoder.cpp."""
+    """Segment in native_decoder.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("row", "length", "position", "links")),
@@ -78,11 +90,15 @@ class _Segment(ctypes.Structure):
     )
 
 
-class AmxDecoder:
+class NativeDecoder:
     """Runs packs through copies of the decoder's weights. Raises UnsupportedModelError.
 
     `take_over` frees the model's own weights.
     """
+
+    pack_rows: Final = PACK_ROWS
+    head_states: Final = HEAD_ROWS
+    summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder) -> None:
         self._library = _library(decoder.dtype)
@@ -90,7 +106,7 @@ class AmxDecoder:
         self._embed = decoder.embed
         self._shape = _Shape(decoder)
         self._layers = [_Weights(layer) for layer in decoder.layers]
-        self._final_norm = _norm_weight(decoder.norm)
+        self._final_norm = norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._model = _Model()
 
@@ -115,7 +131,7 @@ class AmxDecoder:
         )
         last = (ctypes.c_int64 * len(pack.last_row))(*pack.last_row.values())
         states = torch.empty(len(last), embedded.shape[1])
-        short = self._library.amx_decode(
+        short = self._library.native_decode(
             ctypes.byref(self._model),
             embedded.data_ptr(),
             len(ids),
@@ -147,7 +163,7 @@ class AmxDecoder:
         panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
         found = torch.empty(groups, len(weight), _GROUP)
         fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()
-        if any(_shared_out(-(-len(weight) // _BLOCK), partial(self._library.amx_head, *fixed))):
+        if any(_shared_out(-(-len(weight) // _BLOCK), partial(self._library.native_head, *fixed))):
             raise MemoryError("no memory for the output layer")
         # In rows, as what is summed over them later depends on how they lie in memory.
         logits = found.transpose(1, 2).contiguous().view(groups * _GROUP, -1)[: len(states)]
@@ -186,7 +202,7 @@ class PanelLinear(nn.Module):
         rows, size = _blocks(x, depth)
         out = torch.empty(len(rows), count, dtype=torch.bfloat16)
         fixed = rows.data_ptr(), len(rows), depth, self._panels.data_ptr(), _address(self._bias), count, out.data_ptr()
-        _shared_out(len(self._panels), partial(self._library.amx_linear, *fixed))
+        _shared_out(len(self._panels), partial(self._library.native_linear, *fixed))
         return out[:size].view(*x.shape[:-1], count)
 
 
@@ -204,7 +220,7 @@ class PanelMlp(nn.Module):
         inner = torch.empty(len(rows), width, dtype=torch.bfloat16)
         weight = self._gate_up
         fixed = rows.data_ptr(), len(rows), depth, weight.data_ptr(), width, int(self._gelu), inner.data_ptr()
-        _shared_out(len(weight), partial(self._library.amx_gated, *fixed))
+        _shared_out(len(weight), partial(self._library.native_gated, *fixed))
         found: Tensor = self.down_proj(inner[:size])
         return found.view(*x.shape[:-1], -1)
 
@@ -216,10 +232,10 @@ class _Shape:
         q, k, _ = decoder.layers[0].qkv
         head = decoder.layers[0].head_width
         norms = [norm for layer in decoder.layers for norm in _norms(layer).values() if norm is not None]
-        eps = {_eps(norm) for norm in (*norms, decoder.norm)}
+        eps = {norm_eps(norm) for norm in (*norms, decoder.norm)}
         shapes = {tuple(part.weight.shape for part in _products(layer)) for layer in decoder.layers}
         heads = {layer.head_width for layer in decoder.layers}
-        gelu = {_is_gelu(layer.activation) for layer in decoder.layers}
+        gelu = {is_gelu(layer.activation) for layer in decoder.layers}
         if any(len(values) > 1 for values in (eps, shapes, heads, gelu)):
             raise UnsupportedModelError("with layers of different shapes")
         self._sizes = {
@@ -252,7 +268,7 @@ class _Weights:
         gate, up = (part.weight.data for part in (layer.gate, layer.up))
         qkv_bias, output_bias = bias_of(*layer.qkv), bias_of(layer.output)
         self.tensors: dict[str, Tensor | None] = {
-            **{name: None if norm is None else _norm_weight(norm) for name, norm in _norms(layer).items()},
+            **{name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()},
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
             "output_bias": None if output_bias is None else output_bias.float(),
             "qkv": _panels(torch.cat([part.weight.data for part in layer.qkv])),
@@ -273,7 +289,7 @@ class _Weights:
         output = PanelLinear(library, self._tensor("output"), self.tensors["output_bias"])
         layer.attention.set_submodule("o_proj", output)
         down = PanelLinear(library, self._tensor("down"), None)
-        mlp = PanelMlp(library, self._tensor("gate_up"), down, gelu=_is_gelu(layer.activation))
+        mlp = PanelMlp(library, self._tensor("gate_up"), down, gelu=is_gelu(layer.activation))
         layer.layer.set_submodule("mlp", mlp)
 
     def _tensor(self, name: str) -> Tensor:
@@ -283,24 +299,24 @@ class _Weights:
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled library, AMX asked for."""
+    """The compiled library, AMX asked for where there is one."""
     able = torch.cpu.get_capabilities()
-    if dtype != torch.bfloat16 or not all(able.get(name, False) for name in _NEEDED):
+    if dtype != torch.bfloat16 or not all(able.get(name, False) for name in _AVX512.values()):
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
-        found = compiled()
+        found = compiled(amx=all(able.get(name, False) for name in _AMX.values()))
     except native.NativeUnavailableError as reason:
         raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
-    if found.amx_request():
+    if found.native_request():
         raise UnsupportedModelError("as the system does not give AMX to this process")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.amx_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number, number]
-    found.amx_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
-    found.amx_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
-    found.amx_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
-    found.amx_head.restype = number
-    found.amx_linear.restype = found.amx_gated.restype = None
-    found.amx_decode.restype = number
+    found.native_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number, number]
+    found.native_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
+    found.native_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
+    found.native_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
+    found.native_head.restype = number
+    found.native_linear.restype = found.native_gated.restype = None
+    found.native_decode.restype = number
     return found
 
 
@@ -317,7 +333,7 @@ def _shared_out(panels: int, product: Callable[[int, int], T]) -> list[T]:
 @cache
 def _helpers() -> ThreadPoolExecutor:
     """Threads that help with one product. They do nothing in torch, so they need not be kept to one thread there."""
-    return ThreadPoolExecutor(os.cpu_count(), "amx")
+    return ThreadPoolExecutor(os.cpu_count(), "native")
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -333,7 +349,7 @@ def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _fits(weight: Tensor) -> bool:
-    """Whether amx_head can read the output layer's weight as it lies in memory."""
+    """Whether native_head can read the output layer's weight as it lies in memory."""
     return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % _BLOCK == 0
 
 
@@ -359,26 +375,10 @@ def _norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
     }
 
 
-def _norm_weight(norm: Any) -> Tensor:
-    """What a norm multiplies by, in fp32: Gemma's are stored less one."""
-    weight: Tensor = norm.weight.data.float()
-    return weight + (1.0 if type(norm).__name__.startswith("Gemma") else 0.0)
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
-def _is_gelu(activation: nn.Module) -> bool:
-    name = type(activation).__name__
-    if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(f"with the activation {name}")
-    return _ACTIVATIONS[name]
-
-
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 if __name__ == "__main__":
-    compiled()
+    for with_amx in (True, False):
+        compiled(amx=with_amx)

@@ -1,4 +1,5 @@
-// The forward of a decoder over one pack of prompts, in bfloat16 on a CPU with AMX. amx_decoder.py calls it.
+// The forward of a decoder over one pack of prompts, in bfloat16 on a CPU with AMX, or with AVX-512's products of
+// bfloat16 where AMX is not compiled for. native_decoder.py calls it.
 //
 // Products take bfloat16 and sum in float32; the residual stream, norms, softmax and activations are float32, each
 // rounded once where the next product reads it. Every number of a row is made from that row alone (and, in attention,
@@ -24,11 +25,26 @@ const int64_t kMostDepth = 1024;  // of one product into the residual stream; a 
 
 inline int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
 
+#ifdef __AMX_BF16__
 struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+// The tile unit, for as long as this is there.
+struct Unit {
+  Unit() {
+    Tiles tiles;
+    _tile_loadconfig(&tiles);
+  }
+  ~Unit() { _tile_release(); }
+};
+#else
+struct Unit {
+  Unit() {}  // nothing to set up
+};
+#endif
 
 template <class T>
 struct Buffer {  // memory in whole cache lines, zeroed; `stride` keeps rows off each other's cache sets
@@ -91,10 +107,12 @@ inline __m512 activate(__m512 x, bool gelu) {
   return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_add_ps(x, cubed))));
 }
 
-// Tiles 0 to 3: 32 rows of x, `depth` long, times one panel. Tiles 4 and 5 hold rows, 6 and 7 the panel. The tile unit
-// works beside the vector unit: `beside` is done in each of the depth / 32 steps.
+// 32 rows of x, `depth` long, times one panel, into out, [32][32]. `beside` is done depth / 32 times on the way.
+#ifdef __AMX_BF16__
+// Tiles 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the panel. The tile unit works beside the vector unit.
 template <class Beside>
-inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, Beside beside) {
+inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
+                     Beside beside) {
   const bf16 *lower = x + 16 * stride;
   _tile_zero(0);
   _tile_zero(1);
@@ -111,7 +129,44 @@ inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t d
     _tile_dpbf16ps(3, 5, 7);
     beside();
   }
+  _tile_stored(0, out, out_stride * 4);
+  _tile_stored(1, out + 16, out_stride * 4);
+  _tile_stored(2, out + 16 * out_stride, out_stride * 4);
+  _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
 }
+#else
+const int64_t kTogether = 8;  // rows whose sums are in registers, two each
+
+template <class Beside>
+inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
+                     Beside beside) {
+  for (int64_t k = 0; k < depth; k += 32) beside();
+  for (int64_t row = 0; row < kBlock; row += kTogether, x += kTogether * stride, out += kTogether * out_stride) {
+    __m512 left[kTogether], right[kTogether];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kTogether; i++) left[i] = right[i] = _mm512_setzero_ps();
+    const bf16 *step = panel;
+    for (int64_t k = 0; k < depth; k += 32, step += 512) {
+      for (int64_t pair = k; pair < k + 32; pair += 2, step += 32) {
+        __m512bh first = (__m512bh)_mm512_loadu_si512(step), second = (__m512bh)_mm512_loadu_si512(step + 512);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kTogether; i++) {
+          int32_t both;
+          memcpy(&both, x + i * stride + pair, 4);
+          __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
+          left[i] = _mm512_dpbf16_ps(left[i], spread, first);
+          right[i] = _mm512_dpbf16_ps(right[i], spread, second);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kTogether; i++) {
+      _mm512_storeu_ps(out + i * out_stride, left[i]);
+      _mm512_storeu_ps(out + i * out_stride + 16, right[i]);
+    }
+  }
+}
+#endif
 
 // rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
 // results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
@@ -119,26 +174,22 @@ inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t d
 template <class Store>
 inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
                     int64_t outputs, Store store) {
-  alignas(64) float sums[4][256];
+  alignas(64) float sums[kBlock][kBlock];
   const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps, lines = (kBlock * kBlock + rows - 1) / rows;
   int64_t stored = kBlock, stored_row = 0, stored_output = 0;
   auto store_some = [&](int64_t count) {
     for (int64_t end = stored + count < kBlock ? stored + count : kBlock; stored < end; stored++) {
-      const float *left = sums[stored / 16 * 2] + stored % 16 * 16;
-      store(stored_row + stored, stored_output, _mm512_load_ps(left), _mm512_load_ps(left + 256));
+      const float *left = sums[stored];
+      store(stored_row + stored, stored_output, _mm512_load_ps(left), _mm512_load_ps(left + 16));
     }
   };
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel) {
     const bf16 *next = weight + panel;  // is fetched while this panel is used
     for (int64_t row = 0; row < rows; row += kBlock) {
-      multiply(x + row * stride, stride, weight, depth, [&] {
+      multiply(x + row * stride, stride, weight, depth, sums[0], kBlock, [&] {
         for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
         store_some(share);
       });
-      _tile_stored(0, sums[0], 64);
-      _tile_stored(1, sums[1], 64);
-      _tile_stored(2, sums[2], 64);
-      _tile_stored(3, sums[3], 64);
       stored = 0, stored_row = row, stored_output = output;
     }
   }
@@ -149,11 +200,7 @@ inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *wei
 inline void product_of_block(const bf16 *x, int64_t stride, const bf16 *weight, int64_t depth, int64_t outputs, float *out,
                              int64_t out_stride) {
   for (int64_t output = 0; output < outputs; output += kBlock, weight += depth * kBlock, out += kBlock) {
-    multiply(x, stride, weight, depth, [] {});
-    _tile_stored(0, out, out_stride * 4);
-    _tile_stored(1, out + 16, out_stride * 4);
-    _tile_stored(2, out + 16 * out_stride, out_stride * 4);
-    _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
+    multiply(x, stride, weight, depth, out, out_stride, [] {});
   }
 }
 
@@ -372,50 +419,51 @@ void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int6
 
 extern "C" {
 
-// Ask the kernel for AMX, once in a process; 0 if it is ours.
-int64_t amx_request() { return syscall(SYS_arch_prctl, 0x1023, 18); }
+// Ask the system for AMX, once in a process; 0 if it is ours, or not needed.
+int64_t native_request() {
+#ifdef __AMX_BF16__
+  return syscall(SYS_arch_prctl, 0x1023, 18);
+#else
+  return 0;
+#endif
+}
 
 // The next three do panels [first, first + count) of their weights, so that several threads can share one product.
 
 // [rows, depth] times a panelled weight, plus bias where there is one, into [rows, outputs]; as nn.Linear. Rows are
 // rounded up to 32 in both.
-void amx_linear(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, const float *bias, int64_t outputs, bf16 *out,
+void native_linear(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, const float *bias, int64_t outputs, bf16 *out,
                 int64_t first, int64_t count) {
   const int64_t offset = first * kBlock;
-  Tiles tiles;
-  _tile_loadconfig(&tiles);
+  Unit unit;
   product(x, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock,
           [&](int64_t row, int64_t output, __m512 left, __m512 right) {
             add_bias(bias, offset + output, left, right);
             narrow(out + row * outputs + offset + output, left);
             narrow(out + row * outputs + offset + output + 16, right);
           });
-  _tile_release();
 }
 
 // activation(x times gate) * (x times up), as [rows, width]; gate and up lie in turn in blocks of 16 outputs.
-void amx_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu, bf16 *out,
+void native_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu, bf16 *out,
                int64_t first, int64_t count) {
-  Tiles tiles;
-  _tile_loadconfig(&tiles);
+  Unit unit;
   gated(x, depth, blocks(rows), weight + first * kBlock * depth, depth, count * kBlock / 2, gelu,
         out + first * kBlock / 2, width);
-  _tile_release();
 }
 
 // [vocabulary, depth] times 16 states for each group: what the panels of their parts give, summed, as
 // [groups, vocabulary, 16]. `parts` has two panels for each group: the first and second parts of the states, and the
 // third parts. Here it is the weight that lies in rows, and a panel of it is 32 of these; the last may be shorter.
 // Returns 0, or 1 without enough memory.
-int64_t amx_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, int64_t groups, float *out,
+int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, int64_t groups, float *out,
                  int64_t first, int64_t count) {
   const int64_t fitting = kCache / (2 * depth) / kBlock * kBlock, chunk = fitting < kBlock ? kBlock : fitting;
   const int64_t whole = vocabulary / kBlock * kBlock, panel = depth * kBlock;
   Buffer<bf16> rest(kBlock, depth);
   if (!rest.data) return 1;
   for (int64_t row = whole; row < vocabulary; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
-  Tiles tiles;
-  _tile_loadconfig(&tiles);
+  Unit unit;
   for (int64_t from = first * kBlock, end = (first + count) * kBlock, rows; from < end; from += rows) {
     const bool last = from >= whole;
     const bf16 *x = last ? rest.data : weight + from * depth;
@@ -434,13 +482,12 @@ int64_t amx_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf
       });
     }
   }
-  _tile_release();
   return 0;
 }
 
 // The states behind the rows `last` of a pack, normed, into [lasts, width]. `embedded` is [rows, width]. Returns 0, or 1
 // where there is not enough memory.
-int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
+int64_t native_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
                    const int64_t *last, int64_t lasts, float *out) {
   const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
   const int64_t mixed_width = model->heads * head;
@@ -462,8 +509,7 @@ int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, cons
       !inner.data || !scratch.complete())
     return 1;
   for (int64_t row = 0; row < rows; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
-  Tiles tiles;
-  _tile_loadconfig(&tiles);
+  Unit unit;
   for (int64_t l = 0; l < model->layers; l++) {
     const Layer &layer = model->layer[l];
     for (int64_t from = 0; from < rows; from += chunk) {
@@ -505,7 +551,6 @@ int64_t amx_decode(const Model *model, const float *embedded, int64_t rows, cons
                   from, width, mixed);
     }
   }
-  _tile_release();
   for (int64_t i = 0; i < lasts; i++)
     rms_norm(ends.row(i), model->final_norm, model->eps, width,
              [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
