@@ -6,8 +6,13 @@ needs a GPU.
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +28,9 @@ from tests.test_torch_packed import CONFIGS, SMALL, VOCABULARY, every, own_logpr
 pytest.importorskip("triton", reason="Triton is there on Linux alone")
 from service.engine import triton_kernels
 from service.engine.triton_decoder import TritonDecoder
+from tests.compile_kernels import SHARED_MEMORY
 
+ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes seconds for some hundred rows of the tiny models. It computes with numpy, which warns of
 # infinities and of numbers that are none; a GPU does not.
@@ -160,6 +167,20 @@ def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr("service.engine.triton_decoder.attend", fail)
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_the_kernels_can_be_compiled_and_find_room_in_shared_memory(capability: int) -> None:
+    """For a GPU with 99 KiB of it and for one with 227, with no GPU there; kernels that need more could not start."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability)]
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in kernels} == {"_add_and_norm", "_attend", "_product", "_rotate", "_summaries"}
+    assert max(kernel["shared"] for kernel in kernels) <= SHARED_MEMORY[capability]
 
 
 @pytest.mark.usefixtures("broken_compiler")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, chain
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from service.engine.triton_kernels import QUERY_BLOCK, Heads, Product, Seen, add
 
 # Rows of the runs that are recorded; more than these keep the GPU busy for longer than starting their kernels takes.
 _GRAPHS: Final = (256, 512, 1024, 2048)
+# Rotary positions that there are from the start: when their tables grow, runs have to be recorded anew.
+_POSITIONS: Final = 4096
 # States that meet the output layer together: bounds its logits, three times this many rows of the vocabulary in fp32.
 _HEAD_STATES: Final = 64
 
@@ -109,6 +111,8 @@ class TritonDecoder:
         self._final_eps = norm_eps(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._recorded: dict[int, _Recorded] = {}
+        # Recorded runs come one after the other, so they can have the same memory.
+        self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._try()
 
     def prepare(self, longest: int) -> None:
@@ -146,12 +150,19 @@ class TritonDecoder:
         return logits if head.bias is None else logits + head.bias.float()
 
     def _try(self) -> None:
-        """Read something, so that what cannot be compiled here is known; UnsupportedModelError then."""
-        pack = Pack()
-        pack.add(0, EngineItem([0] * 3, (0,), (1,)))
-        self.prepare(3)
+        """Read something in every way there is: what cannot be compiled or run here is to be known before it is needed.
+
+        Raises UnsupportedModelError then.
+        """
+        rows = [3, *(rows - 64 for rows in _GRAPHS), _GRAPHS[-1] + 1] if self._device.type == "cuda" else [3]
         try:
-            self.read(pack)
+            self.prepare(_POSITIONS)
+            for count in rows:
+                pack = Pack()
+                pack.add(0, EngineItem([0] * count, (0,), (1,)))
+                self.read(pack)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:  # Triton's compiler and CUDA raise many kinds
             raise UnsupportedModelError(f"on this device: {type(error).__name__}: {error}") from error
 
@@ -163,7 +174,7 @@ class TritonDecoder:
         if rows is None:
             return None
         if rows not in self._recorded:
-            self._recorded[rows] = _Recorded(_Run(self._decoder, _Room.recorded(rows)), self._forward)
+            self._recorded[rows] = _Recorded(_Run(self._decoder, _Room.recorded(rows)), self._forward, self._memory)
         return self._recorded[rows]
 
     def _forward(self, run: _Run) -> Tensor:
@@ -229,12 +240,12 @@ class _Run:
 class _Recorded:
     """A run whose kernels are started together."""
 
-    def __init__(self, run: _Run, forward: Callable[[_Run], Tensor]) -> None:
+    def __init__(self, run: _Run, forward: Callable[[_Run], Tensor], memory: Any) -> None:
         self.run = run
         forward(run)  # compiles what has not been compiled yet
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._states = forward(run)
 
     def replay(self) -> Tensor:

@@ -22,6 +22,9 @@ QUERY_BLOCK: Final = 64
 _KEY_BLOCK: Final = 64
 # Blocks of rows whose programs run side by side, so that they share the weights that they read.
 _GROUP_ROWS: Final = 8
+# Bytes of shared memory from which on a GPU takes the large tiles: data centre ones from Hopper on have 227 KiB, the
+# A100 163, others 99.
+_ROOMY: Final = 200 * 1024
 _LOG2_E: Final = 1.4426950408889634
 
 
@@ -36,10 +39,15 @@ class Tile:
     stages: int
 
 
-def tile_for(columns: int, dtype: torch.dtype, *, gated: bool) -> Tile:
-    """By the weight alone, never by the number of rows: another tile may sum in another order."""
+def tile_for(columns: int, dtype: torch.dtype, *, gated: bool, shared_memory: int) -> Tile:
+    """By weight and device alone, never by the number of rows: another tile may sum in another order.
+
+    `shared_memory` is what a block of threads can have, in bytes.
+    """
     if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 2)
+        return Tile(64, 64, 32, 8, 2)
+    if shared_memory < _ROOMY:
+        return Tile(128, 64, 64, 4, 3) if gated else Tile(128, 128, 64, 8, 2)
     if gated:
         return Tile(128, 128, 64, 8, 3)
     # A block that hangs over the edge is computed in full.
@@ -67,10 +75,11 @@ class Product:
         """[rows, inputs] -> [rows, columns], rounded to what `out` holds."""
         columns, depth = self.columns, self.weight.shape[1]
         gated = self.activation is not None
-        tile = tile_for(columns, self.weight.dtype, gated=gated)
+        processors, shared_memory = _device(rows.device)
+        tile = tile_for(columns, self.weight.dtype, gated=gated, shared_memory=shared_memory)
         weights = TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth])
         blocks = triton.cdiv(len(rows), tile.rows) * triton.cdiv(columns, tile.columns)
-        programs = min(blocks, _processors(rows.device))
+        programs = min(blocks, processors)
         _product[(programs,)](
             TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]),
             weights,
@@ -126,17 +135,30 @@ def _product(
             total = tl.dot(left, weight.load([column, start]).T, total, input_precision=PRECISION)
             if GATED:
                 other = tl.dot(left, weight.load([columns + column, start]).T, other, input_precision=PRECISION)
-        places = row + tl.arange(0, BLOCK_ROWS)
-        names = column + tl.arange(0, BLOCK_COLUMNS)
+        if BLOCK_COLUMNS > 128:  # on its way out a block takes as much shared memory as its numbers do
+            halves = tl.permute(tl.reshape(total, (BLOCK_ROWS, 2, BLOCK_COLUMNS // 2)), (0, 2, 1))
+            low, high = tl.split(halves)
+            _finish(low, low, bias, out, row, column, rows, columns, HAS_BIAS, False, GELU)
+            _finish(high, high, bias, out, row, column + BLOCK_COLUMNS // 2, rows, columns, HAS_BIAS, False, GELU)
+        else:
+            _finish(total, other, bias, out, row, column, rows, columns, HAS_BIAS, GATED, GELU)
+
+
+@triton.jit
+def _finish(
+    total, other, bias, out, row, column, rows, columns, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr
+):
+    places = row + tl.arange(0, total.shape[0])
+    names = column + tl.arange(0, total.shape[1])
+    if HAS_BIAS:
+        total += tl.load(bias + names, mask=names < columns, other=0.0).to(tl.float32)[None, :]
+    if GATED:
         if HAS_BIAS:
-            total += tl.load(bias + names, mask=names < columns, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            if HAS_BIAS:
-                other += tl.load(bias + columns + names, mask=names < columns, other=0.0).to(tl.float32)[None, :]
-            total = _activated(total, GELU) * other
-        inside = (places < rows)[:, None] & (names < columns)[None, :]
-        to = out + places.to(tl.int64)[:, None] * columns + names[None, :]
-        tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+            other += tl.load(bias + columns + names, mask=names < columns, other=0.0).to(tl.float32)[None, :]
+        total = _activated(total, GELU) * other
+    inside = (places < rows)[:, None] & (names < columns)[None, :]
+    to = out + places.to(tl.int64)[:, None] * columns + names[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -443,9 +465,13 @@ def _summaries(logits, totals, argmax, columns, BLOCK: tl.constexpr):
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    """Of the GPU; some number where there is none, for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _device(device: torch.device) -> tuple[int, int]:
+    """Processors of the GPU, and bytes of shared memory; some where there is none, for Triton's interpreter."""
+    if device.type != "cuda":
+        return 4, 0
+    properties = torch.cuda.get_device_properties(device)
+    # ROCm's have no such thing.
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 0)
 
 
 def _precision(x: Tensor) -> Any:
