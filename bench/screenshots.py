@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ from client import Judge
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 OUT = Path(__file__).parents[1] / "docs" / "images"
-# What the live panel shows was sent meanwhile, this many times with a pause in milliseconds.
-CALLS, PAUSE = 60, 150
+# What the live panel shows was sent meanwhile: for so many seconds, with a pause in milliseconds.
+SECONDS, PAUSE = 20.0, 150
 # Milliseconds for a page, or for a slow model's answer.
 PATIENCE = 300_000
 
@@ -57,7 +58,9 @@ def take(page: Page, url: str, path: Path, *, mode: str) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
     page.locator("#results h2").wait_for()
     with Judge(url) as judge:
-        for number in range(CALLS):
+        number, end = 0, time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            number += 1
             # Each asked once: what has been judged before makes no load.
             judge.compare(f"{path.stem}: {number} + 1?", ["2", "I cannot know.", "It depends."])
             page.wait_for_timeout(PAUSE)
