@@ -139,6 +139,7 @@ def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
 
     assert got.startswith(b"HTTP/1.1 413 ")
     assert b"payload_too_large" in got
+    assert b"\r\nconnection: close\r\n" in got.lower()
 
 
 def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None:
