@@ -71,8 +71,9 @@ FROM ${BASE} AS run
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     JUDGE_CACHE_DIR=/models HF_HOME=/models/hf HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_NO_ADVISORY_WARNINGS=1
 RUN useradd --uid 1000 --no-create-home --home-dir /tmp judge \
- && install --directory --owner=judge --group=judge /models /runs /app
-# Empty: `python -m` looks for modules in the current folder first.
+ && install --directory --owner=judge --group=judge /models /runs \
+ && install --directory /app
+# Empty, and nobody's to write to: `python -m` looks for modules in the current folder first.
 WORKDIR /app
 
 FROM run AS api

@@ -167,11 +167,11 @@ def show_comparison(judge: Judge, console: Console) -> None:
     result = judge.compare(question, answers)
     table = _table("answer", title="/compare")
     table.add_column("beats next", justify="right", no_wrap=True)
-    table.add_row(f"[bold]{_short(question, 33)}[/bold]", end_section=True)
+    table.add_row(f"[bold]{_short(question, 29)}[/bold]", end_section=True)
     for rank, index in enumerate(result.ranking, 1):
         following = result.ranking[rank : rank + 1]
         beats = [f"{result.win_probability[index][other]:.2f}" for other in following]
-        table.add_row(f"{rank:>7}: {_short(answers[index], 25)}", *_numbers(result.scores[index]), *beats)
+        table.add_row(f"{rank:>7}: {_short(answers[index], 21)}", *_numbers(result.scores[index]), *beats)
     console.print(table)
 
 

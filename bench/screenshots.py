@@ -1,7 +1,9 @@
-"""Pictures of the playground for docs/images, taken in headless Chromium.
+"""Pictures of the page at /, taken in headless Chromium: on a laptop and on a phone, light and dark.
 
     python -m bench.screenshots                                    # of a service with made-up scores
     python -m bench.screenshots --url http://127.0.0.1:8000        # of a running one
+
+The README shows docs/images/playground-1280.png: `--out docs/images --only playground-1280`.
 
 Needs Chromium (`apt-get install chromium`); Playwright downloads none here.
 """
@@ -11,9 +13,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -21,9 +25,15 @@ from bench.process import running_service
 from client import Judge
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-OUT = Path(__file__).parents[1] / "docs" / "images"
-# What the live panel shows was sent meanwhile, this many times with a pause in milliseconds.
-CALLS, PAUSE = 60, 150
+# Width, colours and mode of each.
+PICTURES: dict[str, tuple[int, Literal["light", "dark"], str]] = {
+    "playground-1280": (1280, "light", "pointwise"),
+    "playground-1280-dark": (1280, "dark", "pairwise"),
+    "playground-390": (390, "light", "pointwise"),
+    "playground-390-dark": (390, "dark", "pairwise"),
+}
+# What the live panel shows was sent meanwhile: for so many seconds, with a pause in milliseconds.
+SECONDS, PAUSE = 20.0, 150
 # Milliseconds for a page, or for a slow model's answer.
 PATIENCE = 300_000
 
@@ -57,7 +67,9 @@ def take(page: Page, url: str, path: Path, *, mode: str) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
     page.locator("#results h2").wait_for()
     with Judge(url) as judge:
-        for number in range(CALLS):
+        number, end = 0, time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            number += 1
             # Each asked once: what has been judged before makes no load.
             judge.compare(f"{path.stem}: {number} + 1?", ["2", "I cannot know.", "It depends."])
             page.wait_for_timeout(PAUSE)
@@ -68,15 +80,12 @@ def take(page: Page, url: str, path: Path, *, mode: str) -> None:
     print(path)
 
 
-def take_all(url: str, out: Path) -> None:
-    """The three pictures of the documentation."""
+def take_all(url: str, out: Path, names: Sequence[str]) -> None:
+    """The pictures of these names."""
     out.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        for name, width, scheme, mode in (
-            ("playground-1280", 1280, "light", "pointwise"),
-            ("playground-1280-dark", 1280, "dark", "pairwise"),
-            ("playground-390", 390, "light", "pointwise"),
-        ):
+        for name in names:
+            width, scheme, mode = PICTURES[name]
             # The height of a phone or of a laptop; the picture is as high as the page.
             page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
             take(page, url, out / f"{name}.png", mode=mode)
@@ -87,13 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.screenshots", description=__doc__.partition("\n")[0])
     parser.add_argument("--url", help="a running service without keys; unset: one is started, with made-up scores")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"folder for the pictures (default: {OUT.name} of docs/)")
+    parser.add_argument("--out", type=Path, default=Path("screenshots"), help="folder for the pictures")
+    parser.add_argument("--only", choices=PICTURES, nargs="+", default=list(PICTURES), help="these and no others")
     options = parser.parse_args(argv)
     if options.url:
-        take_all(options.url, options.out)
+        take_all(options.url, options.out, options.only)
     else:
         with running_service("--engine", "fake") as service:
-            take_all(service.url, options.out)
+            take_all(service.url, options.out, options.only)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +97,9 @@ class Deployment:
         command = self._translated(definition.command, address)
         if service == "redis":
             command += ["--bind", address]
+        elif service == "prometheus":
+            # The image has the program as its entry point, and a network of its own.
+            command = ["prometheus", *command, f"--web.listen-address={address}:9090"]
         with log.open("wb") as out:
             process = subprocess.Popen(
                 [*command, *more],
@@ -177,8 +181,8 @@ class Deployment:
             word = word.replace(f"//{service}:", f"//{self.address(service)}:")
         word = word.replace("0.0.0.0", address).replace("//127.0.0.1:", f"//{address}:")
         for path, folder in self._volumes.items():
-            if word == path or word.startswith(f"{path}/"):
-                word = str(folder) + word[len(path) :]
+            # A word of its own, or the value of a flag.
+            word = re.sub(rf"^(--[\w.]+=)?{path}(?=/|$)", rf"\g<1>{folder}", word)
         return word
 
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from client.errors import ErrorCode
 from service.jobs import QueueStats
 
+# Why a job that was taken is not judged.
+DROPPED = ("caller_gone", "deadline")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _JOBS = tuple(2**n for n in range(10))
 _TOKENS = tuple(2**n for n in range(6, 18))
@@ -39,6 +42,11 @@ class Metrics:
         self._inference = Histogram("judge_inference_seconds", "Time for a batch", buckets=_SECONDS, registry=reg)
         self._queue_jobs = Gauge("judge_queue_jobs", "Jobs accepted and not yet answered", registry=reg)
         self._queue_tokens = Gauge("judge_queue_tokens", "Their tokens", registry=reg)
+        # From 0 on: a rate does not see the first one of a series that begins with it.
+        for code in ErrorCode:
+            self._errors.labels(code.value)
+        for reason in DROPPED:
+            self._dropped.labels(reason)
 
     def watch_queue(self, stats: Callable[[], QueueStats]) -> None:
         """Read the queue's fill whenever the metrics are read."""

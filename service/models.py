@@ -206,9 +206,9 @@ def _list(_: argparse.Namespace) -> int:
         folder = _find_local(name, None)
         size = f"{model.parameters / 1e9:.2f}B parameters" if model.parameters else "size unknown"
         print(name)
+        note = "the default" if name == DEFAULT_MODEL else model.note
         print(
-            f"    {size}, {model.licence}, download {model.wheel_bytes / 1e6:,.0f} MB"
-            + (f"; {model.note}" if model.note else "")
+            f"    {size}, {model.licence}, download {model.wheel_bytes / 1e6:,.0f} MB" + (f"; {note}" if note else "")
         )
         print(f"    {folder or 'not on this machine'}")
     return 0

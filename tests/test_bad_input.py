@@ -221,8 +221,13 @@ def test_control_tokens_in_a_text_stay_text(live: Live) -> None:
 def test_without_a_key_nothing_is_judged() -> None:
     """Every route but the operational ones wants a key; a wrong one is as good as none."""
     with live_service(api_key="first-key,second-key") as live:
-        routes = ["/score", "/score/batch", "/compare", "/compare/batch"]
-        bare = [live.http.post(path, json=PAIR) for path in routes] + [live.http.get("/v1/models")]
+        routes = [
+            (method, path)
+            for path, methods in live.http.get("/openapi.json").json()["paths"].items()
+            for method in methods
+            if path not in ("/health", "/ready", "/metrics")
+        ]
+        bare = [live.http.request(method, path, json=PAIR) for method, path in routes]
         wrong = live.http.post("/score", json=PAIR, headers={"Authorization": "Bearer first-kex"})
         basic = live.http.post("/score", json=PAIR, headers={"Authorization": "Basic first-key"})
         right = [
@@ -231,6 +236,7 @@ def test_without_a_key_nothing_is_judged() -> None:
         ]
         health = live.http.get("/health")
 
+    assert {path for _, path in routes} >= {"/score", "/compare/batch", "/templates", "/v1/models"}
     assert {outcome(answer)[:2] for answer in (*bare, wrong, basic)} == {(401, "unauthorized")}
     assert {answer.headers["www-authenticate"] for answer in bare} == {"Bearer"}
     assert [answer.status_code for answer in (*right, health)] == [200, 200, 200]

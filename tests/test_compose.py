@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from client import __main__ as client_main
 from client.errors import ErrorCode
+from deploy import monitoring
 from deploy.compose import COMPOSE_FILE, DOCKERFILE, ROOT, Service, instructions, interpolated, load, seconds, stages
 from service.metrics import Metrics
 from service.models import _parser as models_parser
@@ -21,6 +22,8 @@ from trainer.self_improve import _parser as loop_parser
 
 # Of the Compose Specification (Apache-2.0), as the Python package docker-compose 1.29.2 carries it.
 SCHEMA = Path(__file__).parent / "data" / "compose-spec.json"
+# Of a dashboard of Grafana 11.2; data/README.md says how it was made.
+DASHBOARD_SCHEMA = SCHEMA.with_name("grafana-dashboard.json")
 OURS = ("model", "api", "worker", "worker-cpu", "bench", "trainer", "trainer-cpu")
 RUNNING = ("redis", "api", "worker", "worker-cpu", "prometheus", "grafana")
 
@@ -263,10 +266,9 @@ def exported() -> set[str]:
     )
 
 
-def dashboard_queries() -> list[str]:
-    """Every expression of the dashboard."""
-    dashboard = json.loads((ROOT / "deploy/grafana/dashboards/judge.json").read_text())
-    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+def dashboard() -> Any:
+    """The dashboard."""
+    return json.loads(monitoring.DASHBOARD.read_text())
 
 
 def alert_rules() -> list[dict[str, Any]]:
@@ -277,7 +279,7 @@ def alert_rules() -> list[dict[str, Any]]:
 
 def test_dashboard_and_alerts_ask_for_what_is_exported() -> None:
     """Every judge_ series that a query names exists, and none is named that does not."""
-    queries = [*dashboard_queries(), *(rule["expr"] for rule in alert_rules())]
+    queries = [*monitoring.dashboard_queries(), *(rule["expr"] for rule in alert_rules())]
     asked = {name for query in queries for name in re.findall(r"\bjudge_\w+", query)}
 
     assert asked - exported() == set()
@@ -324,15 +326,104 @@ def test_mounted_files_are_there(services: dict[str, Service]) -> None:
     assert (inside[provider["options"]["path"]] / "judge.json").exists()
 
 
-def test_panels_name_the_provisioned_source() -> None:
-    """By its uid; and no two panels have the same number."""
-    source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
-    panels = json.loads((ROOT / "deploy/grafana/dashboards/judge.json").read_text())["panels"]
+def test_panels_name_the_provisioned_source(services: dict[str, Service]) -> None:
+    """By its uid; it is the service that scrapes, asked as often as that does; no two panels have the same number."""
+    file = ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml"
+    (source,) = yaml.safe_load(file.read_text())["datasources"]
+    panels = dashboard()["panels"]
 
-    assert {panel["datasource"]["uid"] for panel in panels if panel["type"] != "row"} == {
-        source["datasources"][0]["uid"]
-    }
+    assert {panel["datasource"]["uid"] for panel in panels if panel["type"] != "row"} == {source["uid"]}
+    assert source["url"] == "http://prometheus:9090"
+    assert services["prometheus"].definition["ports"][0].endswith(":9090")
+    assert source["jsonData"]["timeInterval"] == prometheus()["global"]["scrape_interval"]
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_the_dashboard_fits_grafanas_own_model() -> None:
+    """Fields and values of the dashboard, of its panels and of their options are ones that Grafana knows."""
+    validator = jsonschema_rs.validator_for(json.loads(DASHBOARD_SCHEMA.read_text()))
+
+    assert [str(error) for error in validator.iter_errors(dashboard())] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("graphTooltip",), 7),
+        (("panels", 0, "titel"), "x"),
+        (("panels", 0, "type"), "stats"),
+        (("panels", 0, "options", "colorMode"), "backgrund"),
+        (("panels", 7, "options", "legend", "placement"), "below"),
+        (("panels", 7, "fieldConfig", "defaults", "units"), "s"),
+        (("panels", 7, "gridPos", "w"), "8"),
+    ],
+)
+def test_a_mistake_does_not_fit_grafanas_model(path: tuple[str | int, ...], value: object) -> None:
+    """The schema is strict, down to a panel's options."""
+    changed = dashboard()
+    place = changed
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+
+    assert not jsonschema_rs.validator_for(json.loads(DASHBOARD_SCHEMA.read_text())).is_valid(changed)
+
+
+def test_panels_do_not_overlap() -> None:
+    """Each has cells of the 24 columns to itself."""
+    places = [panel["gridPos"] for panel in dashboard()["panels"]]
+    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+
+
+def test_every_alert_has_a_test_in_which_it_is_raised() -> None:
+    """`promtool test rules`, which `make test-compose` runs, raises each of them once."""
+    tests = yaml.safe_load((ROOT / "deploy/prometheus/alerts_test.yml").read_text())["tests"]
+    raised = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
+
+    assert raised == {rule["alert"] for rule in alert_rules()}
+
+
+def test_the_documents_list_every_metric_and_every_alert() -> None:
+    """docs/operations.md has each by its name, and none that is not there."""
+    text = (ROOT / "docs/operations.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `judge_")]
+    listed = {name for row in rows for name in re.findall(r"`(judge_\w+)", row.split("|")[1])}
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in Metrics().registry.collect()}
+
+    assert listed == names
+    assert set(re.findall(r"^\| (Judge\w+) \|", text, re.MULTILINE)) == {rule["alert"] for rule in alert_rules()}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ('absent(up{job="api"} == 1)', 'up{job="api"} == 1'),
+        ("sum(rate(a[5m])) > 0.05", "sum(rate(a[5m]))"),
+        ("max(a) > 0 and on() sum(b) == 0", "max(a) and on() sum(b)"),
+        (
+            "histogram_quantile(0.5, sum by (le) (rate(a[30m]))) < 0.5",
+            "histogram_quantile(0.5, sum by (le) (rate(a[30m])))",
+        ),
+    ],
+)
+def test_what_an_alert_looks_at_is_its_expression_without_bounds(expression: str, expected: str) -> None:
+    """So that a healthy service can be asked for it."""
+    assert monitoring.without_bounds(expression) == expected
+
+
+def test_prometheus_is_configured_as_deployed_but_for_addresses(tmp_path: Path) -> None:
+    """Jobs and ports are those of deploy/prometheus; every address of a job's services is asked."""
+    monitoring.write_configuration(tmp_path, {"api": ["127.0.0.2"], "worker-cpu": ["127.0.0.3", "127.0.0.4"]})
+    written = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
+
+    assert {job["job_name"]: job["static_configs"][0]["targets"] for job in written["scrape_configs"]} == {
+        "api": ["127.0.0.2:8000"],
+        "worker": ["127.0.0.3:9100", "127.0.0.4:9100"],
+    }
+    assert written["rule_files"] == prometheus()["rule_files"] == [path.name for path in tmp_path.glob("alerts.yml")]
 
 
 @pytest.mark.parametrize(

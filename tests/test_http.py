@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from client import AsyncJudge, Judge
+from client.errors import ErrorCode
 from client.schema import CompareResult, ErrorResult, ScoreResult
 from tests.live import Live, live_service
 
@@ -177,13 +178,22 @@ def test_errors_carry_the_request_id_too(live: Live) -> None:
 def test_metrics_count_what_happened(live: Live) -> None:
     """The Prometheus text holds requests by route and status, judgements, errors and the queue's fill."""
     score(live)
+    before = live.value("judge_errors_total", code="invalid_request")
     live.http.post("/score", json={})
     text = live.http.get("/metrics").text
 
     assert 'judge_requests_total{method="POST",route="/score",status="422"}' in text
-    assert 'judge_errors_total{code="invalid_request"}' in text
+    assert live.value("judge_errors_total", code="invalid_request") == before + 1
     assert "judge_queue_jobs 0.0" in text
     assert live.value("judge_judgements_total") > 0
+
+
+def test_every_error_is_counted_from_0_on(live: Live) -> None:
+    """A series that began with its first error would hide that one from a rate, and with it from an alert."""
+    text = live.http.get("/metrics").text
+
+    assert {code for code in ErrorCode if f'judge_errors_total{{code="{code}"}}' not in text} == set()
+    assert 'judge_jobs_dropped_total{reason="deadline"} 0.0' in text
 
 
 def test_paths_that_nobody_knows_do_not_become_metric_labels(live: Live) -> None:

@@ -482,6 +482,7 @@ def test_list_tells_what_is_here(stored: Path, capsys: pytest.CaptureFixture[str
     assert code == 0
     assert all(name in out for name in known_models())
     assert "0.13B parameters, Apache-2.0, download 93 MB; judges at chance: a wiring check" in out
+    assert "1.54B parameters, Apache-2.0, download 1,093 MB; the default" in out
     assert str(stored) in out
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from bench.process import free_port
 from client.errors import ErrorCode
 from service.errors import ServiceError
 from service.http_guard import MAX_HEAD_BYTES
+from service.metrics import Metrics
+from service.middleware import RequestContext
 from service.templates import TemplateLibrary
 from tests.fleet import Program
 from tests.live import Live, live_service, wait_for
@@ -135,6 +139,7 @@ def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
 
     assert got.startswith(b"HTTP/1.1 413 ")
     assert b"payload_too_large" in got
+    assert b"\r\nconnection: close\r\n" in got.lower()
 
 
 def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None:
@@ -188,14 +193,15 @@ def test_a_head_that_comes_after_another_request_has_its_time_too(live: Live) ->
         assert until_closed(connection).count(b"HTTP/1.1 200 ") == 1
 
 
-def test_a_head_without_end_is_refused(live: Live) -> None:
-    """Headers are bounded like bodies."""
-    with connected(live) as connection:
+def test_a_head_without_end_is_refused() -> None:
+    """Headers are bounded like bodies, however much time there is for them."""
+    with live_service(body_timeout=60) as patient, connected(patient) as connection:
         with suppress(ConnectionError):
             connection.sendall(b"GET /health HTTP/1.1\r\n")
             connection.sendall(b"X-A: %s\r\n" % (b"a" * MAX_HEAD_BYTES) * 4)
         got = until_closed(connection)
 
+    # Where more of the head is on its way than is read, the connection is reset and the answer lost.
     assert got == b"" or got.startswith(b"HTTP/1.1 400 ")
 
 
@@ -238,6 +244,20 @@ def test_a_template_of_a_file_is_text_and_nothing_else(tmp_path: Path, text: str
 
     (found,) = [each for each in listed if each["name"] == "mine"]
     assert (found["layout"], found["instruction"]) == (layout, text)
+
+
+@pytest.mark.parametrize("form", ["chat", "raw"])
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_templates_text_reaches_the_model_as_it_was_written(tmp_path: Path, form: str, text: str) -> None:
+    """Neither reading the file nor filling its slots interprets anything."""
+    mine = {"name": "mine", "version": 1, "format": form, "instruction": text, "labels": {"yes": ["Yes"], "no": ["No"]}}
+    mine["layout"] = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:\n"
+    (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine]}), encoding="utf-8")
+    library = TemplateLibrary.load("chat", [tmp_path / "mine.json"])
+
+    built = builder().build(library.get("mine"), "p", ["r"], "error")
+
+    assert f"{text} {text} p r\nVerdict:" in decoded("tiny", built)
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
@@ -307,3 +327,19 @@ def test_neither_keys_nor_texts_are_in_the_log(tmp_path: Path, form: str, monkey
     assert (service.wait(), statuses) == (0, [200, 404, 422, 401, 401, 401, 404, 400])
     assert service.output.count("request_id") >= len(statuses)
     assert not [secret for secret in ("good-KEY", "wrong-KEY", "PRIVATE") if secret in service.output]
+
+
+async def test_what_nobody_caught_is_told_without_its_words() -> None:
+    """An exception's message may hold the caller's text: log and caller get the kind, the place and the code alone."""
+
+    async def broken(scope: Scope, _: Receive, __: Send) -> None:
+        raise ValueError(scope["path"])
+
+    transport = httpx.ASGITransport(RequestContext(broken, Metrics()))
+    with capture_logs() as events:
+        async with httpx.AsyncClient(transport=transport, base_url="http://judge") as http:
+            answer = await http.get("/PRIVATE")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert [event["error"] for event in events if event["event"] == "unhandled"] == ["ValueError"]
+    assert "PRIVATE" not in f"{events} {answer.text} {answer.headers}"

@@ -206,6 +206,14 @@ def test_accuracy_by_length() -> None:
     assert (length.accuracy_when_chosen_longer, length.accuracy_when_chosen_shorter) == (1.0, 0.0)
 
 
+def test_a_side_that_no_pair_is_on_is_not_told() -> None:
+    """Where every chosen answer is the longer one, there is no accuracy where it is the shorter."""
+    told = printed(summary_of("pairs", [pair("a/0", answer(1, length=20), 0)]), width=200)
+
+    assert "length: accuracy 100.0% where the chosen answer is longer\n" in told
+    assert "shorter" not in told
+
+
 def test_rmbench_counts_samples_and_cells() -> None:
     """Nine verdicts a sample: all count in calibration, the sample once; its subdomain belongs to safety."""
     summary = summary_of("rmbench", [rmbench_row("safety-refuse/1", [[1, -1, -1], [1, 1, -1], [1, 1, 1]])])

@@ -187,6 +187,35 @@ async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
     queue.cancel([job.id for job in jobs])
 
 
+def test_a_machine_without_a_gpu_is_named(tmp_path: Path) -> None:
+    """Not in vLLM's words, which are of an empty string: what is missing, and what runs without it."""
+    modules = {
+        "engine/arg_utils": "AsyncEngineArgs = None",
+        "platforms/__init__": "class current_platform:\n    is_unspecified = staticmethod(lambda: True)",
+        "usage/usage_lib": "UsageContext = None",
+    }
+    for name, text in {"__init__": "", **modules}.items():
+        file = tmp_path / "vllm" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    asked = (
+        "from pathlib import Path; from service.engine.vllm_loading import *; "
+        "make_config(Path('m'), VllmOptions(task='labels', max_tokens=9))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+
+    said = subprocess.run(
+        [sys.executable, "-c", asked],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    ).stderr
+
+    assert "VllmStartError: vLLM finds no GPU here" in said
+    assert "--engine torch" in said
+
+
 def test_no_part_of_vllm_is_imported_for_its_arguments() -> None:
     """The HTTP side reads these settings too."""
     assert "vllm" not in sys.modules

@@ -114,10 +114,12 @@ def _judging(summary: Summary) -> Iterable[str]:
             f"with the order, first-shown log-odds {position.first_log_odds:+.2f}"
         )
     if (length := summary.length) is not None:
-        yield (
-            f"length: accuracy {percent(length.accuracy_when_chosen_longer)}% where the chosen answer is longer, "
-            f"{percent(length.accuracy_when_chosen_shorter)}% where it is shorter"
-        )
+        sides = {"longer": length.accuracy_when_chosen_longer, "shorter": length.accuracy_when_chosen_shorter}
+        told = [
+            f"{percent(share)}% where the chosen answer is {side}" for side, share in sides.items() if share is not None
+        ]
+        if told:
+            yield f"length: accuracy {', '.join(told)}"
 
 
 def _cost(cost: Cost) -> str:

@@ -134,12 +134,18 @@ def make_config(folder: Path, options: VllmOptions) -> Any:
         if options.deterministic:
             _turn_on_batch_invariance()
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
     except ImportError as exc:
         raise VllmStartError(
             f"vLLM is installed and cannot be imported ({exc}): install the versions in constraints/vllm.txt; beside "
             "the CPU build of torch, uninstall torchvision, torchaudio and torchcodec"
         ) from exc
+    if current_platform.is_unspecified():
+        raise VllmStartError(
+            "vLLM finds no GPU here (in a container: is one reserved, and NVIDIA's container toolkit on the host?); "
+            "without one, --engine torch runs the model on the CPU"
+        )
     try:
         config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
     except TypeError as exc:

@@ -18,8 +18,10 @@ const EXAMPLE = {
 
 let running = null;
 
-const say = (text) => {
+// What stands in full beside the form, as a result does, is announced and not shown once more.
+const say = (text, { shown = true } = {}) => {
   byId("status").textContent = text;
+  byId("status").classList.toggle("away", !shown);
 };
 
 function requestOf({ responses, mode, tie_margin: margin, ...question }) {
@@ -40,7 +42,7 @@ async function run() {
     if (running !== mine) return undefined;
     const show = request.path === "score" ? showScore : showComparison;
     const outcome = show(result, inputs, request);
-    say(`${outcome}.`);
+    say(`${outcome}.`, { shown: false });
     comeIntoView();
     showHistory(saved.remember(inputs, outcome));
   } catch (error) {
@@ -58,7 +60,7 @@ function fail(error) {
     say("This page failed to show the answer.");
     throw error;
   }
-  say(showFailure(error));
+  say(showFailure(error), { shown: false });
   comeIntoView();
   if (error.code === "unauthorized") askForKey();
   return undefined;
