@@ -164,6 +164,27 @@ def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
 
 
 @needs_bf16
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, tmp_path: Path) -> None:
+    """One text, and answers to one prompt, are divided among threads; one, two and five give the same bits."""
+    make_model(tmp_path, kind)
+    rng = random.Random(3)
+    long = EngineItem([rng.randrange(3, 128) for _ in range(331)], (5, 9), (7, 150))
+    answers = [EngineItem([*long.token_ids[:150], 5 + n], (5, 9), (7, 150)) for n in range(40)]
+    found = []
+    threads_before = torch.get_num_threads()
+    for threads in (1, 2, 5):
+        with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu", threads=threads)) as engine:
+            assert is_compiled(engine)
+            asked = [engine.label_logprobs([long]), engine.label_logprobs(answers), engine.label_logprobs(answers[:1])]
+            found.append([[answer.logprobs for answer in each] for each in asked])
+    torch.set_num_threads(threads_before)
+
+    assert found[1:] == found[:1] * 2
+    assert found[0][1][:1] == found[0][2]
+
+
+@needs_bf16
 def test_an_item_with_broken_embeddings_spoils_itself_only(tmp_path: Path) -> None:
     """NaN stays in its own item, though others lie in the same blocks of rows."""
     model = make_model(tmp_path, "llama")

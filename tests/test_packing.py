@@ -97,3 +97,16 @@ def test_work_is_spread_over_the_workers() -> None:
     items = [EngineItem([index] * 3, (0,)) for index in range(8)]
 
     assert [len(plan(items, MOST_ROWS, workers)) for workers in (1, 2, 4)] == [1, 2, 4]
+
+
+def test_answers_to_one_prompt_are_divided_only_where_that_is_asked_for() -> None:
+    """For workers that can read one pack together they are one; beside others each prompt's stay together."""
+    alike = [EngineItem([1, 2, 3, index], (0,), (3,)) for index in range(8)]
+    others = [EngineItem([7, 8, index], (0,), (2,)) for index in range(8)]
+
+    assert len(plan(alike, MOST_ROWS, 4)) == 4
+    assert len(plan(alike, MOST_ROWS, 4, divided=False)) == 1
+    assert [sorted(pack.last_row) for pack in plan([*alike, *others], MOST_ROWS, 4, divided=False)] == [
+        list(range(8)),
+        list(range(8, 16)),
+    ]

@@ -15,6 +15,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
 typedef uint16_t bf16;
 
 namespace {
@@ -345,36 +353,42 @@ float softmax(float *scores, bf16 *shares, int64_t first, int64_t last, int64_t 
   return _mm512_reduce_add_ps(sum);
 }
 
-// Attention of a segment's queries to the keys of its chain, from [rows][queries, keys, values] into [rows][heads, width].
-void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, const Segment *segments, const Segment &own,
+// A part of a segment's attention: the queries [from, to) of all heads that share the keys of one.
+struct Share {
+  int64_t segment, kv, from, to;
+};
+
+// Attention of some queries to the keys of their segment's chain, from [rows][queries, keys, values] into
+// [rows][heads, width].
+void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, const Segment *segments, const Share &share,
             const Buffer<bf16> &out, AttentionScratch &scratch) {
+  const Segment &own = segments[share.segment];
+  const int64_t kv = share.kv;
   int64_t width = model.head_width, group = model.heads / model.kv_heads, keys = 0;
   for (int64_t link = 0; link < own.links; link++) keys += segments[own.chain[link]].length;
   int64_t padded = (keys + kBlock - 1) / kBlock * kBlock, before = keys - own.length;
   float sums[kBlock] = {};
-  for (int64_t kv = 0; kv < model.kv_heads; kv++) {
-    int64_t key_offset = (model.heads + kv) * width;
-    lay_out(qkv.data, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width, padded, scratch);
-    for (int64_t query = 0; query < own.length; query += kBlock) {
-      int64_t rows = own.length - query < kBlock ? own.length - query : kBlock, last = before + query + rows;
-      int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
-      int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
-      for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-        product_of_block(qkv.row(own.row + query) + head * width, qkv.stride, scratch.keys.data + start * width, width,
-                         used - start, scratch.scores.data + start, scratch.scores.stride);
-        for (int64_t row = 0; row < rows; row++) {
-          int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
-          memset(scratch.shares.row(row) + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
-          sums[row] = softmax(scratch.scores.row(row), scratch.shares.row(row), begin, end, used, layer.scaling, layer.cap);
-        }
-        product(scratch.shares.data + start, scratch.shares.stride, kBlock, scratch.values.data + start * kBlock,
-                padded * kBlock, used - start, width, [&](int64_t row, int64_t column, __m512 left, __m512 right) {
-                  if (row >= rows) return;
-                  bf16 *to = out.row(own.row + query + row) + head * width + column;
-                  narrow(to, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
-                  narrow(to + 16, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
-                });
+  int64_t key_offset = (model.heads + kv) * width;
+  lay_out(qkv.data, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width, padded, scratch);
+  for (int64_t query = share.from; query < share.to; query += kBlock) {
+    int64_t rows = own.length - query < kBlock ? own.length - query : kBlock, last = before + query + rows;
+    int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
+    int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
+    for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
+      product_of_block(qkv.row(own.row + query) + head * width, qkv.stride, scratch.keys.data + start * width, width,
+                       used - start, scratch.scores.data + start, scratch.scores.stride);
+      for (int64_t row = 0; row < rows; row++) {
+        int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
+        memset(scratch.shares.row(row) + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
+        sums[row] = softmax(scratch.scores.row(row), scratch.shares.row(row), begin, end, used, layer.scaling, layer.cap);
       }
+      product(scratch.shares.data + start, scratch.shares.stride, kBlock, scratch.values.data + start * kBlock,
+              padded * kBlock, used - start, width, [&](int64_t row, int64_t column, __m512 left, __m512 right) {
+                if (row >= rows) return;
+                bf16 *to = out.row(own.row + query + row) + head * width + column;
+                narrow(to, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
+                narrow(to + 16, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
+              });
     }
   }
 }
@@ -413,6 +427,67 @@ void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int6
   product(x, stride, rows, weight, depth * kBlock, depth, 2 * width, [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
     narrow(out + row * out_stride + output / 2, _mm512_mul_ps(activate(gate, gelu), up));
   });
+}
+
+// Threads that do one thing together and wait for each other in between. A thread that waits sleeps: on a busy machine
+// one that spins would take the time of the one that it waits for.
+class Team {
+ public:
+  explicit Team(int64_t size) : size_(size) {}
+
+  // Return when all have come here.
+  void meet() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (++here_ == size_) {
+      here_ = 0;
+      round_++;
+      all_here_.notify_all();
+      return;
+    }
+    all_here_.wait(lock, [this, round = round_] { return round_ != round; });
+  }
+
+  // work(0) here, the others in threads of their own, to the end of all.
+  void run(const std::function<void(int64_t)> &work) {
+    std::vector<std::thread> others;
+    for (int64_t member = 1; member < size_; member++) others.emplace_back(work, member);
+    work(0);
+    for (std::thread &other : others) other.join();
+  }
+
+ private:
+  const int64_t size_;
+  int64_t here_ = 0, round_ = 0;
+  std::mutex mutex_;
+  std::condition_variable all_here_;
+};
+
+// What one thread needs for itself.
+struct Bench {
+  Buffer<float> mixed;
+  Buffer<bf16> normed, inner;
+  AttentionScratch scratch;
+  Bench(const Model &model, int64_t chunk, int64_t most_keys)
+      : mixed(chunk, model.width), normed(chunk, model.width), inner(chunk, model.mlp_width),
+        scratch(blocks(most_keys), model.head_width) {}
+  bool complete() const { return mixed.data && normed.data && inner.data && scratch.complete(); }
+};
+
+// All parts of a layer's attention, for so many threads: a segment's queries are divided where there are more threads
+// than segments and kv heads to give them.
+std::vector<Share> shares_of(const Model &model, const Segment *segments, int64_t count, int64_t rows, int64_t threads) {
+  std::vector<Share> found;
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t length = segments[s].length, whole = (length + kBlock - 1) / kBlock;
+    int64_t parts = threads == 1 ? 1 : (2 * threads * length + rows * model.kv_heads - 1) / (rows * model.kv_heads);
+    parts = parts < whole ? parts : whole;
+    for (int64_t kv = 0; kv < model.kv_heads; kv++)
+      for (int64_t part = 0; part < parts; part++) {
+        int64_t to = whole * (part + 1) / parts * kBlock;
+        found.push_back({s, kv, whole * part / parts * kBlock, to < length ? to : length});
+      }
+  }
+  return found;
 }
 
 }  // namespace
@@ -485,12 +560,13 @@ int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const
   return 0;
 }
 
-// The states behind the rows `last` of a pack, normed, into [lasts, width]. `embedded` is [rows, width]. Returns 0, or 1
-// where there is not enough memory.
+// The states behind the rows `last` of a pack, normed, into [lasts, width], by so many threads: each has rows of its own,
+// but for attention, which is dealt out as it comes. `embedded` is [rows, width]. Returns 0, or 1 where there is not
+// enough memory.
 int64_t native_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
-                   const int64_t *last, int64_t lasts, float *out) {
+                      const int64_t *last, int64_t lasts, int64_t threads, float *out) {
   const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
-  const int64_t mixed_width = model->heads * head;
+  const int64_t mixed_width = model->heads * head, size = threads < (rows + 31) / 32 ? threads : (rows + 31) / 32;
   // Rows that go through a layer's products together.
   const int64_t widest = width < kMostDepth ? kMostDepth : width;
   const int64_t fitting = kCache / (2 * widest) / kBlock * kBlock, least = fitting < 64 ? 64 : fitting;
@@ -501,59 +577,80 @@ int64_t native_decode(const Model *model, const float *embedded, int64_t rows, c
     most_keys = keys > most_keys ? keys : most_keys;
   }
   // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
-  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width), mixed(chunk, width);
+  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width);
   Buffer<bf16> qkv(rows + 2 * kBlock, heads * head), seen(blocks(rows), mixed_width), seen_ends(blocks(lasts), mixed_width);
-  Buffer<bf16> normed(chunk, width), inner(chunk, model->mlp_width);
-  AttentionScratch scratch(blocks(most_keys), head);
-  if (!hidden.data || !ends.data || !mixed.data || !qkv.data || !seen.data || !seen_ends.data || !normed.data ||
-      !inner.data || !scratch.complete())
-    return 1;
-  for (int64_t row = 0; row < rows; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
-  Unit unit;
-  for (int64_t l = 0; l < model->layers; l++) {
-    const Layer &layer = model->layer[l];
-    for (int64_t from = 0; from < rows; from += chunk) {
-      int64_t some = rows - from < chunk ? rows - from : chunk;
-      for (int64_t row = 0; row < some; row++)
-        rms_norm(hidden.row(from + row), layer.before_norm, model->eps, width, normed.row(row));
-      product(normed.data, normed.stride, some, layer.qkv, width * kBlock, width, heads * head,
-              [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-                add_bias(layer.qkv_bias, output, left, right);
-                narrow(qkv.row(from + row) + output, left);
-                narrow(qkv.row(from + row) + output + 16, right);
-              });
-    }
-    for (int64_t s = 0; s < count; s++)
-      for (int64_t token = 0; token < segments[s].length; token++) {
-        const float *cos = layer.cos + (segments[s].position + token) * head;
-        const float *sin = layer.sin + (segments[s].position + token) * head;
-        bf16 *row = qkv.row(segments[s].row + token);
-        for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
-          rotate(row + h * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
-      }
-    for (int64_t s = 0; s < count; s++) attend(*model, layer, qkv, segments, segments[s], seen, scratch);
-    // Nobody reads what the last layer makes of other rows.
-    const bool final = l + 1 == model->layers;
-    for (int64_t i = 0; final && i < lasts; i++) {
-      memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
-      memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)mixed_width * 2);
-    }
-    const Buffer<float> &state = final ? ends : hidden;
-    const Buffer<bf16> &read = final ? seen_ends : seen;
-    for (int64_t from = 0, all = final ? lasts : rows; from < all; from += chunk) {
-      int64_t some = all - from < chunk ? all - from : chunk;
-      add_product(read.row(from), read.stride, some, layer.output, layer.output_bias, layer.attention_norm, model->eps,
-                  mixed_width, state, from, width, mixed);
-      for (int64_t row = 0; row < some; row++)
-        rms_norm(state.row(from + row), layer.mlp_norm, model->eps, width, normed.row(row));
-      gated(normed.data, normed.stride, some, layer.gate_up, width, model->mlp_width, model->gelu, inner.data, inner.stride);
-      add_product(inner.data, inner.stride, some, layer.down, nullptr, layer.last_norm, model->eps, model->mlp_width, state,
-                  from, width, mixed);
-    }
+  std::vector<std::unique_ptr<Bench>> benches;
+  bool complete = hidden.data && ends.data && qkv.data && seen.data && seen_ends.data;
+  for (int64_t member = 0; member < size; member++) {
+    benches.push_back(std::make_unique<Bench>(*model, chunk, most_keys));
+    complete = complete && benches.back()->complete();
   }
-  for (int64_t i = 0; i < lasts; i++)
-    rms_norm(ends.row(i), model->final_norm, model->eps, width,
-             [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
+  if (!complete) return 1;
+  const std::vector<Share> shares = shares_of(*model, segments, count, rows, size);
+  std::vector<std::atomic<size_t>> dealt(model->layers);
+  Team team(size);
+  team.run([&](int64_t member) {
+    const Unit unit;
+    const Bench &own = *benches[member];
+    // The first of this thread's rows out of so many, in whole blocks; with the next thread's it is the end.
+    auto share = [&](int64_t all, int64_t of) {
+      int64_t row = blocks(all) / kBlock * of / size * kBlock;
+      return row < all ? row : all;
+    };
+    const int64_t begin = share(rows, member), end = share(rows, member + 1);
+    for (int64_t row = begin; row < end; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
+    for (int64_t l = 0; l < model->layers; l++) {
+      const Layer &layer = model->layer[l];
+      for (int64_t from = begin; from < end; from += chunk) {
+        int64_t some = end - from < chunk ? end - from : chunk;
+        for (int64_t row = 0; row < some; row++)
+          rms_norm(hidden.row(from + row), layer.before_norm, model->eps, width, own.normed.row(row));
+        product(own.normed.data, own.normed.stride, some, layer.qkv, width * kBlock, width, heads * head,
+                [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+                  add_bias(layer.qkv_bias, output, left, right);
+                  narrow(qkv.row(from + row) + output, left);
+                  narrow(qkv.row(from + row) + output + 16, right);
+                });
+      }
+      for (int64_t s = 0; s < count; s++) {
+        const int64_t before = begin - segments[s].row, after = end - segments[s].row;
+        for (int64_t token = before < 0 ? 0 : before; token < segments[s].length && token < after; token++) {
+          const float *cos = layer.cos + (segments[s].position + token) * head;
+          const float *sin = layer.sin + (segments[s].position + token) * head;
+          bf16 *row = qkv.row(segments[s].row + token);
+          for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
+            rotate(row + h * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
+        }
+      }
+      team.meet();  // queries see the keys of other threads' rows
+      for (size_t next; (next = dealt[l]++) < shares.size();)
+        attend(*model, layer, qkv, segments, shares[next], seen, benches[member]->scratch);
+      team.meet();
+      // Nobody reads what the last layer makes of other rows.
+      const bool final = l + 1 == model->layers;
+      const int64_t all = final ? lasts : rows, first = share(all, member), stop = share(all, member + 1);
+      for (int64_t i = first; final && i < stop; i++) {
+        memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
+        memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)mixed_width * 2);
+      }
+      const Buffer<float> &state = final ? ends : hidden;
+      const Buffer<bf16> &read = final ? seen_ends : seen;
+      for (int64_t from = first; from < stop; from += chunk) {
+        int64_t some = stop - from < chunk ? stop - from : chunk;
+        add_product(read.row(from), read.stride, some, layer.output, layer.output_bias, layer.attention_norm, model->eps,
+                    mixed_width, state, from, width, own.mixed);
+        for (int64_t row = 0; row < some; row++)
+          rms_norm(state.row(from + row), layer.mlp_norm, model->eps, width, own.normed.row(row));
+        gated(own.normed.data, own.normed.stride, some, layer.gate_up, width, model->mlp_width, model->gelu, own.inner.data,
+              own.inner.stride);
+        add_product(own.inner.data, own.inner.stride, some, layer.down, nullptr, layer.last_norm, model->eps,
+                    model->mlp_width, state, from, width, own.mixed);
+      }
+    }
+    for (int64_t i = share(lasts, member); i < share(lasts, member + 1); i++)
+      rms_norm(ends.row(i), model->final_norm, model->eps, width,
+               [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
+  });
   return 0;
 }
 }

@@ -98,6 +98,7 @@ class NativeDecoder:
 
     pack_rows: Final = PACK_ROWS
     head_states: Final = HEAD_ROWS
+    divides_packs: Final = True
     summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder) -> None:
@@ -118,7 +119,7 @@ class NativeDecoder:
             self._model = self._shape.model(layers, self._final_norm)
 
     @torch.inference_mode()
-    def read(self, pack: Pack) -> dict[int, Tensor]:
+    def read(self, pack: Pack, threads: int) -> dict[int, Tensor]:
         """The state behind each item's last token, [width] in fp32, by the item's index."""
         ids = torch.tensor([token for segment in pack.segments for token in segment.tokens])
         embedded = self._embed(ids).float().contiguous()
@@ -139,6 +140,7 @@ class NativeDecoder:
             len(segments),
             last,
             len(last),
+            threads,
             states.data_ptr(),
         )
         if short:
@@ -312,7 +314,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.native_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number, number]
     found.native_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
-    found.native_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer]
+    found.native_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, number, pointer]
     found.native_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
     found.native_head.restype = number
     found.native_linear.restype = found.native_gated.restype = None

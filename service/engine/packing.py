@@ -88,17 +88,18 @@ def cut(item: EngineItem) -> list[tuple[int, ...]]:
     return [ids[start:end] for start, end in pairwise(places)]
 
 
-def plan(items: Sequence[EngineItem], most_rows: int, workers: int = 1) -> list[Pack]:
+def plan(items: Sequence[EngineItem], most_rows: int, workers: int = 1, *, divided: bool = True) -> list[Pack]:
     """Every item in one pack, in packs of at most `most_rows` rows (an item that is longer has one for itself).
 
-    Items that share all but their last segment stay together where that leaves work for `workers` packs of about equal
-    size: the largest groups are placed first, each into the emptiest pack.
+    There is work for `workers` in packs of about equal size: the largest groups of items that share all but their last
+    segment are placed first, each into the emptiest pack. Where there are fewer such groups than workers they are
+    `divided`, or else left whole, for several workers to read one pack.
     """
     families: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for index, item in enumerate(items):
         families.setdefault(tuple(cut(item)[:-1]) or ((-1 - index,),), []).append(index)
     total = sum(Pack().added_rows(items[index] for index in family) for family in families.values())
-    count = max(workers, -(-total // most_rows))
+    count = max(workers if divided else min(workers, len(families)), -(-total // most_rows))
     groups = [group for family in families.values() for group in _split(items, family, -(-total // count))]
     packs = [Pack() for _ in range(count)]
     for _, group in sorted(groups, key=lambda group: -group[0]):

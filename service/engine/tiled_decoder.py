@@ -63,6 +63,7 @@ class TiledDecoder:
 
     pack_rows: Final = PACK_ROWS
     head_states: Final = HEAD_ROWS
+    divides_packs: Final = False
     summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder) -> None:
@@ -91,7 +92,7 @@ class TiledDecoder:
         return head.of_rows(states)
 
     @torch.inference_mode()
-    def read(self, pack: Pack) -> dict[int, Tensor]:
+    def read(self, pack: Pack, threads: int = 1) -> dict[int, Tensor]:  # noqa: ARG002 - one thread is all it takes
         """The state behind each item's last token, [width], by the item's index."""
         rows = -(-pack.rows // self._tile) * self._tile
         ids, positions = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)

@@ -1,11 +1,11 @@
 """The packed forward of a causal model: no padding, shared prefixes once, and the same bits whatever is beside an item.
 
-    items ──> packs (packing.py) ──> a reader takes each pack in one thread ──> the states behind the last tokens
-          ──> the fp32 output layer
+    items ──> packs (packing.py) ──> a reader: one thread for each pack, or several ──> the states behind the last
+          tokens ──> the fp32 output layer
 
 Three readers: triton_decoder.py on a GPU; on a CPU native_decoder.py, in C++, where CPU and model allow it, else
-tiled_decoder.py, in torch's operations. In all of them what becomes of an item depends on the item alone, and one
-thread reads a pack, so that neither neighbours nor the number of threads change a bit. Models whose layers are not
+tiled_decoder.py, in torch's operations. In all of them what becomes of an item depends on the item alone, and no sum is
+divided among threads, so that neither neighbours nor the number of threads change a bit. Models whose layers are not
 known (decoder_layers.py), and other devices, keep the padded way.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 from typing import Any, Protocol, TypeVar
 
@@ -42,11 +43,15 @@ class Reader(Protocol):
     def head_states(self) -> int:
         """The most states that `logits` takes."""
 
+    @property
+    def divides_packs(self) -> bool:
+        """Whether one pack can keep all threads busy."""
+
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
 
-    def read(self, pack: Pack) -> dict[int, Tensor]:
-        """The state behind each item's last token, [width], by the item's index."""
+    def read(self, pack: Pack, threads: int) -> dict[int, Tensor]:
+        """The state behind each item's last token, [width], by the item's index; `threads` are there for it."""
 
     def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
         """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items."""
@@ -87,8 +92,9 @@ class PackedDecoder:
         With them it gets how many tokens of each item, by its index, were read for another one.
         """
         self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
-        packs = plan(items, self._reader.pack_rows, self._threads)
-        states = dict(pair for found in self._pool.map(self._reader.read, packs) for pair in found.items())
+        packs = plan(items, self._reader.pack_rows, self._threads, divided=not self._reader.divides_packs)
+        read = partial(self._reader.read, threads=max(1, self._threads // max(1, len(packs))))
+        states = dict(pair for found in self._pool.map(read, packs) for pair in found.items())
         size = self._reader.head_states
         cached = {index: count for pack in packs for index, count in pack.cached.items()}
 

@@ -101,6 +101,7 @@ class TritonDecoder:
 
     pack_rows: Final = 16_384
     head_states: Final = _HEAD_STATES
+    divides_packs: Final = True
     summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder) -> None:
@@ -122,7 +123,7 @@ class TritonDecoder:
             self._recorded.clear()  # they read the old tables
 
     @torch.inference_mode()
-    def read(self, pack: Pack) -> dict[int, Tensor]:
+    def read(self, pack: Pack, threads: int = 1) -> dict[int, Tensor]:  # noqa: ARG002 - one thread is all it takes
         """The state behind each item's last token, [width] in fp32, by the item's index."""
         room = _Room.of(pack)
         recorded = self._recorded_run(room)
