@@ -1,6 +1,7 @@
-"""How much of a GPU the judge uses: vLLM by itself, our engine, the worker, the whole stack, and the torch engine.
+"""How much of a GPU the judge uses: vLLM by itself, our engine on it, worker, whole stack; and the torch engine, by its
+own kernels and in padded batches.
 
-    bench/gpu.sh [--shape 8b] [--prompts 2000] [--rounds 3]        all of it, one process for each way
+    bench/gpu.sh [8b|1b|tiny] [prompts in a round]                 all of it, one process for each way
     python -m bench.gpu WAY --model FOLDER …                       one way; a line of JSON
 
 The model has random weights in the shape of a Llama: speed does not depend on them. All ways read the same prompts, of
@@ -219,6 +220,13 @@ def through_torch(args: argparse.Namespace) -> Iterator[Run]:
 
 
 @contextmanager
+def through_padded(args: argparse.Namespace) -> Iterator[Run]:
+    """The torch engine without kernels of its own: on a GPU transformers' forward, in padded batches."""
+    with closing(TorchEngine.load(args.model, dtype="bfloat16", native_kernels=False)) as engine:
+        yield lambda each: _check(engine.label_logprobs(each.items))
+
+
+@contextmanager
 def through_worker(args: argparse.Namespace) -> Iterator[Run]:
     """Queue, batcher and worker in this process, over our engine."""
     with closing(VllmEngine.load(args.model, vllm_options(args))) as engine, asyncio.Runner() as runner:
@@ -286,6 +294,7 @@ WAYS: Final[dict[str, Callable[[argparse.Namespace], AbstractContextManager[Run]
     "worker": through_worker,
     "stack": through_stack,
     "torch": through_torch,
+    "padded": through_padded,
 }
 
 
@@ -293,14 +302,16 @@ def report(path: Path) -> int:
     """A table of the lines in a file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     results = {line["way"]: line for line in lines}
-    top, alone = results["peak"]["tflops"], results["vllm"]["prompts_per_second"]
-    title = f"{results['vllm']['tokens']:,} tokens a round; measured bf16 peak {top:,.1f} TFLOP/s"
+    top = results["peak"]["tflops"]
+    alone = results["vllm"]["prompts_per_second"] if "vllm" in results else None
+    tokens = max(line["tokens"] for line in lines if line["way"] != "peak")
+    title = f"{tokens:,} tokens a round; measured bf16 peak {top:,.1f} TFLOP/s"
     table = Table("way", "prompts/s", "tokens/s", "TFLOP/s", "of the peak", "of vLLM alone", title=title)
     for way in (way for way in WAYS if way in results):
         one = results[way]
         speed, share = one["prompts_per_second"], one["tflops"] / top
         numbers = [f"{speed:,.1f}", f"{one['tokens_per_second']:,.0f}", f"{one['tflops']:,.2f}", f"{share:.1%}"]
-        table.add_row(way, *numbers, f"{speed / alone:.1%}")
+        table.add_row(way, *numbers, f"{speed / alone:.1%}" if alone else "")
     Console(width=110).print(table)
     return 0
 

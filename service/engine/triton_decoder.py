@@ -30,7 +30,17 @@ from service.engine.decoder_layers import (
 )
 from service.engine.packing import Pack
 from service.engine.torch_head import HEAD_ROWS, LastTokenHead
-from service.engine.triton_kernels import QUERY_BLOCK, Heads, Product, Seen, add_and_norm, attend, rotate, summaries
+from service.engine.triton_kernels import (
+    QUERY_BLOCK,
+    Heads,
+    Product,
+    Seen,
+    add_and_norm,
+    attend,
+    device_of,
+    rotate,
+    summaries,
+)
 
 # Rows of the runs that are recorded; more than these keep the GPU busy for longer than starting their kernels takes.
 _GRAPHS: Final = (256, 512, 1024, 2048)
@@ -126,10 +136,11 @@ class TritonDecoder:
     def read(self, pack: Pack, threads: int = 1) -> dict[int, Tensor]:  # noqa: ARG002 - one thread is all it takes
         """The state behind each item's last token, [width] in fp32, by the item's index."""
         room = _Room.of(pack)
-        recorded = self._recorded_run(room)
-        run = _Run(self._decoder, room) if recorded is None else recorded.run
-        run.fill(pack)
-        states = run.launch(self._forward) if recorded is None else recorded.replay()
+        with device_of(self._final_norm):
+            recorded = self._recorded_run(room)
+            run = _Run(self._decoder, room) if recorded is None else recorded.run
+            run.fill(pack)
+            states = self._forward(run) if recorded is None else recorded.replay()
         return dict(zip(pack.last_row, states[: room.items], strict=True))
 
     @torch.inference_mode()
@@ -146,7 +157,8 @@ class TritonDecoder:
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         found = torch.empty(3 * len(states), len(head.weight), dtype=torch.float32, device=states.device)
-        Product(head.weight.data)(torch.cat(parts), found)
+        with device_of(states):
+            Product(head.weight.data)(torch.cat(parts), found)
         logits = torch.sum(found.view(3, len(states), -1), dim=0)
         return logits if head.bias is None else logits + head.bias.float()
 
@@ -224,10 +236,6 @@ class _Run:
         if self._device.type == "cuda":
             on_host = on_host.pin_memory()  # else the copy would wait for what the device still has to do
         self._table.copy_(on_host, non_blocking=True)
-
-    def launch(self, forward: Callable[[_Run], Tensor]) -> Tensor:
-        """The forward's result."""
-        return forward(self)
 
     def empty(self, rows: int, width: int) -> Tensor:
         """[rows, width] in the model's number format."""

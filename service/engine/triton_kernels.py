@@ -7,6 +7,7 @@ item gets the same bits whatever is beside it. Products and sums are fp32; what 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -438,7 +439,8 @@ def summaries(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = logits.shape
     totals = torch.empty(rows, dtype=torch.float32, device=logits.device)
     argmax = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    _summaries[(rows,)](logits, totals, argmax, columns, BLOCK=4096, num_warps=8)
+    with device_of(logits):
+        _summaries[(rows,)](logits, totals, argmax, columns, BLOCK=4096, num_warps=8)
     return totals, argmax
 
 
@@ -462,6 +464,11 @@ def _summaries(logits, totals, argmax, columns, BLOCK: tl.constexpr):
     base = tl.where(best == float("-inf"), 0.0, best)
     tl.store(totals + row, tl.log(tl.sum(total * tl.exp(top - base), 0)) + best)
     tl.store(argmax + row, tl.min(tl.where(top == best, where, columns), 0))
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """In which kernels are started on the tensor's device; otherwise Triton takes the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @cache
