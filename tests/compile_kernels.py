@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from service.engine import triton_kernels
 from service.engine.decoder_layers import read_decoder
+from service.engine.torch_head import LastTokenHead
 from service.engine.triton_decoder import TritonDecoder
 from tests.test_torch_packed import CONFIGS
 
@@ -59,6 +60,11 @@ class Driver:
         return 0
 
 
+def reader_of(model: Any) -> TritonDecoder:
+    """The model's decoder, tried."""
+    return TritonDecoder(read_decoder(model), LastTokenHead(model.get_output_embeddings()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile; what fails raises."""
     capability = int((argv or sys.argv[1:])[0])
@@ -76,15 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return kernel
 
     JITFunction.run = run
-    small = {"num_hidden_layers": 1, "vocab_size": 512}
+    small = {"num_hidden_layers": 1, "vocab_size": 5000}
     for shape in SHAPES:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, **shape)).bfloat16()
-        TritonDecoder(read_decoder(model))
+        reader_of(model)
     for kind in ("gemma2", "qwen3"):
         for dtype in (torch.float16, torch.float32):
             model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype)
-            TritonDecoder(read_decoder(model))
-    triton_kernels.summaries(torch.empty(2, 151_936))
+            reader_of(model)
     return 0
 
 

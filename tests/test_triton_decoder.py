@@ -28,7 +28,7 @@ from tests.test_torch_packed import CONFIGS, SMALL, VOCABULARY, every, own_logpr
 pytest.importorskip("triton", reason="Triton is there on Linux alone")
 from service.engine import triton_kernels
 from service.engine.triton_decoder import TritonDecoder
-from tests.compile_kernels import SHARED_MEMORY
+from tests.compile_kernels import SHARED_MEMORY, reader_of
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ class Judge:
         self.model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype).to(DEVICE)
         self.cap = getattr(config, "final_logit_softcapping", None)
         self.head = LastTokenHead(self.model.get_output_embeddings())
-        self.decoder = TritonDecoder(read_decoder(self.model))
+        self.decoder = TritonDecoder(read_decoder(self.model), self.head)
 
     def logprobs(self, items: Sequence[EngineItem], pack_rows: int = 4096) -> list[list[float]]:
         """Of each item's labels."""
@@ -156,7 +156,7 @@ def test_what_the_kernels_cannot_do_is_said(change: dict[str, Any], reason: str)
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**(SMALL | change)))
 
     with pytest.raises(UnsupportedModelError, match=reason):
-        TritonDecoder(read_decoder(model.to(DEVICE)))
+        reader_of(model.to(DEVICE))
 
 
 @pytest.fixture
@@ -189,4 +189,4 @@ def test_kernels_that_do_not_run_here_are_no_reader() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL)).to(DEVICE)
 
     with pytest.raises(UnsupportedModelError, match="no such instruction"):
-        TritonDecoder(read_decoder(model))
+        reader_of(model)

@@ -65,7 +65,7 @@ class PackedDecoder:
     `native` is true. Raises UnsupportedModelError."""
 
     def __init__(self, model: Any, head: LastTokenHead, threads: int = 1, *, native: bool = True) -> None:
-        self._reader = _reader(read_decoder(model), native=native)
+        self._reader = _reader(read_decoder(model), head, native=native)
         self._head = head
         self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._threads = threads if model.device.type == "cpu" else 1
@@ -114,7 +114,7 @@ class PackedDecoder:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
-def _reader(decoder: Decoder, *, native: bool) -> Reader:
+def _reader(decoder: Decoder, head: LastTokenHead, *, native: bool) -> Reader:
     if decoder.device.type != "cpu":
         if not native:
             raise UnsupportedModelError("on a GPU without compiled kernels")
@@ -122,7 +122,7 @@ def _reader(decoder: Decoder, *, native: bool) -> Reader:
             from service.engine.triton_decoder import TritonDecoder
         except ImportError as reason:
             raise UnsupportedModelError(f"on a GPU without Triton: {reason}") from reason
-        return TritonDecoder(decoder)
+        return TritonDecoder(decoder, head)
     if native:
         try:
             return NativeDecoder(decoder)

@@ -114,7 +114,7 @@ class TritonDecoder:
     divides_packs: Final = True
     summaries = staticmethod(summaries)
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._decoder = decoder
         self._device = decoder.device
         self._layers = [_read(layer) for layer in decoder.layers]
@@ -124,7 +124,7 @@ class TritonDecoder:
         self._recorded: dict[int, _Recorded] = {}
         # Recorded runs come one after the other, so they can have the same memory.
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._try()
+        self._try(head)
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
@@ -162,7 +162,7 @@ class TritonDecoder:
         logits = torch.sum(found.view(3, len(states), -1), dim=0)
         return logits if head.bias is None else logits + head.bias.float()
 
-    def _try(self) -> None:
+    def _try(self, head: LastTokenHead) -> None:
         """Read something in every way there is: what cannot be compiled or run here is to be known before it is needed.
 
         Raises UnsupportedModelError then.
@@ -173,7 +173,8 @@ class TritonDecoder:
             for count in rows:
                 pack = Pack()
                 pack.add(0, EngineItem([0] * count, (0,), (1,)))
-                self.read(pack)
+                states = self.read(pack)
+                self.summaries(self.logits(head, torch.stack([*states.values()])))
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # Triton's compiler and CUDA raise many kinds
