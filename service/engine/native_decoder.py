@@ -31,7 +31,7 @@ from service.engine.decoder_layers import (
     norm_weight,
 )
 from service.engine.packing import PACK_ROWS, Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead, summaries
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_three, summaries
 
 T = TypeVar("T")
 
@@ -157,11 +157,7 @@ class NativeDecoder:
         if not _fits(weight):
             return head.of_rows(states)
         groups = -(-len(states) // _GROUP)
-        rest = functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1)
-        parts = []
-        for _ in range(3):
-            parts.append(rest.bfloat16())
-            rest = rest - parts[-1].float()
+        parts = in_three(functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1))
         panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
         found = torch.empty(groups, len(weight), _GROUP)
         fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()

@@ -53,3 +53,12 @@ class LastTokenHead(nn.Module):
 def summaries(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of [rows, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
     return torch.logsumexp(logits, dim=1), logits.argmax(dim=1)
+
+
+def in_three(states: Tensor) -> list[Tensor]:
+    """Three tensors in bfloat16 whose sum is `states`, fp32: their products with bfloat16 weights are exact."""
+    parts: list[Tensor] = []
+    for _ in range(3):
+        parts.append(states.bfloat16())
+        states = states - parts[-1].float()
+    return parts

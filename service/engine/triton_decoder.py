@@ -29,7 +29,7 @@ from service.engine.decoder_layers import (
     norm_weight,
 )
 from service.engine.packing import Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_three
 from service.engine.triton_kernels import (
     QUERY_BLOCK,
     Heads,
@@ -151,14 +151,9 @@ class TritonDecoder:
         """
         if head.weight.dtype != torch.bfloat16:
             return torch.cat([head.of_rows(some) for some in torch.split(states, HEAD_ROWS)])
-        parts: list[Tensor] = []
-        rest = states.float()
-        for _ in range(3):
-            parts.append(rest.bfloat16())
-            rest = rest - parts[-1].float()
         found = torch.empty(3 * len(states), len(head.weight), dtype=torch.float32, device=states.device)
         with device_of(states):
-            Product(head.weight.data)(torch.cat(parts), found)
+            Product(head.weight.data)(torch.cat(in_three(states)), found)
         logits = torch.sum(found.view(3, len(states), -1), dim=0)
         return logits if head.bias is None else logits + head.bias.float()
 
@@ -219,7 +214,7 @@ class _Run:
     """The tables of one forward, on the device, and where its results go."""
 
     def __init__(self, decoder: Decoder, room: _Room) -> None:
-        self._room, self._dtype, self._device = room, decoder.dtype, decoder.device
+        self._dtype, self._device = decoder.dtype, decoder.device
         sizes = [room.rows, room.rows, 3 * room.blocks, 3 * room.items, 5 * room.segments, room.links, room.items]
         self._starts = [0, *accumulate(sizes)]
         self._table = torch.zeros(self._starts[-1], dtype=torch.int32, device=decoder.device)

@@ -78,12 +78,10 @@ class Product:
         gated = self.activation is not None
         processors, shared_memory = _device(rows.device)
         tile = tile_for(columns, self.weight.dtype, gated=gated, shared_memory=shared_memory)
-        weights = TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth])
         blocks = triton.cdiv(len(rows), tile.rows) * triton.cdiv(columns, tile.columns)
-        programs = min(blocks, processors)
-        _product[(programs,)](
+        _product[(min(blocks, processors),)](
             TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth]),
-            weights,
+            TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth]),
             self.bias if self.bias is not None else out,
             out,
             len(rows),
@@ -96,14 +94,14 @@ class Product:
             BLOCK_COLUMNS=tile.columns,
             BLOCK_DEPTH=tile.depth,
             GROUP_ROWS=_GROUP_ROWS,
-            PROGRAMS=programs,
             PRECISION=_precision(rows),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
 
 
-@triton.jit
+# Compiled once for every number of rows: a compilation takes as long as a hundred packs.
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     rows_in,
     weight,
@@ -119,12 +117,11 @@ def _product(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(columns, BLOCK_COLUMNS)
     group_size = GROUP_ROWS * column_blocks
-    for block in tl.range(tl.program_id(0), row_blocks * column_blocks, PROGRAMS, flatten=True):
+    for block in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
         first = (block // group_size) * GROUP_ROWS
         height = min(row_blocks - first, GROUP_ROWS)
         row = (first + (block % group_size) % height) * BLOCK_ROWS
