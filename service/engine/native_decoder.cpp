@@ -2,7 +2,9 @@
 // bfloat16 where AMX is not compiled for. native_decoder.py calls it.
 //
 // Products take bfloat16 and sum in float32; the residual stream, norms, softmax and activations are float32, each
-// rounded once where the next product reads it. Every number of a row is made from that row alone (and, in attention,
+// rounded where the next product reads it: to P numbers in bfloat16 whose sum it is then. P = 1 is bfloat16; with P = 2,
+// and weights that are bfloat16 themselves, what is rounded off is 2^-18 of a number, which is called float32 here.
+// Every number of a row is made from that row alone (and, in attention,
 // from the keys of its chain) in an order that does not depend on where the row lies or on what lies beside it: a
 // prompt has the same bits in every pack.
 //
@@ -69,12 +71,26 @@ struct Buffer {  // memory in whole cache lines, zeroed; `stride` keeps rows off
   T *row(int64_t index) const { return data + index * stride; }
 };
 
-inline __m512 widen(const bf16 *x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+// The sum of P numbers in bfloat16, `apart` from each other.
+template <int P>
+inline __m512 widen(const bf16 *x, int64_t apart) {
+  __m512 sum = widen(_mm256_loadu_si256((const __m256i *)x));
+  for (int part = 1; part < P; part++)
+    sum = _mm512_add_ps(sum, widen(_mm256_loadu_si256((const __m256i *)(x + part * apart))));
+  return sum;
 }
 
-// To the nearest, ties to even; NaN stays NaN.
-inline void narrow(bf16 *to, __m512 x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+// Into P numbers, each what those before it leave, to the nearest, ties to even; NaN stays NaN.
+template <int P>
+inline void narrow(bf16 *to, int64_t apart, __m512 x) {
+  for (int part = 0; part < P; part++) {
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+    _mm256_storeu_si256((__m256i *)(to + part * apart), rounded);
+    if (part + 1 < P) x = _mm512_sub_ps(x, widen(rounded));
+  }
+}
 
 // 2^t, to 3e-7 of its value: 2^n 2^r with |r| <= 1/2 and the series of 2^r. Below -150 it is 0; NaN stays NaN.
 inline __m512 power_of_two(__m512 t) {
@@ -115,26 +131,41 @@ inline __m512 activate(__m512 x, bool gelu) {
   return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_add_ps(x, cubed))));
 }
 
-// 32 rows of x, `depth` long, times one panel, into out, [32][32]. `beside` is done depth / 32 times on the way.
+// 32 rows of x, P parts of each number, `depth` long, times one panel, into out, [32][32], or `added` to what is there.
+// `beside` is done depth / 32 times on the way.
 #ifdef __AMX_BF16__
 // Tiles 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the panel. The tile unit works beside the vector unit.
-template <class Beside>
-inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
-                     Beside beside) {
+template <int P, class Beside>
+inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
+                     int64_t out_stride, bool added, Beside beside) {
   const bf16 *lower = x + 16 * stride;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (added) {
+    _tile_loadd(0, out, out_stride * 4);
+    _tile_loadd(1, out + 16, out_stride * 4);
+    _tile_loadd(2, out + 16 * out_stride, out_stride * 4);
+    _tile_loadd(3, out + 16 * out_stride + 16, out_stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t k = 0; k < depth; k += 32, panel += 1024) {
     _tile_loadd(4, x + k, stride * 2);
     _tile_loadd(6, panel, 64);
     _tile_loadd(7, panel + 512, 64);
     _tile_loadd(5, lower + k, stride * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+#pragma GCC unroll 2
+    for (int part = 0; part < P; part++) {
+      if (part) {
+        _tile_loadd(4, x + k + part * apart, stride * 2);
+        _tile_loadd(5, lower + k + part * apart, stride * 2);
+      }
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
     beside();
   }
   _tile_stored(0, out, out_stride * 4);
@@ -145,25 +176,31 @@ inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t d
 #else
 const int64_t kTogether = 8;  // rows whose sums are in registers, two each
 
-template <class Beside>
-inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
-                     Beside beside) {
+template <int P, class Beside>
+inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
+                     int64_t out_stride, bool added, Beside beside) {
   for (int64_t k = 0; k < depth; k += 32) beside();
   for (int64_t row = 0; row < kBlock; row += kTogether, x += kTogether * stride, out += kTogether * out_stride) {
     __m512 left[kTogether], right[kTogether];
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kTogether; i++) left[i] = right[i] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < kTogether; i++) {
+      left[i] = added ? _mm512_loadu_ps(out + i * out_stride) : _mm512_setzero_ps();
+      right[i] = added ? _mm512_loadu_ps(out + i * out_stride + 16) : _mm512_setzero_ps();
+    }
     const bf16 *step = panel;
     for (int64_t k = 0; k < depth; k += 32, step += 512) {
       for (int64_t pair = k; pair < k + 32; pair += 2, step += 32) {
         __m512bh first = (__m512bh)_mm512_loadu_si512(step), second = (__m512bh)_mm512_loadu_si512(step + 512);
+#pragma GCC unroll 2
+        for (int part = 0; part < P; part++) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kTogether; i++) {
-          int32_t both;
-          memcpy(&both, x + i * stride + pair, 4);
-          __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
-          left[i] = _mm512_dpbf16_ps(left[i], spread, first);
-          right[i] = _mm512_dpbf16_ps(right[i], spread, second);
+          for (int64_t i = 0; i < kTogether; i++) {
+            int32_t both;
+            memcpy(&both, x + i * stride + part * apart + pair, 4);
+            __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
+            left[i] = _mm512_dpbf16_ps(left[i], spread, first);
+            right[i] = _mm512_dpbf16_ps(right[i], spread, second);
+          }
         }
       }
     }
@@ -179,9 +216,9 @@ inline void multiply(const bf16 *x, int64_t stride, const bf16 *panel, int64_t d
 // rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
 // results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
 // too. A panel is `panel` long, of which depth * 32 are read.
-template <class Store>
-inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
-                    int64_t outputs, Store store) {
+template <int P, class Store>
+inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
+                    int64_t depth, int64_t outputs, Store store) {
   alignas(64) float sums[kBlock][kBlock];
   const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps, lines = (kBlock * kBlock + rows - 1) / rows;
   int64_t stored = kBlock, stored_row = 0, stored_output = 0;
@@ -194,7 +231,7 @@ inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *wei
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel) {
     const bf16 *next = weight + panel;  // is fetched while this panel is used
     for (int64_t row = 0; row < rows; row += kBlock) {
-      multiply(x + row * stride, stride, weight, depth, sums[0], kBlock, [&] {
+      multiply<P>(x + row * stride, stride, apart, weight, depth, sums[0], kBlock, false, [&] {
         for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
         store_some(share);
       });
@@ -204,11 +241,12 @@ inline void product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *wei
   store_some(kBlock);
 }
 
-// 32 rows x depth times a panelled weight, as they are, into [32][outputs].
-inline void product_of_block(const bf16 *x, int64_t stride, const bf16 *weight, int64_t depth, int64_t outputs, float *out,
-                             int64_t out_stride) {
-  for (int64_t output = 0; output < outputs; output += kBlock, weight += depth * kBlock, out += kBlock) {
-    multiply(x, stride, weight, depth, out, out_stride, [] {});
+// 32 rows x depth times a panelled weight, as they are, into [32][outputs], or added to what is there.
+template <int P>
+inline void product_of_block(const bf16 *x, int64_t stride, int64_t apart, const bf16 *weight, int64_t panel, int64_t depth,
+                             int64_t outputs, float *out, int64_t out_stride, bool added) {
+  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel, out += kBlock) {
+    multiply<P>(x, stride, apart, weight, depth, out, out_stride, added, [] {});
   }
 }
 
@@ -225,8 +263,9 @@ inline void rms_norm(const float *x, const float *weight, float eps, int64_t wid
     store(at, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at), scale), _mm512_loadu_ps(weight + at)));
 }
 
+template <int P>
 void rms_norm(const float *x, const float *weight, float eps, int64_t width, bf16 *out) {
-  rms_norm(x, weight, eps, width, [&](int64_t at, __m512 part) { narrow(out + at, part); });
+  rms_norm(x, weight, eps, width, [&](int64_t at, __m512 part) { narrow<P>(out + at, width, part); });
 }
 
 }  // namespace
@@ -260,33 +299,36 @@ struct Segment {
 namespace {
 
 // Rotary positions of one head, the first half of which is paired with the second, behind a norm where there is one.
-void rotate(bf16 *head, int64_t width, const float *cos, const float *sin, const float *norm, float eps) {
+template <int P>
+void rotate(bf16 *head, int64_t apart, int64_t width, const float *cos, const float *sin, const float *norm, float eps) {
   alignas(64) float x[1024];
-  for (int64_t at = 0; at < width; at += 16) _mm512_store_ps(x + at, widen(head + at));
+  for (int64_t at = 0; at < width; at += 16) _mm512_store_ps(x + at, widen<P>(head + at, apart));
   if (norm) rms_norm(x, norm, eps, width, [&](int64_t at, __m512 part) { _mm512_store_ps(x + at, part); });
   int64_t half = width / 2;
   for (int64_t at = 0; at < half; at += 16) {
     __m512 first = _mm512_load_ps(x + at), second = _mm512_load_ps(x + half + at);
     __m512 turned = _mm512_mul_ps(second, _mm512_loadu_ps(sin + at));
-    narrow(head + at, _mm512_fmsub_ps(first, _mm512_loadu_ps(cos + at), turned));
+    narrow<P>(head + at, apart, _mm512_fmsub_ps(first, _mm512_loadu_ps(cos + at), turned));
     turned = _mm512_mul_ps(first, _mm512_loadu_ps(sin + half + at));
-    narrow(head + half + at, _mm512_fmadd_ps(second, _mm512_loadu_ps(cos + half + at), turned));
+    narrow<P>(head + half + at, apart, _mm512_fmadd_ps(second, _mm512_loadu_ps(cos + half + at), turned));
   }
 }
 
-// Scratch for the attention of one segment over at most `keys` keys.
+// Scratch for the attention of one segment over at most `most_keys` keys, whole blocks; `parts` of each number.
 struct AttentionScratch {
-  Buffer<bf16> keys, values, shares;
-  Buffer<float> scores;
-  AttentionScratch(int64_t most_keys, int64_t head_width)
-      : keys(most_keys, head_width), values(most_keys, head_width), shares(kBlock, most_keys), scores(kBlock, most_keys) {}
-  bool complete() const { return keys.data && values.data && shares.data && scores.data; }
+  const int64_t most_keys;
+  Buffer<bf16> keys, values, shares;  // the parts of keys and values are most_keys * head_width apart, shares' most_keys
+  Buffer<float> scores, rest;
+  AttentionScratch(int64_t parts, int64_t most_keys, int64_t head_width)
+      : most_keys(most_keys), keys(parts * most_keys, head_width), values(parts * most_keys, head_width),
+        shares(kBlock, parts * most_keys), scores(kBlock, most_keys), rest(kBlock, head_width) {}
+  bool complete() const { return keys.data && values.data && shares.data && scores.data && rest.data; }
 };
 
 // Keys (outputs are keys, depth is the head's width) and values (outputs are the head's width, depth is keys) of one
-// kv head into panels; what lies behind the last key is zero.
+// kv head, one part of their numbers, into panels; what lies behind the last key is zero.
 void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Segment &own, int64_t width,
-             int64_t key_offset, int64_t value_offset, int64_t padded, AttentionScratch &scratch) {
+             int64_t key_offset, int64_t value_offset, int64_t padded, bf16 *keys, bf16 *values) {
   const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                             _mm512_set1_epi32((int)(stride / 2)));
   static const bf16 zeros[1024] = {};
@@ -299,7 +341,7 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
       rows[i] = link < own.links ? qkv + (segments[own.chain[link]].row + within++) * stride + key_offset : zeros;
       together = together && rows[i] == rows[0] + i * stride;
     }
-    bf16 *panel = scratch.keys.data + key * width;
+    bf16 *panel = keys + key * width;
     for (int64_t pair = 0; pair < width / 2; pair++) {
       uint32_t *to = (uint32_t *)(panel + pair / 16 * 1024 + pair % 16 * 32);
       if (together) {
@@ -314,7 +356,7 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
     }
     int64_t shift = value_offset - key_offset;
     for (int64_t column = 0; column < width; column += 16) {
-      bf16 *to = scratch.values.data + column / 32 * padded * 32 + key * 32 + column % 32 / 16 * 512;
+      bf16 *to = values + column / 32 * padded * 32 + key * 32 + column % 32 / 16 * 512;
       for (int64_t i = 0; i < kBlock; i += 2, to += 32) {
         const bf16 *even = rows[i] == zeros ? zeros : rows[i] + shift + column;
         const bf16 *odd = rows[i + 1] == zeros ? zeros : rows[i + 1] + shift + column;
@@ -327,7 +369,9 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
 }
 
 // exp(scaling * (score - largest)) over keys [first, last), zero over the rest of [0, padded); returns the sum.
-float softmax(float *scores, bf16 *shares, int64_t first, int64_t last, int64_t padded, float scaling, float cap) {
+template <int P>
+float softmax(float *scores, bf16 *shares, int64_t apart, int64_t first, int64_t last, int64_t padded, float scaling,
+              float cap) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   auto seen = [&](int64_t at) {
     return _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(first - at)), _MM_CMPINT_NLT) &
@@ -347,9 +391,9 @@ float softmax(float *scores, bf16 *shares, int64_t first, int64_t last, int64_t 
     __m512 share = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, largest));
     share = _mm512_maskz_mov_ps(seen(at), share);
     sum = _mm512_add_ps(sum, share);
-    narrow(shares + at, share);
+    narrow<P>(shares + at, apart, share);
   }
-  memset(shares + end, 0, (size_t)(padded - end) * 2);
+  for (int part = 0; part < P; part++) memset(shares + part * apart + end, 0, (size_t)(padded - end) * 2);
   return _mm512_reduce_add_ps(sum);
 }
 
@@ -360,6 +404,7 @@ struct Share {
 
 // Attention of some queries to the keys of their segment's chain, from [rows][queries, keys, values] into
 // [rows][heads, width].
+template <int P>
 void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, const Segment *segments, const Share &share,
             const Buffer<bf16> &out, AttentionScratch &scratch) {
   const Segment &own = segments[share.segment];
@@ -368,27 +413,43 @@ void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, con
   for (int64_t link = 0; link < own.links; link++) keys += segments[own.chain[link]].length;
   int64_t padded = (keys + kBlock - 1) / kBlock * kBlock, before = keys - own.length;
   float sums[kBlock] = {};
-  int64_t key_offset = (model.heads + kv) * width;
-  lay_out(qkv.data, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width, padded, scratch);
+  const int64_t apart = (model.heads + 2 * model.kv_heads) * width, out_apart = model.heads * width;
+  const int64_t key_offset = (model.heads + kv) * width, panels_apart = scratch.most_keys * width;
+  for (int part = 0; part < P; part++)
+    lay_out(qkv.data + part * apart, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width,
+            padded, scratch.keys.data + part * panels_apart, scratch.values.data + part * panels_apart);
   for (int64_t query = share.from; query < share.to; query += kBlock) {
     int64_t rows = own.length - query < kBlock ? own.length - query : kBlock, last = before + query + rows;
     int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
     int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-      product_of_block(qkv.row(own.row + query) + head * width, qkv.stride, scratch.keys.data + start * width, width,
-                       used - start, scratch.scores.data + start, scratch.scores.stride);
+      const bf16 *queries = qkv.row(own.row + query) + head * width, *values = scratch.values.data + start * kBlock;
+      for (int part = 0; part < P; part++)
+        product_of_block<P>(queries, qkv.stride, apart, scratch.keys.data + part * panels_apart + start * width,
+                            width * kBlock, width, used - start, scratch.scores.data + start, scratch.scores.stride,
+                            part > 0);
       for (int64_t row = 0; row < rows; row++) {
         int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
-        memset(scratch.shares.row(row) + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
-        sums[row] = softmax(scratch.scores.row(row), scratch.shares.row(row), begin, end, used, layer.scaling, layer.cap);
+        bf16 *shares = scratch.shares.row(row);
+        for (int part = 0; part < P; part++)
+          memset(shares + part * scratch.most_keys + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
+        sums[row] = softmax<P>(scratch.scores.row(row), shares, scratch.most_keys, begin, end, used, layer.scaling, layer.cap);
       }
-      product(scratch.shares.data + start, scratch.shares.stride, kBlock, scratch.values.data + start * kBlock,
-              padded * kBlock, used - start, width, [&](int64_t row, int64_t column, __m512 left, __m512 right) {
-                if (row >= rows) return;
-                bf16 *to = out.row(own.row + query + row) + head * width + column;
-                narrow(to, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
-                narrow(to + 16, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
-              });
+      const bf16 *shares = scratch.shares.data + start;
+      for (int part = 1; part < P; part++)
+        product_of_block<P>(shares, scratch.shares.stride, scratch.most_keys, values + part * panels_apart, padded * kBlock,
+                            used - start, width, scratch.rest.data, scratch.rest.stride, part > 1);
+      product<P>(shares, scratch.shares.stride, scratch.most_keys, kBlock, values, padded * kBlock, used - start, width,
+                 [&](int64_t row, int64_t column, __m512 left, __m512 right) {
+                   if (row >= rows) return;
+                   if (P > 1) {
+                     left = _mm512_add_ps(left, _mm512_loadu_ps(scratch.rest.row(row) + column));
+                     right = _mm512_add_ps(right, _mm512_loadu_ps(scratch.rest.row(row) + column + 16));
+                   }
+                   bf16 *to = out.row(own.row + query + row) + head * width + column;
+                   narrow<P>(to, out_apart, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
+                   narrow<P>(to + 16, out_apart, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
+                 });
     }
   }
 }
@@ -400,19 +461,20 @@ inline void add_bias(const float *bias, int64_t output, __m512 &left, __m512 &ri
 }
 
 // hidden += x times weight; with a norm (Gemma's) in between where there is one.
-void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, const float *bias, const float *norm,
+template <int P>
+void add_product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, const float *bias, const float *norm,
                  float eps, int64_t depth, const Buffer<float> &hidden, int64_t first_row, int64_t width,
                  const Buffer<float> &mixed) {
   for (int64_t row = 0; norm && row < blocks(rows); row++) memset(mixed.row(row), 0, (size_t)width * 4);
   for (int64_t from = 0; from < depth; from += kMostDepth) {
     int64_t some = depth - from < kMostDepth ? depth - from : kMostDepth;
-    product(x + from, stride, rows, weight + from * kBlock, depth * kBlock, some, width,
-            [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-              if (from == 0) add_bias(bias, output, left, right);
-              float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
-              _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
-              _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
-            });
+    product<P>(x + from, stride, apart, rows, weight + from * kBlock, depth * kBlock, some, width,
+               [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+                 if (from == 0) add_bias(bias, output, left, right);
+                 float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
+                 _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
+                 _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
+               });
   }
   for (int64_t row = 0; norm && row < rows; row++) {
     float *to = hidden.row(first_row + row);
@@ -422,11 +484,13 @@ void add_product(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight
   }
 }
 
-void gated(const bf16 *x, int64_t stride, int64_t rows, const bf16 *weight, int64_t depth, int64_t width, bool gelu,
-           bf16 *out, int64_t out_stride) {
-  product(x, stride, rows, weight, depth * kBlock, depth, 2 * width, [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
-    narrow(out + row * out_stride + output / 2, _mm512_mul_ps(activate(gate, gelu), up));
-  });
+template <int P>
+void gated(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t depth, int64_t width,
+           bool gelu, bf16 *out, int64_t out_stride, int64_t out_apart) {
+  product<P>(x, stride, apart, rows, weight, depth * kBlock, depth, 2 * width,
+             [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
+               narrow<P>(out + row * out_stride + output / 2, out_apart, _mm512_mul_ps(activate(gate, gelu), up));
+             });
 }
 
 // Threads that do one thing together and wait for each other in between. A thread that waits sleeps: on a busy machine
@@ -467,9 +531,9 @@ struct Bench {
   Buffer<float> mixed;
   Buffer<bf16> normed, inner;
   AttentionScratch scratch;
-  Bench(const Model &model, int64_t chunk, int64_t most_keys)
-      : mixed(chunk, model.width), normed(chunk, model.width), inner(chunk, model.mlp_width),
-        scratch(blocks(most_keys), model.head_width) {}
+  Bench(const Model &model, int64_t parts, int64_t chunk, int64_t most_keys)
+      : mixed(chunk, model.width), normed(chunk, parts * model.width), inner(chunk, parts * model.mlp_width),
+        scratch(parts, blocks(most_keys), model.head_width) {}
   bool complete() const { return mixed.data && normed.data && inner.data && scratch.complete(); }
 };
 
@@ -490,6 +554,102 @@ std::vector<Share> shares_of(const Model &model, const Segment *segments, int64_
   return found;
 }
 
+// The states behind the rows `last` of a pack, normed, into [lasts, width], by so many threads: each has rows of its own,
+// but for attention, which is dealt out as it comes. `embedded` is [rows, width]. Returns 0, or 1 where there is not
+// enough memory.
+template <int P>
+int64_t decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
+               const int64_t *last, int64_t lasts, int64_t threads, float *out) {
+  const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
+  const int64_t mixed_width = model->heads * head, size = threads < (rows + 31) / 32 ? threads : (rows + 31) / 32;
+  // Rows that go through a layer's products together.
+  const int64_t widest = width < kMostDepth ? kMostDepth : width;
+  const int64_t fitting = kCache / (2 * P * widest) / kBlock * kBlock, least = fitting < 64 ? 64 : fitting;
+  const int64_t chunk = rows < least ? blocks(rows) : least;
+  int64_t most_keys = 0;
+  for (int64_t s = 0; s < count; s++) {
+    int64_t keys = segments[s].position + segments[s].length;
+    most_keys = keys > most_keys ? keys : most_keys;
+  }
+  // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
+  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width);
+  Buffer<bf16> qkv(rows + 2 * kBlock, P * heads * head);
+  Buffer<bf16> seen(blocks(rows), P * mixed_width), seen_ends(blocks(lasts), P * mixed_width);
+  std::vector<std::unique_ptr<Bench>> benches;
+  bool complete = hidden.data && ends.data && qkv.data && seen.data && seen_ends.data;
+  for (int64_t member = 0; member < size; member++) {
+    benches.push_back(std::make_unique<Bench>(*model, P, chunk, most_keys));
+    complete = complete && benches.back()->complete();
+  }
+  if (!complete) return 1;
+  const std::vector<Share> shares = shares_of(*model, segments, count, rows, size);
+  std::vector<std::atomic<size_t>> dealt(model->layers);
+  Team team(size);
+  team.run([&](int64_t member) {
+    const Unit unit;
+    const Bench &own = *benches[member];
+    // The first of this thread's rows out of so many, in whole blocks; with the next thread's it is the end.
+    auto share = [&](int64_t all, int64_t of) {
+      int64_t row = blocks(all) / kBlock * of / size * kBlock;
+      return row < all ? row : all;
+    };
+    const int64_t begin = share(rows, member), end = share(rows, member + 1);
+    for (int64_t row = begin; row < end; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
+    for (int64_t l = 0; l < model->layers; l++) {
+      const Layer &layer = model->layer[l];
+      for (int64_t from = begin; from < end; from += chunk) {
+        int64_t some = end - from < chunk ? end - from : chunk;
+        for (int64_t row = 0; row < some; row++)
+          rms_norm<P>(hidden.row(from + row), layer.before_norm, model->eps, width, own.normed.row(row));
+        product<P>(own.normed.data, own.normed.stride, width, some, layer.qkv, width * kBlock, width, heads * head,
+                   [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+                     add_bias(layer.qkv_bias, output, left, right);
+                     narrow<P>(qkv.row(from + row) + output, heads * head, left);
+                     narrow<P>(qkv.row(from + row) + output + 16, heads * head, right);
+                   });
+      }
+      for (int64_t s = 0; s < count; s++) {
+        const int64_t before = begin - segments[s].row, after = end - segments[s].row;
+        for (int64_t token = before < 0 ? 0 : before; token < segments[s].length && token < after; token++) {
+          const float *cos = layer.cos + (segments[s].position + token) * head;
+          const float *sin = layer.sin + (segments[s].position + token) * head;
+          bf16 *row = qkv.row(segments[s].row + token);
+          for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
+            rotate<P>(row + h * head, heads * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
+        }
+      }
+      team.meet();  // queries see the keys of other threads' rows
+      for (size_t next; (next = dealt[l]++) < shares.size();)
+        attend<P>(*model, layer, qkv, segments, shares[next], seen, benches[member]->scratch);
+      team.meet();
+      // Nobody reads what the last layer makes of other rows.
+      const bool final = l + 1 == model->layers;
+      const int64_t all = final ? lasts : rows, first = share(all, member), stop = share(all, member + 1);
+      for (int64_t i = first; final && i < stop; i++) {
+        memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
+        memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)(P * mixed_width) * 2);
+      }
+      const Buffer<float> &state = final ? ends : hidden;
+      const Buffer<bf16> &read = final ? seen_ends : seen;
+      for (int64_t from = first; from < stop; from += chunk) {
+        int64_t some = stop - from < chunk ? stop - from : chunk;
+        add_product<P>(read.row(from), read.stride, mixed_width, some, layer.output, layer.output_bias, layer.attention_norm,
+                       model->eps, mixed_width, state, from, width, own.mixed);
+        for (int64_t row = 0; row < some; row++)
+          rms_norm<P>(state.row(from + row), layer.mlp_norm, model->eps, width, own.normed.row(row));
+        gated<P>(own.normed.data, own.normed.stride, width, some, layer.gate_up, width, model->mlp_width, model->gelu,
+                 own.inner.data, own.inner.stride, model->mlp_width);
+        add_product<P>(own.inner.data, own.inner.stride, model->mlp_width, some, layer.down, nullptr, layer.last_norm,
+                       model->eps, model->mlp_width, state, from, width, own.mixed);
+      }
+    }
+    for (int64_t i = share(lasts, member); i < share(lasts, member + 1); i++)
+      rms_norm(ends.row(i), model->final_norm, model->eps, width,
+               [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
+  });
+  return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -505,26 +665,27 @@ int64_t native_request() {
 
 // The next three do panels [first, first + count) of their weights, so that several threads can share one product.
 
-// [rows, depth] times a panelled weight, plus bias where there is one, into [rows, outputs]; as nn.Linear. Rows are
-// rounded up to 32 in both.
-void native_linear(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, const float *bias, int64_t outputs, bf16 *out,
-                int64_t first, int64_t count) {
+// [rows, parts, depth] times a panelled weight, plus bias where there is one, into [rows, outputs] in float32; as
+// nn.Linear. Rows are rounded up to 32 in both.
+void native_linear(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, const bf16 *weight, const float *bias,
+                   int64_t outputs, float *out, int64_t first, int64_t count) {
   const int64_t offset = first * kBlock;
   Unit unit;
-  product(x, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock,
-          [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-            add_bias(bias, offset + output, left, right);
-            narrow(out + row * outputs + offset + output, left);
-            narrow(out + row * outputs + offset + output + 16, right);
-          });
+  auto store = [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+    add_bias(bias, offset + output, left, right);
+    _mm512_storeu_ps(out + row * outputs + offset + output, left);
+    _mm512_storeu_ps(out + row * outputs + offset + output + 16, right);
+  };
+  auto work = parts == 1 ? product<1, decltype(store)> : product<2, decltype(store)>;
+  work(x, parts * depth, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock, store);
 }
 
-// activation(x times gate) * (x times up), as [rows, width]; gate and up lie in turn in blocks of 16 outputs.
-void native_gated(const bf16 *x, int64_t rows, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu, bf16 *out,
-               int64_t first, int64_t count) {
+// activation(x times gate) * (x times up), as [rows, parts, width]; gate and up lie in turn in blocks of 16 outputs.
+void native_gated(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu,
+                  bf16 *out, int64_t first, int64_t count) {
   Unit unit;
-  gated(x, depth, blocks(rows), weight + first * kBlock * depth, depth, count * kBlock / 2, gelu,
-        out + first * kBlock / 2, width);
+  (parts == 1 ? gated<1> : gated<2>)(x, parts * depth, depth, blocks(rows), weight + first * kBlock * depth, depth,
+                                     count * kBlock / 2, gelu, out + first * kBlock / 2, parts * width, width);
 }
 
 // [vocabulary, depth] times 16 states for each group: what the panels of their parts give, summed, as
@@ -547,10 +708,10 @@ int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const
     for (int64_t group = 0; group < groups; group++) {
       const bf16 *upper = parts + 2 * group * panel;
       float *to = out + (group * vocabulary + from) * 16;
-      product(x, stride, rows, upper + panel, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 third, __m512) {
+      product<1>(x, stride, 0, rows, upper + panel, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 third, __m512) {
         if (from + row < vocabulary) _mm512_storeu_ps(to + row * 16, third);
       });
-      product(x, stride, rows, upper, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 high, __m512 middle) {
+      product<1>(x, stride, 0, rows, upper, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 high, __m512 middle) {
         float *at = to + row * 16;
         if (from + row < vocabulary)
           _mm512_storeu_ps(at, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(at), middle), high));
@@ -560,97 +721,9 @@ int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const
   return 0;
 }
 
-// The states behind the rows `last` of a pack, normed, into [lasts, width], by so many threads: each has rows of its own,
-// but for attention, which is dealt out as it comes. `embedded` is [rows, width]. Returns 0, or 1 where there is not
-// enough memory.
-int64_t native_decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
-                      const int64_t *last, int64_t lasts, int64_t threads, float *out) {
-  const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
-  const int64_t mixed_width = model->heads * head, size = threads < (rows + 31) / 32 ? threads : (rows + 31) / 32;
-  // Rows that go through a layer's products together.
-  const int64_t widest = width < kMostDepth ? kMostDepth : width;
-  const int64_t fitting = kCache / (2 * widest) / kBlock * kBlock, least = fitting < 64 ? 64 : fitting;
-  const int64_t chunk = rows < least ? blocks(rows) : least;
-  int64_t most_keys = 0;
-  for (int64_t s = 0; s < count; s++) {
-    int64_t keys = segments[s].position + segments[s].length;
-    most_keys = keys > most_keys ? keys : most_keys;
-  }
-  // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
-  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width);
-  Buffer<bf16> qkv(rows + 2 * kBlock, heads * head), seen(blocks(rows), mixed_width), seen_ends(blocks(lasts), mixed_width);
-  std::vector<std::unique_ptr<Bench>> benches;
-  bool complete = hidden.data && ends.data && qkv.data && seen.data && seen_ends.data;
-  for (int64_t member = 0; member < size; member++) {
-    benches.push_back(std::make_unique<Bench>(*model, chunk, most_keys));
-    complete = complete && benches.back()->complete();
-  }
-  if (!complete) return 1;
-  const std::vector<Share> shares = shares_of(*model, segments, count, rows, size);
-  std::vector<std::atomic<size_t>> dealt(model->layers);
-  Team team(size);
-  team.run([&](int64_t member) {
-    const Unit unit;
-    const Bench &own = *benches[member];
-    // The first of this thread's rows out of so many, in whole blocks; with the next thread's it is the end.
-    auto share = [&](int64_t all, int64_t of) {
-      int64_t row = blocks(all) / kBlock * of / size * kBlock;
-      return row < all ? row : all;
-    };
-    const int64_t begin = share(rows, member), end = share(rows, member + 1);
-    for (int64_t row = begin; row < end; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
-    for (int64_t l = 0; l < model->layers; l++) {
-      const Layer &layer = model->layer[l];
-      for (int64_t from = begin; from < end; from += chunk) {
-        int64_t some = end - from < chunk ? end - from : chunk;
-        for (int64_t row = 0; row < some; row++)
-          rms_norm(hidden.row(from + row), layer.before_norm, model->eps, width, own.normed.row(row));
-        product(own.normed.data, own.normed.stride, some, layer.qkv, width * kBlock, width, heads * head,
-                [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-                  add_bias(layer.qkv_bias, output, left, right);
-                  narrow(qkv.row(from + row) + output, left);
-                  narrow(qkv.row(from + row) + output + 16, right);
-                });
-      }
-      for (int64_t s = 0; s < count; s++) {
-        const int64_t before = begin - segments[s].row, after = end - segments[s].row;
-        for (int64_t token = before < 0 ? 0 : before; token < segments[s].length && token < after; token++) {
-          const float *cos = layer.cos + (segments[s].position + token) * head;
-          const float *sin = layer.sin + (segments[s].position + token) * head;
-          bf16 *row = qkv.row(segments[s].row + token);
-          for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
-            rotate(row + h * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
-        }
-      }
-      team.meet();  // queries see the keys of other threads' rows
-      for (size_t next; (next = dealt[l]++) < shares.size();)
-        attend(*model, layer, qkv, segments, shares[next], seen, benches[member]->scratch);
-      team.meet();
-      // Nobody reads what the last layer makes of other rows.
-      const bool final = l + 1 == model->layers;
-      const int64_t all = final ? lasts : rows, first = share(all, member), stop = share(all, member + 1);
-      for (int64_t i = first; final && i < stop; i++) {
-        memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
-        memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)mixed_width * 2);
-      }
-      const Buffer<float> &state = final ? ends : hidden;
-      const Buffer<bf16> &read = final ? seen_ends : seen;
-      for (int64_t from = first; from < stop; from += chunk) {
-        int64_t some = stop - from < chunk ? stop - from : chunk;
-        add_product(read.row(from), read.stride, some, layer.output, layer.output_bias, layer.attention_norm, model->eps,
-                    mixed_width, state, from, width, own.mixed);
-        for (int64_t row = 0; row < some; row++)
-          rms_norm(state.row(from + row), layer.mlp_norm, model->eps, width, own.normed.row(row));
-        gated(own.normed.data, own.normed.stride, some, layer.gate_up, width, model->mlp_width, model->gelu, own.inner.data,
-              own.inner.stride);
-        add_product(own.inner.data, own.inner.stride, some, layer.down, nullptr, layer.last_norm, model->eps,
-                    model->mlp_width, state, from, width, own.mixed);
-      }
-    }
-    for (int64_t i = share(lasts, member); i < share(lasts, member + 1); i++)
-      rms_norm(ends.row(i), model->final_norm, model->eps, width,
-               [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
-  });
-  return 0;
+// decode, with so many parts of each number that a product reads.
+int64_t native_decode(const Model *model, int64_t parts, const float *embedded, int64_t rows, const Segment *segments,
+                      int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
+  return (parts == 1 ? decode<1> : decode<2>)(model, embedded, rows, segments, count, last, lasts, threads, out);
 }
 }

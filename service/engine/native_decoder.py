@@ -1,6 +1,9 @@
-"""The packed forward in C++ (native_decoder.cpp), for bfloat16 on CPUs with AMX, or with AVX-512's bfloat16 alone.
+"""The packed forward in C++ (native_decoder.cpp), on CPUs with AMX, or with AVX-512's bfloat16 alone.
 
-It does what tiled_decoder.py does with torch's operations, three times as fast, and rounds less often.
+It does what tiled_decoder.py does with torch's operations, three times as fast, and rounds less often. In bfloat16, or
+in float32 where the weights are bfloat16 numbers, as published ones mostly are: what they are multiplied by is then the
+sum of two numbers in bfloat16, so that a product is off by 2^-18 of its size at most.
+
 Weights are held in its layout only: `PanelLinear` and `PanelMlp` take the place of the model's own layers, so that what
 the model itself still does, such as writing text, goes on working.
 """
@@ -31,7 +34,7 @@ from service.engine.decoder_layers import (
     norm_weight,
 )
 from service.engine.packing import PACK_ROWS, Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_three, summaries
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_parts, summaries
 
 T = TypeVar("T")
 
@@ -46,6 +49,8 @@ _AVX512: Final = {
     "fma": "fma3",
 }
 _AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+# Numbers in bfloat16 that a number which is multiplied by a weight is the sum of.
+_PARTS: Final = {torch.bfloat16: 1, torch.float32: 2}
 _BLOCK: Final = 32  # kBlock in native_decoder.cpp
 _GROUP: Final = 16  # states that native_head takes together
 _MOST_HEAD_WIDTH: Final = 1024  # of rotate in native_decoder.cpp
@@ -101,8 +106,9 @@ class NativeDecoder:
     divides_packs: Final = True
     summaries = staticmethod(summaries)
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._library = _library(decoder.dtype)
+        self._parts = _PARTS[decoder.dtype]
         self._decoder: Decoder | None = decoder
         self._embed = decoder.embed
         self._shape = _Shape(decoder)
@@ -110,6 +116,8 @@ class NativeDecoder:
         self._final_norm = norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._model = _Model()
+        if head.weight.dtype != torch.bfloat16:
+            head.weight = nn.Parameter(_in_bfloat16(head.weight.data), requires_grad=False)
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
@@ -134,6 +142,7 @@ class NativeDecoder:
         states = torch.empty(len(last), embedded.shape[1])
         short = self._library.native_decode(
             ctypes.byref(self._model),
+            self._parts,
             embedded.data_ptr(),
             len(ids),
             segments,
@@ -157,7 +166,7 @@ class NativeDecoder:
         if not _fits(weight):
             return head.of_rows(states)
         groups = -(-len(states) // _GROUP)
-        parts = in_three(functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1))
+        parts = in_parts(functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1), 3)
         panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
         found = torch.empty(groups, len(weight), _GROUP)
         fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()
@@ -189,19 +198,23 @@ class NativeDecoder:
 
 
 class PanelLinear(nn.Module):
-    """nn.Linear without gradients, its weight in panels: [..., inputs] -> [..., outputs], in bfloat16."""
+    """nn.Linear without gradients, its weight in panels: [..., inputs] -> [..., outputs], in the input's format."""
 
     def __init__(self, library: ctypes.CDLL, panels: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._library, self._panels, self._bias = library, panels, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        count, depth = len(self._panels) * _BLOCK, self._panels.shape[1] * _BLOCK
-        rows, size = _blocks(x, depth)
-        out = torch.empty(len(rows), count, dtype=torch.bfloat16)
-        fixed = rows.data_ptr(), len(rows), depth, self._panels.data_ptr(), _address(self._bias), count, out.data_ptr()
-        _shared_out(len(self._panels), partial(self._library.native_linear, *fixed))
-        return out[:size].view(*x.shape[:-1], count)
+        rows = _rows_in_parts(x)
+        return self.of_parts(rows)[: x.shape[:-1].numel()].view(*x.shape[:-1], -1).to(x.dtype)
+
+    def of_parts(self, rows: Tensor) -> Tensor:
+        """[whole blocks of rows, parts, inputs] in bfloat16 -> [rows, outputs] in fp32."""
+        (size, parts, depth), count = rows.shape, len(self._panels) * _BLOCK
+        out = torch.empty(size, count)
+        read, added = (rows.data_ptr(), size, parts, depth), (self._panels.data_ptr(), _address(self._bias), count)
+        _shared_out(len(self._panels), partial(self._library.native_linear, *read, *added, out.data_ptr()))
+        return out
 
 
 class PanelMlp(nn.Module):
@@ -213,14 +226,11 @@ class PanelMlp(nn.Module):
         self.down_proj = down
 
     def forward(self, x: Tensor) -> Tensor:
-        width, depth = len(self._gate_up) * _BLOCK // 2, self._gate_up.shape[1] * _BLOCK
-        rows, size = _blocks(x, depth)
-        inner = torch.empty(len(rows), width, dtype=torch.bfloat16)
-        weight = self._gate_up
-        fixed = rows.data_ptr(), len(rows), depth, weight.data_ptr(), width, int(self._gelu), inner.data_ptr()
-        _shared_out(len(weight), partial(self._library.native_gated, *fixed))
-        found: Tensor = self.down_proj(inner[:size])
-        return found.view(*x.shape[:-1], -1)
+        rows, width = _rows_in_parts(x), len(self._gate_up) * _BLOCK // 2
+        inner = torch.empty(*rows.shape[:2], width, dtype=torch.bfloat16)
+        fixed = rows.data_ptr(), *rows.shape, self._gate_up.data_ptr(), width, int(self._gelu), inner.data_ptr()
+        _shared_out(len(self._gate_up), partial(self._library.native_gated, *fixed))
+        return self.down_proj.of_parts(inner)[: x.shape[:-1].numel()].view(*x.shape[:-1], -1).to(x.dtype)
 
 
 class _Shape:
@@ -263,16 +273,16 @@ class _Weights:
         if any(part.bias is not None for part in (layer.gate, layer.up, layer.down)):
             raise UnsupportedModelError("with biases in its MLP")
         self.kind, self.window, self.scaling, self.cap = layer.kind, layer.window or 0, layer.scaling, layer.cap or 0.0
-        gate, up = (part.weight.data for part in (layer.gate, layer.up))
+        gate, up = (_in_bfloat16(part.weight.data) for part in (layer.gate, layer.up))
         qkv_bias, output_bias = bias_of(*layer.qkv), bias_of(layer.output)
         self.tensors: dict[str, Tensor | None] = {
             **{name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()},
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
             "output_bias": None if output_bias is None else output_bias.float(),
-            "qkv": _panels(torch.cat([part.weight.data for part in layer.qkv])),
-            "output": _panels(layer.output.weight.data),
+            "qkv": _panels(torch.cat([_in_bfloat16(part.weight.data) for part in layer.qkv])),
+            "output": _panels(_in_bfloat16(layer.output.weight.data)),
             "gate_up": _panels(_in_turn(gate, up)),
-            "down": _panels(layer.down.weight.data),
+            "down": _panels(_in_bfloat16(layer.down.weight.data)),
         }
 
     def take_over(self, layer: DecoderLayer, library: ctypes.CDLL) -> None:
@@ -299,7 +309,7 @@ class _Weights:
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled library, AMX asked for where there is one."""
     able = torch.cpu.get_capabilities()
-    if dtype != torch.bfloat16 or not all(able.get(name, False) for name in _AVX512.values()):
+    if dtype not in _PARTS or not all(able.get(name, False) for name in _AVX512.values()):
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
         found = compiled(amx=all(able.get(name, False) for name in _AMX.values()))
@@ -308,9 +318,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if found.native_request():
         raise UnsupportedModelError("as the system does not give AMX to this process")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.native_linear.argtypes = [pointer, number, number, pointer, pointer, number, pointer, number, number]
-    found.native_gated.argtypes = [pointer, number, number, pointer, number, number, pointer, number, number]
-    found.native_decode.argtypes = [pointer, pointer, number, pointer, number, pointer, number, number, pointer]
+    rows, share = (pointer, number, number, number), (number, number)
+    found.native_linear.argtypes = (*rows, pointer, pointer, number, pointer, *share)
+    found.native_gated.argtypes = (*rows, pointer, number, number, pointer, *share)
+    found.native_decode.argtypes = [pointer, number, pointer, number, pointer, number, pointer, number, number, pointer]
     found.native_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
     found.native_head.restype = number
     found.native_linear.restype = found.native_gated.restype = None
@@ -351,10 +362,19 @@ def _fits(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % _BLOCK == 0
 
 
-def _blocks(x: Tensor, depth: int) -> tuple[Tensor, int]:
-    """The rows of x, [rows rounded up to 32, depth], and how many there are."""
-    rows = x.reshape(-1, depth)
-    return functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).contiguous(), len(rows)
+def _in_bfloat16(weight: Tensor) -> Tensor:
+    """The same numbers in bfloat16. Raises UnsupportedModelError where there are others among them."""
+    found = weight.bfloat16()
+    if weight.dtype == torch.float32 and not torch.equal(found.float(), weight):
+        raise UnsupportedModelError("in float32 with weights that are no bfloat16 numbers")
+    return found
+
+
+def _rows_in_parts(x: Tensor) -> Tensor:
+    """The rows of x, [..., depth], and some of zeros: [rows rounded up to 32, parts, depth] in bfloat16."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).contiguous()
+    return rows[:, None] if _PARTS[x.dtype] == 1 else torch.stack(in_parts(rows, _PARTS[x.dtype]), dim=1)
 
 
 def _products(layer: DecoderLayer) -> tuple[nn.Linear, ...]:

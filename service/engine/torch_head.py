@@ -55,10 +55,10 @@ def summaries(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(logits, dim=1), logits.argmax(dim=1)
 
 
-def in_three(states: Tensor) -> list[Tensor]:
-    """Three tensors in bfloat16 whose sum is `states`, fp32: their products with bfloat16 weights are exact."""
+def in_parts(states: Tensor, count: int) -> list[Tensor]:
+    """Tensors in bfloat16 whose sum is `states`, fp32: to 2^-9 of it for each of them, so that three are all of it."""
     parts: list[Tensor] = []
-    for _ in range(3):
+    for _ in range(count):
         parts.append(states.bfloat16())
         states = states - parts[-1].float()
     return parts

@@ -125,7 +125,7 @@ def _reader(decoder: Decoder, head: LastTokenHead, *, native: bool) -> Reader:
         return TritonDecoder(decoder, head)
     if native:
         try:
-            return NativeDecoder(decoder)
+            return NativeDecoder(decoder, head)
         except UnsupportedModelError as reason:
             logger.info("packs are read by torch's operations: compiled ones are not made %s", reason)
     return TiledDecoder(decoder)

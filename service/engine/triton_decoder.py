@@ -29,7 +29,7 @@ from service.engine.decoder_layers import (
     norm_weight,
 )
 from service.engine.packing import Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_three
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_parts
 from service.engine.triton_kernels import (
     QUERY_BLOCK,
     Heads,
@@ -153,7 +153,7 @@ class TritonDecoder:
             return torch.cat([head.of_rows(some) for some in torch.split(states, HEAD_ROWS)])
         found = torch.empty(3 * len(states), len(head.weight), dtype=torch.float32, device=states.device)
         with device_of(states):
-            Product(head.weight.data)(torch.cat(in_three(states)), found)
+            Product(head.weight.data)(torch.cat(in_parts(states, 3)), found)
         logits = torch.sum(found.view(3, len(states), -1), dim=0)
         return logits if head.bias is None else logits + head.bias.float()
 
