@@ -69,15 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.grow:
         rows = growth(files.path, args)
         console.print(f"{len(rows)} measurements")
-        if args.plot:
-            plot(rows, args.plot)
     else:
         items = texts(files.path, args)
         rows = [asdict(way) for way in compared(files.path, items, args)]
         console.print(table(rows, items, args))
     if args.json:
         told = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "data")}
-        args.json.write_text(json.dumps({"settings": told, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"settings": told, "rows": rows}, indent=1, default=str)
+        args.json.write_text(text + "\n", encoding="utf-8")
+    if args.grow and args.plot:
+        plot(rows, args.plot)
     return 0
 
 
