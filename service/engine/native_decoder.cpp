@@ -132,12 +132,12 @@ inline __m512 activate(__m512 x, bool gelu) {
 }
 
 // 32 rows of x, P parts of each number, `depth` long, times one panel, into out, [32][32], or `added` to what is there.
-// `beside` is done depth / 32 times on the way.
+// `fetch` and `beside` are done depth / 32 times on the way. Of the 32 rows only `rows` need be right.
 #ifdef __AMX_BF16__
 // Tiles 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the panel. The tile unit works beside the vector unit.
-template <int P, class Beside>
-inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
-                     int64_t out_stride, bool added, Beside beside) {
+template <int P, class Fetch, class Beside>
+inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, const bf16 *panel, int64_t depth, float *out,
+                     int64_t out_stride, bool added, Fetch fetch, Beside beside) {
   const bf16 *lower = x + 16 * stride;
   if (added) {
     _tile_loadd(0, out, out_stride * 4);
@@ -166,6 +166,7 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *p
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    fetch();
     beside();
   }
   _tile_stored(0, out, out_stride * 4);
@@ -176,11 +177,11 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *p
 #else
 const int64_t kTogether = 8;  // rows whose sums are in registers, two each
 
-template <int P, class Beside>
-inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
-                     int64_t out_stride, bool added, Beside beside) {
+template <int P, class Fetch, class Beside>
+inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *panel, int64_t depth,
+                     float *out, int64_t out_stride, bool added, Fetch fetch, Beside beside) {
   for (int64_t k = 0; k < depth; k += 32) beside();
-  for (int64_t row = 0; row < kBlock; row += kTogether, x += kTogether * stride, out += kTogether * out_stride) {
+  for (int64_t row = 0; row < rows && row < kBlock; row += kTogether, x += kTogether * stride, out += kTogether * out_stride) {
     __m512 left[kTogether], right[kTogether];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kTogether; i++) {
@@ -189,6 +190,7 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *p
     }
     const bf16 *step = panel;
     for (int64_t k = 0; k < depth; k += 32, step += 512) {
+      if (row == 0) fetch();
       for (int64_t pair = k; pair < k + 32; pair += 2, step += 32) {
         __m512bh first = (__m512bh)_mm512_loadu_si512(step), second = (__m512bh)_mm512_loadu_si512(step + 512);
 #pragma GCC unroll 2
@@ -215,12 +217,13 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, const bf16 *p
 
 // rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
 // results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
-// too. A panel is `panel` long, of which depth * 32 are read.
+// too, and what is stored for them means nothing. A panel is `panel` long, of which depth * 32 are read.
 template <int P, class Store>
 inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
                     int64_t depth, int64_t outputs, Store store) {
-  alignas(64) float sums[kBlock][kBlock];
-  const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps, lines = (kBlock * kBlock + rows - 1) / rows;
+  alignas(64) float sums[kBlock][kBlock] = {};
+  const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps;
+  const int64_t lines = (kBlock * kBlock + blocks(rows) - 1) / blocks(rows);
   int64_t stored = kBlock, stored_row = 0, stored_output = 0;
   auto store_some = [&](int64_t count) {
     for (int64_t end = stored + count < kBlock ? stored + count : kBlock; stored < end; stored++) {
@@ -230,11 +233,12 @@ inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, 
   };
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel) {
     const bf16 *next = weight + panel;  // is fetched while this panel is used
+    auto fetch_some = [&] {
+      for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
+    };
     for (int64_t row = 0; row < rows; row += kBlock) {
-      multiply<P>(x + row * stride, stride, apart, weight, depth, sums[0], kBlock, false, [&] {
-        for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
-        store_some(share);
-      });
+      multiply<P>(x + row * stride, stride, apart, rows - row, weight, depth, sums[0], kBlock, false, fetch_some,
+                  [&] { store_some(share); });
       stored = 0, stored_row = row, stored_output = output;
     }
   }
@@ -246,7 +250,7 @@ template <int P>
 inline void product_of_block(const bf16 *x, int64_t stride, int64_t apart, const bf16 *weight, int64_t panel, int64_t depth,
                              int64_t outputs, float *out, int64_t out_stride, bool added) {
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel, out += kBlock) {
-    multiply<P>(x, stride, apart, weight, depth, out, out_stride, added, [] {});
+    multiply<P>(x, stride, apart, kBlock, weight, depth, out, out_stride, added, [] {}, [] {});
   }
 }
 
@@ -677,14 +681,14 @@ void native_linear(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, co
     _mm512_storeu_ps(out + row * outputs + offset + output + 16, right);
   };
   auto work = parts == 1 ? product<1, decltype(store)> : product<2, decltype(store)>;
-  work(x, parts * depth, depth, blocks(rows), weight + offset * depth, depth * kBlock, depth, count * kBlock, store);
+  work(x, parts * depth, depth, rows, weight + offset * depth, depth * kBlock, depth, count * kBlock, store);
 }
 
 // activation(x times gate) * (x times up), as [rows, parts, width]; gate and up lie in turn in blocks of 16 outputs.
 void native_gated(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu,
                   bf16 *out, int64_t first, int64_t count) {
   Unit unit;
-  (parts == 1 ? gated<1> : gated<2>)(x, parts * depth, depth, blocks(rows), weight + first * kBlock * depth, depth,
+  (parts == 1 ? gated<1> : gated<2>)(x, parts * depth, depth, rows, weight + first * kBlock * depth, depth,
                                      count * kBlock / 2, gelu, out + first * kBlock / 2, parts * width, width);
 }
 

@@ -205,16 +205,15 @@ class PanelLinear(nn.Module):
         self._library, self._panels, self._bias = library, panels, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = _rows_in_parts(x)
-        return self.of_parts(rows)[: x.shape[:-1].numel()].view(*x.shape[:-1], -1).to(x.dtype)
+        return self.of_parts(_rows_in_parts(x), x.shape[:-1].numel()).view(*x.shape[:-1], -1).to(x.dtype)
 
-    def of_parts(self, rows: Tensor) -> Tensor:
-        """[whole blocks of rows, parts, inputs] in bfloat16 -> [rows, outputs] in fp32."""
-        (size, parts, depth), count = rows.shape, len(self._panels) * _BLOCK
-        out = torch.empty(size, count)
+    def of_parts(self, rows: Tensor, size: int) -> Tensor:
+        """[whole blocks of rows, parts, inputs] in bfloat16 -> [`size`, outputs] in fp32: the first rows alone."""
+        (whole, parts, depth), count = rows.shape, len(self._panels) * _BLOCK
+        out = torch.empty(whole, count)
         read, added = (rows.data_ptr(), size, parts, depth), (self._panels.data_ptr(), _address(self._bias), count)
         _shared_out(len(self._panels), partial(self._library.native_linear, *read, *added, out.data_ptr()))
-        return out
+        return out[:size]
 
 
 class PanelMlp(nn.Module):
@@ -226,11 +225,11 @@ class PanelMlp(nn.Module):
         self.down_proj = down
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, width = _rows_in_parts(x), len(self._gate_up) * _BLOCK // 2
+        rows, size, width = _rows_in_parts(x), x.shape[:-1].numel(), len(self._gate_up) * _BLOCK // 2
         inner = torch.empty(*rows.shape[:2], width, dtype=torch.bfloat16)
-        fixed = rows.data_ptr(), *rows.shape, self._gate_up.data_ptr(), width, int(self._gelu), inner.data_ptr()
-        _shared_out(len(self._gate_up), partial(self._library.native_gated, *fixed))
-        return self.down_proj.of_parts(inner)[: x.shape[:-1].numel()].view(*x.shape[:-1], -1).to(x.dtype)
+        read, made = (rows.data_ptr(), size, *rows.shape[1:]), (width, int(self._gelu), inner.data_ptr())
+        _shared_out(len(self._gate_up), partial(self._library.native_gated, *read, self._gate_up.data_ptr(), *made))
+        return self.down_proj.of_parts(inner, size).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 class _Shape:
