@@ -4,9 +4,8 @@
 // Products take bfloat16 and sum in float32; the residual stream, norms, softmax and activations are float32, each
 // rounded where the next product reads it: to P numbers in bfloat16 whose sum it is then. P = 1 is bfloat16; with P = 2,
 // and weights that are bfloat16 themselves, what is rounded off is 2^-18 of a number, which is called float32 here.
-// Every number of a row is made from that row alone (and, in attention,
-// from the keys of its chain) in an order that does not depend on where the row lies or on what lies beside it: a
-// prompt has the same bits in every pack.
+// Every number of a row is made from that row alone (and, in attention, from the keys of its chain) in an order that
+// does not depend on where the row lies or on what lies beside it: a prompt has the same bits in every pack.
 //
 // Weights and keys lie in panels of 32 outputs: [outputs / 32][depth / 32][2 tiles][16 pairs][16 outputs][2], so that a
 // step of 32 along the depth is two tiles, one behind the other. Strides are in elements.
