@@ -15,7 +15,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-gpu test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-gpu test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,11 @@ bench-engine: install ## The torch engine against one text at a time, padded bat
 	for shared in 1 2 6; do \
 	  $(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.engine --vllm,$(BIN)/python -m bench.engine) \
 	    --model $(ENGINE_MODEL) --compare $$shared || exit 1; done
+
+# Beside vLLM where `make install-vllm-cpu` was run.
+bench-startup: install ## Seconds until a service is ready, and its memory, by engine (ENGINE_MODEL=…)
+	$(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.startup --vllm,$(BIN)/python -m bench.startup) \
+	  --model $(ENGINE_MODEL)
 
 bench-invariance: install ## 200 pairs in 20 random compositions of batches: does a bit of a score move? (ENGINE_MODEL=…)
 	for dtype in bfloat16 float32; do $(BIN)/python -m bench.invariance --model $(ENGINE_MODEL) --dtype $$dtype || exit 1; done

@@ -28,13 +28,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -43,6 +42,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from bench.calls import in_calls
+from bench.process import cpu_seconds, family_of, peak_memory, reset_peak_memory
 from service import models
 from service.codec import load_tokenizer
 from service.engine.contract import EngineItem, LabelEngine
@@ -115,8 +115,7 @@ class Way:
 
     def run(self, read: Callable[[], object]) -> None:
         """One round, to the end of what it has a GPU do."""
-        own = psutil.Process()
-        family = [own, *own.children(recursive=True)]
+        family = family_of(os.getpid())
         reset_peak_memory(family)
         cpu, wall = cpu_seconds(family), time.perf_counter()
         read()
@@ -124,7 +123,7 @@ class Way:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - wall)
         self.cpu_seconds.append(cpu_seconds(family) - cpu)
-        self.megabytes = max(self.megabytes, peak_memory(family))
+        self.megabytes = max(self.megabytes, peak_memory(family) / 1e6)
 
 
 def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
@@ -186,9 +185,19 @@ def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) ->
         ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
         for read in (peak, *(partial(read.func, read.args[0], items[:2]) for read in reads.values())):
             read()
-        for _ in track(range(args.rounds), "rounds", console=Console(stderr=True)):
-            for way, read in zip(ways, (peak, *reads.values()), strict=True):
+        console, done = Console(stderr=True), 0
+        try:
+            for number, (way, read) in enumerate(
+                track([*zip(ways, (peak, *reads.values()), strict=True)] * args.rounds, "rounds", console=console)
+            ):
                 way.run(read)
+                done = (number + 1) // len(ways)
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            console.print(f"interrupted: the figures are those of {done} whole rounds")
+        for way in ways:
+            del way.seconds[done:], way.cpu_seconds[done:]
     return ways
 
 
@@ -292,7 +301,7 @@ def table(rows: list[dict[str, Any]], items: Sequence[EngineItem], args: argpars
     tokens = sum(len(item.token_ids) for item in items)
     shape = f"{len(items)} texts of {tokens / len(items):.0f} tokens, {args.compare} to a prompt"
     where = f"{args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    found = Table(title=f"{args.model}, {shape}, {where}, medians of {args.rounds} rounds")
+    found = Table(title=f"{args.model}, {shape}, {where}, medians of {len(rows[0]['seconds'])} rounds")
     for name in ("", "tokens/s", "tokens/CPU s", "pairs/s", "useful TFLOP/s", "of the peak", "peak memory MB"):
         found.add_column(name, justify="right" if name else "left")
     peak = rows[0]["flop"] / statistics.median(rows[0]["seconds"])
@@ -341,28 +350,6 @@ def plot(rows: Sequence[dict[str, float]], file: Path) -> None:
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
     figure.savefig(file)
-
-
-def cpu_seconds(family: Sequence[psutil.Process]) -> float:
-    """What these processes have computed."""
-    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
-
-
-def reset_peak_memory(family: Sequence[psutil.Process]) -> None:
-    """Let the kernel's marks start again, where it lets us (Linux)."""
-    for process in family:
-        with suppress(OSError):
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_memory(family: Sequence[psutil.Process]) -> float:
-    """The most resident memory of each process since its mark, in MB together; 0 where /proc does not tell."""
-    found = 0.0
-    for process in family:
-        with suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
-            found += sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-    return found
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from client import Judge, JudgeError
 
@@ -85,11 +87,35 @@ def free_port() -> int:
     return port
 
 
-def peak_memory(process: subprocess.Popen[bytes]) -> int:
-    """Bytes of memory that a process has had in use at most (Linux)."""
-    status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+def family_of(pid: int) -> list[psutil.Process]:
+    """This process and those that it has started, and they."""
+    own = psutil.Process(pid)
+    return [own, *own.children(recursive=True)]
+
+
+def cpu_seconds(family: Sequence[psutil.Process]) -> float:
+    """What these processes have computed."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
+
+
+def reset_peak_memory(family: Sequence[psutil.Process]) -> None:
+    """Let the kernel's marks start again, where it lets us (Linux)."""
+    for process in family:
+        with suppress(OSError):
+            Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory(family: Sequence[psutil.Process]) -> int:
+    """The most resident bytes of each process since its mark, added up; 0 where /proc does not tell.
+
+    What processes share counts for each of them.
+    """
+    found = 0
+    for process in family:
+        with suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+            found += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return found
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], deadline: float) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -176,11 +177,12 @@ def overload(redis: RedisServer, seconds: float) -> Table:
         with running_service(*shared, *NO_CACHE, "--max-queue-jobs", "200") as service:
             # Half the capacity for a moment, so that nothing is met for the first time.
             asyncio.run(open_loop(Load(service.url, "/score", ONE, 16, 2.0, timeout), capacity / 2))
-            before = peak_memory(service.process)
+            api = psutil.Process(service.process.pid)
+            before = peak_memory([api])
             with watched_depth(redis) as depths:
                 load = Load(service.url, "/score", ONE, 256, seconds, timeout)
                 answers = asyncio.run(open_loop(load, 2.0 * capacity))
-            grown = peak_memory(service.process) - before
+            grown = peak_memory([api]) - before
     return _overload_table(answers, seconds, max(depths), grown)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from client.errors import ErrorCode
 from service.jobs import QueueStats
@@ -23,6 +23,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         reg = self.registry
+        ProcessCollector(registry=reg)
         self._requests = Counter("judge_requests", "HTTP requests", ["method", "route", "status"], registry=reg)
         self._latency = Histogram("judge_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=reg)
         self._in_flight = Gauge("judge_requests_in_flight", "HTTP requests being worked on", registry=reg)

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import psutil
 
+from bench.process import peak_memory
 from tests.live import wait_for
 from tests.redis_server import free_port
 
@@ -47,9 +49,7 @@ class Program:
     @property
     def peak_memory(self) -> int:
         """Bytes of memory that it had in use at most so far (Linux)."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text("utf-8")
-        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        return peak_memory([psutil.Process(self.process.pid)])
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""

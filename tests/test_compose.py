@@ -389,8 +389,8 @@ def test_every_alert_has_a_test_in_which_it_is_raised() -> None:
 def test_the_documents_list_every_metric_and_every_alert() -> None:
     """docs/operations.md has each by its name, and none that is not there."""
     text = (ROOT / "docs/operations.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| `judge_")]
-    listed = {name for row in rows for name in re.findall(r"`(judge_\w+)", row.split("|")[1])}
+    rows = [line for line in text.splitlines() if line.startswith(("| `judge_", "| `process_"))]
+    listed = {name for row in rows for name in re.findall(r"`((?:judge|process)_\w+)", row.split("|")[1])}
     names = {family.name + ("_total" if family.type == "counter" else "") for family in Metrics().registry.collect()}
 
     assert listed == names

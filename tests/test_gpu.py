@@ -97,9 +97,9 @@ def test_the_output_layer_is_exact(large: TorchEngine) -> None:
     packed: Any = large._packed
     states = torch.randn(70, 576, device="cuda")[:64]
 
-    found = packed._reader.logits(packed._head, states)
+    found = packed._reader.logits(states)
 
-    exact = states.double() @ packed._head.weight.double().T
+    exact = states.double() @ packed._reader._head.weight.double().T
     assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
 
 

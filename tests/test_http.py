@@ -186,6 +186,7 @@ def test_metrics_count_what_happened(live: Live) -> None:
     assert live.value("judge_errors_total", code="invalid_request") == before + 1
     assert "judge_queue_jobs 0.0" in text
     assert live.value("judge_judgements_total") > 0
+    assert live.value("process_resident_memory_bytes") > 1e6
 
 
 def test_every_error_is_counted_from_0_on(live: Live) -> None:

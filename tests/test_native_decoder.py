@@ -17,7 +17,9 @@ from torch import nn
 
 from service.engine import native
 from service.engine.contract import EngineItem, GenerateItem
-from service.engine.native_decoder import NativeDecoder, PanelLinear, PanelMlp
+from service.engine.decoder_layers import read_decoder
+from service.engine.native_decoder import NativeDecoder
+from service.engine.native_panels import PanelLinear, PanelMlp
 from service.engine.torch_engine import DType, TorchEngine
 from service.engine.torch_head import LastTokenHead
 from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
@@ -181,17 +183,18 @@ def test_nothing_is_held_twice(dtype: DType, tmp_path: Path) -> None:
 
 
 @needs_bf16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocabulary", [64, 1000, 7])
-def test_its_output_layer_is_in_float32(vocabulary: int, engine: TorchEngine) -> None:
+def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """Logits of bfloat16 weights and float32 states are float32's, whatever the size of the vocabulary, with or
     without a bias, and a state's own whatever is beside it."""
-    output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16()
-    states = torch.randn(5, 64) * torch.tensor([[1e-3], [1.0], [30.0], [1e3], [0.0]])
-    reader = engine._packed._reader if engine._packed else None
-    assert isinstance(reader, NativeDecoder)
+    output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16().to(dtype)
+    states = torch.randn(15, 64) * torch.tensor([1e-3, 1.0, 30.0, 1e3, 0.0]).repeat(3)[:, None]
+    decoder = read_decoder(make_model(tmp_path, "llama", rounded=True).to(dtype))
+    reader = NativeDecoder(decoder, LastTokenHead(output))
 
-    found = reader.logits(LastTokenHead(output), states)
-    alone = torch.cat([reader.logits(LastTokenHead(output), state[None]) for state in states])
+    found = reader.logits(states, 2)
+    alone = torch.cat([reader.logits(state[None], 1) for state in states])
 
     assert torch.equal(found, alone)
     expected = nn.functional.linear(states.double(), output.weight.double())

@@ -57,8 +57,7 @@ class Judge:
         torch.manual_seed(0)
         self.model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype).to(DEVICE)
         self.cap = getattr(config, "final_logit_softcapping", None)
-        self.head = LastTokenHead(self.model.get_output_embeddings())
-        self.decoder = TritonDecoder(read_decoder(self.model), self.head)
+        self.decoder = TritonDecoder(read_decoder(self.model), LastTokenHead(self.model.get_output_embeddings()))
 
     def logprobs(self, items: Sequence[EngineItem], pack_rows: int = 4096) -> list[list[float]]:
         """Of each item's labels."""
@@ -66,7 +65,7 @@ class Judge:
         states: dict[int, torch.Tensor] = {}
         for pack in plan(items, pack_rows):
             states |= self.decoder.read(pack)
-        logits = self.decoder.logits(self.head, torch.stack([states[index] for index in range(len(items))]))
+        logits = self.decoder.logits(torch.stack([states[index] for index in range(len(items))]))
         logits = logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
         totals, _ = self.decoder.summaries(logits)
         return [

@@ -30,6 +30,7 @@ namespace {
 
 const int64_t kBlock = 32;       // rows and outputs of one block of a product: two tiles by two
 const int64_t kCache = 1 << 20;   // bytes of a product's input that should stay in a core's cache
+const int64_t kStates = 10;       // that share a panel in the output layer, three parts of each
 const int64_t kMostDepth = 1024;  // of one product into the residual stream; a deeper one is made in slices
 
 inline int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
@@ -174,43 +175,50 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, cons
   _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
 }
 #else
-const int64_t kTogether = 8;  // rows whose sums are in registers, two each
+// N rows, whose sums are in registers, two each.
+template <int P, int N, class Fetch>
+inline void multiply_rows(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
+                          int64_t out_stride, bool added, Fetch fetch) {
+  __m512 left[N], right[N];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < N; i++) {
+    left[i] = added ? _mm512_loadu_ps(out + i * out_stride) : _mm512_setzero_ps();
+    right[i] = added ? _mm512_loadu_ps(out + i * out_stride + 16) : _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < depth; k += 32, panel += 512) {
+    fetch();
+    for (int64_t pair = k; pair < k + 32; pair += 2, panel += 32) {
+      __m512bh first = (__m512bh)_mm512_loadu_si512(panel), second = (__m512bh)_mm512_loadu_si512(panel + 512);
+#pragma GCC unroll 2
+      for (int part = 0; part < P; part++) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < N; i++) {
+          int32_t both;
+          memcpy(&both, x + i * stride + part * apart + pair, 4);
+          __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
+          left[i] = _mm512_dpbf16_ps(left[i], spread, first);
+          right[i] = _mm512_dpbf16_ps(right[i], spread, second);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < N; i++) {
+    _mm512_storeu_ps(out + i * out_stride, left[i]);
+    _mm512_storeu_ps(out + i * out_stride + 16, right[i]);
+  }
+}
 
 template <int P, class Fetch, class Beside>
 inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *panel, int64_t depth,
                      float *out, int64_t out_stride, bool added, Fetch fetch, Beside beside) {
   for (int64_t k = 0; k < depth; k += 32) beside();
-  for (int64_t row = 0; row < rows && row < kBlock; row += kTogether, x += kTogether * stride, out += kTogether * out_stride) {
-    __m512 left[kTogether], right[kTogether];
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kTogether; i++) {
-      left[i] = added ? _mm512_loadu_ps(out + i * out_stride) : _mm512_setzero_ps();
-      right[i] = added ? _mm512_loadu_ps(out + i * out_stride + 16) : _mm512_setzero_ps();
-    }
-    const bf16 *step = panel;
-    for (int64_t k = 0; k < depth; k += 32, step += 512) {
-      if (row == 0) fetch();
-      for (int64_t pair = k; pair < k + 32; pair += 2, step += 32) {
-        __m512bh first = (__m512bh)_mm512_loadu_si512(step), second = (__m512bh)_mm512_loadu_si512(step + 512);
-#pragma GCC unroll 2
-        for (int part = 0; part < P; part++) {
-#pragma GCC unroll 8
-          for (int64_t i = 0; i < kTogether; i++) {
-            int32_t both;
-            memcpy(&both, x + i * stride + part * apart + pair, 4);
-            __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
-            left[i] = _mm512_dpbf16_ps(left[i], spread, first);
-            right[i] = _mm512_dpbf16_ps(right[i], spread, second);
-          }
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kTogether; i++) {
-      _mm512_storeu_ps(out + i * out_stride, left[i]);
-      _mm512_storeu_ps(out + i * out_stride + 16, right[i]);
-    }
-  }
+  if (rows <= 2)
+    multiply_rows<P, 2>(x, stride, apart, panel, depth, out, out_stride, added, fetch);
+  else
+    multiply_rows<P, 8>(x, stride, apart, panel, depth, out, out_stride, added, fetch);
+  for (int64_t row = 8; row < rows && row < kBlock; row += 8)
+    multiply_rows<P, 8>(x + row * stride, stride, apart, panel, depth, out + row * out_stride, out_stride, added, [] {});
 }
 #endif
 
@@ -244,12 +252,12 @@ inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, 
   store_some(kBlock);
 }
 
-// 32 rows x depth times a panelled weight, as they are, into [32][outputs], or added to what is there.
+// At most 32 rows x depth times a panelled weight, as they are, into [32][outputs], or added to what is there.
 template <int P>
-inline void product_of_block(const bf16 *x, int64_t stride, int64_t apart, const bf16 *weight, int64_t panel, int64_t depth,
-                             int64_t outputs, float *out, int64_t out_stride, bool added) {
+inline void product_of_block(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
+                             int64_t depth, int64_t outputs, float *out, int64_t out_stride, bool added) {
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel, out += kBlock) {
-    multiply<P>(x, stride, apart, kBlock, weight, depth, out, out_stride, added, [] {}, [] {});
+    multiply<P>(x, stride, apart, rows, weight, depth, out, out_stride, added, [] {}, [] {});
   }
 }
 
@@ -428,7 +436,7 @@ void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, con
     for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
       const bf16 *queries = qkv.row(own.row + query) + head * width, *values = scratch.values.data + start * kBlock;
       for (int part = 0; part < P; part++)
-        product_of_block<P>(queries, qkv.stride, apart, scratch.keys.data + part * panels_apart + start * width,
+        product_of_block<P>(queries, qkv.stride, apart, rows, scratch.keys.data + part * panels_apart + start * width,
                             width * kBlock, width, used - start, scratch.scores.data + start, scratch.scores.stride,
                             part > 0);
       for (int64_t row = 0; row < rows; row++) {
@@ -440,9 +448,9 @@ void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, con
       }
       const bf16 *shares = scratch.shares.data + start;
       for (int part = 1; part < P; part++)
-        product_of_block<P>(shares, scratch.shares.stride, scratch.most_keys, values + part * panels_apart, padded * kBlock,
-                            used - start, width, scratch.rest.data, scratch.rest.stride, part > 1);
-      product<P>(shares, scratch.shares.stride, scratch.most_keys, kBlock, values, padded * kBlock, used - start, width,
+        product_of_block<P>(shares, scratch.shares.stride, scratch.most_keys, rows, values + part * panels_apart,
+                            padded * kBlock, used - start, width, scratch.rest.data, scratch.rest.stride, part > 1);
+      product<P>(shares, scratch.shares.stride, scratch.most_keys, rows, values, padded * kBlock, used - start, width,
                  [&](int64_t row, int64_t column, __m512 left, __m512 right) {
                    if (row >= rows) return;
                    if (P > 1) {
@@ -691,10 +699,10 @@ void native_gated(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, con
                                      count * kBlock / 2, gelu, out + first * kBlock / 2, parts * width, width);
 }
 
-// [vocabulary, depth] times 16 states for each group: what the panels of their parts give, summed, as
-// [groups, vocabulary, 16]. `parts` has two panels for each group: the first and second parts of the states, and the
-// third parts. Here it is the weight that lies in rows, and a panel of it is 32 of these; the last may be shorter.
-// Returns 0, or 1 without enough memory.
+// [vocabulary, depth] times kStates states for each group, as [groups, vocabulary, kStates]. `parts` has one panel for
+// each group: the first parts of its states, the second ones, the third ones, and two columns of zeros. Here it is the
+// weight that lies in rows, and a panel of it is 32 of these; the last may be shorter. Returns 0, or 1 without enough
+// memory.
 int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, int64_t groups, float *out,
                  int64_t first, int64_t count) {
   const int64_t fitting = kCache / (2 * depth) / kBlock * kBlock, chunk = fitting < kBlock ? kBlock : fitting;
@@ -709,16 +717,16 @@ int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const
     const int64_t stride = last ? rest.stride : depth, left = (end < whole || last ? end : whole) - from;
     rows = left < chunk ? left : chunk;
     for (int64_t group = 0; group < groups; group++) {
-      const bf16 *upper = parts + 2 * group * panel;
-      float *to = out + (group * vocabulary + from) * 16;
-      product<1>(x, stride, 0, rows, upper + panel, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 third, __m512) {
-        if (from + row < vocabulary) _mm512_storeu_ps(to + row * 16, third);
-      });
-      product<1>(x, stride, 0, rows, upper, panel, depth, kBlock, [&](int64_t row, int64_t, __m512 high, __m512 middle) {
-        float *at = to + row * 16;
+      float *to = out + (group * vocabulary + from) * kStates;
+      auto store = [&](int64_t row, int64_t, __m512 left, __m512 right) {
+        float found[kBlock + 16] = {};
+        _mm512_storeu_ps(found, left);
+        _mm512_storeu_ps(found + 16, right);
+        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kStates), _mm512_loadu_ps(found + kStates));
         if (from + row < vocabulary)
-          _mm512_storeu_ps(at, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(at), middle), high));
-      });
+          _mm512_mask_storeu_ps(to + row * kStates, (1 << kStates) - 1, _mm512_add_ps(lower, left));
+      };
+      product<1>(x, stride, 0, rows, parts + group * panel, panel, depth, kBlock, store);
     }
   }
   return 0;

@@ -4,20 +4,16 @@ It does what tiled_decoder.py does with torch's operations, three times as fast,
 in float32 where the weights are bfloat16 numbers, as published ones mostly are: what they are multiplied by is then the
 sum of two numbers in bfloat16, so that a product is off by 2^-18 of its size at most.
 
-Weights are held in its layout only: `PanelLinear` and `PanelMlp` take the place of the model's own layers, so that what
-the model itself still does, such as writing text, goes on working.
+Weights are held in its layout only: the layers of native_panels.py take the place of the model's own, so that what the
+model itself still does, such as writing text, goes on working.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +29,19 @@ from service.engine.decoder_layers import (
     norm_eps,
     norm_weight,
 )
+from service.engine.native_panels import (
+    BLOCK,
+    PARTS,
+    PanelLinear,
+    PanelMlp,
+    address,
+    in_bfloat16,
+    in_turn,
+    panels_of,
+    shared_out,
+)
 from service.engine.packing import PACK_ROWS, Pack
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead, in_parts, summaries
-
-T = TypeVar("T")
+from service.engine.torch_head import LastTokenHead, in_parts, summaries
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 # What the library is compiled for: the compiler's flags, and what torch calls them.
@@ -49,10 +54,7 @@ _AVX512: Final = {
     "fma": "fma3",
 }
 _AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
-# Numbers in bfloat16 that a number which is multiplied by a weight is the sum of.
-_PARTS: Final = {torch.bfloat16: 1, torch.float32: 2}
-_BLOCK: Final = 32  # kBlock in native_decoder.cpp
-_GROUP: Final = 16  # states that native_head takes together
+_STATES: Final = 10  # kStates in native_decoder.cpp
 _MOST_HEAD_WIDTH: Final = 1024  # of rotate in native_decoder.cpp
 
 
@@ -102,13 +104,13 @@ class NativeDecoder:
     """
 
     pack_rows: Final = PACK_ROWS
-    head_states: Final = HEAD_ROWS
+    head_states: Final = 2 * _STATES  # each reads the weight once for both groups
     divides_packs: Final = True
     summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._library = _library(decoder.dtype)
-        self._parts = _PARTS[decoder.dtype]
+        self._parts = PARTS[decoder.dtype]
         self._decoder: Decoder | None = decoder
         self._embed = decoder.embed
         self._shape = _Shape(decoder)
@@ -116,8 +118,8 @@ class NativeDecoder:
         self._final_norm = norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._model = _Model()
-        if head.weight.dtype != torch.bfloat16:
-            head.weight = nn.Parameter(_in_bfloat16(head.weight.data), requires_grad=False)
+        self._head = head
+        self._head_weight = in_bfloat16(head.weight.data).contiguous()
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
@@ -157,79 +159,43 @@ class NativeDecoder:
         return dict(zip(pack.last_row, states, strict=True))
 
     @torch.inference_mode()
-    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, threads: int) -> Tensor:
         """[items, width] -> [items, vocabulary] in fp32.
 
         Each state is the sum of three numbers in bfloat16, so that its products with bfloat16 weights are exact.
         """
-        weight = head.weight
-        if not _fits(weight):
-            return head.of_rows(states)
-        groups = -(-len(states) // _GROUP)
-        parts = in_parts(functional.pad(states, (0, 0, 0, groups * _GROUP - len(states))).view(groups, _GROUP, -1), 3)
-        panels = _panels(torch.stack((*parts, torch.zeros_like(parts[0])), dim=1).flatten(0, 2))
-        found = torch.empty(groups, len(weight), _GROUP)
+        weight, bias = self._head_weight, self._head.bias
+        groups = -(-len(states) // _STATES)
+        padded = functional.pad(states, (0, 0, 0, groups * _STATES - len(states))).view(groups, _STATES, -1)
+        columns = functional.pad(torch.cat(in_parts(padded, 3), dim=1), (0, 0, 0, BLOCK - 3 * _STATES))
+        panels, found = panels_of(columns.flatten(0, 1)), torch.empty(groups, len(weight), _STATES)
         fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()
-        if any(_shared_out(-(-len(weight) // _BLOCK), partial(self._library.native_head, *fixed))):
+        if any(shared_out(-(-len(weight) // BLOCK), threads, partial(self._library.native_head, *fixed))):
             raise MemoryError("no memory for the output layer")
         # In rows, as what is summed over them later depends on how they lie in memory.
-        logits = found.transpose(1, 2).contiguous().view(groups * _GROUP, -1)[: len(states)]
-        return logits if head.bias is None else logits + head.bias.float()
+        logits = found.transpose(1, 2).contiguous().view(groups * _STATES, -1)[: len(states)]
+        return logits if bias is None else logits + bias.float()
 
-    def take_over(self, head: LastTokenHead) -> None:
-        """Put layers that use these weights in the place of the model's own, whose memory is then free."""
+    def take_over(self) -> None:
+        """Let the model's layers, and its output layer, use these weights; the memory of its own is then free."""
         if self._decoder is not None:
             for weights, layer in zip(self._layers, self._decoder.layers, strict=True):
                 weights.take_over(layer, self._library)
             self._decoder = None
-        if _fits(head.weight):
-            head.compiled = partial(self.logits, head)
+        if self._head.weight.dtype != self._head_weight.dtype:
+            self._head.weight = nn.Parameter(self._head_weight, requires_grad=False)
+        self._head.compiled = lambda states: self.logits(states, torch.get_num_threads())
 
     def _described(self, layer: _Weights) -> _Layer:
         rope = self._ropes[layer.kind if layer.kind in self._ropes else None]
         return _Layer(
-            **{name: _address(tensor) for name, tensor in layer.tensors.items()},
+            **{name: address(tensor) for name, tensor in layer.tensors.items()},
             cos=rope.cos.data_ptr(),
             sin=rope.sin.data_ptr(),
             window=layer.window,
             scaling=layer.scaling,
             cap=layer.cap,
         )
-
-
-class PanelLinear(nn.Module):
-    """nn.Linear without gradients, its weight in panels: [..., inputs] -> [..., outputs], in the input's format."""
-
-    def __init__(self, library: ctypes.CDLL, panels: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self._library, self._panels, self._bias = library, panels, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_parts(_rows_in_parts(x), x.shape[:-1].numel()).view(*x.shape[:-1], -1).to(x.dtype)
-
-    def of_parts(self, rows: Tensor, size: int) -> Tensor:
-        """[whole blocks of rows, parts, inputs] in bfloat16 -> [`size`, outputs] in fp32: the first rows alone."""
-        (whole, parts, depth), count = rows.shape, len(self._panels) * _BLOCK
-        out = torch.empty(whole, count)
-        read, added = (rows.data_ptr(), size, parts, depth), (self._panels.data_ptr(), _address(self._bias), count)
-        _shared_out(len(self._panels), partial(self._library.native_linear, *read, *added, out.data_ptr()))
-        return out[:size]
-
-
-class PanelMlp(nn.Module):
-    """Gate, up, activation and down, without gradients, the weights in panels."""
-
-    def __init__(self, library: ctypes.CDLL, gate_up: Tensor, down: PanelLinear, *, gelu: bool) -> None:
-        super().__init__()
-        self._library, self._gate_up, self._gelu = library, gate_up, gelu
-        self.down_proj = down
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, size, width = _rows_in_parts(x), x.shape[:-1].numel(), len(self._gate_up) * _BLOCK // 2
-        inner = torch.empty(*rows.shape[:2], width, dtype=torch.bfloat16)
-        read, made = (rows.data_ptr(), size, *rows.shape[1:]), (width, int(self._gelu), inner.data_ptr())
-        _shared_out(len(self._gate_up), partial(self._library.native_gated, *read, self._gate_up.data_ptr(), *made))
-        return self.down_proj.of_parts(inner, size).view(*x.shape[:-1], -1).to(x.dtype)
 
 
 class _Shape:
@@ -254,8 +220,8 @@ class _Shape:
             "mlp_width": decoder.layers[0].gate.out_features,
             "gelu": int(gelu.pop()),
         }
-        if any(self._sizes[name] % _BLOCK for name in ("width", "head_width", "mlp_width")) or head > _MOST_HEAD_WIDTH:
-            raise UnsupportedModelError(f"with widths that are no multiples of {_BLOCK}")
+        if any(self._sizes[name] % BLOCK for name in ("width", "head_width", "mlp_width")) or head > _MOST_HEAD_WIDTH:
+            raise UnsupportedModelError(f"with widths that are no multiples of {BLOCK}")
         self._eps = eps.pop()
 
     def model(self, layers: ctypes.Array[_Layer], final_norm: Tensor) -> _Model:
@@ -272,16 +238,16 @@ class _Weights:
         if any(part.bias is not None for part in (layer.gate, layer.up, layer.down)):
             raise UnsupportedModelError("with biases in its MLP")
         self.kind, self.window, self.scaling, self.cap = layer.kind, layer.window or 0, layer.scaling, layer.cap or 0.0
-        gate, up = (_in_bfloat16(part.weight.data) for part in (layer.gate, layer.up))
+        gate, up = (in_bfloat16(part.weight.data) for part in (layer.gate, layer.up))
         qkv_bias, output_bias = bias_of(*layer.qkv), bias_of(layer.output)
         self.tensors: dict[str, Tensor | None] = {
             **{name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()},
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
             "output_bias": None if output_bias is None else output_bias.float(),
-            "qkv": _panels(torch.cat([_in_bfloat16(part.weight.data) for part in layer.qkv])),
-            "output": _panels(_in_bfloat16(layer.output.weight.data)),
-            "gate_up": _panels(_in_turn(gate, up)),
-            "down": _panels(_in_bfloat16(layer.down.weight.data)),
+            "qkv": panels_of(torch.cat([in_bfloat16(part.weight.data) for part in layer.qkv])),
+            "output": panels_of(in_bfloat16(layer.output.weight.data)),
+            "gate_up": panels_of(in_turn(gate, up)),
+            "down": panels_of(in_bfloat16(layer.down.weight.data)),
         }
 
     def take_over(self, layer: DecoderLayer, library: ctypes.CDLL) -> None:
@@ -290,7 +256,7 @@ class _Weights:
         for name, part in zip(("q_proj", "k_proj", "v_proj"), layer.qkv, strict=True):
             rows = slice(start, start + part.out_features)
             start = rows.stop
-            panels = self._tensor("qkv")[rows.start // _BLOCK : rows.stop // _BLOCK]
+            panels = self._tensor("qkv")[rows.start // BLOCK : rows.stop // BLOCK]
             bias = None if qkv_bias is None else qkv_bias[rows]
             layer.attention.set_submodule(name, PanelLinear(library, panels, bias))
         output = PanelLinear(library, self._tensor("output"), self.tensors["output_bias"])
@@ -308,7 +274,7 @@ class _Weights:
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled library, AMX asked for where there is one."""
     able = torch.cpu.get_capabilities()
-    if dtype not in _PARTS or not all(able.get(name, False) for name in _AVX512.values()):
+    if dtype not in PARTS or not all(able.get(name, False) for name in _AVX512.values()):
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
         found = compiled(amx=all(able.get(name, False) for name in _AMX.values()))
@@ -328,54 +294,6 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return found
 
 
-def _shared_out(panels: int, product: Callable[[int, int], T]) -> list[T]:
-    """product(first, count) for all panels, by as many threads as torch would use here."""
-    threads = min(torch.get_num_threads(), panels)
-    if threads == 1:
-        return [product(0, panels)]
-    ends = [panels * thread // threads for thread in range(threads + 1)]
-    others = [_helpers().submit(product, start, end - start) for start, end in pairwise(ends[1:])]
-    return [product(0, ends[1]), *(other.result() for other in others)]
-
-
-@cache
-def _helpers() -> ThreadPoolExecutor:
-    """Threads that help with one product. They do nothing in torch, so they need not be kept to one thread there."""
-    return ThreadPoolExecutor(os.cpu_count(), "native")
-
-
-def _panels(weight: Tensor) -> Tensor:
-    """[outputs, inputs] -> [outputs / 32, inputs / 32, 2, 16 pairs of inputs, 16 outputs, 2]."""
-    parts = weight.view(weight.shape[0] // _BLOCK, 2, 16, weight.shape[1] // _BLOCK, 16, 2)
-    return parts.permute(0, 3, 1, 4, 2, 5).contiguous()
-
-
-def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
-    """Half a block of the one's outputs, half a block of the other's: [2 outputs, inputs]."""
-    halves = (part.view(-1, _BLOCK // 2, part.shape[1]) for part in (gate, up))
-    return torch.stack(tuple(halves), dim=1).flatten(0, 2)
-
-
-def _fits(weight: Tensor) -> bool:
-    """Whether native_head can read the output layer's weight as it lies in memory."""
-    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % _BLOCK == 0
-
-
-def _in_bfloat16(weight: Tensor) -> Tensor:
-    """The same numbers in bfloat16. Raises UnsupportedModelError where there are others among them."""
-    found = weight.bfloat16()
-    if weight.dtype == torch.float32 and not torch.equal(found.float(), weight):
-        raise UnsupportedModelError("in float32 with weights that are no bfloat16 numbers")
-    return found
-
-
-def _rows_in_parts(x: Tensor) -> Tensor:
-    """The rows of x, [..., depth], and some of zeros: [rows rounded up to 32, parts, depth] in bfloat16."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = functional.pad(rows, (0, 0, 0, -len(rows) % _BLOCK)).contiguous()
-    return rows[:, None] if _PARTS[x.dtype] == 1 else torch.stack(in_parts(rows, _PARTS[x.dtype]), dim=1)
-
-
 def _products(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
     return *layer.qkv, layer.output, layer.gate, layer.up, layer.down
 
@@ -390,10 +308,6 @@ def _norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
         "mlp_norm": layer.before_mlp,
         "last_norm": layer.after_mlp,
     }
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 if __name__ == "__main__":

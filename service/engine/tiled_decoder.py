@@ -66,8 +66,9 @@ class TiledDecoder:
     divides_packs: Final = False
     summaries = staticmethod(summaries)
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._decoder = decoder
+        self._head = head
         self._tile = _TILE_ROWS.get(decoder.dtype, _TILE_ROWS_16_BIT)
         self._layers = [
             _Layer(
@@ -87,9 +88,9 @@ class TiledDecoder:
             rope.grow(longest)
 
     @torch.inference_mode()
-    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - one thread is all it takes
         """[items, width] -> [items, vocabulary] in fp32, for at most HEAD_ROWS items."""
-        return head.of_rows(states)
+        return self._head.of_rows(states)
 
     @torch.inference_mode()
     def read(self, pack: Pack, threads: int = 1) -> dict[int, Tensor]:  # noqa: ARG002 - one thread is all it takes

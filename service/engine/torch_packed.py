@@ -53,8 +53,8 @@ class Reader(Protocol):
     def read(self, pack: Pack, threads: int) -> dict[int, Tensor]:
         """The state behind each item's last token, [width], by the item's index; `threads` are there for it."""
 
-    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
-        """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items."""
+    def logits(self, states: Tensor, threads: int) -> Tensor:
+        """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items, by so many threads."""
 
     def summaries(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of each row of [items, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
@@ -66,7 +66,6 @@ class PackedDecoder:
 
     def __init__(self, model: Any, head: LastTokenHead, threads: int = 1, *, native: bool = True) -> None:
         self._reader = _reader(read_decoder(model), head, native=native)
-        self._head = head
         self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._threads = threads if model.device.type == "cpu" else 1
         self._pool = _single_threads(self._threads)
@@ -79,7 +78,7 @@ class PackedDecoder:
     def take_over(self) -> None:
         """Let the model use this decoder's weights where they are copies of its own, and free those."""
         if isinstance(self._reader, NativeDecoder):
-            self._reader.take_over(self._head)
+            self._reader.take_over()
 
     @property
     def summaries(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -96,21 +95,23 @@ class PackedDecoder:
         read = partial(self._reader.read, threads=max(1, self._threads // max(1, len(packs))))
         states = dict(pair for found in self._pool.map(read, packs) for pair in found.items())
         size = self._reader.head_states
+        starts = range(0, len(items), size)
+        threads = max(1, self._threads // max(1, len(starts)))
         cached = {index: count for pack in packs for index, count in pack.cached.items()}
 
         def group(start: int) -> T:
             some = range(start, min(start + size, len(items)))
-            logits = self._logits(torch.stack([states[index] for index in some]))
+            logits = self._logits(torch.stack([states[index] for index in some]), threads)
             return use(logits, {index: cached[index] for index in some})
 
-        return self._pool.map(group, range(0, len(items), size))
+        return self._pool.map(group, starts)
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
 
-    def _logits(self, states: Tensor) -> Tensor:
-        logits = self._reader.logits(self._head, states)
+    def _logits(self, states: Tensor, threads: int) -> Tensor:
+        logits = self._reader.logits(states, threads)
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
@@ -128,7 +129,7 @@ def _reader(decoder: Decoder, head: LastTokenHead, *, native: bool) -> Reader:
             return NativeDecoder(decoder, head)
         except UnsupportedModelError as reason:
             logger.info("packs are read by torch's operations: compiled ones are not made %s", reason)
-    return TiledDecoder(decoder)
+    return TiledDecoder(decoder, head)
 
 
 def _single_threads(count: int) -> ThreadPoolExecutor:

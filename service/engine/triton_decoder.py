@@ -116,6 +116,7 @@ class TritonDecoder:
 
     def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._decoder = decoder
+        self._head = head
         self._device = decoder.device
         self._layers = [_read(layer) for layer in decoder.layers]
         self._final_norm = norm_weight(decoder.norm)
@@ -124,7 +125,7 @@ class TritonDecoder:
         self._recorded: dict[int, _Recorded] = {}
         # Recorded runs come one after the other, so they can have the same memory.
         self._memory = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        self._try(head)
+        self._try()
 
     def prepare(self, longest: int) -> None:
         """Before packs with items of so many tokens."""
@@ -144,11 +145,12 @@ class TritonDecoder:
         return dict(zip(pack.last_row, states[: room.items], strict=True))
 
     @torch.inference_mode()
-    def logits(self, head: LastTokenHead, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - one thread is all it takes
         """[items, width] -> [items, vocabulary] in fp32.
 
         With bfloat16 weights each state is the sum of three numbers in bfloat16, whose products with them are exact.
         """
+        head = self._head
         if head.weight.dtype != torch.bfloat16:
             return torch.cat([head.of_rows(some) for some in torch.split(states, HEAD_ROWS)])
         found = torch.empty(3 * len(states), len(head.weight), dtype=torch.float32, device=states.device)
@@ -157,7 +159,7 @@ class TritonDecoder:
         logits = torch.sum(found.view(3, len(states), -1), dim=0)
         return logits if head.bias is None else logits + head.bias.float()
 
-    def _try(self, head: LastTokenHead) -> None:
+    def _try(self) -> None:
         """Read something in every way there is: what cannot be compiled or run here is to be known before it is needed.
 
         Raises UnsupportedModelError then.
@@ -169,7 +171,7 @@ class TritonDecoder:
                 pack = Pack()
                 pack.add(0, EngineItem([0] * count, (0,), (1,)))
                 states = self.read(pack)
-                self.summaries(self.logits(head, torch.stack([*states.values()])))
+                self.summaries(self.logits(torch.stack([*states.values()])))
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:  # Triton's compiler and CUDA raise many kinds

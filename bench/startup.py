@@ -1,0 +1,96 @@
+"""How long a service takes to start, and what memory it needs: each engine in a service of its own.
+
+    python -m bench.startup --model NAME [--items 100] [--rounds 3] [--vllm]
+
+From the start of `python -m service` until it says that it is ready, then the first answer; resident memory of all its
+processes (HTTP side, worker, and what an engine starts) when it is ready, and at most while `--items` texts of
+RewardBench's length are judged. What processes share counts for each of them. Rounds are interleaved, medians printed;
+files have been read before, as a round that is not counted comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Final
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bench.process import family_of, peak_memory, reset_peak_memory, running_service
+from bench.service import BATCH, texts
+from client import Judge
+from client.schema import ScoreRequest
+
+WAYS: Final = {
+    "no model (fake engine)": ("--engine", "fake"),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "bfloat16, kernels compiled anew": ("--dtype", "bfloat16"),
+    "float32": ("--dtype", "float32"),
+    "bfloat16, torch's operations": ("--dtype", "bfloat16", "--no-native-kernels"),
+    "vLLM": ("--engine", "vllm", "--dtype", "bfloat16"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start of a service: seconds until it is ready and of its first answer; bytes when ready, and at most."""
+
+    ready: float
+    first_answer: float
+    memory: float
+    peak: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it and print the table."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
+    parser.add_argument("--items", type=int, default=100, help="texts that are judged (100)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is told (3)")
+    parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    args = parser.parse_args(argv)
+    items = texts(args.items)
+    found: dict[str, list[Start]] = {way: [] for way in WAYS if way != "vLLM" or args.vllm}
+    turns = [(number, way) for number in range(args.rounds + 1) for way in found]
+    for number, way in track(turns, "starts", console=Console(stderr=True)):
+        started = start(args.model, way, items)
+        if number:
+            found[way].append(started)
+    table = Table(title=f"{args.model}: medians of {args.rounds} starts, {args.items} texts")
+    for name in ("", "ready, s", "first answer, s", "memory, MB", "peak while judging, MB"):
+        table.add_column(name, justify="right" if name else "left")
+    for way, starts in found.items():
+        ready, answer, memory, peak = (statistics.median(column) for column in zip(*map(astuple, starts), strict=True))
+        table.add_row(way, f"{ready:.1f}", f"{answer:.2f}", f"{memory / 1e6:,.0f}", f"{peak / 1e6:,.0f}")
+    Console(width=110).print(table)
+    return 0
+
+
+def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
+    """Start a service, have it judge, stop it."""
+    flags = ("--model", model, *WAYS[way], "--cache-entries", "0", "--request-timeout", "3600")
+    with tempfile.TemporaryDirectory() as empty:
+        env = {"JUDGE_NATIVE_DIR": empty} if "anew" in way else {}
+        begin = time.perf_counter()
+        with running_service(*flags, env=env) as service, Judge(service.url, timeout=3600) as judge:
+            ready = time.perf_counter()
+            judge.score(items[0].prompt, items[0].response)
+            answered = time.perf_counter()
+            family = family_of(service.process.pid)
+            memory = sum(process.memory_info().rss for process in family)
+            reset_peak_memory(family)
+            for first in range(0, len(items), BATCH):
+                judge.score_batch(items[first : first + BATCH])
+            return Start(ready - begin, answered - ready, memory, peak_memory(family))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
