@@ -137,7 +137,7 @@ def test_a_number_that_overflows_spoils_its_own_item_only() -> None:
     """A token with broken embeddings makes NaN of its item; its neighbour keeps its bits."""
     judge = Judge(transformers.LlamaConfig(**SMALL))
     judge.model.get_input_embeddings().weight.data[100] = float("nan")
-    judge.head.weight = torch.nn.Parameter(torch.randn_like(judge.head.weight))
+    judge.decoder._head.weight = torch.nn.Parameter(torch.randn_like(judge.decoder._head.weight))
     items = [EngineItem([9, 7, 100, 8], (5,), (2,)), EngineItem([9, 7, 8, 10], (5,), (2,))]
 
     spoiled, beside = judge.logprobs(items)
