@@ -105,16 +105,22 @@ def reset_peak_memory(family: Sequence[psutil.Process]) -> None:
             Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_memory(family: Sequence[psutil.Process]) -> int:
-    """The most resident bytes of each process since its mark, added up; 0 where /proc does not tell.
+def peak_of(pid: int) -> int:
+    """The most resident bytes of one process since its mark (Linux).
 
-    What processes share counts for each of them.
+    Raises OSError where /proc does not know it, ValueError where it has ended and nobody has waited for it.
     """
+    status = Path(f"/proc/{pid}/status").read_text("utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(family: Sequence[psutil.Process]) -> int:
+    """`peak_of` each process, added up; 0 for one that it cannot tell of. What they share counts for each of them."""
     found = 0
     for process in family:
-        with suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
-            found += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        with suppress(OSError, ValueError):
+            found += peak_of(process.pid)
     return found
 
 

@@ -23,12 +23,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from bench.load import Measured, closed_loop, open_loop
-from bench.process import free_port, peak_memory, running, running_service, wait_for_status
+from bench.process import free_port, peak_of, running, running_service, wait_for_status
 from client._traffic import NUMBER, Answered, Load, percentile
 from tests.redis_server import RedisServer, running_redis
 
@@ -177,12 +176,11 @@ def overload(redis: RedisServer, seconds: float) -> Table:
         with running_service(*shared, *NO_CACHE, "--max-queue-jobs", "200") as service:
             # Half the capacity for a moment, so that nothing is met for the first time.
             asyncio.run(open_loop(Load(service.url, "/score", ONE, 16, 2.0, timeout), capacity / 2))
-            api = psutil.Process(service.process.pid)
-            before = peak_memory([api])
+            before = peak_of(service.process.pid)
             with watched_depth(redis) as depths:
                 load = Load(service.url, "/score", ONE, 256, seconds, timeout)
                 answers = asyncio.run(open_loop(load, 2.0 * capacity))
-            grown = peak_memory([api]) - before
+            grown = peak_of(service.process.pid) - before
     return _overload_table(answers, seconds, max(depths), grown)
 
 

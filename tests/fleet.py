@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-import psutil
 
-from bench.process import peak_memory
+from bench.process import peak_of
 from tests.live import wait_for
 from tests.redis_server import free_port
 
@@ -49,7 +48,7 @@ class Program:
     @property
     def peak_memory(self) -> int:
         """Bytes of memory that it had in use at most so far (Linux)."""
-        return peak_memory([psutil.Process(self.process.pid)])
+        return peak_of(self.process.pid)
 
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""

@@ -92,11 +92,11 @@ class PackedDecoder:
         """
         self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
         packs = plan(items, self._reader.pack_rows, self._threads, divided=not self._reader.divides_packs)
-        read = partial(self._reader.read, threads=max(1, self._threads // max(1, len(packs))))
+        read = partial(self._reader.read, threads=self._for_each_of(len(packs)))
         states = dict(pair for found in self._pool.map(read, packs) for pair in found.items())
         size = self._reader.head_states
         starts = range(0, len(items), size)
-        threads = max(1, self._threads // max(1, len(starts)))
+        threads = self._for_each_of(len(starts))
         cached = {index: count for pack in packs for index, count in pack.cached.items()}
 
         def group(start: int) -> T:
@@ -109,6 +109,10 @@ class PackedDecoder:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+
+    def _for_each_of(self, parts: int) -> int:
+        """Threads for each, where so many are worked on side by side."""
+        return max(1, self._threads // max(1, parts))
 
     def _logits(self, states: Tensor, threads: int) -> Tensor:
         logits = self._reader.logits(states, threads)
