@@ -165,6 +165,7 @@ def test_threads_that_come_later_divide_their_work_as_before(tiny_model: Path) -
         assert engine._packed._pool.submit(torch.get_num_threads).result() == 1
 
 
+@pytest.mark.usefixtures("own_threads")
 def test_shared_tokens_are_counted(tiny_model: Path) -> None:
     """`cached_tokens` has the head and the prompt of a second answer, and all of an item that comes twice.
 
@@ -173,10 +174,8 @@ def test_shared_tokens_are_counted(tiny_model: Path) -> None:
     first = EngineItem([7] * 30, (5,), (10, 20))
     second = EngineItem([7] * 20 + [8] * 4, (5,), (10, 20))
 
-    threads_before = torch.get_num_threads()
     with closing(TorchEngine.load(tiny_model, device="cpu", threads=1)) as engine:
         answers = engine.label_logprobs([first, second, first])
-    torch.set_num_threads(threads_before)
 
     assert [answer.cached_tokens for answer in answers] == [0, 20, 30]
 
