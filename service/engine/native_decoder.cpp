@@ -30,10 +30,16 @@ namespace {
 
 const int64_t kBlock = 32;       // rows and outputs of one block of a product: two tiles by two
 const int64_t kCache = 1 << 20;   // bytes of a product's input that should stay in a core's cache
-const int64_t kStates = 10;       // that share a panel in the output layer, three parts of each
+const int64_t kStates = 10;       // that share a panel in the output layer with AMX, three parts of each
 const int64_t kMostDepth = 1024;  // of one product into the residual stream; a deeper one is made in slices
 
 inline int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
+
+// Rows of so many numbers in bfloat16 that a product reads again from the cache: whole blocks, one at least.
+inline int64_t rows_in_cache(int64_t width) {
+  const int64_t fitting = kCache / (2 * width) / kBlock * kBlock;
+  return fitting < kBlock ? kBlock : fitting;
+}
 
 #ifdef __AMX_BF16__
 struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
@@ -575,7 +581,7 @@ int64_t decode(const Model *model, const float *embedded, int64_t rows, const Se
   const int64_t mixed_width = model->heads * head, size = threads < (rows + 31) / 32 ? threads : (rows + 31) / 32;
   // Rows that go through a layer's products together.
   const int64_t widest = width < kMostDepth ? kMostDepth : width;
-  const int64_t fitting = kCache / (2 * P * widest) / kBlock * kBlock, least = fitting < 64 ? 64 : fitting;
+  const int64_t fitting = rows_in_cache(P * widest), least = fitting < 64 ? 64 : fitting;
   const int64_t chunk = rows < least ? blocks(rows) : least;
   int64_t most_keys = 0;
   for (int64_t s = 0; s < count; s++) {
@@ -661,6 +667,100 @@ int64_t decode(const Model *model, const float *embedded, int64_t rows, const Se
   return 0;
 }
 
+// Rows [from, end) of the output layer times the states, as native_head's; rows that stay in the cache meet all states.
+// Returns 0, or 1 without enough memory.
+#ifdef __AMX_BF16__
+// kStates states to a panel: their first parts, their second ones, their third ones, and two columns of zeros. Here it is
+// the weight that lies in rows; a last block that is not whole is copied, as it is read as one.
+int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                   int64_t from, int64_t end) {
+  const int64_t whole = end / kBlock * kBlock, groups = (number + kStates - 1) / kStates;
+  Buffer<bf16> rest(kBlock, depth), panels(groups, depth * kBlock);
+  if (!rest.data || !panels.data) return 1;
+  for (int64_t row = whole; row < end; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
+  for (int64_t state = 0; state < number; state++)
+    for (int64_t part = 0; part < 3; part++) {
+      const int64_t column = part * kStates + state % kStates;
+      bf16 *to = panels.row(state / kStates) + column / 16 * 512 + column % 16 * 2;
+      const bf16 *x = states + (state * 3 + part) * depth;
+      for (int64_t at = 0; at < depth; at += 2) memcpy(to + at / 32 * 1024 + at % 32 * 16, x + at, 4);
+    }
+  const __m512i states_apart = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i apart = _mm512_mullo_epi32(_mm512_set1_epi32((int)vocabulary), states_apart);
+  Unit unit;
+  for (int64_t rows; from < end; from += rows) {
+    const bool last = from >= whole;
+    const int64_t ahead = (last ? end : whole) - from;
+    rows = ahead < rows_in_cache(depth) ? ahead : rows_in_cache(depth);
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first = group * kStates, some = number - first < kStates ? number - first : kStates;
+      auto store = [&](int64_t row, int64_t, __m512 left, __m512 right) {
+        if (from + row >= end) return;
+        float found[kBlock + 16] = {};
+        _mm512_storeu_ps(found, left);
+        _mm512_storeu_ps(found + 16, right);
+        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kStates), _mm512_loadu_ps(found + kStates));
+        float *to = out + first * vocabulary + from + row;
+        _mm512_mask_i32scatter_ps(to, (__mmask16)((1 << some) - 1), apart, _mm512_add_ps(lower, left), 4);
+      };
+      product<1>(last ? rest.data : weight + from * depth, last ? rest.stride : depth, 0, rows, panels.row(group),
+                 depth * kBlock, depth, kBlock, store);
+    }
+  }
+  return 0;
+}
+#else
+// Four rows times N states, whose sums are in registers; of the rows only `rows` are there.
+template <int N>
+inline void outputs_of_four(const bf16 *weight, int64_t rows, int64_t depth, const bf16 *states, float *out,
+                            int64_t apart) {
+  __m512 sums[4][N][3];
+#pragma GCC unroll 4
+  for (int64_t row = 0; row < 4; row++)
+#pragma GCC unroll 2
+    for (int64_t state = 0; state < N; state++)
+#pragma GCC unroll 3
+      for (int64_t part = 0; part < 3; part++) sums[row][state][part] = _mm512_setzero_ps();
+  for (int64_t at = 0; at < depth; at += 32) {
+    __m512bh read[4];
+#pragma GCC unroll 4
+    for (int64_t row = 0; row < 4; row++)
+      read[row] = (__m512bh)_mm512_loadu_si512(weight + (row < rows ? row : 0) * depth + at);
+#pragma GCC unroll 2
+    for (int64_t state = 0; state < N; state++)
+#pragma GCC unroll 3
+      for (int64_t part = 0; part < 3; part++) {
+        __m512bh x = (__m512bh)_mm512_loadu_si512(states + (state * 3 + part) * depth + at);
+#pragma GCC unroll 4
+        for (int64_t row = 0; row < 4; row++)
+          sums[row][state][part] = _mm512_dpbf16_ps(sums[row][state][part], read[row], x);
+      }
+  }
+#pragma GCC unroll 4
+  for (int64_t row = 0; row < 4; row++)
+#pragma GCC unroll 2
+    for (int64_t state = 0; state < N; state++) {
+      __m512 lower = _mm512_add_ps(sums[row][state][2], sums[row][state][1]);
+      if (row < rows) out[state * apart + row] = _mm512_reduce_add_ps(_mm512_add_ps(lower, sums[row][state][0]));
+    }
+}
+
+int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                   int64_t from, int64_t end) {
+  for (int64_t rows; from < end; from += rows) {
+    rows = end - from < rows_in_cache(depth) ? end - from : rows_in_cache(depth);
+    for (int64_t state = 0; state < number; state += 2)
+      for (int64_t row = from; row < from + rows; row += 4) {
+        const bf16 *read = states + state * 3 * depth;
+        float *to = out + state * vocabulary + row;
+        (state + 1 < number ? outputs_of_four<2> : outputs_of_four<1>)(weight + row * depth, from + rows - row, depth,
+                                                                       read, to, vocabulary);
+      }
+  }
+  return 0;
+}
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -699,37 +799,13 @@ void native_gated(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, con
                                      count * kBlock / 2, gelu, out + first * kBlock / 2, parts * width, width);
 }
 
-// [vocabulary, depth] times kStates states for each group, as [groups, vocabulary, kStates]. `parts` has one panel for
-// each group: the first parts of its states, the second ones, the third ones, and two columns of zeros. Here it is the
-// weight that lies in rows, and a panel of it is 32 of these; the last may be shorter. Returns 0, or 1 without enough
-// memory.
-int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *parts, int64_t groups, float *out,
-                 int64_t first, int64_t count) {
-  const int64_t fitting = kCache / (2 * depth) / kBlock * kBlock, chunk = fitting < kBlock ? kBlock : fitting;
-  const int64_t whole = vocabulary / kBlock * kBlock, panel = depth * kBlock;
-  Buffer<bf16> rest(kBlock, depth);
-  if (!rest.data) return 1;
-  for (int64_t row = whole; row < vocabulary; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
-  Unit unit;
-  for (int64_t from = first * kBlock, end = (first + count) * kBlock, rows; from < end; from += rows) {
-    const bool last = from >= whole;
-    const bf16 *x = last ? rest.data : weight + from * depth;
-    const int64_t stride = last ? rest.stride : depth, left = (end < whole || last ? end : whole) - from;
-    rows = left < chunk ? left : chunk;
-    for (int64_t group = 0; group < groups; group++) {
-      float *to = out + (group * vocabulary + from) * kStates;
-      auto store = [&](int64_t row, int64_t, __m512 left, __m512 right) {
-        float found[kBlock + 16] = {};
-        _mm512_storeu_ps(found, left);
-        _mm512_storeu_ps(found + 16, right);
-        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kStates), _mm512_loadu_ps(found + kStates));
-        if (from + row < vocabulary)
-          _mm512_mask_storeu_ps(to + row * kStates, (1 << kStates) - 1, _mm512_add_ps(lower, left));
-      };
-      product<1>(x, stride, 0, rows, parts + group * panel, panel, depth, kBlock, store);
-    }
-  }
-  return 0;
+// Blocks [first, first + count) of 32 rows of the output layer, [vocabulary, depth], times so many states of three parts,
+// [number, 3, depth], into [number, vocabulary]. A state's numbers do not depend on the other states. Returns 0, or 1
+// without enough memory.
+int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                    int64_t first, int64_t count) {
+  const int64_t end = (first + count) * kBlock < vocabulary ? (first + count) * kBlock : vocabulary;
+  return outputs_of(weight, vocabulary, depth, states, number, out, first * kBlock, end);
 }
 
 // decode, with so many parts of each number that a product reads.

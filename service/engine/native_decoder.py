@@ -17,7 +17,6 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from service.engine import native
 from service.engine.decoder_layers import (
@@ -54,7 +53,7 @@ _AVX512: Final = {
     "fma": "fma3",
 }
 _AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
-_STATES: Final = 10  # kStates in native_decoder.cpp
+_HEAD_STATES: Final = 20  # that the output layer's weight is read for at once: with AMX, two panels of kStates
 _MOST_HEAD_WIDTH: Final = 1024  # of rotate in native_decoder.cpp
 
 
@@ -104,7 +103,7 @@ class NativeDecoder:
     """
 
     pack_rows: Final = PACK_ROWS
-    head_states: Final = 2 * _STATES  # each reads the weight once for both groups
+    head_states: Final = _HEAD_STATES
     divides_packs: Final = True
     summaries = staticmethod(summaries)
 
@@ -165,15 +164,12 @@ class NativeDecoder:
         Each state is the sum of three numbers in bfloat16, so that its products with bfloat16 weights are exact.
         """
         weight, bias = self._head_weight, self._head.bias
-        groups = -(-len(states) // _STATES)
-        padded = functional.pad(states, (0, 0, 0, groups * _STATES - len(states))).view(groups, _STATES, -1)
-        columns = functional.pad(torch.cat(in_parts(padded, 3), dim=1), (0, 0, 0, BLOCK - 3 * _STATES))
-        panels, found = panels_of(columns.flatten(0, 1)), torch.empty(groups, len(weight), _STATES)
-        fixed = weight.data_ptr(), len(weight), weight.shape[1], panels.data_ptr(), groups, found.data_ptr()
+        parts = torch.stack(in_parts(states, 3), dim=1)
+        # In rows, as what is summed over them later depends on how they lie in memory.
+        logits = torch.empty(len(states), len(weight))
+        fixed = weight.data_ptr(), len(weight), weight.shape[1], parts.data_ptr(), len(states), logits.data_ptr()
         if any(shared_out(-(-len(weight) // BLOCK), threads, partial(self._library.native_head, *fixed))):
             raise MemoryError("no memory for the output layer")
-        # In rows, as what is summed over them later depends on how they lie in memory.
-        logits = found.transpose(1, 2).contiguous().view(groups * _STATES, -1)[: len(states)]
         return logits if bias is None else logits + bias.float()
 
     def take_over(self) -> None:

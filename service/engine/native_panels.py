@@ -15,7 +15,6 @@ from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from service.engine.decoder_layers import UnsupportedModelError
 from service.engine.torch_head import in_parts
@@ -25,6 +24,10 @@ T = TypeVar("T")
 BLOCK: Final = 32  # kBlock in native_decoder.cpp
 # Numbers in bfloat16 that a number which is multiplied by a weight is the sum of.
 PARTS: Final = {torch.bfloat16: 1, torch.float32: 2}
+# Multiplications that take as long as two threads need to divide a product, some 0.2 ms; and the rows below which
+# a product takes as long as reading its weight does.
+_WORTH_DIVIDING: Final = 1 << 25
+_READING_ROWS: Final = 16
 
 
 class PanelLinear(nn.Module):
@@ -43,7 +46,7 @@ class PanelLinear(nn.Module):
         out = torch.empty(whole, count)
         read, added = (rows.data_ptr(), size, parts, depth), (self._panels.data_ptr(), address(self._bias), count)
         product = partial(self._library.native_linear, *read, *added, out.data_ptr())
-        shared_out(len(self._panels), torch.get_num_threads(), product)
+        shared_out(len(self._panels), _threads(size, self._panels), product)
         return out[:size]
 
 
@@ -60,7 +63,7 @@ class PanelMlp(nn.Module):
         inner = torch.empty(*rows.shape[:2], width, dtype=torch.bfloat16)
         read, made = (rows.data_ptr(), size, *rows.shape[1:]), (width, int(self._gelu), inner.data_ptr())
         product = partial(self._library.native_gated, *read, self._gate_up.data_ptr(), *made)
-        shared_out(len(self._gate_up), torch.get_num_threads(), product)
+        shared_out(len(self._gate_up), _threads(size, self._gate_up), product)
         return self.down_proj.of_parts(inner, size).view(*x.shape[:-1], -1).to(x.dtype)
 
 
@@ -94,6 +97,11 @@ def shared_out(panels: int, threads: int, product: Callable[[int, int], T]) -> l
     return [product(0, ends[1]), *(other.result() for other in others)]
 
 
+def _threads(rows: int, panels: Tensor) -> int:
+    """The threads that one product is divided among."""
+    return torch.get_num_threads() if panels.numel() * max(rows, _READING_ROWS) >= _WORTH_DIVIDING else 1
+
+
 @cache
 def _helpers() -> ThreadPoolExecutor:
     """Threads that help with one product. They do nothing in torch, so they need not be kept to one thread there."""
@@ -106,7 +114,9 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def _rows_in_parts(x: Tensor) -> Tensor:
-    """The rows of x, [..., depth], and some of zeros: [rows rounded up to 32, parts, depth] in bfloat16."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK)).contiguous()
-    return rows[:, None] if PARTS[x.dtype] == 1 else torch.stack(in_parts(rows, PARTS[x.dtype]), dim=1)
+    """The rows of x, [..., depth], and some that mean nothing: [rows rounded up to 32, parts, depth] in bfloat16."""
+    rows, parts = x.reshape(-1, x.shape[-1]), PARTS[x.dtype]
+    # Zeros would be work that torch divides among threads of its own, which for a while then keep ours from the cores.
+    found = torch.empty(-(-len(rows) // BLOCK) * BLOCK, parts, rows.shape[1], dtype=torch.bfloat16)
+    found[: len(rows)] = rows[:, None] if parts == 1 else torch.stack(in_parts(rows, parts), dim=1)
+    return found
