@@ -201,7 +201,8 @@ def test_what_is_off_is_not_imported() -> None:
         "import sys; sys.modules['opentelemetry.sdk'] = sys.modules['opentelemetry.exporter'] = None\n"
         "from tests.live import live_service\n"
         "with live_service() as live:\n"
-        "    print(live.http.post('/score', json={'prompt': '2+2?', 'response': '4'}).status_code)\n"
+        "    status = live.http.post('/score', json={'prompt': '2+2?', 'response': '4'}).status_code\n"
+        "print(status)\n"  # when nothing else writes lines any more
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk.', 'opentelemetry.exporter.'))])\n"
     )
 
