@@ -20,6 +20,8 @@ if shutil.which("nvidia-smi") is None:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch
+
 from tests.fleet import Fleet
 from tests.redis_server import RedisServer, running_redis
 from tests.tiny import make_tiny_model
@@ -29,6 +31,14 @@ from tests.tiny import make_tiny_model
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random tiny model with its tokenizer."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """torch's threads are as many after the test as before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -18,8 +19,8 @@ from torch import nn
 from service.engine import native
 from service.engine.contract import EngineItem, GenerateItem
 from service.engine.decoder_layers import read_decoder
-from service.engine.native_decoder import NativeDecoder
-from service.engine.native_panels import PanelLinear, PanelMlp
+from service.engine.native_decoder import NativeDecoder, _library
+from service.engine.native_panels import PanelLinear, PanelMlp, in_turn, panels_of
 from service.engine.torch_engine import DType, TorchEngine
 from service.engine.torch_head import LastTokenHead
 from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
@@ -215,6 +216,7 @@ def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
 
 
 @needs_bf16
+@pytest.mark.usefixtures("own_threads")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
 def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tmp_path: Path) -> None:
@@ -224,16 +226,60 @@ def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tm
     long = EngineItem([rng.randrange(3, 128) for _ in range(331)], (5, 9), (7, 150))
     answers = [EngineItem([*long.token_ids[:150], 5 + n], (5, 9), (7, 150)) for n in range(40)]
     found = []
-    threads_before = torch.get_num_threads()
     for threads in (1, 2, 5):
         with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu", threads=threads)) as engine:
             assert is_compiled(engine)
             asked = [engine.label_logprobs([long]), engine.label_logprobs(answers), engine.label_logprobs(answers[:1])]
             found.append([[answer.logprobs for answer in each] for each in asked])
-    torch.set_num_threads(threads_before)
 
     assert found[1:] == found[:1] * 2
     assert found[0][1][:1] == found[0][2]
+
+
+@needs_bf16
+@pytest.mark.usefixtures("own_threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 17, 40])
+def test_threads_that_share_a_product_do_not_move_a_bit(rows: int, dtype: torch.dtype) -> None:
+    """Layers that are large enough to be divided for a single row; one, two and five threads give the same bits."""
+    library, shares = _library(dtype), []
+
+    def recorded(product: Callable[..., None]) -> Callable[..., None]:
+        def record(*read: Any) -> None:
+            shares.append(read[-2:])
+            product(*read)
+
+        return record
+
+    def fifths(blocks: int) -> list[tuple[int, int]]:
+        return [(start, blocks // 5) for start in range(0, blocks, blocks // 5)]
+
+    recording: Any = SimpleNamespace(
+        native_linear=recorded(library.native_linear), native_gated=recorded(library.native_gated)
+    )
+    torch.manual_seed(4)
+    x, bias = torch.randn(rows, 1024).to(dtype), torch.randn(2080)
+    weight, gate, up = ((torch.randn(outputs, 1024) / 32).bfloat16() for outputs in (2080, 2080, 2080))
+    down = (torch.randn(1024, 2080) / 32).bfloat16()
+    linear = PanelLinear(recording, panels_of(weight), bias)
+    mlp = PanelMlp(recording, panels_of(in_turn(gate, up)), PanelLinear(recording, panels_of(down), None), gelu=False)
+
+    found: list[list[torch.Tensor]] = []
+    for threads, expected_shares in [
+        (1, [(0, 65), (0, 130), (0, 32)]),
+        (2, [(0, 32), (32, 33), (0, 65), (65, 65), (0, 16), (16, 16)]),
+        (5, [*fifths(65), *fifths(130), (0, 6), (6, 6), (12, 7), (19, 6), (25, 7)]),
+    ]:
+        torch.set_num_threads(threads)
+        shares.clear()
+        found.append([linear(x), mlp(x)])
+        assert sorted(shares) == sorted(expected_shares)
+
+    assert all(torch.equal(ours, theirs) for others in found[1:] for ours, theirs in zip(found[0], others, strict=True))
+    x, weight, gate, up, down = (part.double() for part in (x, weight, gate, up, down))
+    inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
+    for ours, expected in zip(found[0], [x @ weight.T + bias, inner @ down.T], strict=True):
+        assert torch.allclose(ours.double(), expected, atol=1e-4 if dtype == torch.float32 else 0.03)
 
 
 @needs_bf16

@@ -82,14 +82,6 @@ def engine(tiny_model: Path) -> Iterator[TorchEngine]:
         yield engine
 
 
-@pytest.fixture
-def own_threads() -> Iterator[None]:
-    """torch's threads are as many after the test as before."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def own_logprobs(model: Any, item: EngineItem) -> list[float]:
     """What the model itself says of one item's labels."""
