@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from service.engine import native
+from service.engine import native, native_decoder
 from service.engine.contract import EngineItem, GenerateItem
 from service.engine.decoder_layers import read_decoder
 from service.engine.native_decoder import NativeDecoder, _library
@@ -29,6 +30,8 @@ needs_bf16 = pytest.mark.skipif(
     not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this CPU has neither AMX nor AVX-512's bfloat16"
 )
 
+both_forms = pytest.mark.usefixtures("form")
+
 
 @pytest.fixture
 def library_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -36,6 +39,24 @@ def library_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "native"
     monkeypatch.setenv("JUDGE_NATIVE_DIR", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def amx_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The form for AMX, its tile instructions emulated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUDGE_NATIVE_DIR", str(tmp_path_factory.mktemp("emulated")))
+        header = Path(__file__).with_name("amx_emulation.h")
+        flags = (f"-m{flag}" for flag in native_decoder._AVX512)
+        return native.library(native_decoder._SOURCE, (*flags, "-include", str(header)))
+
+
+@pytest.fixture(params=["this CPU's", "AMX emulated"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the compiled code's two forms is tried."""
+    if request.param == "AMX emulated":
+        library = request.getfixturevalue("amx_library")
+        monkeypatch.setattr(native_decoder, "compiled", lambda **_: library)
 
 
 @pytest.fixture(params=["bfloat16", "float32"])
@@ -63,6 +84,7 @@ def is_compiled(engine: TorchEngine) -> bool:
 
 
 @needs_bf16
+@both_forms
 @every
 def test_it_is_as_exact_as_the_models_own_forward(kind: str, tmp_path: Path) -> None:
     """Against the same bfloat16 weights in float32, its errors are smaller than those of the model's own forward."""
@@ -85,6 +107,7 @@ def test_it_is_as_exact_as_the_models_own_forward(kind: str, tmp_path: Path) -> 
 
 
 @needs_bf16
+@both_forms
 @every
 def test_in_float32_it_is_hundreds_of_times_as_exact(kind: str, tmp_path: Path) -> None:
     """With the same weights in float32 its errors, against torch's own float32, nearly vanish beside bfloat16's."""
@@ -125,6 +148,7 @@ def test_float32_weights_that_are_no_bfloat16_numbers_are_left_to_torch(
 
 
 @needs_bf16
+@both_forms
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.2), ("float32", 5e-4)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_long_prompts_behind_shared_ones(kind: str, dtype: DType, tolerance: float, tmp_path: Path) -> None:
@@ -150,6 +174,7 @@ def test_long_prompts_behind_shared_ones(kind: str, dtype: DType, tolerance: flo
 
 
 @needs_bf16
+@both_forms
 @pytest.mark.parametrize("shape", [(1,), (33,), (2, 5)])
 def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine, tmp_path: Path) -> None:
     """What takes the place of the model's projections and MLP gives their numbers, for any number of rows."""
@@ -184,6 +209,7 @@ def test_nothing_is_held_twice(dtype: DType, tmp_path: Path) -> None:
 
 
 @needs_bf16
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocabulary", [64, 1000, 7])
 def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -204,6 +230,7 @@ def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype, tmp
 
 
 @needs_bf16
+@both_forms
 def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
     """Text comes from the same weights: its first token is the most likely one of the model's own forward."""
     own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=engine._model.dtype).eval()
@@ -216,7 +243,7 @@ def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("own_threads")
+@pytest.mark.usefixtures("own_threads", "form")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
 def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tmp_path: Path) -> None:
@@ -237,7 +264,7 @@ def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tm
 
 
 @needs_bf16
-@pytest.mark.usefixtures("own_threads")
+@pytest.mark.usefixtures("own_threads", "form")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 17, 40])
 def test_threads_that_share_a_product_do_not_move_a_bit(rows: int, dtype: torch.dtype) -> None:
@@ -283,6 +310,7 @@ def test_threads_that_share_a_product_do_not_move_a_bit(rows: int, dtype: torch.
 
 
 @needs_bf16
+@both_forms
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_item_with_broken_embeddings_spoils_itself_only(dtype: DType, tmp_path: Path) -> None:
     """NaN stays in its own item, though others lie in the same blocks of rows."""

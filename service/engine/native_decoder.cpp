@@ -145,6 +145,7 @@ template <int P, class Fetch, class Beside>
 inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, const bf16 *panel, int64_t depth, float *out,
                      int64_t out_stride, bool added, Fetch fetch, Beside beside) {
   const bf16 *lower = x + 16 * stride;
+  asm volatile("" ::: "memory");  // GCC does not know that its tile loads read what was stored before
   if (added) {
     _tile_loadd(0, out, out_stride * 4);
     _tile_loadd(1, out + 16, out_stride * 4);
