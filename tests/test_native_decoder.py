@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
@@ -31,6 +34,26 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 both_forms = pytest.mark.usefixtures("form")
+
+
+# Bytes that a float32 engine of a folder takes, when it is loaded and when it has been closed.
+MEMORY_OF = """
+import json, sys
+from pathlib import Path
+import psutil, transformers
+from service.engine.torch_engine import TorchEngine
+
+def load():
+    return TorchEngine.load(Path(sys.argv[1]), dtype="float32", device="cpu")
+
+load().close()  # what is imported at the first use
+before = psutil.Process().memory_info().rss
+engine = load()
+assert engine._packed.compiled
+loaded = psutil.Process().memory_info().rss
+engine.close()
+print(json.dumps([loaded - before, psutil.Process().memory_info().rss - before]))
+"""
 
 
 @pytest.fixture
@@ -206,6 +229,21 @@ def test_nothing_is_held_twice(dtype: DType, tmp_path: Path) -> None:
         gc.collect()
         assert is_compiled(engine)
         assert linear_layers() == before
+
+
+@needs_bf16
+def test_the_memory_of_what_is_no_longer_held_is_given_back(tmp_path: Path) -> None:
+    """In float32 a model takes less than its weights did, as they are bfloat16 numbers and lie in panels as such."""
+    model = make_model(
+        tmp_path, "llama", rounded=True, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, head_dim=64
+    )
+    model.bfloat16().save_pretrained(tmp_path)  # as published weights are; a float32 file would be mapped, and count
+    weights = model.num_parameters()
+
+    loaded, closed = json.loads(subprocess.check_output([sys.executable, "-c", MEMORY_OF, tmp_path]))
+
+    assert 2 * weights < loaded < 4 * weights
+    assert closed < weights
 
 
 @needs_bf16

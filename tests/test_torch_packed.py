@@ -49,11 +49,13 @@ CONFIGS = {
 every = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def make_model(folder: Path, kind: str, *, rounded: bool = False) -> Any:
-    """A random model of this kind, written to the folder and read back as transformers does, in fp32; `rounded`: its
-    weights are bfloat16 numbers."""
+def make_model(folder: Path, kind: str, *, rounded: bool = False, **shape: int) -> Any:
+    """A random model of this kind, but for what `shape` says, written to the folder and read back as transformers does,
+    in fp32; `rounded`: its weights are bfloat16 numbers."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    config = CONFIGS[kind]()
+    config.update(shape)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     (model.bfloat16().float() if rounded else model).save_pretrained(folder)
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 

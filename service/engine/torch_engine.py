@@ -176,6 +176,7 @@ class TorchEngine:
             ours = torch.cat(list(packed.last_logits(probes, lambda logits, _: logits)))
             if _alike(own, ours, _PROBE_TOLERANCE[self._model.dtype]):
                 packed.take_over()
+                free_memory()
                 self._packed = packed
                 return
             packed.close()

@@ -80,6 +80,9 @@ def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
 def free_memory() -> None:
     """Give back what models that nobody refers to any more still hold."""
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's, which has been told to keep blocks
+    if trim is not None:
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
