@@ -40,7 +40,7 @@ both_forms = pytest.mark.usefixtures("form")
 MEMORY_OF = """
 import json, sys
 from pathlib import Path
-import psutil, transformers
+import psutil
 from service.engine.torch_engine import TorchEngine
 
 def load():
