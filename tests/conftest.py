@@ -53,3 +53,11 @@ def fleet(redis_server: RedisServer, tmp_path: Path) -> Iterator[Fleet]:
     """No process yet; those that the test starts share that Redis."""
     with Fleet(tmp_path, "--queue-url", redis_server.url) as processes:
         yield processes
+
+
+@pytest.fixture
+def library_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for compiled libraries."""
+    folder = tmp_path / "native"
+    monkeypatch.setenv("JUDGE_NATIVE_DIR", str(folder))
+    return folder

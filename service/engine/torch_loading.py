@@ -65,7 +65,7 @@ def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 has to mean fp32
     where = _choose_device(options.get("device", "auto"))
-    what = _choose_dtype(options.get("dtype", "auto"), where)
+    what = choose_dtype(options.get("dtype", "auto"), where)
     if where.type == "cpu":
         _keep_blocks()
     model = _read_model(folder, kind, what, where)
@@ -103,7 +103,8 @@ def _choose_device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """What `dtype` means on this device (`LoadOptions`)."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
