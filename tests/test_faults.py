@@ -15,7 +15,7 @@ from bench.load import open_loop
 from client._traffic import Load
 from client.errors import JudgeConnectionError
 from service.engine.fake import CRASH_STATUS, fake_tokenizer
-from service.redis_protocol import GROUP, LANES
+from service.redis_protocol import GROUP, Keys
 from service.worker import STALLED_STATUS
 from tests.fleet import Fleet
 from tests.live import wait_for
@@ -23,8 +23,9 @@ from tests.load import Alone, Mix, RunningLoad, Tally
 from tests.redis_server import RedisServer, leftovers
 
 MIX = Mix(batches=50, batch_size=100, singles=500)
-LONG_MIX = Mix(batches=80)
 ALL_ANSWERED = Tally(sent=MIX.sent, once=MIX.sent)
+# Still under way after four kills and the redelivery of what the first two left.
+LONG_MIX = Mix(batches=80, batch_size=100, singles=500)
 # Three of them answer 960 judgements a second.
 WORKER = ("--fake-delay", "0.1", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # A character that is in no template, so that a text with it is the only one with its token.
@@ -84,7 +85,7 @@ def wait_for_what_is_held(server: RedisServer) -> None:
     with server.client() as client:
         held = [
             (stream, each["message_id"])
-            for stream in (f"judge:{{fake}}:jobs:{lane}" for lane in LANES)
+            for stream in Keys("judge:{fake}").streams
             for each in client.xpending_range(stream, GROUP, "-", "+", 1000)
         ]
         assert wait_for(lambda: not any(client.xrange(stream, entry, entry) for stream, entry in held), seconds=30)
