@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ from service.weights.converted import cache_root
 
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _TIME_LIMIT: Final = 120.0
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+
+logger = logging.getLogger(__name__)
 
 
 class NativeUnavailableError(RuntimeError):
@@ -22,7 +26,7 @@ class NativeUnavailableError(RuntimeError):
 
 
 def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library made of `source`; what another process compiled is used as it is.
+    """The library made of `source`; one that another process compiled is used if it is whole, and else compiled anew.
 
     It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default in the folder where models are
     kept. CXX names another compiler. Raises NativeUnavailableError.
@@ -30,12 +34,12 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     text = source.read_bytes()
     digest = hashlib.sha256(b"\0".join([text, *(flag.encode() for flag in flags)])).hexdigest()[:20]
     file = _folder() / f"{source.stem}-{digest}.so"
-    if not file.exists():
-        _compile(source, flags, file)
     try:
+        if not _is_whole(file):
+            _compile(source, flags, file)
         return ctypes.CDLL(str(file))
-    except OSError as error:
-        raise NativeUnavailableError(f"{file} cannot be loaded: {error}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{file} cannot be compiled or loaded: {error}") from error
 
 
 def _folder() -> Path:
@@ -43,19 +47,36 @@ def _folder() -> Path:
     return Path(own) if own else cache_root() / "native"
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether the file is there and ends in the digest of what is before it. One that is cut off crashes its loader."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return False
+    if content[-_DIGEST_BYTES:] == hashlib.sha256(content[:-_DIGEST_BYTES]).digest():
+        return True
+    logger.warning("the compiled library %s is damaged; it is compiled anew", file)
+    return False
+
+
 def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
-    """Into a file of this process first, so that nobody loads half a library."""
+    """Into a file of this process first, so that nobody loads half a library. Its digest goes behind it.
+
+    Raises OSError where the folder cannot be written, and TimeoutExpired.
+    """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
     if compiler is None:
         raise NativeUnavailableError("there is no C++ compiler (c++, g++ or clang++; Debian: apt install g++)")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=False)
-            if done.returncode:
-                raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-            made.replace(file)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"compiling {source.name} failed: {error}") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / file.name
+        command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=False)
+        if done.returncode:
+            raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        with made.open("r+b") as library:
+            digest = hashlib.sha256(library.read()).digest()
+            library.write(digest)  # behind what a loader reads
+            library.flush()
+            os.fsync(library.fileno())  # before the name: after a power cut the file is whole or absent
+        made.replace(file)

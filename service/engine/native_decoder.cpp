@@ -48,12 +48,13 @@ struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 byte
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Constant, because GCC's _tile_loadconfig declares only the first 8 of the 64 bytes as read: it removes run-time stores
+// to the others, and tiles without rows crash at their first use.
+constexpr Tiles kTiles;
+
 // The tile unit, for as long as this is there.
 struct Unit {
-  Unit() {
-    Tiles tiles;
-    _tile_loadconfig(&tiles);
-  }
+  Unit() { _tile_loadconfig(&kTiles); }
   ~Unit() { _tile_release(); }
 };
 #else
@@ -145,7 +146,9 @@ template <int P, class Fetch, class Beside>
 inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, const bf16 *panel, int64_t depth, float *out,
                      int64_t out_stride, bool added, Fetch fetch, Beside beside) {
   const bf16 *lower = x + 16 * stride;
-  asm volatile("" ::: "memory");  // GCC does not know that its tile loads read what was stored before
+  // GCC's tile loads declare no memory as read; this keeps every earlier store before them. Its tile stores do declare
+  // what they write, and nothing that a load reads is stored between here and there.
+  asm volatile("" ::: "memory");
   if (added) {
     _tile_loadd(0, out, out_stride * 4);
     _tile_loadd(1, out + 16, out_stride * 4);
