@@ -21,7 +21,7 @@ answer into one of:
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 
 class ErrorCode(StrEnum):
@@ -98,7 +98,18 @@ TYPE: Final[dict[int, str]] = {
 RETRYABLE_STATUS: Final = frozenset({429, 502, 503, 504})
 
 
-class JudgeError(Exception):
+class PicklableError(Exception):
+    """An exception that pickles and copies with its message and attributes, whatever its `__init__` asks for.
+
+    Exceptions are unpickled by calling the class with `args`, which fails for required keywords; `Pool.map` then waits
+    for ever. Here `__init__` is not called again. A cause does not travel, as with any other exception.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args), dict(vars(self))
+
+
+class JudgeError(PicklableError):
     """Anything that went wrong between asking the judge and having its answer."""
 
 
@@ -187,6 +198,10 @@ _CLASS_OF_STATUS: Final[dict[int, type[JudgeAPIError]]] = {
     503: OverloadedError,
     504: DeadlineExceededError,
 }
+
+
+def _restored(kind: type[PicklableError], args: tuple[Any, ...]) -> PicklableError:
+    return kind.__new__(kind, *args)
 
 
 def class_of_status(status: int) -> type[JudgeAPIError]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from client.errors import STATUS, TYPE, ErrorCode
+from client.errors import STATUS, TYPE, ErrorCode, PicklableError
 from client.schema import ErrorBody
 
 
-class ServiceError(Exception):
+class ServiceError(PicklableError):
     """A failure with its wire code. `message` is written for the caller and never repeats the caller's text.
 
     `param` names the request's field at fault; `retry_after` is in seconds.

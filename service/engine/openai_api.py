@@ -22,7 +22,7 @@ import httpx
 from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState
 
-from client.errors import ErrorCode
+from client.errors import ErrorCode, PicklableError
 
 KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
 CONNECT_TIMEOUT: Final = 10.0
@@ -40,7 +40,7 @@ _SAID_CHARS: Final = 300
 _LISTED: Final = 20
 
 
-class UpstreamError(RuntimeError):
+class UpstreamError(PicklableError, RuntimeError):
     """The server did not do what it was asked for. `message` is for the caller, `code` the wire code that fits.
 
     As a string it is for who runs the service: with `detail`, which holds nothing of a caller's.
