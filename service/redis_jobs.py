@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 
 from client.errors import ErrorCode
 from service import redis_protocol as protocol
+from service import redis_scripts as scripts
 from service.errors import ServiceError
 from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 
@@ -60,8 +61,8 @@ class RedisJobs:
             retry=retry,
         )
         self._redis = Redis(connection_pool=self._pool)
-        self._submit = self._redis.register_script(protocol.SUBMIT)
-        self._finish = self._redis.register_script(protocol.FINISH)
+        self._submit = self._redis.register_script(scripts.SUBMIT)
+        self._finish = self._redis.register_script(scripts.FINISH)
         self._open: dict[str, _Open] = {}
         self._epoch = ""
         self._stats = QueueStats(0, 0)

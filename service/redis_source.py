@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from client.errors import ErrorCode
 from service import redis_protocol as protocol
+from service import redis_scripts as scripts
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
 
@@ -74,10 +75,10 @@ class RedisSource:
             socket_connect_timeout=protocol.CONNECT_TIMEOUT,
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 2),
         )
-        self._finish = self._redis.register_script(protocol.FINISH)
-        self._release = self._redis.register_script(protocol.RELEASE)
-        self._gone = self._redis.register_script(protocol.GONE)
-        self._renew = self._redis.register_script(protocol.RENEW)
+        self._finish = self._redis.register_script(scripts.FINISH)
+        self._release = self._redis.register_script(scripts.RELEASE)
+        self._gone = self._redis.register_script(scripts.GONE)
+        self._renew = self._redis.register_script(scripts.RENEW)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._progress = time.monotonic()

@@ -1,0 +1,85 @@
+"""The atomic steps of the queue on Redis, in Lua: each names its KEYS and ARGV; see redis_protocol.py for the keys."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# KEYS: both lanes, tokens, epoch, seen. ARGV: epoch, lane (1 or 2), max jobs, max tokens, tokens, seen ttl, payloads…
+# Returns {1, entry ids…}, {0, jobs, tokens} when full, {-1} when the epoch is another.
+SUBMIT: Final = """
+if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {-1} end
+local seen = redis.call('GET', KEYS[5])
+local ids = {1}
+if seen then
+  for id in string.gmatch(seen, '%S+') do ids[#ids + 1] = id end
+  return ids
+end
+local jobs = redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2])
+local tokens = tonumber(redis.call('GET', KEYS[3]) or '0')
+local count = #ARGV - 6
+if jobs > 0 and (jobs + count > tonumber(ARGV[3]) or tokens + tonumber(ARGV[5]) > tonumber(ARGV[4])) then
+  return {0, jobs, tokens}
+end
+local lane = KEYS[tonumber(ARGV[2])]
+for i = 7, #ARGV do ids[#ids + 1] = redis.call('XADD', lane, '*', 'p', ARGV[i]) end
+redis.call('INCRBY', KEYS[3], ARGV[5])
+redis.call('SET', KEYS[5], table.concat(ids, ' ', 2), 'PX', ARGV[6])
+return ids
+"""
+
+# KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', then lane, entry, tokens for each
+# job. Deletes the entries; those already gone count for nothing. Sends the message. Returns how many were still there.
+FINISH: Final = """
+local there, tokens = 0, 0
+for i = 4, #ARGV, 3 do
+  local stream = KEYS[tonumber(ARGV[i])]
+  redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
+  if redis.call('XDEL', stream, ARGV[i + 1]) == 1 then
+    there = there + 1
+    tokens = tokens + tonumber(ARGV[i + 2])
+  end
+end
+if there > 0 then
+  redis.call('DECRBY', KEYS[3], tokens)
+  redis.call('INCRBY', KEYS[4], tokens)
+  if redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
+end
+if ARGV[3] ~= '' then
+  redis.call('XADD', KEYS[5], '*', 'p', ARGV[3])
+  redis.call('PEXPIRE', KEYS[5], ARGV[2])
+end
+return there
+"""
+
+# KEYS: both lanes. ARGV: group, then lane and entry for each job. Puts each that is still there at its lane's end anew.
+RELEASE: Final = """
+for i = 2, #ARGV, 2 do
+  local stream = KEYS[tonumber(ARGV[i])]
+  local entry = redis.call('XRANGE', stream, ARGV[i + 1], ARGV[i + 1])[1]
+  redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
+  if entry then
+    redis.call('XDEL', stream, ARGV[i + 1])
+    redis.call('XADD', stream, '*', unpack(entry[2]))
+  end
+end
+"""
+
+# KEYS: both lanes. ARGV: lane and entry for each job. Returns the positions (from 0) of those that are gone.
+GONE: Final = """
+local gone = {}
+for i = 1, #ARGV, 2 do
+  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if #redis.call('XRANGE', stream, id, id) == 0 then gone[#gone + 1] = (i - 1) / 2 end
+end
+return gone
+"""
+
+# KEYS: both lanes. ARGV: group, consumer, then lane and entry for each job. Renews the lease of those still its own.
+RENEW: Final = """
+for i = 3, #ARGV, 2 do
+  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if #redis.call('XPENDING', stream, ARGV[1], id, id, 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, id, 'JUSTID')
+  end
+end
+"""
