@@ -23,9 +23,12 @@ def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSe
         return cls(_cli_parse_args=list(sys.argv[1:] if argv is None else argv))
     except ValidationError as exc:
         # Never the values: one of them may be a key.
-        for error in exc.errors(include_url=False, include_input=False):
-            flag = str(error["loc"][0] if error["loc"] else "settings").replace("_", "-")
-            sys.stderr.write(f"{cls.model_config.get('cli_prog_name')}: --{flag}: {error['msg']}\n")
+        errors = exc.errors(include_url=False, include_input=False)
+        found = [
+            (str(error["loc"][0] if error["loc"] else "settings").replace("_", "-"), error["msg"]) for error in errors
+        ]
+        for flag, message in dict.fromkeys(found):
+            sys.stderr.write(f"{cls.model_config.get('cli_prog_name')}: --{flag}: {message}\n")
         raise SystemExit(2) from None
 
 

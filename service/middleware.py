@@ -113,16 +113,19 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            digest = _digest(key.strip())
-            known = [hmac.compare_digest(digest, mine) for mine in self._digests]
-            allowed = not known or (any(known) and scheme.lower() == "bearer")
+            scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+            key = sent.strip()
+            digest = _digest(key)
+            equal = [hmac.compare_digest(digest, mine) for mine in self._digests]
+            # Whatever it was configured with: no key at all is never a key.
+            known = any(equal) and key != ""
+            allowed = not self._digests or (known and scheme.lower() == "bearer")
             if not allowed and scope["path"] not in OPEN_PATHS:
                 failure = ServiceError(ErrorCode.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
                 self._metrics.error(failure.code)
                 await error_response(failure)(scope, receive, send)
                 return
-            scope.setdefault("state", {})["caller"] = digest.hex() if any(known) else ""
+            scope.setdefault("state", {})["caller"] = digest.hex() if known else ""
         await self._app(scope, receive, send)
 
 

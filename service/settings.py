@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.contract import Task
@@ -14,6 +15,20 @@ from service.engine.openai_api import base_url
 from service.tracing import checked_endpoint
 
 MEMORY_URL = "memory://"
+
+
+def sendable_key(key: SecretStr) -> SecretStr:
+    """The key itself; raises ValueError, which never repeats it, for one that no caller can send in a header."""
+    text = key.get_secret_value()
+    if not text.strip():
+        raise ValueError(
+            "a key is blank: take out the comma too many, or unset JUDGE_API_KEY for a service without keys"
+        )
+    if not re.fullmatch(r"[!-~]+", text):
+        raise ValueError("a key holds white space or a character outside ASCII, which no header can carry")
+    if text.startswith("["):
+        raise ValueError("keys are separated by commas, without brackets around the list")
+    return key
 
 
 class CommonSettings(BaseSettings):
@@ -26,6 +41,7 @@ class CommonSettings(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         frozen=True,
+        hide_input_in_errors=True,  # one of them may be a key
     )
 
     model: str | None = Field(
@@ -112,7 +128,7 @@ class CommonSettings(BaseSettings):
     @field_validator("template_file", mode="before")
     @classmethod
     def _split_files(cls, value: object) -> object:
-        return split_commas(value)
+        return split_files(value)
 
     @field_validator("upstream_url")
     @classmethod
@@ -207,7 +223,7 @@ class Settings(EngineSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    api_key: Annotated[list[SecretStr], NoDecode] = Field(
+    api_key: Annotated[list[Annotated[SecretStr, AfterValidator(sendable_key)]], NoDecode] = Field(
         [], description="keys that callers must send as `Authorization: Bearer KEY`, comma-separated; unset: no auth"
     )
     calibration_file: Annotated[list[Path], NoDecode] = Field(
@@ -230,16 +246,22 @@ class Settings(EngineSettings):
     playground: bool = Field(True, description="serve the page to try the judge on, at /")
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenise prompts")
 
-    @field_validator("api_key", "calibration_file", mode="before")
+    @field_validator("api_key", mode="before")
     @classmethod
-    def _split_lists(cls, value: object) -> object:
+    def _split_keys(cls, value: object) -> object:
+        """An empty value is refused too: a secret that was not found must not open the service to everybody."""
         return split_commas(value)
+
+    @field_validator("calibration_file", mode="before")
+    @classmethod
+    def _split_calibrations(cls, value: object) -> object:
+        return split_files(value)
 
 
 class UpstreamKey(BaseSettings):
     """The key of the upstream engine's server, from the environment alone: flags can be seen by others."""
 
-    model_config = SettingsConfigDict(env_prefix="JUDGE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="JUDGE_", frozen=True, hide_input_in_errors=True)
 
     upstream_api_key: SecretStr | None = None
 
@@ -257,7 +279,17 @@ def parse_json(value: object) -> object:
 
 
 def split_commas(value: object) -> object:
-    """The parts of comma-separated values, none of them empty."""
+    """The parts of comma-separated values, without the white space around them; blank ones stay, to be refused."""
     values = value if isinstance(value, list) else [value]
-    parts = [p for v in values for p in (v.split(",") if isinstance(v, str) else [v])]
-    return [part.strip() if isinstance(part, str) else part for part in parts if part != ""]
+    parts = [part for each in values for part in (each.split(",") if isinstance(each, str) else [each])]
+    return [part.strip() if isinstance(part, str) else part for part in parts]
+
+
+def split_files(value: object) -> object:
+    """The paths of a comma-separated list; none where it is empty. Raises ValueError for a blank entry."""
+    parts = split_commas(value)
+    if parts == [""]:
+        return []
+    if isinstance(parts, list) and "" in parts:
+        raise ValueError("an entry of the list is blank: take out the comma too many")
+    return parts
