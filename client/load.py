@@ -147,7 +147,8 @@ async def _run(args: argparse.Namespace, load: Load) -> dict[str, Any]:
             answers = await on_schedule(load, _arrivals(args), progress.seen)
     finally:
         telling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        # A screen that cannot be written to does not cost the result.
+        with contextlib.suppress(asyncio.CancelledError, OSError):
             await telling
     elapsed = time.perf_counter() - started
     return {**_described(args), "started": now.isoformat(timespec="seconds"), **summary(answers, elapsed)}

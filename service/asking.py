@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from client.errors import ErrorCode
+from service.background import report
 from service.cache import Kept, ScoreCache, cache_key
 from service.engine.contract import AnyAnswer, AnyItem, Classified, EngineItem, Generated, LabelLogprobs
 from service.errors import ServiceError
@@ -125,6 +126,9 @@ class Asker:
         except ServiceError as error:
             self._metrics.unparseable(len(answers))
             return error
+        except (TypeError, ValueError, OverflowError):
+            # Of a worker of another version, say: an answer of another kind, or with other labels.
+            return ServiceError(ErrorCode.INFERENCE_FAILED, "the worker's answer does not fit the question")
         if verdict.samples:
             self._metrics.unparseable(verdict.samples.drawn - verdict.samples.parsed)
         return Judged(
@@ -139,7 +143,7 @@ class Asker:
 
     async def close(self) -> None:
         """Finish what is being remembered, and let go of the cache."""
-        await asyncio.gather(*self._storing)
+        await asyncio.gather(*self._storing, return_exceptions=True)
         if self._scores:
             await self._scores.cache.close()
 
@@ -185,6 +189,7 @@ class Asker:
         task = asyncio.ensure_future(self._scores.cache.put(found))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
+        task.add_done_callback(report)
 
     async def _replies(self, items: Sequence[AnyItem], call: Call) -> list[Reply | None]:
         """What the queue answers to each item; None where that is nothing before the deadline."""

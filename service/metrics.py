@@ -10,7 +10,7 @@ from client.errors import ErrorCode
 from service.jobs import QueueStats
 
 # Why a job that was taken is not judged.
-DROPPED = ("caller_gone", "deadline")
+DROPPED = ("caller_gone", "deadline", "unreadable")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _JOBS = tuple(2**n for n in range(10))
 _TOKENS = tuple(2**n for n in range(6, 18))
@@ -37,7 +37,7 @@ class Metrics:
         self._tokens = Counter("judge_tokens", "Tokens judged", registry=reg)
         self._dropped = Counter("judge_jobs_dropped", "Jobs taken and not judged", ["reason"], registry=reg)
         self._redelivered = Counter("judge_jobs_redelivered", "Jobs of lost workers, taken over", registry=reg)
-        self._dead = Counter("judge_dead_letters", "Jobs given up after too many lost workers", registry=reg)
+        self._dead = Counter("judge_dead_letters", "Jobs given up: too many lost workers, or unreadable", registry=reg)
         self._batch_jobs = Histogram("judge_batch_jobs", "Jobs in a batch", buckets=_JOBS, registry=reg)
         self._batch_tokens = Histogram("judge_batch_tokens", "Tokens in a batch", buckets=_TOKENS, registry=reg)
         self._inference = Histogram("judge_inference_seconds", "Time for a batch", buckets=_SECONDS, registry=reg)

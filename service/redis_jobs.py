@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from client.errors import ErrorCode
 from service import redis_protocol as protocol
 from service import redis_scripts as scripts
+from service.background import report
 from service.errors import ServiceError
 from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 
@@ -64,12 +65,14 @@ class RedisJobs:
         self._submit = self._redis.register_script(scripts.SUBMIT)
         self._finish = self._redis.register_script(scripts.FINISH)
         self._open: dict[str, _Open] = {}
-        self._epoch = ""
+        self._epoch = b""
         self._stats = QueueStats(0, 0)
         self._done: int | None = None
         self._rate = DrainRate()
         self._workers: list[WorkerInfo] = []
         self._reader: asyncio.Task[None] | None = None
+        # What does not work now, by the step of the reader that fails; empty while all is well.
+        self._troubles: dict[str, str] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -170,6 +173,8 @@ class RedisJobs:
             await self._look_at_workers()
         except _BROKEN as exc:
             raise ServiceError(ErrorCode.NOT_READY, "the queue cannot be reached", retry_after=2.0) from exc
+        for trouble in self._troubles.values():
+            raise ServiceError(ErrorCode.NOT_READY, trouble, retry_after=2.0)
         if not self._workers:
             raise ServiceError(ErrorCode.NOT_READY, "no worker for this model is running", retry_after=5.0)
 
@@ -195,24 +200,38 @@ class RedisJobs:
 
     async def _read_replies(self) -> None:
         last: bytes = b"0"
-        kept_house = 0.0
-        connected = True
+        keep_house_at = 0.0
+
+        async def receive() -> None:
+            nonlocal last
+            last = await self._receive(last)
+
         # Looked at besides: a cancellation that meets the end of a read can get lost in the client library.
         while not self._closed:
-            try:
-                last = await self._receive(last)
-                if time.monotonic() - kept_house >= HOUSEKEEPING_SECONDS:
-                    await self._keep_house()
-                    await self._redis.xtrim(self._keys.replies(self._api), minid=last, approximate=False)
-                    kept_house = time.monotonic()
-                if not connected:
-                    log.info("the queue is back")
-                connected = True
-            except _BROKEN as exc:
-                if connected:
-                    log.warning("the queue cannot be reached", reason=type(exc).__name__)
-                connected = False
-                await asyncio.sleep(protocol.RECONNECT_SECONDS)
+            await self._attempt("replies", receive)
+            if time.monotonic() >= keep_house_at and await self._attempt("state", self._keep_house):
+                await self._attempt("trim", lambda: self._trim(last))
+                keep_house_at = time.monotonic() + HOUSEKEEPING_SECONDS
+
+    async def _attempt(self, step: str, work: Callable[[], Awaitable[None]]) -> bool:
+        """Whether a step worked. Nothing that it raises ends the reader: it is logged, told by `ready`, tried again."""
+        try:
+            await work()
+        except _BROKEN as exc:
+            trouble, say = "the queue cannot be reached", log.warning
+            reason = type(exc).__name__
+        except Exception as exc:
+            trouble, say = "the queue cannot be read", log.exception
+            reason = type(exc).__name__
+        else:
+            if self._troubles.pop(step, None) and not self._troubles:
+                log.info("the queue is back")
+            return True
+        if trouble not in self._troubles.values():
+            say(trouble, reason=reason)
+        self._troubles[step] = trouble
+        await asyncio.sleep(protocol.RECONNECT_SECONDS)
+        return False
 
     async def _receive(self, last: bytes) -> bytes:
         """Wait for messages after `last` and hand out their replies; returns the id of the newest one."""
@@ -220,9 +239,12 @@ class RedisJobs:
         found = await self._redis.xread({stream: last}, count=READ_COUNT, block=READ_BLOCK_MS)
         for _, entries in protocol.by_stream(found):
             for entry, fields in entries:
-                self._resolve(protocol.decode_replies(fields[protocol.PAYLOAD]))
+                self._resolve(_replies(fields))
                 last = entry
         return last
+
+    async def _trim(self, last: bytes) -> None:
+        await self._redis.xtrim(self._keys.replies(self._api), minid=last, approximate=False)
 
     def _resolve(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
@@ -241,14 +263,17 @@ class RedisJobs:
         pipe.xlen(keys.streams[1])
         pipe.mget(keys.tokens, keys.done)
         _, epoch, interactive, bulk, (tokens, done) = await pipe.execute()
-        self._adopt(epoch.decode())
-        self._stats = QueueStats(interactive + bulk, int(tokens or 0))
-        if self._done is not None and int(done or 0) >= self._done:
-            self._rate.record(int(done or 0) - self._done, self._stats.jobs)
-        self._done = int(done or 0)
+        self._adopt(epoch)
+        self._stats = QueueStats(interactive + bulk, protocol.count_of(tokens))
+        finished = protocol.count_of(done)
+        if self._done is not None and finished >= self._done:
+            self._rate.record(finished - self._done, self._stats.jobs)
+        self._done = finished
         await self._look_at_workers()
 
-    def _adopt(self, epoch: str) -> None:
+    def _adopt(self, epoch: bytes | None) -> None:
+        if epoch is None:
+            return  # Deleted at this very moment: the next look makes another one.
         if self._epoch and epoch != self._epoch:
             log.error("redis has lost the queue", jobs=len(self._open))
             self._fail(JobFailure(ErrorCode.QUEUE_UNAVAILABLE, "the queue was lost: ask again"))
@@ -261,13 +286,24 @@ class RedisJobs:
         keys = self._keys
         alive: Any = await self._redis.zrangebyscore(keys.workers, time.time() - protocol.HEARTBEAT_TTL, "+inf")
         infos: Any = await self._redis.hmget(keys.infos, alive) if alive else []
-        self._workers = [protocol.decode_info(info) for info in infos if info is not None]
+        told = [protocol.decode_info(info) for info in infos if info is not None]
+        self._workers = [info for info in told if info is not None]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(report)
         return task
+
+
+def _replies(fields: dict[bytes, bytes]) -> list[Reply]:
+    """What a message holds; nothing, and a line in the log, where it is no message of ours."""
+    try:
+        return protocol.decode_replies(fields.get(protocol.PAYLOAD, b""))
+    except ValueError as exc:
+        log.error("a message of replies cannot be read", reason=str(exc))
+        return []
 
 
 def _unavailable(cause: BaseException) -> ServiceError:

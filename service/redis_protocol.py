@@ -15,6 +15,8 @@ the labels' probabilities, so that an API and a worker with different models, or
 from __future__ import annotations
 
 import json
+import math
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,20 @@ from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 
 GROUP: Final = "workers"
 PAYLOAD: Final = b"p"
+# A header has this many fields before those of its task.
+_HEADER_FIELDS: Final = 7
+_TOKEN_BYTES: Final = 4
+_LARGEST_ID: Final = 2**32 - 1
+_LAST_SEED: Final = 2**63 - 1
+# A time in seconds that no clock of ours shows; nanoseconds of it still fit into 64 bits.
+_LATEST: Final = 9e9
+_DIGITS: Final = 20
+_NAME: Final = re.compile(r"[ !#-\[\]-~]{1,200}")
+# How a header begins, where the rest of it cannot be read.
+_CALLER: Final = re.compile(rb'\s*\[\s*"(%b)"\s*,\s*"(%b)"' % ((_NAME.pattern.encode(),) * 2))
+_CODES: Final = frozenset(ErrorCode)
+_UNREADABLE_REPLY: Final = "the worker's answer cannot be read: run the same version of the API and its workers"
+UNREADABLE_JOB: Final = "the worker cannot read this job: run the same version of the API and its workers"
 # What marks jobs and replies of the other tasks; those that ask for labels have no mark.
 _CLASSIFY: Final[Task] = "classify"
 _GENERATE: Final[Task] = "generate"
@@ -147,25 +163,84 @@ def _task(item: AnyItem) -> list[Any]:
     return [_CLASSIFY] if isinstance(item, ClassifyItem) else []
 
 
+class UnreadableJobError(ValueError):
+    """An entry is no job of this version. `caller` is the job's id and the API process that waits for it, or None."""
+
+    def __init__(self, reason: str, caller: tuple[str, str] | None = None) -> None:
+        super().__init__(reason, caller)
+        self.reason = reason
+        self.caller = caller
+
+
 def decode_job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
-    """The job of an entry, and the id of the API process that waits for it. Raises ValueError for anything else."""
+    """The job of an entry, and the id of the API process that waits for it. Raises UnreadableJobError for all else."""
+    try:
+        return _job(payload, lane, attempt)
+    except ValueError as exc:
+        found = _CALLER.match(payload, 4)
+        raise UnreadableJobError(str(exc), (found[1].decode(), found[2].decode()) if found else None) from exc
+
+
+def _job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
     end = 4 + int.from_bytes(payload[:4], "little")
-    job_id, api, deadline, submitted, labels, boundaries, traceparent, *task = json.loads(payload[4:end])
+    if not 4 < end < len(payload) or (len(payload) - end) % _TOKEN_BYTES:
+        raise ValueError("its lengths do not fit")
+    header = _parse(payload[4:end])
+    if not isinstance(header, list) or len(header) < _HEADER_FIELDS:
+        raise ValueError("its header has other fields")
+    job_id, api, deadline, submitted, labels, boundaries, traceparent, *task = header
     tokens = array("I")
     tokens.frombytes(payload[end:])
-    item = _item(tuple(tokens), tuple(labels), tuple(boundaries), task)
-    return Job(job_id, item, deadline, submitted, lane, attempt, traceparent), api
+    item = _item(tuple(tokens), _ids(labels), _ids(boundaries, len(tokens)), task)
+    if not isinstance(traceparent, str | None):
+        raise ValueError("its trace context is no text")
+    times = _number(deadline, 0, _LATEST), _number(submitted, 0, _LATEST)
+    return Job(_name(job_id), item, *times, lane, attempt, traceparent), _name(api)
 
 
 def _item(tokens: tuple[int, ...], labels: tuple[int, ...], boundaries: tuple[int, ...], task: list[Any]) -> AnyItem:
     match task:
-        case []:
+        case [] if labels:
             return EngineItem(tokens, labels, boundaries)
         case ["classify"]:
             return ClassifyItem(tokens, boundaries)
         case ["generate", limit, stop, temperature, seed]:
-            return GenerateItem(tokens, limit, tuple(stop), temperature, seed, boundaries)
-    raise ValueError("a job of a task that is not known here")
+            limits = _integer(limit, 1, _LARGEST_ID), _ids(stop), _number(temperature, 0), _integer(seed, 0, _LAST_SEED)
+            return GenerateItem(tokens, *limits, boundaries)
+    raise ValueError("its task is not known here")
+
+
+def _parse(text: bytes) -> Any:
+    """What JSON says; raises ValueError for what is none, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("JSON is nested too deeply") from exc
+
+
+def _integer(value: Any, least: int, most: int) -> int:
+    # By type: True is an int to isinstance.
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"a whole number from {least} to {most} is missing")
+    return value
+
+
+def _number(value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        raise ValueError("a finite number is missing, or out of range")
+    return float(value)
+
+
+def _ids(values: Any, most: int = _LARGEST_ID) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ValueError("a list of ids is missing")
+    return tuple(_integer(value, 0, most) for value in values)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError("a name is missing")
+    return value
 
 
 def encode_replies(replies: Sequence[Reply]) -> bytes:
@@ -190,24 +265,41 @@ def _plain_outcome(outcome: AnyAnswer | JobFailure) -> list[Any]:
 
 
 def decode_replies(message: bytes) -> list[Reply]:
-    """The replies of a message."""
-    return [
-        Reply(job_id, _outcome(outcome), queued, inference)
-        for job_id, queued, inference, *outcome in json.loads(message)
-    ]
+    """The replies of a message; those without an id are left out. Raises ValueError for what is no such message.
+
+    A reply that another version has written so that it cannot be read here is an error for its caller, never a score.
+    """
+    replies = _parse(message)
+    if not isinstance(replies, list):
+        raise ValueError("a message is no list of replies")
+    return [_reply(plain) for plain in replies if isinstance(plain, list) and plain and isinstance(plain[0], str)]
+
+
+def _reply(plain: list[Any]) -> Reply:
+    try:
+        job_id, queued, inference, *outcome = plain
+        return Reply(job_id, _outcome(outcome), _number(queued), _number(inference))
+    except ValueError:
+        return Reply(plain[0], JobFailure(ErrorCode.INFERENCE_FAILED, _UNREADABLE_REPLY))
 
 
 def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
     match plain:
         case [list(logprobs), argmax_id, cached, *floored]:
-            return LabelLogprobs(tuple(logprobs), argmax_id, cached, bool(floored))
+            numbers = tuple(_number(value) for value in logprobs)
+            return LabelLogprobs(numbers, _id(argmax_id), _id(cached), bool(floored))
         case ["classify", logit, cached]:
-            return Classified(logit, cached)
+            return Classified(_number(logit), _id(cached))
         case ["generate", token_ids, ended, cached]:
-            return Generated(tuple(token_ids), ended, cached)
-        case [code, message]:
-            return JobFailure(ErrorCode(code), message)
+            return Generated(_ids(token_ids), bool(ended), _id(cached))
+        case [str(code), str(message)]:
+            known = ErrorCode(code) if code in _CODES else ErrorCode.INFERENCE_FAILED
+            return JobFailure(known, message.encode("utf-8", "replace").decode())
     raise ValueError("a reply of a kind that is not known here")
+
+
+def _id(value: Any) -> int:
+    return _integer(value, 0, _LARGEST_ID)
 
 
 def encode_info(info: WorkerInfo) -> str:
@@ -215,6 +307,17 @@ def encode_info(info: WorkerInfo) -> str:
     return json.dumps([info.engine, info.dtype, info.max_tokens])
 
 
-def decode_info(text: bytes) -> WorkerInfo:
-    """The same, read."""
-    return WorkerInfo(*json.loads(text))
+def decode_info(text: bytes) -> WorkerInfo | None:
+    """The same, read; None for what another version says that has no such fields."""
+    try:
+        match _parse(text):
+            case [str(engine), str(dtype), int(max_tokens), *_]:
+                return WorkerInfo(engine, dtype, max_tokens)
+    except ValueError:
+        pass
+    return None
+
+
+def count_of(value: bytes | None) -> int:
+    """A counter's value; 0 where there is none, or something that is no count."""
+    return int(value) if value is not None and value.isdigit() and len(value) < _DIGITS else 0

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import Final
 
+# Counters of ours. One that somebody has overwritten with something else begins anew: no answer is lost over it.
+_COUNTERS: Final = """
+local function count(key)
+  local value = redis.pcall('GET', key)
+  return type(value) == 'string' and tonumber(value) or 0
+end
+local function add(key, amount)
+  if amount == 0 then return end
+  if type(redis.pcall('INCRBY', key, amount)) == 'table' then redis.call('SET', key, math.max(0, amount)) end
+end
+"""
+
 # KEYS: both lanes, tokens, epoch, seen. ARGV: epoch, lane (1 or 2), max jobs, max tokens, tokens, seen ttl, payloads…
 # Returns {1, entry ids…}, {0, jobs, tokens} when full, {-1} when the epoch is another.
-SUBMIT: Final = """
+SUBMIT: Final = (
+    _COUNTERS
+    + """
 if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {-1} end
 local seen = redis.call('GET', KEYS[5])
 local ids = {1}
@@ -15,21 +29,24 @@ if seen then
   return ids
 end
 local jobs = redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2])
-local tokens = tonumber(redis.call('GET', KEYS[3]) or '0')
+local tokens = count(KEYS[3])
 local count = #ARGV - 6
 if jobs > 0 and (jobs + count > tonumber(ARGV[3]) or tokens + tonumber(ARGV[5]) > tonumber(ARGV[4])) then
   return {0, jobs, tokens}
 end
 local lane = KEYS[tonumber(ARGV[2])]
 for i = 7, #ARGV do ids[#ids + 1] = redis.call('XADD', lane, '*', 'p', ARGV[i]) end
-redis.call('INCRBY', KEYS[3], ARGV[5])
+add(KEYS[3], tonumber(ARGV[5]))
 redis.call('SET', KEYS[5], table.concat(ids, ' ', 2), 'PX', ARGV[6])
 return ids
 """
+)
 
 # KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', then lane, entry, tokens for each
 # job. Deletes the entries; those already gone count for nothing. Sends the message. Returns how many were still there.
-FINISH: Final = """
+FINISH: Final = (
+    _COUNTERS
+    + """
 local there, tokens = 0, 0
 for i = 4, #ARGV, 3 do
   local stream = KEYS[tonumber(ARGV[i])]
@@ -40,8 +57,8 @@ for i = 4, #ARGV, 3 do
   end
 end
 if there > 0 then
-  redis.call('DECRBY', KEYS[3], tokens)
-  redis.call('INCRBY', KEYS[4], tokens)
+  add(KEYS[3], -tokens)
+  add(KEYS[4], tokens)
   if redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
 end
 if ARGV[3] ~= '' then
@@ -50,6 +67,7 @@ if ARGV[3] ~= '' then
 end
 return there
 """
+)
 
 # KEYS: both lanes. ARGV: group, then lane and entry for each job. Puts each that is still there at its lane's end anew.
 RELEASE: Final = """

@@ -23,6 +23,7 @@ from redis.retry import Retry
 from client.errors import ErrorCode
 from service import redis_protocol as protocol
 from service import redis_scripts as scripts
+from service.background import start_thread
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
 
@@ -94,8 +95,8 @@ class RedisSource:
             self._beat(info)
         except _BROKEN as exc:
             log.warning("the queue cannot be reached yet", reason=type(exc).__name__)
-        self._keeper = threading.Thread(target=self._keep, args=(info,), name="heartbeat", daemon=True)
-        self._keeper.start()
+        # Without it the leases of a worker that goes on would run out.
+        self._keeper = start_thread("heartbeat", lambda: self._keep(info), self._on_stall)
 
     def detach(self, info: WorkerInfo) -> None:  # noqa: ARG002 the contract names the worker; there is one here
         self._stop.set()
@@ -165,21 +166,36 @@ class RedisSource:
         ]
 
     def _hold(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
+        payload = fields.get(protocol.PAYLOAD, b"")
         try:
-            job, api = protocol.decode_job(fields[protocol.PAYLOAD], lane, attempt)
-        except (ValueError, KeyError, TypeError) as exc:
-            log.error("an entry is no job", entry=entry.decode(), error=type(exc).__name__)
-            self._bury(lane, entry, fields.get(protocol.PAYLOAD, b""), "unreadable")
-            self._finish(keys=self._keys.finish(""), args=[protocol.GROUP, 0, "", protocol.position(lane), entry, 0])
+            job, api = protocol.decode_job(payload, lane, attempt)
+        except protocol.UnreadableJobError as exc:
+            log.error("an entry is no job", entry=entry.decode(), reason=exc.reason)
+            # Where Redis fails meanwhile it stays as it is, and comes again when its lease is over.
+            with suppress(*_BROKEN):
+                self._set_aside(lane, entry, payload, exc.caller)
             return None
         with self._lock:
             self._held[job.id] = _Held(job, entry, api)
         return job
 
+    def _set_aside(self, lane: Lane, entry: bytes, payload: bytes, caller: tuple[str, str] | None) -> None:
+        """Take an entry that cannot be read out of the queue; its caller is told, where it says who that is."""
+        job_id, api = caller or ("", "")
+        failure = Reply(job_id, JobFailure(ErrorCode.INFERENCE_FAILED, protocol.UNREADABLE_JOB))
+        message = protocol.encode_replies([failure]) if caller else b""
+        places: list[Any] = [protocol.position(lane), entry, 0]
+        self._finish(keys=self._keys.finish(api), args=[protocol.GROUP, protocol.REPLIES_TTL_MS, message, *places])
+        self._metrics.dropped("unreadable", 1)
+        self._bury(lane, entry, payload, "unreadable")
+
     def _bury(self, lane: Lane, entry: bytes, payload: bytes, reason: str) -> None:
-        letter: dict[Any, Any] = {"p": payload, "lane": lane, "entry": entry, "reason": reason}
-        self._redis.xadd(self._keys.dead, letter, maxlen=protocol.DEAD_LETTERS, approximate=True)
         self._metrics.dead_lettered()
+        letter: dict[Any, Any] = {"p": payload, "lane": lane, "entry": entry, "reason": reason}
+        try:
+            self._redis.xadd(self._keys.dead, letter, maxlen=protocol.DEAD_LETTERS, approximate=True)
+        except _BROKEN as exc:
+            log.error("a dead letter could not be kept", entry=entry.decode(), error=type(exc).__name__)
 
     def _claim_in_turn(self) -> list[Job]:
         """Look for lost jobs twice in a lease; while there are any, take one with every other call."""

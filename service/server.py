@@ -22,6 +22,7 @@ from client.schema import Format, ModelInfo
 from service import calibrations
 from service.app import Limits, Service, create_app
 from service.asking import Asker, Scores
+from service.background import start_thread
 from service.cache import MemoryCache, redis_cache
 from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
@@ -178,8 +179,7 @@ class Server(uvicorn.Server):
         # What start-up made stays: a full collection would walk all of it while callers wait (p99 of 46 ms, not 8).
         gc.collect()
         gc.freeze()
-        thread = threading.Thread(target=self._run_worker, args=(self._work,), name="worker", daemon=True)
-        thread.start()
+        thread = start_thread("worker", self._run_worker, self._worker_died)
         try:
             yield
         finally:
@@ -189,14 +189,13 @@ class Server(uvicorn.Server):
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)
 
-    def _run_worker(self, work: Callable[[threading.Event], None] | None) -> None:
-        try:
-            if work is not None:
-                work(self._stop_worker)
-        except BaseException as exc:
-            log.error("the worker died", error=type(exc).__name__, reason=str(exc))
-            self.worker_failed = True
-            self._end_now()
+    def _run_worker(self) -> None:
+        if self._work is not None:
+            self._work(self._stop_worker)
+
+    def _worker_died(self) -> None:
+        self.worker_failed = True
+        self._end_now()
 
     def _end_now(self) -> None:
         self._service.draining = True

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import wait
 from typing import Any, Final, TypeVar
 
 Result = TypeVar("Result")
 
 _JOIN_SECONDS: Final = 30.0
+_LOOK_SECONDS: Final = 1.0
 
 
 class LoopThread:
@@ -23,7 +25,12 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Its result, from another thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        asked = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        # Looked at besides: of a loop that has died nobody would ever hear.
+        while not wait([asked], _LOOK_SECONDS).done:
+            if not self._thread.is_alive():
+                raise RuntimeError("the event loop's thread has died")
+        return asked.result()
 
     def cancel_all(self) -> None:
         """Cancel all that runs on it, and wait for that."""
