@@ -1,0 +1,215 @@
+"""A fleet behind a bad network: what becomes of each judgement while connections, callers, keys and scripts vanish?
+
+    python -m tests.chaos --answers 12000 --seed 1
+
+Two API processes and three workers reach Redis through a proxy that delays and cuts. Prints the account as JSON; the
+status is 0 only if every judgement was answered once and rightly, and nothing is left in Redis or in the gauges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.fleet import ROOT, Fleet
+from tests.live import wait_for
+from tests.load import Mix, RunningLoad, Tally
+from tests.redis_server import RedisServer, leftovers, running_redis
+
+WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
+# Seconds that a caller may take, its retries included: many times the longest silence.
+PATIENCE = 90.0
+# Chances for each chunk that passes.
+DELAYED, CUT = 0.01, 0.0005
+AT_REST = {"judge_requests_in_flight": 1, "judge_queue_jobs": 0, "judge_queue_tokens": 0}
+# Of these keys each may vanish alone; `seen` and `replies` stand for all that begin so.
+KEYS = ("epoch", "seen", "tokens", "done", "workers", "workers:info")
+
+
+class FlakyProxy:
+    """A TCP proxy in a thread of its own, that delays some of what passes and cuts some connections."""
+
+    def __init__(self, port: int, rng: random.Random) -> None:
+        """`port` is the loopback port of the server behind it."""
+        self._behind = port
+        self._rng = rng
+        self._silent_until = 0.0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._server = self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", 0))
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """Break every connection."""
+        self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in list(self._writers)])
+
+    def fall_silent(self, seconds: float) -> None:
+        """Let nothing pass for so long; connections stay open."""
+        self._silent_until = time.monotonic() + seconds
+
+    def close(self) -> None:
+        """End."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.CancelledError):
+            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._behind)
+            both = {writer, to_server}
+            self._writers |= both
+            await asyncio.gather(self._pump(reader, to_server, both), self._pump(from_server, writer, both))
+            self._writers -= both
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, both: set[asyncio.StreamWriter]
+    ) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(65536):
+                if self._rng.random() < DELAYED:
+                    await asyncio.sleep(self._rng.uniform(0, 0.3))
+                await asyncio.sleep(max(0.0, self._silent_until - time.monotonic()))
+                if self._rng.random() < CUT:
+                    break
+                writer.write(chunk)
+                await writer.drain()
+        for each in both:
+            each.transport.abort()
+
+
+class Chaos:
+    """Does one bad thing after another; `done` counts them by name."""
+
+    def __init__(self, server: RedisServer, proxy: FlakyProxy, urls: list[str], rng: random.Random) -> None:
+        self.done: Counter[str] = Counter()
+        self._server, self._proxy, self._urls, self._rng = server, proxy, urls, rng
+        self._callers: list[subprocess.Popen[bytes]] = []
+        self._ways: list[Callable[[], None]] = [
+            self._cut,
+            self._fall_silent,
+            self._delete_key,
+            self._flush_scripts,
+            self._kill_callers,
+        ]
+
+    def step(self) -> None:
+        """One of them."""
+        way = self._rng.choice(self._ways)
+        self.done[way.__name__.strip("_")] += 1
+        way()
+
+    def stop(self) -> None:
+        """Kill the callers that are left."""
+        for caller in self._callers:
+            caller.kill()
+            caller.wait(20)
+
+    def _cut(self) -> None:
+        self._proxy.cut()
+
+    def _fall_silent(self) -> None:
+        self._proxy.fall_silent(self._rng.uniform(0.2, 3.0))
+
+    def _delete_key(self) -> None:
+        name = self._rng.choice(KEYS)
+        with self._server.client() as client:
+            for key in client.scan_iter(f"judge:{{fake}}:{name}*"):
+                client.delete(key)
+
+    def _flush_scripts(self) -> None:
+        with self._server.client() as client:
+            client.script_flush()
+
+    def _kill_callers(self) -> None:
+        """kill -9 of a program with requests under way; another begins."""
+        self.stop()
+        url = self._rng.choice(self._urls)
+        command = [sys.executable, "-m", "client.load", "--judge-url", url, "--callers", "16", "--duration", "60"]
+        self._callers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+
+
+@contextmanager
+def flaky(port: int, rng: random.Random) -> Iterator[FlakyProxy]:
+    """A proxy before this port, closed in the end."""
+    proxy = FlakyProxy(port, rng)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def gauges_of(url: str) -> dict[str, float]:
+    """The gauges of a service that are not what they are at rest; the request that asks for them is one in flight."""
+    text = httpx.get(f"{url}/metrics", timeout=10).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {f"{url} {each.name}": each.value for each in samples if each.value != AT_REST.get(each.name, each.value)}
+
+
+def run(answers: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]:
+    """The account of so many judgements, and what else there is to say; what is left over is under `left`."""
+    rng = random.Random(seed)
+    batches = max(1, answers * 9 // 1000)
+    mix = Mix(batches=batches, batch_size=100, singles=max(0, answers - 100 * batches), timeout=PATIENCE)
+    with (
+        running_redis() as server,
+        flaky(server.port, rng) as proxy,
+        Fleet(folder, "--queue-url", f"redis://127.0.0.1:{proxy.port}/0") as fleet,
+    ):
+        urls = [fleet.api().url for _ in range(2)]
+        for _ in range(3):
+            fleet.worker(*WORKER)
+        fleet.wait_ready()
+        chaos = Chaos(server, proxy, urls, rng)
+        with RunningLoad(mix, urls) as load:
+            while not load.over:
+                time.sleep(rng.uniform(0.2, 1.0))
+                chaos.step()
+        chaos.stop()
+        wait_for(lambda: not any(map(gauges_of, urls)), seconds=30)
+        left = leftovers(server, patience=30) | {name: value for url in urls for name, value in gauges_of(url).items()}
+        alive = sum(program.alive for program in [*fleet.apis, *fleet.workers])
+        errors = [line for line in fleet.output.splitlines() if "[error" in line]
+        done = {"chaos": chaos.done, "retried": load.retried, "left": left, "alive": alive, "errors": errors}
+        return load.tally(), done
+
+
+def main() -> int:
+    """Run it; 1 where a judgement was lost, wrong or answered twice, or something was left over."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=int, default=12_000, help="judgements asked for")
+    parser.add_argument("--seed", type=int, default=1, help="of what happens when")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tally, more = run(args.answers, args.seed, Path(folder))
+    json.dump({**asdict(tally), **more}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+    return int(tally != Tally(sent=tally.sent, once=tally.sent) or bool(more["left"]) or more["alive"] != 5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
