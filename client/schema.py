@@ -6,7 +6,7 @@ The golden tests in tests/test_schema.py hold the exact JSON; a change here is a
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
@@ -14,6 +14,7 @@ MIN_RESPONSES = 2
 MAX_RESPONSES = 16
 MAX_MESSAGES = 256
 MAX_LABELS = 8
+MAX_FIELDS = 32
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -26,6 +27,14 @@ class Request(BaseModel):
     """A body that the service reads: unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        """Each unknown field is an error of its own, and a body has room for a million of them."""
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"{len(data)} fields, of which at most {len(cls.model_fields)} are known")
+        return data
 
 
 class Result(BaseModel):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import Field, SkipValidation, ValidationError
 
 from client.errors import STATUS, ErrorCode
 from client.schema import (
@@ -85,13 +85,17 @@ class Service:
     def __post_init__(self) -> None:
         self.limiter = RateLimiter(self.limits.rate) if self.limits.rate else None
 
-    def admit(self, caller: str, items: int, judgements: int) -> None:
-        """Refuse work that is not to be begun; raises ServiceError."""
+    def admit_items(self, items: int) -> None:
+        """The part of `admit` that is known before the items have been looked at."""
         if self.draining:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
         if items > self.limits.max_batch_items:
             message = f"{items} items are over the limit of {self.limits.max_batch_items}: send several batches"
             raise ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="items")
+
+    def admit(self, caller: str, items: int, judgements: int) -> None:
+        """Refuse work that is not to be begun; raises ServiceError."""
+        self.admit_items(items)
         if self.limiter:
             self.limiter.spend(caller, judgements)
 
@@ -202,10 +206,10 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
     return app
 
 
-def _each_alone(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+def _each_alone(kind: type[Item], value: object) -> Item | ServiceError:
     """Let an item that does not fit the schema fail alone: it becomes the error that is sent in its place."""
     try:
-        return validate(value)
+        return kind.model_validate(value)
     except ValidationError as exc:
         return http_errors.of_validation(exc.errors(include_url=False, include_context=False))
 
@@ -213,22 +217,26 @@ def _each_alone(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 class ScoreBatch(ScoreBatchRequest):
     """Many independent score requests; one that is refused does not fail its neighbours."""
 
-    items: list[Annotated[ScoreRequest, WrapValidator(_each_alone)]] = Field(min_length=1)
+    # Validated when their number has been looked at.
+    items: list[SkipValidation[ScoreRequest]] = Field(min_length=1)
 
 
 class CompareBatch(CompareBatchRequest):
     """Many independent compare requests; one that is refused does not fail its neighbours."""
 
-    items: list[Annotated[CompareRequest, WrapValidator(_each_alone)]] = Field(min_length=1)
+    items: list[SkipValidation[CompareRequest]] = Field(min_length=1)
 
 
 def _add_judging(app: FastAPI, service: Service) -> None:
     async def judge_batch(
-        items: Sequence[Item | ServiceError],
+        kind: type[Item],
+        sent: Sequence[object],
         judge: Callable[[Sequence[Item], Call], Awaitable[list[Answer | ServiceError]]],
         caller: str,
         call: Call,
     ) -> list[Answer | ServiceError]:
+        service.admit_items(len(sent))
+        items = [_each_alone(kind, item) for item in sent]
         good = [item for item in items if not isinstance(item, ServiceError)]
         service.admit(caller, len(items), sum(map(service.judging.cost, good)))
         answers = iter(await judge(good, call))
@@ -253,7 +261,7 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     @app.post("/score/batch", response_model=ScoreBatchResult, responses=_errors(*_BATCH), tags=["judging"])
     async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
         """Many score requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await judge_batch(body.items, service.judging.score, request.state.caller, call)
+        answers = await judge_batch(ScoreRequest, body.items, service.judging.score, request.state.caller, call)
         return _json(
             ScoreBatchResult(
                 results=[
@@ -268,7 +276,7 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     @app.post("/compare/batch", response_model=CompareBatchResult, responses=_errors(*_BATCH), tags=["judging"])
     async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
         """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await judge_batch(body.items, service.judging.compare, request.state.caller, call)
+        answers = await judge_batch(CompareRequest, body.items, service.judging.compare, request.state.caller, call)
         return _json(
             CompareBatchResult(
                 results=[

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tokenizers import AddedToken, Encoding, Tokenizer, pre_tokenizers
 
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
 
 _SHORT: Final = 4096
 """Characters up to which handing a text to tokenizers' thread pool costs more than it gains."""
+_REMEMBERED_CHARS: Final = 16_384
+"""A template may come with a request: longer pieces of one are not remembered, or callers could fill the memory."""
+
+T = TypeVar("T")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -68,8 +71,8 @@ class Codec:
         self._stand_ins, self._real = self._add_stand_ins(added)
         strings = sorted(map(re.escape, self._stand_ins), key=len, reverse=True)
         self._control_string = re.compile("|".join(strings) or r"(?!)")
-        self.guard = lru_cache(maxsize=256)(self._guard)
-        self.control_in = lru_cache(maxsize=256)(self._control_in)
+        self.guard = _remembering(self._guard)
+        self.control_in = _remembering(self._control_in)
 
     def _add_stand_ins(self, added: dict[int, AddedToken]) -> tuple[dict[str, str], dict[int, int]]:
         secret = secrets.token_hex(16)
@@ -136,12 +139,17 @@ class Codec:
         """A number of tokens that the texts have at least: their size over that of the longest token. 0: not known."""
         if self._limits is None:
             return 0
-        if self._limits.composes:
-            texts = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
         raw = [text.encode() for text in texts]
-        words = sum(len(text.translate(None, _NOT_ALNUM)) for text in raw)
-        size = 0 if self._limits.drops else sum(map(len, raw))
+        least = list(map(_least_composed if self._limits.composes else _size_and_words, raw))
+        size = 0 if self._limits.drops else sum(size for size, _ in least)
+        words = sum(words for _, words in least)
         return max(-(-size // self._limits.size), -(-words // self._limits.alnum))
+
+
+def _remembering(function: Callable[[str], T]) -> Callable[[str], T]:
+    """The function with a memory for short texts."""
+    remembered = lru_cache(maxsize=256)(function)
+    return lambda text: (remembered if len(text) <= _REMEMBERED_CHARS else function)(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,33 @@ class _TokenLimits:
 
 
 _ALNUM: Final = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_NOT_ALNUM: Final = bytes(set(range(256)) - set(_ALNUM))
+_COMPOSED_SHRINK: Final = 4
+"""Composition to NFC leaves at least this part of a text's bytes in UTF-8; the worst case is 7 that become 2."""
+# The first bytes of characters that NFC changes only where another kind of character follows: of 1, 2 and 3 bytes.
+_SETTLED: Final = (bytes(range(0x80)), bytes([*range(0xC2, 0xCC), 0xD0, 0xD1]), bytes([*range(0xE4, 0xEA), 0xEB, 0xEC]))
+_OTHER_FIRST: Final = bytes(set(range(0xC2, 0xF5)) - set(b"".join(_SETTLED)))
+
+
+def _count(text: bytes, wanted: bytes) -> int:
+    """How many of the text's bytes are among the wanted ones."""
+    return len(text) - len(text.translate(None, wanted))
+
+
+def _size_and_words(text: bytes) -> tuple[int, int]:
+    """A text's bytes, and its ASCII letters and digits."""
+    return len(text), _count(text, _ALNUM)
+
+
+def _least_composed(text: bytes) -> tuple[int, int]:
+    """A lower bound of both after composition to NFC.
+
+    Python's own normalize is quadratic in runs of combining marks, and holds up every other thread. So nothing is
+    composed: each character outside `_SETTLED` counts as one that swallows the character before it.
+    """
+    others = _count(text, _OTHER_FIRST)
+    settled = sum(length * _count(text, first) for length, first in enumerate(_SETTLED, start=1))
+    size = max(len(text) // _COMPOSED_SHRINK, settled - len(_SETTLED) * others)
+    return size, max(0, _count(text, _ALNUM) - others)
 
 
 def _token_limits(state: dict[str, Any]) -> _TokenLimits | None:
@@ -175,7 +209,7 @@ def _token_limits(state: dict[str, Any]) -> _TokenLimits | None:
     added = [token["content"] for token in state["added_tokens"]]
     return _TokenLimits(
         size=max(*(len(token) if over_bytes else _size(token) for token in vocab), *map(_size, added), 1),
-        alnum=max(len(token.encode().translate(None, _NOT_ALNUM)) for token in [*vocab, *added]),
+        alnum=max(_count(token.encode(), _ALNUM) for token in [*vocab, *added]),
         composes="NFC" in kinds,
         drops=not complete or any(token["lstrip"] or token["rstrip"] for token in state["added_tokens"]),
     )

@@ -22,7 +22,7 @@ from service.scoring import TOP_GRADE
 
 _DECORATION: Final = str.maketrans("", "", "*_`[](){}$")
 _STATEMENT: Final = re.compile(
-    r"(?:(?<!\w)Score|^\W*(?:(?i:final|total|overall)\s+)?(?i:score))\s*:(?P<rest>.*)$", re.MULTILINE
+    r"(?:(?<!\w)Score|^[^\w\n]*(?:(?i:final|total|overall)\s+)?(?i:score))\s*:(?P<rest>.*)$", re.MULTILINE
 )
 _GRADE: Final = re.compile(rf"\s*([0-{TOP_GRADE}])(?!\w|[.,]\d)(?:\s*(?:/|out of)\s*{TOP_GRADE}(?!\w|[.,]\d))?")
 

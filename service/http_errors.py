@@ -20,6 +20,7 @@ from service.metrics import Metrics
 MAX_REPORTED = 3
 
 _FIELD = re.compile(r"[a-z][a-z_]{0,31}")
+_STEP = re.compile(r"[.\[]")
 # Names that pydantic puts into an error's location for the branch of a union that was tried.
 _UNION_BRANCHES = frozenset({"str"})
 
@@ -61,14 +62,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> Service
         return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON")
     found = list(dict.fromkeys((_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
     # What fits no branch of a union is reported for every branch: the one that came furthest was meant.
-    problems = [problem for problem in found if not any(_is_inside(other, problem[0]) for other, _ in found)]
+    outer = {path[: end.start()] for path, _ in found for end in _STEP.finditer(path)} - {""}
+    problems = [problem for problem in found if problem[0] not in outer]
     told = "; ".join(f"{path}: {message}" if path else message for path, message in problems[:MAX_REPORTED])
     more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
     return ServiceError(ErrorCode.INVALID_REQUEST, told + more, param=problems[0][0] or None)
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return bool(outer) and path.startswith((f"{outer}.", f"{outer}["))
 
 
 def _path(location: Sequence[str | int]) -> str:

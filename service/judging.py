@@ -34,8 +34,9 @@ from service.tracing import OFF, Tracing
 
 # Requests rendered and tokenised in one go by one thread.
 CHUNK = 64
-# Characters of a request up to which handing it to a thread costs more than it gains.
+# Characters and prompts of a request up to which handing it to a thread costs more than it gains.
 INLINE_CHARS = 2000
+INLINE_PROMPTS = 8
 
 AnyRequest = ScoreRequest | CompareRequest
 
@@ -142,7 +143,7 @@ class Judging:
         ]
 
     async def _plan_all(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
-        if len(requests) == 1 and _characters(requests[0], self._mode(requests[0])) <= INLINE_CHARS:
+        if len(requests) == 1 and _is_short(requests[0], self._mode(requests[0])):
             return self._plan_some(requests)
         loop = asyncio.get_running_loop()
         chunks = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
@@ -333,11 +334,14 @@ def _responses(request: AnyRequest) -> list[str]:
     return [request.response] if isinstance(request, ScoreRequest) else request.responses
 
 
-def _characters(request: AnyRequest, mode: CompareMode) -> int:
-    """How much text its prompts show, templates not counted."""
-    prompt = request.prompt if isinstance(request.prompt, str) else "".join(each.content for each in request.prompt)
-    responses = _responses(request)
-    return sum(len(prompt) + sum(len(responses[i]) for i in shown) for shown in _shown(request, mode))
+def _is_short(request: AnyRequest, mode: CompareMode) -> bool:
+    """Whether it asks for few prompts with little text of the caller's; the service's own templates do not count."""
+    shown, responses = _shown(request, mode), _responses(request)
+    own = request.template
+    parts = [own.layout, own.instruction, *own.labels.yes, *own.labels.no] if isinstance(own, InlineTemplate) else []
+    parts += [request.prompt] if isinstance(request.prompt, str) else [each.content for each in request.prompt]
+    repeated = sum(map(len, parts)) * len(shown)
+    return len(shown) <= INLINE_PROMPTS and repeated + sum(len(responses[i]) for s in shown for i in s) <= INLINE_CHARS
 
 
 def _gathered(plan: Plan, outcomes: Sequence[Judged | ServiceError]) -> Answer | ServiceError:

@@ -15,6 +15,8 @@ from service.templates import Side
 
 _CONTEXT_CHARS: Final = 48
 _CONTEXT_TOKENS: Final = 4
+_LONGEST: Final = 256
+"""Characters of a label at most: no vocabulary has a token of more, and what has been asked for is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class LabelFinder:
         The prompt's last characters tell them, and that is cheap and cached; the whole prompt is asked where its last
         tokens are not those of its last characters taken alone.
         """
+        for side in sides:
+            if max(map(len, side.labels)) > _LONGEST:
+                raise _bad_label(f"a {side.name} label is over {_LONGEST} characters long, and must be one token")
         try:
             found = self._after(text[-_CONTEXT_CHARS:], guarded, sides)
             if tuple(ids[-len(found.after) :]) == found.after:

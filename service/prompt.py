@@ -186,8 +186,18 @@ class PromptBuilder:
             return self._conversation_plan(prompt, wanted.answers)
         if len(wanted.answers) != len(REQUIRED_SLOTS[template.mode]) - 1:
             raise ValueError(f"{len(wanted.answers)} answers for a {template.mode} template")
-        plan = self._plan(template) if template.name == INLINE else self._named_plan(template)
+        plan = self._inline_plan(template) if template.name == INLINE else self._named_plan(template)
         return plan, [prompt if isinstance(prompt, str) else flatten(prompt), *wanted.answers]
+
+    def _inline_plan(self, template: Template) -> _Plan:
+        own = [*split_layout(template.layout, template.mode)[::2], template.instruction]
+        if sum(map(len, own)) > _HUGE * self.max_tokens and self._codec.fewest_tokens(own) > self.max_tokens:
+            raise ServiceError(
+                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+                f"the template alone is longer than the {self.max_tokens} tokens that this model reads: shorten it",
+                param="template",
+            )
+        return self._plan(template)
 
     def _conversation_plan(self, prompt: str | Sequence[Message], answers: Sequence[str]) -> tuple[_Plan, list[str]]:
         if self._conversation is None or len(answers) != 1:
@@ -378,11 +388,11 @@ def _boundaries(plan: _Plan, reading: _Reading) -> tuple[int, ...]:
 
 def _first_token(encoding: Encoding, place: int, end: int) -> int:
     """The index of the first token that reaches behind a place in the text; some characters belong to no token."""
-    for char in range(place, end):
-        index = encoding.char_to_token(char)
-        if index is not None:
-            return index
-    return len(encoding.ids)
+    index = encoding.char_to_token(place) if place < end else len(encoding.ids)
+    if index is not None:
+        return index
+    behind = ((max(start, place), index) for index, (start, stop) in enumerate(encoding.offsets) if stop > place)
+    return min(behind, default=(end, len(encoding.ids)))[1]
 
 
 def _token_range(reading: _Reading, index: int) -> Span:
