@@ -19,12 +19,14 @@ from tenacity import RetryCallState
 
 from client._calls import Answer, Call, error_of
 from client.errors import RETRYABLE_STATUS, JudgeAPIError, JudgeConnectionError, JudgeTimeoutError
+from client.proxies import Proxy
 from client.schema import ErrorBody, ErrorResult
 
 T = TypeVar("T")
 
 UNKNOWN_CODE = "unknown"
 MAX_BACKOFF = 8.0
+_SHOWN_ID = 128
 
 _log = logging.getLogger("client")
 
@@ -35,7 +37,9 @@ class Exchange(Generic[T]):
     `timeout` (seconds) is counted from here on. `backoff` is the upper bound of the first wait, in seconds.
     """
 
-    def __init__(self, call: Call[T], *, timeout: float, max_retries: int, backoff: float) -> None:
+    def __init__(
+        self, call: Call[T], *, timeout: float, max_retries: int, backoff: float, proxy: Proxy | None = None
+    ) -> None:
         self.call = call
         self.request_id = uuid.uuid4().hex
         self._content = call.content()
@@ -43,6 +47,7 @@ class Exchange(Generic[T]):
         self._deadline = time.monotonic() + timeout
         self._max_retries = 0 if call.probe else max_retries
         self._backoff = backoff
+        self._proxy = proxy
 
     def remaining(self) -> float:
         """Seconds until the deadline; raises JudgeTimeoutError when it has passed."""
@@ -61,6 +66,26 @@ class Exchange(Generic[T]):
             self.call.method, self.call.path, content=self._content, headers=headers, timeout=seconds
         )
 
+    def check_whose(self, response: httpx.Response) -> None:
+        """Refuse another request's answer before its body is read, so that its connection is dropped and not kept.
+
+        Two processes that write to one connection get each other's answers. An answer without an id passes: servers
+        and proxies that do not know the header leave it out. So does an error that is not in the service's form.
+        """
+        if response.is_success and self._is_anothers(response):
+            raise self._mixed_up(response)
+
+    def _is_anothers(self, response: httpx.Response) -> bool:
+        ids = response.headers.get_list("X-Request-Id", split_commas=True)
+        return bool(ids) and self.request_id not in ids
+
+    def _mixed_up(self, response: httpx.Response) -> JudgeConnectionError:
+        return JudgeConnectionError(
+            f"the answer to {self._name} is another request's: its X-Request-Id is "
+            f"{response.headers['X-Request-Id'][:_SHOWN_ID]!r}, and {self.request_id} was sent. Do other processes use "
+            "this connection, or does a gateway set the header itself? Then have it pass the caller's on"
+        )
+
     def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         """Pass the chunks on until the deadline: httpx times each read by itself, and drops of data reset its clock."""
         for chunk in chunks:
@@ -76,20 +101,19 @@ class Exchange(Generic[T]):
             raise JudgeTimeoutError(self._timeout_message()) from exc
         except httpx.HTTPError as exc:
             base = http.base_url.copy_with(userinfo=b"")
-            reason = str(exc) or type(exc).__name__
-            if _has_cause(exc, ConnectionRefusedError):
-                reason = "connection refused: is the service running?"
-            raise JudgeConnectionError(f"no answer from {base} to {self._name}: {reason}") from exc
+            raise JudgeConnectionError(f"no answer from {base} to {self._name}: {self._reason(exc)}") from exc
 
     def read(self, response: httpx.Response, body: bytes) -> T:
         """The method's value; raises JudgeAPIError for an answer that is an error, JudgeError for an unreadable one."""
-        request_id = response.headers.get("X-Request-Id", self.request_id)
         if response.is_success:
-            return self.call.read(Answer(body, request_id))
+            return self.call.read(Answer(body, self.request_id))
+        error = _error_body(response, body, self._proxy)
+        if error.code != UNKNOWN_CODE and self._is_anothers(response):
+            raise self._mixed_up(response)
         raise error_of(
-            _error_body(response, body),
+            error,
             status=response.status_code,
-            request_id=request_id,
+            request_id=response.headers.get("X-Request-Id", self.request_id),
             retry_after=parse_retry_after(response.headers.get("Retry-After")),
         )
 
@@ -121,7 +145,16 @@ class Exchange(Generic[T]):
         return f"{self.call.method} {self.call.path}"
 
     def _timeout_message(self) -> str:
-        return f"no answer to {self._name} within {self._timeout:g} s [request {self.request_id}]"
+        way = f" through {self._proxy}" if self._proxy else ""
+        return f"no answer to {self._name}{way} within {self._timeout:g} s [request {self.request_id}]"
+
+    def _reason(self, exc: httpx.HTTPError) -> str:
+        reason = str(exc) or type(exc).__name__
+        refused = _has_cause(exc, ConnectionRefusedError)
+        if self._proxy:
+            reason = "connection refused" if refused else reason
+            return f"{reason}; asked through {self._proxy}: {self._proxy.advice}"
+        return "connection refused: is the service running?" if refused else reason
 
 
 def is_retryable(exc: BaseException | None) -> bool:
@@ -175,14 +208,15 @@ def _has_cause(exc: BaseException, kind: type[BaseException]) -> bool:
     return any(_has_cause(one, kind) for one in inner if one is not None)
 
 
-def _error_body(response: httpx.Response, body: bytes) -> ErrorBody:
+def _error_body(response: httpx.Response, body: bytes, proxy: Proxy | None) -> ErrorBody:
     """The service's own words, or a short stand-in for whatever a proxy or another server said instead."""
     try:
         return ErrorResult.model_validate_json(body).error
     except pydantic.ValidationError:
         pass
     kind = response.headers.get("Content-Type", "no content type")
-    message = f"{response.reason_phrase or 'an error'}, not in this service's form ({kind}): from a proxy in between?"
+    source = f"{proxy}? Then {proxy.advice}" if proxy else "a proxy in between?"
+    message = f"{response.reason_phrase or 'an error'}, not in this service's form ({kind}): from {source}"
     if response.has_redirect_location:
         message = f"redirected to {response.headers['Location']}: redirects are not followed, give the final base_url"
     return ErrorBody(message=message, type="unknown", code=UNKNOWN_CODE)

@@ -11,17 +11,17 @@ import math
 import os
 import re
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import aclosing, closing
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import httpx
 from tenacity import AsyncRetrying, Retrying
 
 from client import _calls
 from client._calls import Call, CompareOptions, Prompt, ScoreOptions
+from client._connections import LoopConnections, Origin, ProcessConnections, check_open
 from client._exchange import Exchange
 from client._threads import InThread, run_in_thread
 from client.bulk import DEFAULT_OPTIONS, BulkOptions, Q, in_order, stream_compares, stream_scores
@@ -39,30 +39,58 @@ from client.schema import (
 
 T = TypeVar("T")
 
-MAX_CONNECTIONS = 256
-# Shorter than the 5 s after which uvicorn closes an idle connection, so that a call seldom meets one just closed.
-_KEEPALIVE_S = 4.0
+W = TypeVar("W", httpx.BaseTransport, httpx.AsyncBaseTransport)
 
 
-class _Client:
-    """What both clients are told, checked once."""
+class _Client(Generic[W]):
+    """What both clients are told, checked once. They pickle and copy as that: connections never leave their process."""
 
     backoff: float = 0.25
 
-    def __init__(self, *, timeout: float, max_retries: int) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 4,
+        transport: W | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
         if max_retries < 0:
             raise ValueError(f"max_retries must be 0 or more, not {max_retries}")
+        self._base_url, self._api_key, self._headers = base_url, found_key(api_key), headers
         self._timeout = timeout
         self._max_retries = max_retries
+        self._transport: W | None = transport
+        self._connect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in {"_connections", "_proxy"}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
+
+    def _connect(self) -> None:
+        """Check the address, and prepare connections, of which none is opened yet."""
+        origin = Origin.of(self._base_url, self._api_key, self._headers, direct=self._transport is not None)
+        self._proxy = origin.proxy
+        self._prepare(origin)
+
+    def _prepare(self, origin: Origin) -> None:
+        raise NotImplementedError
 
     def _exchange(self, call: Call[T]) -> Exchange[T]:
-        return Exchange(call, timeout=self._timeout, max_retries=self._max_retries, backoff=self.backoff)
+        return Exchange(
+            call, timeout=self._timeout, max_retries=self._max_retries, backoff=self.backoff, proxy=self._proxy
+        )
 
 
-class Judge(_Client):
-    """A connection to a judge-as-api service. Threads may share one.
+class Judge(_Client[httpx.BaseTransport]):
+    """A connection to a judge-as-api service. Threads may share one, and so may processes after a fork.
 
         with Judge("http://localhost:8000") as judge:
             result = judge.score("What is 2+2?", "4", category="math")
@@ -70,7 +98,8 @@ class Judge(_Client):
             best = judge.compare("Name a prime.", ["7", "8"], mode="pairwise").best
             many = judge.score_many(ScoreRequest(prompt="Name a prime.", response=str(n)) for n in range(10_000))
 
-    `score_batch` is one request; `score_many` is as many as it takes, at the rate that the service bears.
+    `score_batch` is one request; `score_many` is as many as it takes, at the rate that the service bears. A client
+    pickles and copies as its settings, the key among them.
 
     Args:
         base_url: Where the service is, with http:// or https://; a path before the routes is kept.
@@ -91,20 +120,8 @@ class Judge(_Client):
     Raises ValueError for arguments that cannot work.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        timeout: float = 60.0,
-        max_retries: int = 4,
-        transport: httpx.BaseTransport | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(timeout=timeout, max_retries=max_retries)
-        self._base_url, self._api_key, self._headers = base_url, found_key(api_key), headers
-        self._transport = transport
-        self._http = httpx.Client(transport=transport, **_http_options(base_url, self._api_key, headers))
+    def _prepare(self, origin: Origin) -> None:
+        self._connections = ProcessConnections(partial(origin.client, self._transport))
 
     def score(self, prompt: Prompt, response: str, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """How good an answer `response` is to `prompt`: a text, or messages of which the user's is the last.
@@ -180,7 +197,7 @@ class Judge(_Client):
 
     def close(self) -> None:
         """Close the connections; the client cannot be used afterwards."""
-        self._http.close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +214,7 @@ class Judge(_Client):
         options: BulkOptions,
         progress: Callable[[int], None] | None,
     ) -> list[T]:
-        if self._http.is_closed:
-            raise RuntimeError("this Judge is closed")
+        check_open(self._connections.closed)
 
         async def work() -> list[T]:
             async with self._twin() as judge:
@@ -218,38 +234,31 @@ class Judge(_Client):
         return judge
 
     def _run(self, call: Call[T]) -> T:
+        http = self._connections.http()
         exchange = self._exchange(call)
-        result: T = Retrying(**exchange.retry_policy())(self._attempt, exchange)
+        result: T = Retrying(**exchange.retry_policy())(self._attempt, http, exchange)
         return result
 
-    def _attempt(self, exchange: Exchange[T]) -> T:
-        request = exchange.request(self._http)
-        with exchange.errors_translated(self._http), closing(self._http.send(request, stream=True)) as response:
+    def _attempt(self, http: httpx.Client, exchange: Exchange[T]) -> T:
+        request = exchange.request(http)
+        with exchange.errors_translated(http), closing(http.send(request, stream=True)) as response:
+            exchange.check_whose(response)
             body = b"".join(exchange.in_time(response.iter_bytes()))
         return exchange.read(response, body)
 
 
-class AsyncJudge(_Client):
+class AsyncJudge(_Client[httpx.AsyncBaseTransport]):
     """`Judge` for asyncio, with up to 256 connections at a time: the same arguments, methods, results and errors.
 
         async with AsyncJudge("http://localhost:8000") as judge:
             results = await asyncio.gather(*(judge.score("What is 2+2?", answer) for answer in ("4", "5")))
 
-    One client belongs to one event loop. Calls beyond the connections wait for a free one, on their own timeout.
+    Calls beyond the connections wait for a free one, on their own timeout. Each event loop that uses the client has
+    connections of its own; they are closed by `aclose`, or when asyncio.run ends the loop.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        timeout: float = 60.0,
-        max_retries: int = 4,
-        transport: httpx.AsyncBaseTransport | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(timeout=timeout, max_retries=max_retries)
-        self._http = httpx.AsyncClient(transport=transport, **_http_options(base_url, found_key(api_key), headers))
+    def _prepare(self, origin: Origin) -> None:
+        self._connections = LoopConnections(partial(origin.async_client, self._transport))
 
     async def score(self, prompt: Prompt, response: str, **options: Unpack[ScoreOptions]) -> ScoreResult:
         """See `Judge.score`."""
@@ -307,7 +316,7 @@ class AsyncJudge(_Client):
 
     async def aclose(self) -> None:
         """Close the connections; the client cannot be used afterwards."""
-        await self._http.aclose()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -318,45 +327,33 @@ class AsyncJudge(_Client):
         await self.aclose()
 
     async def _run(self, call: Call[T]) -> T:
+        http = await self._connections.http()
         exchange = self._exchange(call)
-        result: T = await AsyncRetrying(**exchange.retry_policy(), sleep=asyncio.sleep)(self._attempt, exchange)
+        result: T = await AsyncRetrying(**exchange.retry_policy(), sleep=asyncio.sleep)(self._attempt, http, exchange)
         return result
 
     async def _once(self, call: Call[T], *, at_least: float) -> T:
         """Ask without retries, for the client's timeout or `at_least` seconds, whichever is longer."""
         timeout = max(self._timeout, at_least)
-        return await self._attempt(Exchange(call, timeout=timeout, max_retries=0, backoff=self.backoff))
+        http = await self._connections.http()
+        once = Exchange(call, timeout=timeout, max_retries=0, backoff=self.backoff, proxy=self._proxy)
+        return await self._attempt(http, once)
 
-    async def _attempt(self, exchange: Exchange[T]) -> T:
-        request = exchange.request(self._http)
-        with exchange.errors_translated(self._http):
-            async with asyncio.timeout(exchange.remaining()):
-                response = await self._http.send(request)
-        return exchange.read(response, response.content)
+    async def _attempt(self, http: httpx.AsyncClient, exchange: Exchange[T]) -> T:
+        request = exchange.request(http)
+        with exchange.errors_translated(http):
+            async with (
+                asyncio.timeout(exchange.remaining()),
+                aclosing(await http.send(request, stream=True)) as response,
+            ):
+                exchange.check_whose(response)
+                body = await response.aread()
+        return exchange.read(response, body)
 
 
 def found_key(api_key: str | None) -> str:
     """The key to send, "" for none; None looks into the environment. Raises ValueError for what is no single key."""
     return _checked_key(os.environ.get("JUDGE_API_KEY") if api_key is None else api_key)
-
-
-def _http_options(base_url: str, key: str, headers: Mapping[str, str] | None) -> dict[str, Any]:
-    """What httpx.Client and httpx.AsyncClient are built with."""
-    if not re.match(r"https?://[^/?#\s]", base_url):
-        raise ValueError("base_url must start with http:// or https:// and name a host, e.g. http://localhost:8000")
-    return {
-        "base_url": base_url,
-        "headers": {"User-Agent": f"judge-as-api/{_version()}", **_authorization(key), **(headers or {})},
-        "limits": httpx.Limits(
-            max_connections=MAX_CONNECTIONS,
-            max_keepalive_connections=MAX_CONNECTIONS,
-            keepalive_expiry=_KEEPALIVE_S,
-        ),
-    }
-
-
-def _authorization(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _checked_key(key: str | None) -> str:
@@ -366,11 +363,3 @@ def _checked_key(key: str | None) -> str:
     if not re.fullmatch(r"[\x21-\x7e]*", key):
         raise ValueError("api_key (or JUDGE_API_KEY) must be printable ASCII without spaces")
     return key
-
-
-@cache
-def _version() -> str:
-    try:
-        return version("judge-as-api")
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,0 +1,138 @@
+"""Which proxy stands before an address, by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; never one before loopback.
+
+Read here and not by httpx, which refuses a NO_PROXY that lists `[::1]` and sends loopback to a proxy. The names may be
+in lower case, which wins; on macOS and Windows the system's settings hold where no variable is set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Final
+from urllib.request import getproxies
+
+import httpx
+
+_LOOPBACK: Final = ("localhost", "127.0.0.0/8", "127.0.0.1", "::1")
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+class ProxySettingError(ValueError):
+    """A proxy variable that cannot be used; the message names the variable and never holds its value's password."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A proxy, and the name of the variable that asks for it."""
+
+    variable: str
+    address: httpx.Proxy
+
+    def __str__(self) -> str:
+        """For messages: without user and password."""
+        return f"the proxy {self.address.url} of {self.variable}"
+
+    @property
+    def advice(self) -> str:
+        """What to do where the proxy is the trouble."""
+        return f"check {self.variable}, or list the host in NO_PROXY"
+
+
+def proxy_of(url: str) -> Proxy | None:
+    """The proxy by which `url` (http or https) is reached; None for loopback and what NO_PROXY lists.
+
+    Raises ProxySettingError for a variable that holds no proxy's address, or one of a kind that needs another package.
+    """
+    target = httpx.URL(url)
+    settings = getproxies()
+    listed = settings.get("no", "")
+    if is_loopback(target.host) or _is_listed(target.host, target.port or _PORTS.get(target.scheme), listed):
+        return None
+    scheme = next((name for name in (target.scheme, "all") if settings.get(name)), None)
+    return None if scheme is None else _checked(_variable(scheme), settings[scheme])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the name or address is this machine's own: localhost, 127/8, ::1, and 0.0.0.0, which connects there."""
+    name = host.strip("[]").rstrip(".").lower()
+    address = _address(name)
+    if address is None:
+        return name == "localhost" or name.endswith(".localhost")
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback or address.is_unspecified
+
+
+def exempt_loopback() -> None:
+    """Rewrite NO_PROXY, where proxies are set, so that other libraries of this process leave loopback alone as well.
+
+    `[::1]`, which some of them take for a broken port, loses its brackets.
+    """
+    settings = getproxies()
+    listed = [re.sub(r"^\[(.*)\](:\d+)?$", r"\1", entry) for entry in _entries(settings.get("no", ""))]
+    if settings and "*" not in listed:
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(dict.fromkeys([*listed, *_LOOPBACK]))
+
+
+def _variable(scheme: str) -> str:
+    names = (f"{scheme}_proxy", f"{scheme.upper()}_PROXY")
+    return next((name for name in names if os.environ.get(name)), "the system's settings")
+
+
+def _checked(variable: str, value: str) -> Proxy:
+    try:
+        address = httpx.Proxy(value if "://" in value else f"http://{value}")
+    except (ValueError, httpx.InvalidURL) as error:
+        raise ProxySettingError(
+            f"{variable} holds no proxy's address: give http://HOST:PORT, unset it, or list the host in NO_PROXY"
+        ) from error
+    if not address.url.host:
+        raise ProxySettingError(f"{variable} names no host: give http://HOST:PORT, or unset it")
+    if address.url.scheme.startswith("socks") and find_spec("socksio") is None:
+        raise ProxySettingError(
+            f"{variable} asks for a SOCKS proxy, which needs another package: pip install socksio, give an HTTP proxy, "
+            "or list the host in NO_PROXY"
+        )
+    return Proxy(variable, address)
+
+
+def _entries(listed: str) -> Iterator[str]:
+    return (entry for entry in re.split(r"[\s,]+", listed.lower()) if entry)
+
+
+def _is_listed(host: str, port: int | None, listed: str) -> bool:
+    return any(_covers(entry, host.lower(), port) for entry in _entries(listed))
+
+
+def _covers(entry: str, host: str, port: int | None) -> bool:
+    """Whether an entry of NO_PROXY means this host: a name and what is below it, an address or a network, or `*`."""
+    entry = entry.rpartition("://")[2]
+    with_port = re.fullmatch(r"(\[.*\]|[^:]*):(\d+)", entry)
+    if with_port:
+        if int(with_port[2]) != port:
+            return False
+        entry = with_port[1]
+    entry = entry.strip("[]")
+    address = _address(host)
+    if address is not None and entry != "*":
+        return _is_in(address, entry)
+    name = entry.removeprefix("*").removeprefix(".")
+    return entry == "*" or (bool(name) and f".{host}".endswith(f".{name}"))
+
+
+def _is_in(address: IPv4Address | IPv6Address, network: str) -> bool:
+    try:
+        return address in ip_network(network, strict=False)
+    except ValueError:
+        return False
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
