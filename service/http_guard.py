@@ -1,69 +1,165 @@
-"""Bounds on the head of a request, which uvicorn has none for: how large it may be, and how long it may take."""
+"""Bounds on a connection, which uvicorn has none for: a head's size and time, pipelined requests, unread answers."""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
+from contextlib import suppress
 from typing import Final
 
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 2**16
 
+_BLANK_LINE: Final = b"\r\n\r\n"
+_BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
+
 
 class GuardedHttp(HttpToolsProtocol):
-    """uvicorn's protocol; a head over MAX_HEAD_BYTES, or incomplete after `head_timeout` seconds, ends it."""
+    """uvicorn's protocol, given one request at a time: what follows waits, unparsed, until that one is answered.
 
-    head_timeout = 30.0
+    So a bad request takes no answer before it away, and pipelined ones are read as fast as they are answered. A head
+    over MAX_HEAD_BYTES, or incomplete after `patience` seconds, ends the connection, and so does a caller who takes
+    nothing of what is sent for that time, and at most twice that.
+    """
+
+    patience = 30.0
+    # What has been received; the bytes before `_at` have been parsed.
+    _data = b""
+    _at = 0
+    # Bytes parsed since a head began, or since the last byte of a body: chunks have heads too, and a trailer.
     _head_size = 0
-    _in_head = False
-    _timer: asyncio.TimerHandle | None = None
+    _in_body = False
+    # Of a body whose length was declared: how many bytes are still to come.
+    _body_left = 0
+    _request_complete = False
+    _unsent = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A caller who says nothing at all is given up too."""
         super().connection_made(transport)
-        self._watch()
+        self._await_head()
+        self._send_timer = self.loop.call_later(self.patience, self._check_progress)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is left to be waited for."""
-        self._unwatch()
+        self._stop_awaiting_head()
+        if self._send_timer is not None:
+            self._send_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what belongs to a head that is not complete."""
-        super().data_received(data)
-        self._head_size = self._head_size + len(data) if self._in_head else 0
-        if self._head_size > MAX_HEAD_BYTES and not self.transport.is_closing():
+        """Parse what belongs to the request in hand."""
+        # With the last bytes that were parsed: a blank line may be split over two reads.
+        kept = min(self._at, len(_BLANK_LINE) - 1)
+        self._data, self._at = self._data[self._at - kept :] + data, kept
+        self._parse()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request."""
+        super().on_response_complete()
+        self._parse()
+
+    def _parse(self) -> None:
+        while self._at < len(self._data) and not self.transport.is_closing() and not self._is_answering():
+            start, self._at = self._at, self._end_of_part()
+            self._head_size += self._at - start
+            if self._in_body:
+                self._body_left -= min(self._body_left, self._at - start)
+            elif self._refuse_large_head():
+                return
+            else:
+                self._await_head()
+            super().data_received(self._data[start : self._at])
+            if self._refuse_large_head():
+                return
+        if len(self._data) - self._at > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+
+    def _is_answering(self) -> bool:
+        return self._request_complete and self.cycle is not None and not self.cycle.response_complete
+
+    def _end_of_part(self) -> int:
+        """Where a body of declared length ends, else the next blank line: only that ends a head, or a chunked body."""
+        if self._body_left:
+            return min(len(self._data), self._at + self._body_left)
+        found = self._data.find(_BLANK_LINE, max(0, self._at - len(_BLANK_LINE) + 1))
+        return len(self._data) if found < 0 else found + len(_BLANK_LINE)
+
+    def _refuse_large_head(self) -> bool:
+        too_large = self._head_size > MAX_HEAD_BYTES and not self.transport.is_closing()
+        if too_large:
             self.send_400_response("The request's head is too large.")
+        return too_large
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._in_head = True
-        self._watch()
+        self._request_complete = False
 
     def on_headers_complete(self) -> None:
         """From here on the time is the body's."""
-        self._in_head = False
-        self._unwatch()
+        self._stop_awaiting_head()
+        sizes = {name: value for name, value in self.headers if name in _BODY_HEADERS}
+        if sizes and self.parser.should_upgrade():
+            raise ValueError("the parser would take the body for the next request")
+        self._in_body, self._head_size = True, 0
+        self._body_left = int(sizes.get(b"content-length", 0))
         super().on_headers_complete()
 
-    def _watch(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(self.head_timeout, self._too_late)
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing to warn of: the answer is HTTP/1.1, whatever else was asked for."""
 
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def on_body(self, body: bytes) -> None:
+        """Bytes that the bound of a body is for."""
+        self._head_size = 0
+        super().on_body(body)
 
-    def _too_late(self) -> None:
-        self._timer = None
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._watch()  # the one before is still being answered
-        elif not self.transport.is_closing():
+    def on_message_complete(self) -> None:
+        """What follows is another request."""
+        self._in_body, self._head_size, self._body_left = False, 0, 0
+        self._request_complete = True
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.patience, self._give_up_head)
+
+    def _stop_awaiting_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up_head(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
             self.transport.close()
 
+    def _check_progress(self) -> None:
+        unsent = self._count_unsent()
+        if unsent and unsent == self._unsent:
+            # Not close(), which would wait for the caller to take what is left.
+            self.transport.abort()
+            return
+        self._unsent = unsent
+        self._send_timer = self.loop.call_later(self.patience, self._check_progress)
 
-def guarded(timeout: float) -> type[GuardedHttp]:
-    """The protocol with this time for a head, in seconds."""
-    return type("Guarded", (GuardedHttp,), {"head_timeout": timeout})
+    def _count_unsent(self) -> int:
+        """Bytes that the other side has not taken, those in the kernel too: a slow reader empties that by megabytes."""
+        waiting = self.transport.get_write_buffer_size()
+        connection = self.transport.get_extra_info("socket")
+        if waiting and connection is not None:
+            with suppress(OSError):
+                (queued,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4))
+                waiting += queued
+        return waiting
+
+
+def guarded(patience: float) -> type[GuardedHttp]:
+    """The protocol with this patience, in seconds, for a head that does not come and an answer that is not read."""
+    return type("Guarded", (GuardedHttp,), {"patience": patience})

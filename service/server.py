@@ -159,6 +159,7 @@ class Server(uvicorn.Server):
             settings.host,
             settings.port,
             http=guarded(settings.body_timeout),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

@@ -233,7 +233,11 @@ class Settings(EngineSettings):
     max_queue_tokens: int = Field(8_000_000, ge=1, description="their tokens at most; more are refused with 503")
     max_batch_items: int = Field(1024, ge=1, description="items in one /score/batch or /compare/batch request at most")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="size of a request body at most; more gets 413")
-    body_timeout: float = Field(30.0, gt=0, description="seconds that a caller may take to send a head, and a body")
+    body_timeout: float = Field(
+        30.0,
+        gt=0,
+        description="seconds that a caller may take to send a head, and a body, and may take nothing of an answer",
+    )
     request_timeout: float = Field(
         300.0, gt=0, description="seconds until a judgement is given up with 504; callers may ask for less"
     )
