@@ -245,7 +245,7 @@ def through_worker(args: argparse.Namespace) -> Iterator[Run]:
 
 
 async def _through_queue(queue: MemoryJobs, work: Sequence[EngineItem]) -> None:
-    now = time.time()
+    now = time.monotonic()
     jobs = [Job(f"{now}-{number}", item, now + 3600, now, Lane.BULK) for number, item in enumerate(work)]
     replies = await asyncio.gather(*await queue.submit(jobs))
     _check([reply.outcome for reply in replies])

@@ -114,7 +114,7 @@ class Exchange(Generic[T]):
             error,
             status=response.status_code,
             request_id=response.headers.get("X-Request-Id", self.request_id),
-            retry_after=parse_retry_after(response.headers.get("Retry-After")),
+            retry_after=parse_retry_after(response.headers.get("Retry-After"), response.headers.get("Date")),
         )
 
     def retry_policy(self) -> dict[str, Any]:
@@ -175,25 +175,27 @@ def wait_after(exc: BaseException | None, attempt: int, backoff: float) -> float
     return min(MAX_BACKOFF, backoff * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
 
 
-def parse_retry_after(value: str | None) -> float | None:
-    """The header's seconds, counted from now where it is an HTTP date (RFC 9110, 10.2.3); None where it is neither."""
+def parse_retry_after(value: str | None, date: str | None = None) -> float | None:
+    """The header's seconds; None where it is neither a number nor an HTTP date (RFC 9110, 10.2.3).
+
+    A date is counted from the answer's own `Date`, because the server's clock and this machine's may differ.
+    """
     if value is None:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        return _seconds_until(value)
+        until, now = _moment(value), _moment(date or "") or datetime.now(UTC)
+        return None if until is None else max(0.0, (until - now).total_seconds())
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _seconds_until(date: str) -> float | None:
+def _moment(date: str) -> datetime | None:
     try:
         moment = parsedate_to_datetime(date)
     except (ValueError, OverflowError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _failure(state: RetryCallState) -> BaseException | None:

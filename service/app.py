@@ -114,7 +114,7 @@ async def _call(
     trace = traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
     # Somebody waits for a single answer; a batch is work that may take its time.
     lane = Lane.BULK if request.url.path.endswith("/batch") else Lane.INTERACTIVE
-    return Call(time.time() + seconds, lane, trace)
+    return Call(time.monotonic() + seconds, lane, trace)
 
 
 def _seconds(header: str) -> float:

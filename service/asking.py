@@ -28,7 +28,7 @@ GRACE_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What comes with a request besides its body. `deadline` is in seconds of `time.time()`."""
+    """What comes with a request besides its body. `deadline` is in seconds of `time.monotonic()`."""
 
     deadline: float
     lane: Lane = Lane.INTERACTIVE
@@ -204,7 +204,7 @@ class Asker:
     async def _submit(self, jobs: Sequence[Job], call: Call) -> list[Reply | None]:
         futures = await self._queue.submit(jobs)
         try:
-            await _all_done(futures, max(0.0, call.deadline - time.time()) + GRACE_SECONDS)
+            await _all_done(futures, max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS)
             return [future.result() if _has_reply(future) else None for future in futures]
         finally:
             # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
@@ -212,7 +212,7 @@ class Asker:
 
     def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
-        return Job(name, item, call.deadline, time.time(), call.lane, traceparent=traceparent or call.traceparent)
+        return Job(name, item, call.deadline, time.monotonic(), call.lane, traceparent=traceparent or call.traceparent)
 
 
 async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) -> None:

@@ -3,8 +3,8 @@
     submit ──> [ queue, bounded in jobs and tokens ] ──take──> worker ──reply──> the future that submit returned
 
 Every submitted job gets exactly one `Reply`: a result, or an error. A job whose caller is gone is dropped unscored.
-Times are seconds of the wall clock (`time.time()`), because they travel between machines. `memory_jobs` implements the
-contract; one conformance suite (tests/test_jobs.py) is there for every implementation.
+Times are seconds of this process's `time.monotonic()`, which nobody sets; between machines they travel as Redis' time.
+`memory_jobs` implements the contract; one conformance suite (tests/test_jobs.py) is there for every implementation.
 """
 
 from __future__ import annotations

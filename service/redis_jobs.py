@@ -22,6 +22,7 @@ from service import redis_scripts as scripts
 from service.background import report
 from service.errors import ServiceError
 from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+from service.redis_clock import RedisClock
 
 log = structlog.get_logger(__name__)
 
@@ -64,6 +65,8 @@ class RedisJobs:
         self._redis = Redis(connection_pool=self._pool)
         self._submit = self._redis.register_script(scripts.SUBMIT)
         self._finish = self._redis.register_script(scripts.FINISH)
+        self._alive = self._redis.register_script(scripts.ALIVE)
+        self._clock = RedisClock()
         self._open: dict[str, _Open] = {}
         self._epoch = b""
         self._stats = QueueStats(0, 0)
@@ -134,10 +137,11 @@ class RedisJobs:
     async def _ask_to_add(self, jobs: Sequence[Job]) -> list[Any]:
         keys = self._keys
         lane = protocol.position(jobs[0].lane)
+        payloads = [protocol.encode_job(job, self._api, self._clock.offset) for job in jobs]
         bounds = [lane, self._max_jobs, self._max_tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
         answer: list[Any] = await self._submit(
             keys=[*keys.streams, keys.tokens, keys.epoch, keys.seen(jobs[0].id)],
-            args=[self._epoch, *bounds, *(protocol.encode_job(job, self._api) for job in jobs)],
+            args=[self._epoch, *bounds, *payloads],
         )
         return answer
 
@@ -254,7 +258,7 @@ class RedisJobs:
                 waiting.future.set_result(reply)
 
     async def _keep_house(self) -> None:
-        """Once a second: has Redis lost its memory? How full is the queue, how fast is it, who works on it?"""
+        """Once a second: has Redis lost its memory, what is its time, how full and how fast is the queue, who works?"""
         keys = self._keys
         pipe = self._redis.pipeline(transaction=False)
         pipe.set(keys.epoch, uuid.uuid4().hex, nx=True)
@@ -262,7 +266,10 @@ class RedisJobs:
         pipe.xlen(keys.streams[0])
         pipe.xlen(keys.streams[1])
         pipe.mget(keys.tokens, keys.done)
-        _, epoch, interactive, bulk, (tokens, done) = await pipe.execute()
+        pipe.time()
+        asked = time.monotonic()
+        _, epoch, interactive, bulk, (tokens, done), told = await pipe.execute()
+        self._clock.learn(told, asked)
         self._adopt(epoch)
         self._stats = QueueStats(interactive + bulk, protocol.count_of(tokens))
         finished = protocol.count_of(done)
@@ -284,9 +291,8 @@ class RedisJobs:
 
     async def _look_at_workers(self) -> None:
         keys = self._keys
-        alive: Any = await self._redis.zrangebyscore(keys.workers, time.time() - protocol.HEARTBEAT_TTL, "+inf")
-        infos: Any = await self._redis.hmget(keys.infos, alive) if alive else []
-        told = [protocol.decode_info(info) for info in infos if info is not None]
+        infos: Any = await self._alive(keys=[keys.workers, keys.infos], args=[protocol.HEARTBEAT_TTL])
+        told = [protocol.decode_info(info) for info in infos]
         self._workers = [info for info in told if info is not None]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

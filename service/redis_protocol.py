@@ -6,6 +6,7 @@ redis_source.py the worker's; both know Redis only through these files.
     finish   deletes the job's entry, gives its tokens back and sends its reply, in one step
     lease    a worker renews what it holds; an entry left alone for longer is claimed by another worker
     epoch    a random mark; when it is gone, Redis has lost the jobs and their callers must be told
+    time     deadlines, submissions and heartbeats are in Redis' own time, whatever the machines' clocks say
 
 An entry is deleted when its job is answered, cancelled or given up, so the length of the streams is the number of open
 jobs, and `tokens` is what they hold. All keys share one hash tag: the model's fingerprint, and the task where it is not
@@ -145,14 +146,16 @@ def by_stream(found: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, byt
     return found if isinstance(found, list) else list((found or {}).items())
 
 
-def encode_job(job: Job, api: str) -> bytes:
+def encode_job(job: Job, api: str, offset: float = 0.0) -> bytes:
     """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers.
 
-    The header of a task other than labels ends with the task, and what else it needs.
+    `offset` makes Redis' time of the job's times (`RedisClock`). The header of a task other than labels ends with the
+    task, and what else it needs.
     """
     item = job.item
     labels = item.label_ids if isinstance(item, EngineItem) else ()
-    header = [job.id, api, job.deadline, job.submitted, labels, item.boundaries, job.traceparent, *_task(item)]
+    times = (job.deadline + offset, job.submitted + offset)
+    header = [job.id, api, *times, labels, item.boundaries, job.traceparent, *_task(item)]
     head = json.dumps(header, separators=(",", ":")).encode()
     return len(head).to_bytes(4, "little") + head + array("I", item.token_ids).tobytes()
 
@@ -172,16 +175,19 @@ class UnreadableJobError(ValueError):
         self.caller = caller
 
 
-def decode_job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
-    """The job of an entry, and the id of the API process that waits for it. Raises UnreadableJobError for all else."""
+def decode_job(payload: bytes, lane: Lane, attempt: int, offset: float = 0.0) -> tuple[Job, str]:
+    """The job of an entry, and the id of the API process that waits for it. Raises UnreadableJobError for all else.
+
+    `offset` is this process's: the job's times are then of its own monotonic clock.
+    """
     try:
-        return _job(payload, lane, attempt)
+        return _job(payload, lane, attempt, offset)
     except ValueError as exc:
         found = _CALLER.match(payload, 4)
         raise UnreadableJobError(str(exc), (found[1].decode(), found[2].decode()) if found else None) from exc
 
 
-def _job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
+def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, str]:
     end = 4 + int.from_bytes(payload[:4], "little")
     if not 4 < end < len(payload) or (len(payload) - end) % _TOKEN_BYTES:
         raise ValueError("its lengths do not fit")
@@ -194,7 +200,7 @@ def _job(payload: bytes, lane: Lane, attempt: int) -> tuple[Job, str]:
     item = _item(tuple(tokens), _ids(labels), _ids(boundaries, len(tokens)), task)
     if not isinstance(traceparent, str | None):
         raise ValueError("its trace context is no text")
-    times = _number(deadline, 0, _LATEST), _number(submitted, 0, _LATEST)
+    times = _number(deadline, 0, _LATEST) - offset, _number(submitted, 0, _LATEST) - offset
     return Job(_name(job_id), item, *times, lane, attempt, traceparent), _name(api)
 
 

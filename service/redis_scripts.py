@@ -101,3 +101,30 @@ for i = 3, #ARGV, 2 do
   end
 end
 """
+
+# KEYS: workers, infos. ARGV: worker, what it says of itself, seconds after which others are forgotten. Stamps a
+# heartbeat with Redis' time. One from the future is of a clock that has been set back, or of another machine's.
+BEAT: Final = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+redis.call('ZADD', KEYS[1], now, ARGV[1])
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+for _, range in ipairs({{'-inf', now - ARGV[3]}, {now + ARGV[3], '+inf'}}) do
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], range[1], range[2])) do
+    redis.call('ZREM', KEYS[1], worker)
+    redis.call('HDEL', KEYS[2], worker)
+  end
+end
+"""
+
+# KEYS: workers, infos. ARGV: seconds that a heartbeat counts. Returns what each worker that is there says of itself.
+ALIVE: Final = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local alive = {}
+for _, worker in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], now + ARGV[1])) do
+  local info = redis.call('HGET', KEYS[2], worker)
+  if info then alive[#alive + 1] = info end
+end
+return alive
+"""

@@ -26,6 +26,7 @@ from service import redis_scripts as scripts
 from service.background import start_thread
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
+from service.redis_clock import RedisClock
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +81,8 @@ class RedisSource:
         self._release = self._redis.register_script(scripts.RELEASE)
         self._gone = self._redis.register_script(scripts.GONE)
         self._renew = self._redis.register_script(scripts.RENEW)
+        self._send_beat = self._redis.register_script(scripts.BEAT)
+        self._clock = RedisClock()
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._progress = time.monotonic()
@@ -114,6 +117,7 @@ class RedisSource:
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
         self._progress = time.monotonic()
         try:
+            self._look_at_clock()
             just_claimed = self._claimed_last
             if claimed := self._claim_in_turn():
                 return claimed
@@ -124,6 +128,11 @@ class RedisSource:
             log.info("the queue is back")
         self._connected = True
         return jobs
+
+    def _look_at_clock(self) -> None:
+        if self._clock.stale:
+            asked = time.monotonic()
+            self._clock.learn(self._redis.time(), asked)
 
     def _recover(self, exc: BaseException) -> bool:
         """Whether it is worth trying again at once."""
@@ -168,7 +177,7 @@ class RedisSource:
     def _hold(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
         payload = fields.get(protocol.PAYLOAD, b"")
         try:
-            job, api = protocol.decode_job(payload, lane, attempt)
+            job, api = protocol.decode_job(payload, lane, attempt, self._clock.offset)
         except protocol.UnreadableJobError as exc:
             log.error("an entry is no job", entry=entry.decode(), reason=exc.reason)
             # Where Redis fails meanwhile it stays as it is, and comes again when its lease is over.
@@ -246,7 +255,8 @@ class RedisSource:
         log.error("job given up", job=job.id, deliveries=job.attempt - 1)
         self._bury(job.lane, entry, payload, "every worker that took it was lost")
         message = f"given up: {job.attempt - 1} workers in a row were lost while they held this item"
-        self.reply([Reply(job.id, JobFailure(ErrorCode.INFERENCE_FAILED, message), time.time() - job.submitted)])
+        queued = max(0.0, time.monotonic() - job.submitted)
+        self.reply([Reply(job.id, JobFailure(ErrorCode.INFERENCE_FAILED, message), queued)])
 
     def _forget_dead_consumers(self, stream: str) -> None:
         """Consumers are made by reading and never go by themselves."""
@@ -331,15 +341,8 @@ class RedisSource:
                 if held:
                     places = [part for each in held for part in each.place]
                     self._renew(keys=self._keys.streams, args=[protocol.GROUP, self._me, *places])
-                self._forget_dead_workers()
             self._stop.wait(pause)
 
     def _beat(self, info: WorkerInfo) -> None:
-        self._redis.zadd(self._keys.workers, {self._me: time.time()})
-        self._redis.hset(self._keys.infos, self._me, protocol.encode_info(info))
-
-    def _forget_dead_workers(self) -> None:
-        dead: Any = self._redis.zrangebyscore(self._keys.workers, "-inf", time.time() - 4 * protocol.HEARTBEAT_TTL)
-        if dead:
-            self._redis.hdel(self._keys.infos, *dead)
-            self._redis.zrem(self._keys.workers, *dead)
+        keys, forget = self._keys, 4 * protocol.HEARTBEAT_TTL
+        self._send_beat(keys=[keys.workers, keys.infos], args=[self._me, protocol.encode_info(info), forget])

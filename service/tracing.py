@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
@@ -62,7 +63,7 @@ class Tracing:
         return nullcontext(_NOTHING)
 
     def waited(self, jobs: Sequence[Job], until: float, dropped: str | None = None) -> None:
-        """Jobs have left the queue at `until` (seconds of the wall clock); `dropped` says why they are not judged."""
+        """Jobs have left the queue at `until` (of `time.monotonic()`); `dropped` says why they are not judged."""
 
     def batch(self, jobs: Sequence[Job], started: float) -> AbstractContextManager[Span]:
         """Jobs are judged together, since `started`."""
@@ -245,5 +246,6 @@ def _by_trace(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     return found
 
 
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)
+def _nanoseconds(moment: float) -> int:
+    """A moment of `time.monotonic()` as nanoseconds of the wall clock, which is what spans show."""
+    return time.time_ns() - int((time.monotonic() - moment) * 1e9)

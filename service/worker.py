@@ -48,7 +48,7 @@ class Worker:
         source: JobSource,
         batcher: Batcher,
         metrics: Metrics,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
         tracing: Tracing = OFF,
     ) -> None:
         self._engine = engine
@@ -93,7 +93,7 @@ class Worker:
             self._metrics.dropped("deadline", len(late))
             self._tracing.waited(late, started, dropped="deadline")
             failure = JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
-            self._source.reply([Reply(job.id, failure, queued=started - job.submitted) for job in late])
+            self._source.reply([Reply(job.id, failure, queued=_waited(job, started)) for job in late])
         if live:
             self._tracing.waited(live, started)
             with self._tracing.batch(live, started) as span:
@@ -101,7 +101,7 @@ class Worker:
             took = self._clock() - started
             self._metrics.batch([len(job.item.token_ids) for job in live], took)
             replies = [
-                Reply(job.id, outcome, queued=started - job.submitted, inference=took)
+                Reply(job.id, outcome, queued=_waited(job, started), inference=took)
                 for job, outcome in zip(live, outcomes, strict=True)
             ]
             with self._tracing.below(span, "reply"):
@@ -123,6 +123,11 @@ class Worker:
             # One item may be what broke the call: alone, it breaks only its own.
             return [outcome for job in jobs for outcome in self._outcomes([job])]
         return [_checked(answer) for answer in answers]
+
+
+def _waited(job: Job, until: float) -> float:
+    """Seconds since the job was submitted: never below 0, though two clocks are compared across machines."""
+    return max(0.0, until - job.submitted)
 
 
 def _checked(answer: AnyAnswer | ItemFailure) -> Outcome:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,16 @@ START_SECONDS = 60.0
 class Program:
     """`python -m …`, running; its output goes to a file."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        """`env` is added to the environment."""
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ
+                [sys.executable, "-m", *command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
             )
 
     @property
@@ -75,10 +80,10 @@ class Program:
 class Api(Program):
     """A `python -m service` of which `url` is the address; started again by `start_again`."""
 
-    def __init__(self, flags: list[str], log: Path, port: int) -> None:
+    def __init__(self, flags: list[str], log: Path, port: int, env: Mapping[str, str] | None = None) -> None:
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        super().__init__(["service", "--port", str(port), *flags], log)
+        super().__init__(["service", "--port", str(port), *flags], log, env)
 
     def status(self, path: str) -> int:
         """The HTTP status of a GET; 0 where nobody answers."""
@@ -107,15 +112,15 @@ class Fleet:
         for program in [*self.apis, *self.workers]:
             program.kill()
 
-    def api(self, *flags: str, port: int | None = None) -> Api:
+    def api(self, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None) -> Api:
         """Start an API process; on a free port unless one is given."""
-        api = Api([*self._flags, "--cache-entries", "0", *flags], self._log("api"), port or free_port())
+        api = Api([*self._flags, "--cache-entries", "0", *flags], self._log("api"), port or free_port(), env)
         self.apis.append(api)
         return api
 
-    def worker(self, *flags: str) -> Program:
+    def worker(self, *flags: str, env: Mapping[str, str] | None = None) -> Program:
         """Start a worker."""
-        worker = Program(["service.worker", *self._flags, *flags], self._log("worker"))
+        worker = Program(["service.worker", *self._flags, *flags], self._log("worker"), env)
         self.workers.append(worker)
         return worker
 

@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         reply = self.server.upstream.answer(Seen(self.path, dict(self.headers.items()), body))
         time.sleep(reply.after)
         content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        self.send_response(reply.status)
+        (self.send_response_only if "Date" in reply.headers else self.send_response)(reply.status)
         for header, value in {"Content-Type": "application/json", **reply.headers}.items():
             self.send_header(header, value)
         self.send_header("Content-Length", str(len(content)))

@@ -221,6 +221,16 @@ def test_retry_after_as_a_date_to_come() -> None:
     assert parse_retry_after(later) == pytest.approx(100, abs=30)
 
 
+@both
+def test_retry_after_as_a_date_is_counted_from_the_answers_own_date(ask: Ask) -> None:
+    """A server whose clock is years behind or ahead asks for the two minutes that lie between its own two dates."""
+    dates = {"Retry_After": "Wed, 21 Oct 2015 07:30:00 GMT", "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
+
+    with pytest.raises(JudgeAPIError) as refused:
+        ask(Service(busy(**dates)), "score", "p", "r", settings={"max_retries": 0})
+    assert refused.value.retry_after == 120.0
+
+
 # Real connections.
 
 

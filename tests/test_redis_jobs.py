@@ -67,7 +67,7 @@ def source(server: RedisServer, keys: Keys, metrics: Metrics | None = None, **ti
 
 
 def job(name: str, *, lane: Lane = Lane.INTERACTIVE) -> Job:
-    now = time.time()
+    now = time.monotonic()
     return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now, lane)
 
 
@@ -138,7 +138,7 @@ async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys:
 
 async def test_a_text_is_asked_for_and_comes_back(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
     """A generation job crosses over with all it needs, and its text comes back."""
-    now = time.time()
+    now = time.monotonic()
     (future,) = await jobs.submit([Job("a", ITEMS[2], now + 60, now)])
     worker = source(server, keys)
     (got,) = await taken(worker)

@@ -111,7 +111,7 @@ def worker(server: RedisServer, keys: Keys) -> RedisSource:
 
 
 def job(name: str) -> Job:
-    now = time.time()
+    now = time.monotonic()
     return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 

@@ -135,7 +135,7 @@ def test_the_trace_goes_through_redis(fleet: Fleet) -> None:
 
 
 def job(name: str, traceparent: str | None) -> Job:
-    now = time.time()
+    now = time.monotonic()
     return Job(name, EngineItem((1, 2, 3), (1, 2), ()), now + 9, now - 1, traceparent=traceparent)
 
 
@@ -145,8 +145,8 @@ def test_a_batch_of_several_callers_is_linked_to_each() -> None:
     with collector() as found:
         recording = tracing.start(found.url, "judge-worker")
         jobs = [job("1", first), job("2", second), job("3", first), job("4", None)]
-        recording.waited(jobs, time.time())
-        with recording.batch(jobs, time.time()):
+        recording.waited(jobs, time.monotonic())
+        with recording.batch(jobs, time.monotonic()):
             pass
         recording.close()
 
@@ -160,7 +160,7 @@ def test_jobs_that_come_too_late_say_so() -> None:
     """A wait that ended in nothing has the reason."""
     with collector() as found:
         recording = tracing.start(found.url, "judge-worker")
-        recording.waited([job("1", CALLERS["traceparent"])], time.time(), dropped="deadline")
+        recording.waited([job("1", CALLERS["traceparent"])], time.monotonic(), dropped="deadline")
         recording.close()
 
     assert attributes(found.named("queue wait")[0])["judge.dropped"] == "deadline"

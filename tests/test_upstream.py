@@ -280,6 +280,17 @@ def test_retry_after_is_waited_off() -> None:
     assert times[1] - times[0] >= 0.4
 
 
+def test_a_date_to_wait_for_is_counted_from_the_answers_own() -> None:
+    """The server's clock may be another: an hour after its own date is more than may be waited."""
+    dates = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 08:28:00 GMT"}
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(error(429, headers=dates))
+        (answer,) = engine.label_logprobs([item()])
+
+    assert failed(answer) is ErrorCode.OVERLOADED
+    assert len(upstream.asked) == 1
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
     """The caller is told to come back instead."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:

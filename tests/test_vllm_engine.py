@@ -150,7 +150,7 @@ def test_items_outside_the_contract_are_refused(engine: VllmEngine, ids: list[in
 def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
     """Its neighbours are answered, and the deadlines hold for one call only."""
     work = items(3)
-    engine.set_deadlines([time.time() + 60, time.time() - 1, time.time() + 60])
+    engine.set_deadlines([time.monotonic() + 60, time.monotonic() - 1, time.monotonic() + 60])
 
     one, late, other = engine.label_logprobs(work)
 
@@ -163,7 +163,7 @@ def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
 def test_a_text_is_stopped_at_its_deadline(engine: VllmEngine) -> None:
     """vLLM gives up the request, and the next call does not wait for it."""
     item = GenerateItem([1, 2, 3], 250, (), temperature=1.0)
-    engine.set_deadlines([time.time() + 0.05])
+    engine.set_deadlines([time.monotonic() + 0.05])
 
     (late,) = engine.generate([item])
 

@@ -35,7 +35,7 @@ class Scripted:
 
 
 def job(name: str, *, deadline: float = 60.0, first: int = 0) -> Job:
-    now = time.time()
+    now = time.monotonic()
     return Job(name, EngineItem((first, 5, 6), (1, 2)), now + deadline, now)
 
 

@@ -280,12 +280,16 @@ def _blot(text: str, key: SecretStr | None) -> str:
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds, from `retry-after-ms` or Retry-After (a number or a date; RFC 9110, 10.2.3)."""
+    """Seconds, from `retry-after-ms` or Retry-After (a number or a date; RFC 9110, 10.2.3).
+
+    A date is counted from the answer's own `Date`, because the server's clock and this machine's may differ.
+    """
     milliseconds = _number(headers.get("retry-after-ms"))
-    value = headers.get("retry-after")
     if milliseconds is not None:
         return milliseconds / 1e3
-    return None if value is None else _number(value) if _number(value) is not None else _seconds_until(value)
+    value = headers.get("retry-after", "")
+    until, now = _moment(value), _moment(headers.get("date", "")) or datetime.now(UTC)
+    return _number(value) if until is None else max(0.0, (until - now).total_seconds())
 
 
 def _number(value: str | None) -> float | None:
@@ -296,9 +300,9 @@ def _number(value: str | None) -> float | None:
     return number if math.isfinite(number) and number >= 0 else None
 
 
-def _seconds_until(date: str) -> float | None:
+def _moment(date: str) -> datetime | None:
     try:
         moment = parsedate_to_datetime(date)
     except (ValueError, OverflowError):
         return None
-    return max(0.0, (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    return moment.replace(tzinfo=moment.tzinfo or UTC)

@@ -23,7 +23,7 @@ class RemoteCore(Protocol):
         """Return if the processes live; raises EngineLostError. Costs next to nothing."""
 
     def set_deadlines(self, deadlines: Sequence[float]) -> None:
-        """When the items of the next call are given up, in order, in seconds of `time.time()`.
+        """When the items of the next call are given up, in order, in seconds of `time.monotonic()`.
 
         An item that is not answered by then is stopped, and its answer is an ItemFailure.
         """

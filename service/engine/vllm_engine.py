@@ -242,7 +242,7 @@ async def _in_time(asked: Coroutine[Any, Any, Answer], deadline: float) -> Answe
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        async with asyncio.timeout(None if math.isinf(deadline) else deadline - time.time()):
+        async with asyncio.timeout(None if math.isinf(deadline) else deadline - time.monotonic()):
             return await asked
     except TimeoutError:
         return _LATE
