@@ -83,7 +83,7 @@ USER judge
 VOLUME /models
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+  CMD ["python", "-c", "import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["--host", "0.0.0.0", "--log-format", "json"]
 
@@ -93,7 +93,7 @@ ENV JUDGE_NATIVE_DIR=/opt/native
 VOLUME /models
 EXPOSE 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9100/metrics', timeout=4)"]
+  CMD ["python", "-c", "import urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:9100/metrics', timeout=4)"]
 ENTRYPOINT ["python", "-m", "service.worker"]
 CMD ["--log-format", "json", "--metrics-host", "0.0.0.0", "--metrics-port", "9100"]
 

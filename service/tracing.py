@@ -101,6 +101,10 @@ def start(endpoint: str | None, program: str) -> Tracing:
         raise ValueError(
             "--otel-endpoint needs OpenTelemetry's packages: pip install 'judge-as-api[otel]', or leave it out"
         ) from exc
+    # Here and not above: it loads an HTTP client, as the exporter does.
+    from client.proxies import exempt_loopback
+
+    exempt_loopback()
     name = os.environ.get("OTEL_SERVICE_NAME") or program
     # Not made the process's global provider: other libraries' spans could hold addresses and texts.
     provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail
+from client.proxies import exempt_loopback
 from trainer.bars import Tell, advance_bar
 from trainer.models import needs_trainer
 from trainer.records import RecordError
@@ -34,6 +35,7 @@ def reading_input() -> Iterator[None]:
 
 def run_program(work: Callable[[], None]) -> int:
     """Do the work; 0, or 1 (the run failed, goes on when repeated), 2 (usage, bad input) or 130 (Ctrl-C)."""
+    exempt_loopback()
     try:
         work()
     except (RecordError, StageError) as error:

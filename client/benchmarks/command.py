@@ -25,6 +25,7 @@ from client.bulk import BulkOptions
 from client.cli import CALL_TIMEOUT, FAILED, INTERRUPTED, OK, USAGE, fail, judge_address, stderr_console, stdout_console
 from client.errors import JudgeError
 from client.judge import AsyncJudge
+from client.proxies import exempt_loopback
 from client.schema import Format, ModelInfo, Truncation
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def run_command(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do the work of a command that asks a judge; what it raises becomes a line on stderr and the exit code."""
+    exempt_loopback()
     try:
         work()
     except (ValueError, ImportError) as error:  # SampleError and PlanError among them

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import Any, Final
 
 import httpx
@@ -23,6 +24,7 @@ from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState
 
 from client.errors import ErrorCode, PicklableError
+from client.proxies import Proxy, proxy_of
 
 KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
 CONNECT_TIMEOUT: Final = 10.0
@@ -75,7 +77,7 @@ class Access:
 
     `url` is the base that OpenAI's clients take, as `http://localhost:8000/v1`. `timeout` is what one question may
     take, in seconds, its retries and their waits included; `backoff` the upper bound of the first wait. Raises
-    ValueError for a key that no header can hold.
+    ValueError for a key that no header can hold, and for a proxy variable that cannot be used.
     """
 
     url: str
@@ -88,6 +90,12 @@ class Access:
         # The transport would refuse it with a message that holds it.
         if self.key is not None and not re.fullmatch(r"[!-~]+", self.key.get_secret_value()):
             raise ValueError(f"{KEY_VARIABLE} holds a character that no key has, or is empty")
+        _ = self.proxy
+
+    @cached_property
+    def proxy(self) -> Proxy | None:
+        """The proxy in between, where there is one."""
+        return proxy_of(self.url)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -112,7 +120,10 @@ class Served:
 
 def base_url(given: str) -> str:
     """The base URL without a slash at its end; `/v1` is added where there is no path. Raises ValueError."""
-    url = httpx.URL(given)
+    try:
+        url = httpx.URL(given)
+    except httpx.InvalidURL as exc:
+        raise ValueError("must be like http://host:8000/v1") from exc
     if url.scheme not in {"http", "https"} or not url.host:
         raise ValueError("must be like http://host:8000/v1")
     if url.userinfo or url.query or url.fragment:
@@ -139,7 +150,8 @@ def find_served(access: Access, name: str | None) -> Served:
 
 def _listed(access: Access) -> list[Served]:
     try:
-        response = httpx.get(f"{access.url}/models", headers=access.headers, timeout=CONNECT_TIMEOUT)
+        with httpx.Client(transport=httpx.HTTPTransport(proxy=_address(access)), timeout=CONNECT_TIMEOUT) as http:
+            response = http.get(f"{access.url}/models", headers=access.headers)
     except httpx.HTTPError as exc:
         raise _unreachable(access, exc) from exc
     if response.status_code in _NO_SUCH_ROUTE:
@@ -174,11 +186,12 @@ class OpenAIServer:
     def __init__(self, access: Access) -> None:
         self._access = access
         # No limits but the caller's deadline: a server under load answers late, and that is not an error.
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         self._http = httpx.AsyncClient(
             base_url=access.url,
             headers=access.headers,
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            transport=httpx.AsyncHTTPTransport(limits=unlimited, proxy=_address(access)),
         )
 
     async def post(self, path: str, body: Mapping[str, Any], deadline: float) -> bytes:
@@ -231,8 +244,14 @@ def _wait(exc: BaseException | None, attempt: int, backoff: float) -> float:
     return min(MAX_BACKOFF, backoff * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
+def _address(access: Access) -> httpx.Proxy | None:
+    return access.proxy.address if access.proxy else None
+
+
 def _unreachable(access: Access, exc: httpx.HTTPError) -> UnreachableError:
     reason = _blot(str(exc), access.key) or type(exc).__name__
+    if access.proxy is not None:
+        reason += f"; asked through {access.proxy}: {access.proxy.advice}"
     return UnreachableError(ErrorCode.NOT_READY, "no answer from the upstream server", f"{access.url}: {reason}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from client.proxies import ProxySettingError, exempt_loopback, proxy_of
 from service.weights.manifest import ModelError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -41,6 +42,7 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
     One short request first finds out whether the hub answers and has the model: a hub that cannot be reached costs
     seconds. Raises HubError with the reason.
     """
+    exempt_loopback()  # for the hub's own library
     try:
         _probe(name)
     except _UnreachableError as exc:
@@ -94,10 +96,14 @@ def _probe(name: str) -> None:
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{endpoint()}/api/models/{repo}/revision/{(revision or 'main').replace('/', '%2F')}"
+    way = ""
     try:
-        answer = httpx.get(url, headers=headers, timeout=_PROBE_TIMEOUT, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise _UnreachableError(f"not reachable at {endpoint()} ({str(exc) or type(exc).__name__})") from exc
+        proxy = proxy_of(url)
+        way = f", asked through {proxy}" if proxy else ""
+        with httpx.Client(transport=httpx.HTTPTransport(proxy=proxy.address if proxy else None)) as http:
+            answer = http.get(url, headers=headers, timeout=_PROBE_TIMEOUT, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL, ProxySettingError) as exc:
+        raise _UnreachableError(f"not reachable at {endpoint()}{way} ({str(exc) or type(exc).__name__})") from exc
     if answer.status_code >= 500 or answer.status_code in {407, 429}:
         raise _UnreachableError(f"{endpoint()} answers {answer.status_code}")
     if answer.is_error:
