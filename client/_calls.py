@@ -176,12 +176,12 @@ def _outcome(item: ScoreBatchItem | CompareBatchItem, result: T | None, request_
     if (result is None) == (item.error is None):
         raise JudgeError(f"item {item.index} of the answer should have either a result or an error")
     if item.error is not None:
-        return error_of(item.error, status=_status_of(item.error), request_id=request_id)
+        return error_of(item.error, status=status_of(item.error), request_id=request_id)
     assert result is not None
     return result
 
 
-def _status_of(error: ErrorBody) -> int:
+def status_of(error: ErrorBody) -> int:
     """The HTTP status that an item's error would have had by itself; by its type where the code is a newer one."""
     if error.code in set(ErrorCode):
         return STATUS[ErrorCode(error.code)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
@@ -17,7 +18,7 @@ import httpx
 import pydantic
 from tenacity import RetryCallState
 
-from client._calls import Answer, Call, error_of
+from client._calls import Answer, Call, error_of, status_of
 from client.errors import RETRYABLE_STATUS, JudgeAPIError, JudgeConnectionError, JudgeTimeoutError
 from client.proxies import Proxy
 from client.schema import ErrorBody, ErrorResult
@@ -27,6 +28,8 @@ T = TypeVar("T")
 UNKNOWN_CODE = "unknown"
 MAX_BACKOFF = 8.0
 _SHOWN_ID = 128
+
+_ERROR = re.compile(rb'\s*\{\s*"error"')
 
 _log = logging.getLogger("client")
 
@@ -105,14 +108,14 @@ class Exchange(Generic[T]):
 
     def read(self, response: httpx.Response, body: bytes) -> T:
         """The method's value; raises JudgeAPIError for an answer that is an error, JudgeError for an unreadable one."""
-        if response.is_success:
+        error = _error_in_success(body) if response.is_success else _error_body(response, body, self._proxy)
+        if error is None:
             return self.call.read(Answer(body, self.request_id))
-        error = _error_body(response, body, self._proxy)
         if error.code != UNKNOWN_CODE and self._is_anothers(response):
             raise self._mixed_up(response)
         raise error_of(
             error,
-            status=response.status_code,
+            status=status_of(error) if response.is_success else response.status_code,
             request_id=response.headers.get("X-Request-Id", self.request_id),
             retry_after=parse_retry_after(response.headers.get("Retry-After"), response.headers.get("Date")),
         )
@@ -208,6 +211,15 @@ def _has_cause(exc: BaseException, kind: type[BaseException]) -> bool:
         return True
     inner = [exc.__cause__ or exc.__context__, *(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ())]
     return any(_has_cause(one, kind) for one in inner if one is not None)
+
+
+def _error_in_success(body: bytes) -> ErrorBody | None:
+    """The service's error where a gateway in between has made its status 200."""
+    if _ERROR.match(body) is None:
+        return None
+    with suppress(pydantic.ValidationError):
+        return ErrorResult.model_validate_json(body).error
+    return None
 
 
 def _error_body(response: httpx.Response, body: bytes, proxy: Proxy | None) -> ErrorBody:

@@ -11,7 +11,15 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from client import AsyncJudge, JudgeAPIError, JudgeConnectionError, JudgeTimeoutError, OverloadedError
+from client import (
+    AsyncJudge,
+    BadRequestError,
+    JudgeAPIError,
+    JudgeConnectionError,
+    JudgeError,
+    JudgeTimeoutError,
+    OverloadedError,
+)
 from client._exchange import MAX_BACKOFF, parse_retry_after, wait_after
 from tests.fake_judge import SCORE, Ask, Service, ask_sync, both, both_reach, busy, http, own_environment, reach_sync
 from tests.tcp_server import Script, drip, tcp_server
@@ -46,6 +54,28 @@ def test_a_passing_trouble_is_asked_again(ask: Ask, status: int) -> None:
 
     assert result.score == 0.75
     assert len(service.requests) == 3
+
+
+@both
+def test_an_error_that_a_gateway_sends_as_a_success_is_that_error(ask: Ask) -> None:
+    """By its code: what passes is asked again, everything else is told."""
+    full = {"message": "the queue is full", "type": "overloaded_error", "code": "overloaded"}
+    bad = {"message": "too long", "type": "invalid_request_error", "code": "context_length_exceeded"}
+    service = Service(httpx.Response(200, json={"error": full}), httpx.Response(200, json={"error": bad}))
+
+    with pytest.raises(BadRequestError, match="400 context_length_exceeded: too long"):
+        ask(service, "score", "p", "r")
+    assert len(service.requests) == 2
+
+
+@both
+@pytest.mark.parametrize("page", [b"<html>Back soon</html>", b"", b"[]", b'{"error": "busy"}'])
+def test_a_success_that_is_no_answer_of_ours_is_told(ask: Ask, page: bytes) -> None:
+    """A proxy's page with the status 200 is neither a result nor a traceback of pydantic's."""
+    service = Service(httpx.Response(200, content=page, headers={"Content-Type": "text/html"}))
+
+    with pytest.raises(JudgeError, match="is this the URL of a judge-as-api service"):
+        ask(service, "score", "p", "r")
 
 
 @both

@@ -30,7 +30,7 @@ from service.engine.openai_api import Access, UpstreamError, base_url, find_serv
 from service.engine.upstream import UpstreamEngine
 from service.engine.upstream_dialects import Chat, Completions, Question
 from service.engine.upstream_text import text_tokenizer
-from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, error, openai_server
+from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, columns_answer, error, ids_answer, openai_server
 from tests.tiny import tiny_tokenizer
 
 CONVERSATION = json.loads((Path(__file__).parent / "data" / "openai_conversation.json").read_text(encoding="utf-8"))
@@ -318,6 +318,157 @@ def test_an_account_without_quota_is_not_asked_again() -> None:
         (answer,) = engine.label_logprobs([item()])
 
     assert answer == ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server's account has no quota left (429)")
+    assert len(upstream.asked) == 1
+
+
+def hidden(body: Any, **headers: str) -> Reply:
+    """An error that is sent with the status 200."""
+    return Reply(200, body, headers)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 429, "message": "Rate limit exceeded"}, "user_id": "u"},
+        {"error": {"code": "429", "message": "no"}},
+        {"error": {"code": "rate_limit_exceeded", "type": "requests", "message": "no"}},
+        {"error": {"type": "rate_limit_error", "message": "no"}},
+        {"error": {"status": "RESOURCE_EXHAUSTED", "message": "no"}},
+        [{"error": {"code": 429, "message": "no", "status": "RESOURCE_EXHAUSTED"}}],
+        {"error": "Too many requests"},
+        {"error": {"code": 503, "message": "no"}},
+        {"error": {"type": "overloaded_error"}},
+        {"object": "error", "message": "no", "code": 429},
+        {"choices": [{"error": {"code": 429, "message": "no"}, "finish_reason": "error", "text": ""}]},
+        {"error": {"code": 429}, "choices": []},
+    ],
+)
+def test_a_rate_limit_sent_as_a_success_is_waited_off(body: Any) -> None:
+    """It is asked again, and if nothing helps the service says that it is busy."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(hidden(body))
+        upstream.always = lambda seen: hidden(body) if seen.body["prompt"] == [66] else None
+        passed, busy = *engine.label_logprobs([item(1)]), *engine.label_logprobs([item(66)])
+
+    assert isinstance(passed, LabelLogprobs)
+    assert failed(busy) is ErrorCode.OVERLOADED
+    assert len(upstream.asked) == 1 + 1 + 6
+
+
+def test_retry_after_of_an_error_sent_as_a_success_is_waited_off() -> None:
+    """The server is not asked before the time that it names."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(hidden({"error": {"code": 429}}, **{"Retry-After": "3600"}))
+        (answer,) = engine.label_logprobs([item()])
+
+    assert failed(answer) is ErrorCode.OVERLOADED
+    assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        ({"error": {"code": 401, "message": "bad key"}}, ErrorCode.INFERENCE_FAILED, "wants a key"),
+        ({"error": {"code": "invalid_api_key"}}, ErrorCode.INFERENCE_FAILED, "wants a key"),
+        ({"error": {"code": 402, "message": "Insufficient credits"}}, ErrorCode.INFERENCE_FAILED, "no quota left"),
+        ({"error": {"code": "insufficient_quota"}}, ErrorCode.INFERENCE_FAILED, "no quota left"),
+        ({"error": {"code": 404, "message": "no"}}, ErrorCode.INFERENCE_FAILED, "with an error in it (404)"),
+        ({"error": {"code": "model_not_found"}}, ErrorCode.INFERENCE_FAILED, "with an error in it (404)"),
+        (
+            {"error": {"code": 400, "message": "maximum context length is 4096 tokens"}},
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            "longer",
+        ),
+        ({"error": {"code": "context_length_exceeded"}}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, "longer"),
+        ({"error": "maximum context length is 4096 tokens"}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, "longer"),
+    ],
+)
+def test_a_refusal_sent_as_a_success_is_that_refusal(body: Any, code: ErrorCode, words: str) -> None:
+    """It is not asked again, and its item fails as if the server had sent the status."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: hidden(body)
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, ItemFailure)
+    assert (answer.code, words in answer.message) == (code, True)
+    assert len(upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 502, "message": "no"}},
+        {"error": {"message": "something"}},
+        {"error": "something"},
+        {"error": True, "message": "something"},
+        {"choices": [{"finish_reason": "error", "text": "", "logprobs": None}]},
+    ],
+)
+def test_a_failure_sent_as_a_success_is_asked_again(body: Any) -> None:
+    """A provider that failed, or an error that says nothing of its kind, may pass."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.scripts.append(hidden(body))
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert len(upstream.asked) == 2
+
+
+def test_a_key_in_an_error_sent_as_a_success_is_said_nowhere() -> None:
+    """The server's words are for the start-up check alone, and the key is blotted out of them."""
+    with openai_server(ids=spread) as upstream, completions(upstream, key=KEY) as engine, capture_logs() as logs:
+        upstream.always = lambda _: hidden({"error": {"code": 400, "message": f"the key {KEY} is odd"}})
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, ItemFailure)
+    assert KEY not in answer.message + str(logs)
+
+
+def test_an_error_that_is_null_is_none() -> None:
+    """Some servers send the field with every answer."""
+
+    def always(seen: Seen) -> Reply:
+        return Reply(body={"error": None, **ids_answer(seen.body, spread(seen.body["prompt"]), "vllm", str)})
+
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = always
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, LabelLogprobs)
+
+
+def test_a_list_of_models_that_is_an_error_is_told() -> None:
+    """By its kind, not as a missing field."""
+    with openai_server() as upstream:
+        upstream.always = lambda _: hidden({"error": {"code": 401, "message": "no"}})
+
+        with pytest.raises(UpstreamError, match="wants a key"):
+            find_served(Access(url=upstream.url), None)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html>", "does a proxy answer"),
+        (b"", "does a proxy answer"),
+        ({"choices": []}, "not in the form of OpenAI's API (choices:"),
+        ({"choices": [{"finish_reason": "content_filter", "text": ""}]}, "withheld by its content filter"),
+        ({"choices": [{"text": "x", "logprobs": None}]}, "holds no logprobs"),
+        (columns_answer(("x", math.nan), {}), "not"),
+        (
+            {"choices": [{"logprobs": {"tokens": ["x"], "token_logprobs": [None], "top_logprobs": None}}]},
+            "no probability",
+        ),
+    ],
+)
+def test_an_answer_without_a_judgement_says_what_it_lacks(body: Any, words: str) -> None:
+    """Once, as an error of its item: never as a score."""
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: hidden(body)
+        (answer,) = engine.label_logprobs([item()])
+
+    assert isinstance(answer, ItemFailure)
+    assert (answer.code, words in answer.message) == (ErrorCode.INFERENCE_FAILED, True)
     assert len(upstream.asked) == 1
 
 

@@ -38,6 +38,20 @@ _TOO_LONG: Final = re.compile(
     re.IGNORECASE,
 )
 _LENGTH_STATUSES: Final = frozenset({400, 413, 422})
+# How servers name an error without its number, in `code`, `type`, `status` or the text itself.
+_NAMED_STATUSES: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), status)
+    for pattern, status in (
+        (r"insufficient[ _](quota|credits|funds|balance)|payment[ _]required|billing", 402),
+        (r"rate[ _-]?limit|too[ _]many[ _]requests|resource[ _]exhausted|quota", 429),
+        (r"invalid[ _]api[ _]key|incorrect api key|authentication|unauthori[sz]ed|unauthenticated", 401),
+        (r"permission|forbidden", 403),
+        (r"not[ _]found|does not exist|no such model", 404),
+        (r"context[ _-]length|invalid[ _](request|argument)|bad[ _]request|unsupported", 400),
+        (r"overloaded|unavailable|too busy|capacity|try again", 503),
+        (r"time[ds]?[ _-]?out|deadline[ _]exceeded", 504),
+    )
+)
 _SAID_CHARS: Final = 300
 _LISTED: Final = 20
 
@@ -156,8 +170,7 @@ def _listed(access: Access) -> list[Served]:
         raise _unreachable(access, exc) from exc
     if response.status_code in _NO_SUCH_ROUTE:
         return []
-    if not response.is_success:
-        raise _refusal(access, response)
+    _check(access, response)
     try:
         return [_served(entry) for entry in response.json()["data"]]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
@@ -220,8 +233,7 @@ class OpenAIServer:
             response = await self._http.post(path, content=content)
         except httpx.HTTPError as exc:
             raise _unreachable(self._access, exc) from exc
-        if not response.is_success:
-            raise _refusal(self._access, response)
+        _check(self._access, response)
         return response.content
 
     async def close(self) -> None:
@@ -255,14 +267,24 @@ def _unreachable(access: Access, exc: httpx.HTTPError) -> UnreachableError:
     return UnreachableError(ErrorCode.NOT_READY, "no answer from the upstream server", f"{access.url}: {reason}")
 
 
-def _refusal(access: Access, response: httpx.Response) -> RefusalError:
-    status = response.status_code
-    error = _error_of(response)
+def _check(access: Access, response: httpx.Response) -> None:
+    """Raises RefusalError for an error, by its status, or by its body's where a router sends it as a success."""
+    if not response.is_success:
+        raise _refusal(access, response, response.status_code, _error_of(_json(response)))
+    # Nearly every answer holds none, and is read elsewhere. A text that quotes it has backslashes before the quotes.
+    error = _error_inside(_json(response)) if b'"error"' in response.content else None
+    if error is not None:
+        raise _refusal(access, response, _status_of(error), error)
+
+
+def _refusal(access: Access, response: httpx.Response, status: int, error: Mapping[str, Any]) -> RefusalError:
     said = str(error.get("message") or "")
-    out_of_quota = status == 429 and error.get("code") == "insufficient_quota"
+    out_of_quota = status == 402 or (status == 429 and error.get("code") == "insufficient_quota")
     code, message = ErrorCode.INFERENCE_FAILED, f"the upstream server answered {status}"
+    if response.is_success:
+        message = f"the upstream server answered {response.status_code} with an error in it ({status})"
     if out_of_quota:
-        message = "the upstream server's account has no quota left (429)"
+        message = f"the upstream server's account has no quota left ({status})"
     elif status in {429, 503, 529}:
         code, message = ErrorCode.OVERLOADED, f"the upstream server is busy or limits the rate ({status})"
     elif status in {401, 403}:
@@ -283,14 +305,50 @@ def _refusal(access: Access, response: httpx.Response) -> RefusalError:
     )
 
 
-def _error_of(response: httpx.Response) -> Mapping[str, Any]:
-    """The `error` of OpenAI's form; the whole body where a server leaves that level out; empty where it is neither."""
+def _json(response: httpx.Response) -> Any:
+    """The body; None where it is no JSON."""
     try:
-        body = response.json()
-    except ValueError:
-        return {}
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _error_of(body: Any) -> Mapping[str, Any]:
+    """The `error` of OpenAI's form; the whole body where a server leaves that level out; empty where it is neither."""
+    if isinstance(body, list) and body:
+        body = body[0]  # as Google's
     inner = body.get("error", body) if isinstance(body, dict) else {}
+    if inner is True:
+        return dict(body)
     return inner if isinstance(inner, dict) else {"message": inner}
+
+
+def _error_inside(body: Any) -> Mapping[str, Any] | None:
+    """The error in the body of a success: the answer's own, or its first choice's. None where there is none."""
+    if isinstance(body, list) and body:
+        body = body[0]
+    if not isinstance(body, dict):
+        return None
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if body.get("error") or body.get("object") == "error":
+        return _error_of(body)
+    if choice.get("error"):
+        return _error_of(choice)
+    return {"code": 502} if choice.get("finish_reason") == "error" else None
+
+
+def _status_of(error: Mapping[str, Any]) -> int:
+    """The HTTP status that an error would have been sent with; 500 for one that says nothing of its kind."""
+    named = [error.get(name) for name in ("code", "status", "status_code", "type", "message")]
+    for value in named:
+        text = str(value)
+        if re.fullmatch(r"[45]\d\d", text):
+            return int(text)
+        for pattern, status in _NAMED_STATUSES:
+            if isinstance(value, str) and pattern.search(value):
+                return status
+    return 500
 
 
 def _blot(text: str, key: SecretStr | None) -> str:

@@ -141,11 +141,16 @@ def read_text(content: bytes) -> Written:
 
 def _body(content: bytes) -> _Body:
     try:
-        return _Body.model_validate_json(content)
+        body = _Body.model_validate_json(content)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise _unreadable("is not JSON: does a proxy answer, or is --upstream-url another server's?") from exc
         where = ".".join(str(step) for step in first["loc"])
         raise _unreadable(f"is not in the form of OpenAI's API ({where}: {first['msg']})") from exc
+    if body.choices[0].finish_reason == "content_filter":
+        raise _unreadable("was withheld by its content filter")
+    return body
 
 
 def _cached(body: _Body) -> int:
