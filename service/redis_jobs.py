@@ -30,8 +30,14 @@ CONNECTIONS = 64
 READ_BLOCK_MS = 1000
 READ_COUNT = 256
 HOUSEKEEPING_SECONDS = 1.0
+# How many open jobs are looked for in Redis at a time.
+LOOK_COUNT = 1000
+# How long /ready may take, and for how long it says no after a submission that Redis refused.
+READY_SECONDS = 2.0
+REFUSED_SECONDS = 2.0
 
 _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
+_LOST = JobFailure(ErrorCode.QUEUE_UNAVAILABLE, "the queue was lost: ask again")
 
 
 @dataclass(slots=True)
@@ -67,6 +73,7 @@ class RedisJobs:
         self._finish = self._redis.register_script(scripts.FINISH)
         self._alive = self._redis.register_script(scripts.ALIVE)
         self._clock = RedisClock()
+        self._gone = self._redis.register_script(scripts.GONE)
         self._open: dict[str, _Open] = {}
         self._epoch = b""
         self._stats = QueueStats(0, 0)
@@ -76,6 +83,8 @@ class RedisJobs:
         self._reader: asyncio.Task[None] | None = None
         # What does not work now, by the step of the reader that fails; empty while all is well.
         self._troubles: dict[str, str] = {}
+        self._refused_until = 0.0
+        self._unchecked: list[str] = []
         self._background: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -123,6 +132,7 @@ class RedisJobs:
                 self._open.update(opened)
                 answer = await self._ask_to_add(jobs)
         except _BROKEN as exc:
+            self._refused_until = time.monotonic() + REFUSED_SECONDS
             raise _unavailable(exc) from exc
         if answer[0] == -1:
             raise ServiceError(ErrorCode.QUEUE_UNAVAILABLE, "the queue is being started again", retry_after=1.0)
@@ -174,11 +184,15 @@ class RedisJobs:
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
         try:
-            await self._look_at_workers()
+            async with asyncio.timeout(READY_SECONDS):
+                # It writes: a Redis that only answers what is asked takes no jobs.
+                await self._keep_house()
         except _BROKEN as exc:
-            raise ServiceError(ErrorCode.NOT_READY, "the queue cannot be reached", retry_after=2.0) from exc
+            raise ServiceError(ErrorCode.NOT_READY, protocol.trouble(exc), retry_after=2.0) from exc
         for trouble in self._troubles.values():
             raise ServiceError(ErrorCode.NOT_READY, trouble, retry_after=2.0)
+        if time.monotonic() < self._refused_until:
+            raise ServiceError(ErrorCode.NOT_READY, "the queue has just refused a request", retry_after=2.0)
         if not self._workers:
             raise ServiceError(ErrorCode.NOT_READY, "no worker for this model is running", retry_after=5.0)
 
@@ -192,7 +206,7 @@ class RedisJobs:
             await asyncio.wait([self._reader], timeout=2 * READ_BLOCK_MS / 1000)
             self._reader = None
         left = list(self._open.values())
-        self._fail(JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged"))
+        self._fail(JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged"), list(self._open))
         await self._delete(left)
         for task in list(self._background):
             with suppress(Exception):
@@ -203,52 +217,73 @@ class RedisJobs:
         await self._pool.disconnect()
 
     async def _read_replies(self) -> None:
-        last: bytes = b"0"
         keep_house_at = 0.0
-
-        async def receive() -> None:
-            nonlocal last
-            last = await self._receive(last)
-
         # Looked at besides: a cancellation that meets the end of a read can get lost in the client library.
         while not self._closed:
-            await self._attempt("replies", receive)
+            await self._attempt("replies", self._receive)
             if time.monotonic() >= keep_house_at and await self._attempt("state", self._keep_house):
-                await self._attempt("trim", lambda: self._trim(last))
+                await self._attempt("jobs", self._find_lost)
                 keep_house_at = time.monotonic() + HOUSEKEEPING_SECONDS
 
-    async def _attempt(self, step: str, work: Callable[[], Awaitable[None]]) -> bool:
+    async def _attempt(self, step: str, work: Callable[[], Awaitable[object]]) -> bool:
         """Whether a step worked. Nothing that it raises ends the reader: it is logged, told by `ready`, tried again."""
         try:
             await work()
         except _BROKEN as exc:
-            trouble, say = "the queue cannot be reached", log.warning
-            reason = type(exc).__name__
+            await self._note(step, protocol.trouble(exc), exc)
         except Exception as exc:
-            trouble, say = "the queue cannot be read", log.exception
-            reason = type(exc).__name__
+            log.exception("the queue cannot be read")
+            await self._note(step, "the queue cannot be read", exc)
         else:
             if self._troubles.pop(step, None) and not self._troubles:
                 log.info("the queue is back")
             return True
-        if trouble not in self._troubles.values():
-            say(trouble, reason=reason)
-        self._troubles[step] = trouble
-        await asyncio.sleep(protocol.RECONNECT_SECONDS)
         return False
 
-    async def _receive(self, last: bytes) -> bytes:
-        """Wait for messages after `last` and hand out their replies; returns the id of the newest one."""
-        stream = self._keys.replies(self._api)
-        found = await self._redis.xread({stream: last}, count=READ_COUNT, block=READ_BLOCK_MS)
-        for _, entries in protocol.by_stream(found):
-            for entry, fields in entries:
-                self._resolve(_replies(fields))
-                last = entry
-        return last
+    async def _note(self, step: str, trouble: str, exc: Exception) -> None:
+        if trouble not in self._troubles.values():
+            log.warning(trouble, reason=type(exc).__name__, detail=str(exc))
+        self._troubles[step] = trouble
+        # A master that has become a replica keeps its connections: only new ones find the new master.
+        await self._pool.disconnect(inuse_connections=False)
+        await asyncio.sleep(protocol.RECONNECT_SECONDS)
 
-    async def _trim(self, last: bytes) -> None:
-        await self._redis.xtrim(self._keys.replies(self._api), minid=last, approximate=False)
+    async def _receive(self, block: int | None = READ_BLOCK_MS) -> int:
+        """Wait for messages, hand out their replies, and delete them; how many there were.
+
+        Always from the stream's beginning: its ids are of Redis' clock, and go backwards when another machine takes
+        over. What was read after a remembered one would then never be heard of.
+        """
+        stream = self._keys.replies(self._api)
+        found = await self._redis.xread({stream: b"0"}, count=READ_COUNT, block=block)
+        messages = [message for _, some in protocol.by_stream(found) for message in some]
+        for _, fields in messages:
+            self._resolve(_replies(fields))
+        if messages:
+            await self._redis.xdel(stream, *(entry for entry, _ in messages))
+        return len(messages)
+
+    async def _find_lost(self) -> None:
+        """Tell the callers of jobs that are no longer in Redis: a failover has lost them, or somebody deleted them.
+
+        Some in each second; while there are lost ones, all.
+        """
+        self._unchecked = self._unchecked or list(self._open)
+        while self._unchecked:
+            names, self._unchecked = self._unchecked[:LOOK_COUNT], self._unchecked[LOOK_COUNT:]
+            known = [(name, job) for name in names if (job := self._open.get(name)) is not None]
+            asked = [(name, protocol.position(job.lane), job.entry) for name, job in known if job.entry is not None]
+            args: list[Any] = [part for _, *place in asked for part in place]
+            gone = await self._gone(keys=self._keys.streams, args=args)
+            if not gone:
+                return
+            # A job is deleted and its answer sent in one step: the answers to those that have one are there by now.
+            while await self._receive(block=None):
+                pass
+            lost = [asked[index][0] for index in gone if asked[index][0] in self._open]
+            if lost:
+                log.error("redis has lost jobs", jobs=len(lost))
+            self._fail(_LOST, lost)
 
     def _resolve(self, replies: Iterable[Reply]) -> None:
         for reply in replies:
@@ -283,11 +318,11 @@ class RedisJobs:
             return  # Deleted at this very moment: the next look makes another one.
         if self._epoch and epoch != self._epoch:
             log.error("redis has lost the queue", jobs=len(self._open))
-            self._fail(JobFailure(ErrorCode.QUEUE_UNAVAILABLE, "the queue was lost: ask again"))
+            self._fail(_LOST, list(self._open))
         self._epoch = epoch
 
-    def _fail(self, failure: JobFailure) -> None:
-        self._resolve([Reply(job_id, failure) for job_id in self._open])
+    def _fail(self, failure: JobFailure, names: Iterable[str]) -> None:
+        self._resolve([Reply(name, failure) for name in names])
 
     async def _look_at_workers(self) -> None:
         keys = self._keys
@@ -312,6 +347,7 @@ def _replies(fields: dict[bytes, bytes]) -> list[Reply]:
         return []
 
 
-def _unavailable(cause: BaseException) -> ServiceError:
-    log.warning("could not submit", reason=type(cause).__name__)
-    return ServiceError(ErrorCode.QUEUE_UNAVAILABLE, "the queue cannot be reached", retry_after=2.0)
+def _unavailable(cause: Exception) -> ServiceError:
+    trouble = protocol.trouble(cause)
+    log.warning("could not submit", reason=type(cause).__name__, detail=str(cause))
+    return ServiceError(ErrorCode.QUEUE_UNAVAILABLE, trouble, retry_after=2.0)

@@ -2,7 +2,7 @@
 redis_source.py the worker's; both know Redis only through these files.
 
     submit   jobs:<lane>   stream, one entry a job; its consumer group hands each entry to one worker at a time
-    reply    replies:<api> stream of each API process; survives a reconnect, which a subscription would not
+    reply    replies:<api> stream of each API process, which reads it from the beginning and deletes what it has read
     finish   deletes the job's entry, gives its tokens back and sends its reply, in one step
     lease    a worker renews what it holds; an entry left alone for longer is claimed by another worker
     epoch    a random mark; when it is gone, Redis has lost the jobs and their callers must be told
@@ -22,6 +22,16 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 
 from client.errors import ErrorCode
 from service.engine.contract import (
@@ -53,6 +63,14 @@ _CALLER: Final = re.compile(rb'\s*\[\s*"(%b)"\s*,\s*"(%b)"' % ((_NAME.pattern.en
 _CODES: Final = frozenset(ErrorCode)
 _UNREADABLE_REPLY: Final = "the worker's answer cannot be read: run the same version of the API and its workers"
 UNREADABLE_JOB: Final = "the worker cannot read this job: run the same version of the API and its workers"
+_REFUSALS: Final[dict[type[Exception], str]] = {
+    ReadOnlyError: "Redis is a read-only replica",
+    OutOfMemoryError: "Redis is out of memory",
+    BusyLoadingError: "Redis is loading its data",
+    AuthenticationError: "Redis refuses the password",
+    NoPermissionError: "Redis refuses this user",
+    ClusterDownError: "Redis' cluster is down",
+}
 # What marks jobs and replies of the other tasks; those that ask for labels have no mark.
 _CLASSIFY: Final[Task] = "classify"
 _GENERATE: Final[Task] = "generate"
@@ -134,6 +152,14 @@ class Keys:
     def seen(self, submission: str) -> str:
         """The mark of a submission that has been accepted."""
         return f"{self.base}:seen:{submission}"
+
+
+def trouble(exc: Exception) -> str:
+    """What does not work, in words that callers may see too. Redis' own are for the log."""
+    for kind, words in _REFUSALS.items():
+        if isinstance(exc, kind):
+            return f"the queue does not work: {words}"
+    return "the queue does not work" if isinstance(exc, ResponseError) else "the queue cannot be reached"
 
 
 def position(lane: Lane) -> int:

@@ -62,22 +62,90 @@ if there > 0 then
   if redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
 end
 if ARGV[3] ~= '' then
-  redis.call('XADD', KEYS[5], '*', 'p', ARGV[3])
+  if type(redis.pcall('XADD', KEYS[5], '*', 'p', ARGV[3])) == 'table' then
+    -- Something else is in its place, or its ids have come to their end.
+    redis.call('DEL', KEYS[5])
+    redis.call('XADD', KEYS[5], '*', 'p', ARGV[3])
+  end
   redis.call('PEXPIRE', KEYS[5], ARGV[2])
 end
 return there
 """
 )
 
-# KEYS: both lanes. ARGV: group, then lane and entry for each job. Puts each that is still there at its lane's end anew.
+# Out of memory, Redis refuses what could take more. In a script it refuses that as the first write alone: scripts that
+# must work then, and take no more than they give back, begin with a write that is never refused.
+
+# Whoever is given jobs here has none: each worker looks for them.
+RELEASED: Final = "released"
+
+# KEYS: both lanes. ARGV: group, consumer, `released`, then lane, entry, deliveries for each job. Hands on those still
+# its own, under the ids by which their callers know them; the delivery does not count.
 RELEASE: Final = """
-for i = 2, #ARGV, 2 do
-  local stream = KEYS[tonumber(ARGV[i])]
-  local entry = redis.call('XRANGE', stream, ARGV[i + 1], ARGV[i + 1])[1]
-  redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
-  if entry then
-    redis.call('XDEL', stream, ARGV[i + 1])
-    redis.call('XADD', stream, '*', unpack(entry[2]))
+for i = 4, #ARGV, 3 do
+  local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
+  if #redis.call('XPENDING', stream, ARGV[1], id, id, 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', stream, ARGV[1], ARGV[3], 0, id, 'RETRYCOUNT', ARGV[i + 2] - 1, 'JUSTID')
+  end
+end
+"""
+
+# KEYS: both lanes. ARGV: group, consumer, `released`, count. Takes at most so many of each lane that were handed on.
+# Returns lane, entry, fields and deliveries of each.
+TAKE_RELEASED: Final = """
+local taken = {}
+for lane, stream in ipairs(KEYS) do
+  for _, held in ipairs(redis.call('XPENDING', stream, ARGV[1], '-', '+', ARGV[4], ARGV[3])) do
+    local entry = redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, held[1])[1]
+    if entry then
+      taken[#taken + 1] = {lane, entry[1], entry[2], held[4] + 1}
+    else
+      redis.call('XACK', stream, ARGV[1], held[1])
+    end
+  end
+end
+return taken
+"""
+
+# KEYS: both lanes. ARGV: group. Jobs that nobody holds, with ids below the last delivered one's, would never be
+# delivered: after a failover to a Redis whose clock is behind, say. Has the group go back to before the first of them.
+REWIND: Final = """
+for _, stream in ipairs(KEYS) do
+  redis.call('XACK', stream, ARGV[1], '0-1')
+  local pending, last = 0, nil
+  for _, fields in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local group = {}
+    for i = 1, #fields, 2 do group[fields[i]] = fields[i + 1] end
+    if group['name'] == ARGV[1] then pending, last = group['pending'], group['last-delivered-id'] end
+  end
+  local undelivered = redis.call('XLEN', stream) - pending
+  -- An error, where no id can be above it, is none above it.
+  if last and undelivered > 0 and #redis.pcall('XRANGE', stream, '(' .. last, '+', 'COUNT', 1) == 0 then
+    local before, found = '0-0', false
+    while not found do
+      local entries = redis.call('XRANGE', stream, '(' .. before, '+', 'COUNT', 100)
+      for _, entry in ipairs(entries) do
+        found = #redis.call('XPENDING', stream, ARGV[1], entry[1], entry[1], 1) == 0
+        if found then break end
+        before = entry[1]
+      end
+      if #entries == 0 then break end
+    end
+    if found then redis.call('XGROUP', 'SETID', stream, ARGV[1], before) end
+  end
+end
+"""
+
+# KEYS: both lanes. ARGV: group, milliseconds. Consumers are made by reading and never go by themselves: forgets those
+# that have been silent for so long, unless they hold jobs, which nobody would ever claim.
+FORGET: Final = """
+for _, stream in ipairs(KEYS) do
+  for _, fields in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
+    local consumer = {}
+    for i = 1, #fields, 2 do consumer[fields[i]] = fields[i + 1] end
+    if consumer['pending'] == 0 and consumer['idle'] > tonumber(ARGV[2]) then
+      redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], consumer['name'])
+    end
   end
 end
 """
@@ -107,6 +175,7 @@ end
 BEAT: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
+redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[1], now, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 for _, range in ipairs({{'-inf', now - ARGV[3]}, {now + ARGV[3], '+inf'}}) do

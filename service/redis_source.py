@@ -83,6 +83,9 @@ class RedisSource:
         self._renew = self._redis.register_script(scripts.RENEW)
         self._send_beat = self._redis.register_script(scripts.BEAT)
         self._clock = RedisClock()
+        self._take_released = self._redis.register_script(scripts.TAKE_RELEASED)
+        self._rewind = self._redis.register_script(scripts.REWIND)
+        self._forget = self._redis.register_script(scripts.FORGET)
         self._lock = threading.Lock()
         self._held: dict[str, _Held] = {}
         self._progress = time.monotonic()
@@ -97,7 +100,7 @@ class RedisSource:
             self._create_groups()
             self._beat(info)
         except _BROKEN as exc:
-            log.warning("the queue cannot be reached yet", reason=type(exc).__name__)
+            log.warning(f"{protocol.trouble(exc)} yet", reason=type(exc).__name__, detail=str(exc))
         # Without it the leases of a worker that goes on would run out.
         self._keeper = start_thread("heartbeat", lambda: self._keep(info), self._on_stall)
 
@@ -118,12 +121,16 @@ class RedisSource:
         self._progress = time.monotonic()
         try:
             self._look_at_clock()
-            just_claimed = self._claimed_last
-            if claimed := self._claim_in_turn():
-                return claimed
-            jobs = self._read(max_jobs, 0.0 if just_claimed else timeout)
+            try:
+                jobs = self._take(max_jobs, timeout)
+            except ResponseError as exc:
+                if "NOGROUP" not in str(exc):
+                    raise
+                self._create_groups()  # Redis has been restarted
+                jobs = self._take(max_jobs, timeout)
         except _BROKEN as exc:
-            return self.take(max_jobs, timeout) if self._recover(exc) else []
+            self._lost_connection(exc)
+            return []
         if not self._connected:
             log.info("the queue is back")
         self._connected = True
@@ -134,22 +141,16 @@ class RedisSource:
             asked = time.monotonic()
             self._clock.learn(self._redis.time(), asked)
 
-    def _recover(self, exc: BaseException) -> bool:
-        """Whether it is worth trying again at once."""
-        if "NOGROUP" not in str(exc):
-            self._lost_connection(exc)
-            return False
-        try:
-            self._create_groups()  # Redis has been restarted
-        except _BROKEN as again:
-            self._lost_connection(again)
-            return False
-        return True
+    def _take(self, max_jobs: int, timeout: float) -> list[Job]:
+        wait = 0.0 if self._claimed_last else timeout
+        return self._claim_in_turn() or self._read_released(max_jobs) or self._read(max_jobs, wait)
 
-    def _lost_connection(self, exc: BaseException) -> None:
+    def _lost_connection(self, exc: Exception) -> None:
         if self._connected:
-            log.warning("the queue cannot be reached", reason=type(exc).__name__)
+            log.warning(protocol.trouble(exc), reason=type(exc).__name__, detail=str(exc))
         self._connected = False
+        # A master that has become a replica keeps its connections: only new ones find the new master.
+        self._redis.connection_pool.disconnect(inuse_connections=False)
         time.sleep(protocol.RECONNECT_SECONDS)
 
     def _read(self, max_jobs: int, timeout: float) -> list[Job]:
@@ -173,6 +174,16 @@ class RedisSource:
             for entry, fields in entries
             if (job := self._hold(lanes[stream], entry, fields, attempt=1)) is not None
         ]
+
+    def _read_released(self, max_jobs: int) -> list[Job]:
+        """What other workers have handed on."""
+        args: list[Any] = [protocol.GROUP, self._me, scripts.RELEASED, max_jobs]
+        found: Any = self._take_released(keys=self._keys.streams, args=args)
+        jobs = [
+            self._hold(protocol.LANES[lane - 1], entry, dict(zip(fields[::2], fields[1::2], strict=True)), attempt)
+            for lane, entry, fields, attempt in found
+        ]
+        return [job for job in jobs if job is not None]
 
     def _hold(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
         payload = fields.get(protocol.PAYLOAD, b"")
@@ -216,6 +227,7 @@ class RedisSource:
         self._claimed_last = bool(claimed)
         if not claimed:
             self._next_claim = self._progress + self._timing.lease / 2
+            self._rewind(keys=self._keys.streams, args=[protocol.GROUP])
         return claimed
 
     def _claim_lost(self) -> list[Job]:
@@ -233,11 +245,13 @@ class RedisSource:
             for each in (each for each in lost if each["message_id"] not in mine):
                 # Atomic: an entry that another worker has claimed meanwhile is no longer idle, and is left out.
                 entries: Any = self._redis.xclaim(stream, protocol.GROUP, self._me, lease_ms, [each["message_id"]])
-                for entry, fields in (found for found in entries if found and found[1]):
-                    if (job := self._take_over(lane, entry, fields, each["times_delivered"] + 1)) is not None:
+                for entry, fields in entries:
+                    if fields is None:
+                        # Deleted by somebody else: nothing is left to be judged.
+                        self._redis.xack(stream, protocol.GROUP, each["message_id"])
+                    elif (job := self._take_over(lane, entry, fields, each["times_delivered"] + 1)) is not None:
                         return [job]
-            if lost:
-                self._forget_dead_consumers(stream)
+        self._forget(keys=self._keys.streams, args=[protocol.GROUP, int(max(10 * self._timing.lease, 60.0) * 1000)])
         return []
 
     def _take_over(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
@@ -257,14 +271,6 @@ class RedisSource:
         message = f"given up: {job.attempt - 1} workers in a row were lost while they held this item"
         queued = max(0.0, time.monotonic() - job.submitted)
         self.reply([Reply(job.id, JobFailure(ErrorCode.INFERENCE_FAILED, message), queued)])
-
-    def _forget_dead_consumers(self, stream: str) -> None:
-        """Consumers are made by reading and never go by themselves."""
-        limit_ms = max(self._timing.lease * 10, 60.0) * 1000
-        consumers: Any = self._redis.xinfo_consumers(stream, protocol.GROUP)
-        for consumer in consumers:
-            if consumer["pending"] == 0 and consumer["idle"] > limit_ms:
-                self._redis.xgroup_delconsumer(stream, protocol.GROUP, consumer["name"])
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         self._progress = time.monotonic()
@@ -313,8 +319,8 @@ class RedisSource:
         held = [self._held[job.id] for job in jobs if job.id in self._held]
         with suppress(*_BROKEN):
             if held:
-                places = [part for each in held for part in each.place]
-                self._release(keys=self._keys.streams, args=[protocol.GROUP, *places])
+                places = [part for each in held for part in (*each.place, each.job.attempt)]
+                self._release(keys=self._keys.streams, args=[protocol.GROUP, self._me, scripts.RELEASED, *places])
         with self._lock:
             for each in held:
                 self._held.pop(each.job.id, None)
@@ -336,11 +342,13 @@ class RedisSource:
                 log.error("the worker stands still", jobs=len(held), seconds=self._timing.stall)
                 self._on_stall()
                 return
+            # Before all else, and whatever else Redis refuses: a job whose lease runs out is taken for a lost one.
             with suppress(*_BROKEN):
-                self._beat(info)
                 if held:
                     places = [part for each in held for part in each.place]
                     self._renew(keys=self._keys.streams, args=[protocol.GROUP, self._me, *places])
+            with suppress(*_BROKEN):
+                self._beat(info)
             self._stop.wait(pause)
 
     def _beat(self, info: WorkerInfo) -> None:
