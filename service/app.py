@@ -42,7 +42,7 @@ from service import documentation, http_errors, playground
 from service.asking import Call
 from service.errors import ServiceError
 from service.jobs import JobQueue, Lane
-from service.judging import Judging
+from service.judging import AnyRequest, Judging
 from service.limits import RateLimiter
 from service.metrics import Metrics
 from service.middleware import Authentication, RequestContext, WholeBody
@@ -93,9 +93,10 @@ class Service:
             message = f"{items} items are over the limit of {self.limits.max_batch_items}: send several batches"
             raise ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="items")
 
-    def admit(self, caller: str, items: int, judgements: int) -> None:
+    def admit(self, caller: str, requests: Sequence[AnyRequest]) -> None:
         """Refuse work that is not to be begun; raises ServiceError."""
-        self.admit_items(items)
+        self.admit_items(len(requests))
+        judgements = self.judging.admit(requests)
         if self.limiter:
             self.limiter.spend(caller, judgements)
 
@@ -238,7 +239,7 @@ def _add_judging(app: FastAPI, service: Service) -> None:
         service.admit_items(len(sent))
         items = [_each_alone(kind, item) for item in sent]
         good = [item for item in items if not isinstance(item, ServiceError)]
-        service.admit(caller, len(items), sum(map(service.judging.cost, good)))
+        service.admit(caller, good)
         answers = iter(await judge(good, call))
         merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
         for answer in merged:
@@ -249,13 +250,13 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     @app.post("/score", response_model=ScoreResult, responses=_errors(*_SINGLE), tags=["judging"])
     async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
-        service.admit(request.state.caller, 1, service.judging.cost(body))
+        service.admit(request.state.caller, [body])
         return _json(_or_raise((await service.judging.score([body], call))[0]))
 
     @app.post("/compare", response_model=CompareResult, responses=_errors(*_SINGLE), tags=["judging"])
     async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
-        service.admit(request.state.caller, 1, service.judging.cost(body))
+        service.admit(request.state.caller, [body])
         return _json(_or_raise((await service.judging.compare([body], call))[0]))
 
     @app.post("/score/batch", response_model=ScoreBatchResult, responses=_errors(*_BATCH), tags=["judging"])

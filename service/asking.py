@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from service.background import report
 from service.cache import Kept, ScoreCache, cache_key
 from service.engine.contract import AnyAnswer, AnyItem, Classified, EngineItem, Generated, LabelLogprobs
 from service.errors import ServiceError
-from service.jobs import Job, JobFailure, JobQueue, Lane, Reply
+from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply, tokens_of
 from service.judges import LabelReader, Reader
 from service.metrics import Metrics
 from service.prompt import JudgePrompt
@@ -72,6 +73,31 @@ class _Answered:
     cached_tokens: int
 
 
+class Meter:
+    """What a call's prompts come to, counted while threads build them: more than the queue ever holds is not built."""
+
+    def __init__(self, bounds: Bounds, reader: Reader) -> None:
+        self._bounds = bounds
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._tokens = 0
+
+    def foresee(self, prompts: int, tokens: int) -> None:
+        """Refuse so many prompts that read so many tokens together; raises ServiceError(PAYLOAD_TOO_LARGE)."""
+        self._bounds.check(prompts * self._reader.samples, tokens * self._reader.samples)
+
+    def add(self, prompt: JudgePrompt) -> None:
+        """Count one more prompt; raises as `check` does."""
+        size = sum(map(tokens_of, self._reader.items(prompt)))
+        with self._lock:
+            self._tokens += size
+        self.check()
+
+    def check(self) -> None:
+        """Raise ServiceError(PAYLOAD_TOO_LARGE) where what was counted is too much already."""
+        self._bounds.check(0, self._tokens)
+
+
 class Asker:
     """Has prompts judged by a model behind a queue; with `scores` each is judged once, whoever asks again."""
 
@@ -93,6 +119,10 @@ class Asker:
         self._name = os.urandom(8).hex()
         self._count = itertools.count()
         self._storing: set[asyncio.Task[None]] = set()
+
+    def meter(self) -> Meter:
+        """For the prompts of one call."""
+        return Meter(self._queue.bounds, self._reader)
 
     async def ask(self, prompts: Sequence[JudgePrompt], call: Call) -> list[Outcome]:
         """One outcome for each prompt, in order; raises ServiceError for what befalls them all (a full queue)."""

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from client.errors import ErrorCode
 from service.engine.contract import AnyAnswer, AnyItem, GenerateItem
+from service.errors import ServiceError
 
 
 class Lane(StrEnum):
@@ -41,9 +42,14 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """The job's size, as the queue's bound and the batcher's budget count it: what is read and may be written."""
-        read = len(self.item.token_ids)
-        return read + self.item.max_new_tokens if isinstance(self.item, GenerateItem) else read
+        """The job's size, as the queue's bound and the batcher's budget count it."""
+        return tokens_of(self.item)
+
+
+def tokens_of(item: AnyItem) -> int:
+    """What is read for an item and may be written."""
+    read = len(item.token_ids)
+    return read + item.max_new_tokens if isinstance(item, GenerateItem) else read
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,30 @@ class WorkerInfo:
     max_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that a queue holds."""
+
+    jobs: int
+    tokens: int
+
+    def check(self, jobs: int, tokens: int) -> None:
+        """Refuse for good what does not fit an empty queue; raises ServiceError(PAYLOAD_TOO_LARGE)."""
+        for count, most, what in ((jobs, self.jobs, "judgements"), (tokens, self.tokens, "tokens")):
+            if count > most:
+                raise ServiceError(
+                    ErrorCode.PAYLOAD_TOO_LARGE,
+                    f"this request comes to at least {count} {what}, and the queue holds {most} at most: send fewer "
+                    "items in one request, fewer responses to compare, or shorter texts",
+                )
+
+
 class JobQueue(Protocol):
     """The HTTP side. Lives on one event loop."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """The most that waits at a time, all processes together."""
 
     async def open(self) -> None:
         """Connect, and begin to receive replies. To be called once, before anything else."""
@@ -90,7 +118,7 @@ class JobQueue(Protocol):
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         """Accept all of the jobs or none; one future each, in order, that always gets its reply.
 
-        Raises ServiceError(OVERLOADED) with retry_after when they do not fit, unless the queue is empty.
+        Raises ServiceError: OVERLOADED with retry_after when they do not fit now, PAYLOAD_TOO_LARGE when they never do.
         """
 
     def cancel(self, ids: Iterable[str]) -> None:

@@ -55,8 +55,12 @@ class Reader(Protocol):
     def task(self) -> Task:
         """What the engine must be able to do."""
 
+    @property
+    def samples(self) -> int:
+        """How many items it asks for, for each prompt."""
+
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
-        """What to ask for; at least one item."""
+        """What to ask for: `samples` items."""
 
     def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """From the answers to these items. Raises ServiceError(UNPARSEABLE)."""
@@ -66,6 +70,7 @@ class LabelReader:
     """Reads the probabilities of labels that have a weight each."""
 
     task: Final = "labels"
+    samples: Final = 1
 
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """One item."""
@@ -88,6 +93,7 @@ class LogitReader:
     """Reads the logit of a classification head."""
 
     task: Final = "classify"
+    samples: Final = 1
 
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """One item."""
@@ -122,6 +128,7 @@ class TextReader:
 
     def __init__(self, writing: Writing, text_of: Callable[[Sequence[int]], str]) -> None:
         """`text_of` makes text of token ids."""
+        self.samples = writing.samples
         self._writing = writing
         self._text_of = text_of
 

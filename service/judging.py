@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,7 +24,7 @@ from client.schema import (
     Timing,
     Usage,
 )
-from service.asking import Asker, Call, Judged
+from service.asking import Asker, Call, Judged, Meter
 from service.errors import ServiceError
 from service.judges import REWARD_TEMPLATE, YES_NO, Judge
 from service.prompt import JudgePrompt, PromptBuilder, Wanted
@@ -32,7 +32,7 @@ from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise
 from service.templates import Mode, Template, TemplateLibrary, from_inline
 from service.tracing import OFF, Tracing
 
-# Requests rendered and tokenised in one go by one thread.
+# Prompts rendered and tokenised in one go by one thread, or those of one request.
 CHUNK = 64
 # Characters and prompts of a request up to which handing it to a thread costs more than it gains.
 INLINE_CHARS = 2000
@@ -123,9 +123,17 @@ class Judging:
             for request, answer in zip(requests, answers, strict=True)
         ]
 
-    def cost(self, request: AnyRequest) -> int:
-        """How many judgements a request asks for."""
-        return len(_shown(request, self._mode(request)))
+    def admit(self, requests: Sequence[AnyRequest]) -> int:
+        """How many judgements these ask for; raises ServiceError(PAYLOAD_TOO_LARGE) for more than the queue holds."""
+        judgements = sum(map(self._cost, requests))
+        self._asker.meter().foresee(judgements, 0)
+        return judgements
+
+    def _cost(self, request: AnyRequest) -> int:
+        if isinstance(request, ScoreRequest):
+            return 1
+        n = len(request.responses)
+        return n if self._mode(request) == "pointwise" else n * (n - 1)
 
     async def close(self) -> None:
         """Let go of the score cache; to be called when nothing is asked any more."""
@@ -143,14 +151,47 @@ class Judging:
         ]
 
     async def _plan_all(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
+        meter = self._asker.meter()
         if len(requests) == 1 and _is_short(requests[0], self._mode(requests[0])):
-            return self._plan_some(requests)
+            return self._plan_some(requests, meter)
         loop = asyncio.get_running_loop()
-        chunks = [requests[start : start + CHUNK] for start in range(0, len(requests), CHUNK)]
-        planned = await asyncio.gather(*(loop.run_in_executor(self._executor, self._plan_some, c) for c in chunks))
+        await loop.run_in_executor(self._executor, self._foresee, requests, meter)
+        chunks = list(self._chunks(requests))
+        planned = await asyncio.gather(
+            *(loop.run_in_executor(self._executor, self._plan_some, chunk, meter) for chunk in chunks)
+        )
         return [plan for chunk in planned for plan in chunk]
 
-    def _plan_some(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
+    def _chunks(self, requests: Sequence[AnyRequest]) -> Iterator[list[AnyRequest]]:
+        some: list[AnyRequest] = []
+        prompts = 0
+        for request in requests:
+            some.append(request)
+            prompts += self._cost(request)
+            if prompts >= CHUNK:
+                yield some
+                some, prompts = [], 0
+        if some:
+            yield some
+
+    def _foresee(self, requests: Sequence[AnyRequest], meter: Meter) -> None:
+        """Raise ServiceError(PAYLOAD_TOO_LARGE) where the texts alone, however they are tokenised, are too much."""
+        meter.foresee(0, sum(map(self._fewest_tokens, requests)))
+
+    def _fewest_tokens(self, request: AnyRequest) -> int:
+        """What a request's prompts read at least; 0 for one that is refused, as it is too long and may not be cut."""
+        prompt = request.prompt if isinstance(request.prompt, str) else "".join(turn.content for turn in request.prompt)
+        least = self._prompts.fewest_tokens
+        asked, answers = least([prompt]), [least([response]) for response in _responses(request)]
+        longest = self._prompts.max_tokens
+        # A token may hold the end of one text and the beginning of the next.
+        sizes = [asked + sum(answers[i] - 1 for i in shown) for shown in _shown(request, self._mode(request))]
+        if request.truncation == "error" and max(sizes) > longest:
+            return 0
+        return sum(min(max(0, size), longest) for size in sizes)
+
+    def _plan_some(self, requests: Sequence[AnyRequest], meter: Meter) -> list[Plan | ServiceError]:
+        meter.check()
         started = time.perf_counter()
         ways = [self._way(request) for request in requests]
         wanted = [
@@ -159,7 +200,7 @@ class Judging:
             if isinstance(way, _Way)
             for each in _wanted(request, way)
         ]
-        built = iter(self._prompts.build_all(wanted))
+        built = iter(list(_metered(self._prompts.build_each(wanted), meter)))
         took = time.perf_counter() - started
         return [
             _plan(request, way, list(islice(built, len(_shown(request, way.mode)))), took)
@@ -270,6 +311,13 @@ class Judging:
             timing_ms=_timing(answer),
             fingerprint=self._provenance.fingerprint,
         )
+
+
+def _metered(built: Iterator[JudgePrompt | ServiceError], meter: Meter) -> Iterator[JudgePrompt | ServiceError]:
+    for prompt in built:
+        if isinstance(prompt, JudgePrompt):
+            meter.add(prompt)
+        yield prompt
 
 
 def _shown(request: AnyRequest, mode: CompareMode) -> list[tuple[int, ...]]:

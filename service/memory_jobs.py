@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from client.errors import ErrorCode
 from service.errors import ServiceError
-from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+from service.jobs import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,7 @@ class MemoryJobs:
     """JobQueue and JobSource in one object, bounded by `max_jobs` and `max_tokens` accepted and not yet answered."""
 
     def __init__(self, max_jobs: int, max_tokens: int) -> None:
-        self._max_jobs = max_jobs
-        self._max_tokens = max_tokens
+        self.bounds = Bounds(max_jobs, max_tokens)
         self._changed = threading.Condition()
         # Every accepted job without a reply; a cancelled one is gone from here, whoever holds it.
         self._live: dict[str, _Waiting] = {}
@@ -54,9 +53,8 @@ class MemoryJobs:
     def _admit(self, jobs: int, tokens: int) -> None:
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
-        fits = len(self._live) + jobs <= self._max_jobs and self._tokens + tokens <= self._max_tokens
-        # An empty queue takes anything: a request larger than the bound would otherwise be refused for ever.
-        if self._live and not fits:
+        self.bounds.check(jobs, tokens)
+        if len(self._live) + jobs > self.bounds.jobs or self._tokens + tokens > self.bounds.tokens:
             raise ServiceError(
                 ErrorCode.OVERLOADED,
                 f"the queue is full ({len(self._live)} judgements wait)",

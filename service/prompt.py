@@ -164,7 +164,15 @@ class PromptBuilder:
 
     def build_all(self, wanted: Sequence[Wanted]) -> list[JudgePrompt | ServiceError]:
         """`build` for each of these, in order, at less cost: they are tokenised side by side on all cores."""
-        return [built for some in _slices(wanted) for built in self._build_some(some)]
+        return list(self.build_each(wanted))
+
+    def build_each(self, wanted: Sequence[Wanted]) -> Iterator[JudgePrompt | ServiceError]:
+        """`build_all`, some at a time: who stops asking has no more of them built."""
+        return (built for some in _slices(wanted) for built in self._build_some(some))
+
+    def fewest_tokens(self, texts: Sequence[str]) -> int:
+        """A number of tokens that the texts have at least, at the cost of reading them once."""
+        return self._codec.fewest_tokens(texts)
 
     def _build_some(self, wanted: Sequence[Wanted]) -> list[JudgePrompt | ServiceError]:
         drafts = [self._draft(each) for each in wanted]

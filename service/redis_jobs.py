@@ -21,7 +21,7 @@ from service import redis_protocol as protocol
 from service import redis_scripts as scripts
 from service.background import report
 from service.errors import ServiceError
-from service.jobs import DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+from service.jobs import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 from service.redis_clock import RedisClock
 
 log = structlog.get_logger(__name__)
@@ -56,8 +56,7 @@ class RedisJobs:
     def __init__(self, url: str, keys: protocol.Keys, max_jobs: int, max_tokens: int) -> None:
         """Raises ValueError for a URL that is none."""
         self._keys = keys
-        self._max_jobs = max_jobs
-        self._max_tokens = max_tokens
+        self.bounds = Bounds(max_jobs, max_tokens)
         self._api = uuid.uuid4().hex
         retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), 2)
         self._pool = BlockingConnectionPool.from_url(
@@ -99,6 +98,7 @@ class RedisJobs:
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
+        self.bounds.check(len(jobs), sum(job.tokens for job in jobs))
         loop = asyncio.get_running_loop()
         # Known before Redis is told: the reply may be faster than Redis' answer to us.
         opened = {job.id: _Open(loop.create_future(), job.lane, job.tokens) for job in jobs}
@@ -148,7 +148,7 @@ class RedisJobs:
         keys = self._keys
         lane = protocol.position(jobs[0].lane)
         payloads = [protocol.encode_job(job, self._api, self._clock.offset) for job in jobs]
-        bounds = [lane, self._max_jobs, self._max_tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
+        bounds = [lane, self.bounds.jobs, self.bounds.tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
         answer: list[Any] = await self._submit(
             keys=[*keys.streams, keys.tokens, keys.epoch, keys.seen(jobs[0].id)],
             args=[self._epoch, *bounds, *payloads],

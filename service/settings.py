@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.contract import Task
@@ -229,8 +229,10 @@ class Settings(EngineSettings):
     calibration_file: Annotated[list[Path], NoDecode] = Field(
         [], description="calibrations of this model by template (`python -m client.calibrate`), comma-separated"
     )
-    max_queue_jobs: int = Field(16_384, ge=1, description="judgements waiting at most; more are refused with 503")
-    max_queue_tokens: int = Field(8_000_000, ge=1, description="their tokens at most; more are refused with 503")
+    max_queue_jobs: int = Field(
+        16_384, ge=1, description="judgements waiting at most; more are refused with 503, in one request with 413"
+    )
+    max_queue_tokens: int = Field(8_000_000, ge=1, description="their tokens at most; more are refused in the same way")
     max_batch_items: int = Field(1024, ge=1, description="items in one /score/batch or /compare/batch request at most")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="size of a request body at most; more gets 413")
     body_timeout: float = Field(
@@ -249,6 +251,12 @@ class Settings(EngineSettings):
     cache_ttl: float = Field(86_400.0, gt=0, description="seconds that Redis remembers a score")
     playground: bool = Field(True, description="serve the page to try the judge on, at /")
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenise prompts")
+
+    @model_validator(mode="after")
+    def _one_judgement_fits(self) -> Self:
+        if self.task == "generate" and self.self_reward_samples > self.max_queue_jobs:
+            raise ValueError("max-queue-jobs must be at least self-reward-samples: a judgement waits as so many")
+        return self
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -161,11 +161,20 @@ async def test_a_group_of_jobs_is_accepted_whole_or_not_at_all(queue: Backend) -
     assert await eventually(lambda: queue.stats() == QueueStats(jobs=2, tokens=20))
 
 
-async def test_an_empty_queue_takes_what_is_larger_than_its_bound(queue: Backend) -> None:
-    """A request over the bound would otherwise be told to come back for ever."""
-    await queue.submit([job(str(index), 50) for index in range(8)])
+@pytest.mark.parametrize("sizes", [[1] * 5, [101], [50, 51]])
+async def test_what_is_larger_than_the_whole_queue_is_refused_for_good(queue: Backend, sizes: list[int]) -> None:
+    """Not as overload, which would be told to come back for ever; the queue is left as it was."""
+    with pytest.raises(ServiceError) as refused:
+        await queue.submit([job(str(index), size) for index, size in enumerate(sizes)])
+    await queue.submit([job("a", 60)])
 
-    assert await eventually(lambda: queue.stats() == QueueStats(jobs=8, tokens=400))
+    assert (refused.value.code, refused.value.retry_after) == (ErrorCode.PAYLOAD_TOO_LARGE, None)
+    assert await eventually(lambda: queue.stats() == QueueStats(jobs=1, tokens=60))
+
+
+async def test_a_queue_is_filled_to_its_bounds(queue: Backend) -> None:
+    """All four jobs and all hundred tokens at once."""
+    assert len(await queue.submit([job(name, 25) for name in "abcd"])) == 4
 
 
 async def test_answered_jobs_make_room(queue: Backend) -> None:
