@@ -136,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="JSONL files of {prompt, chosen, rejected, category?, template?, id?} to be judged now by --judge-url",
+        help="files (JSONL, JSON, CSV, Parquet) of {prompt, chosen, rejected, category?, template?, id?} to be judged "
+        "now by --judge-url",
     )
     judge_address(parser, "for --data: ")
     parser.add_argument("--seed", type=int, default=0, help="of the division into halves (default: 0)")

@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from client.benchmarks._tables import SampleError, read_table
 from client.benchmarks.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
 from client.bulk import in_order, stream_scores
 from client.calibration import TEMPLATE_ID
 from client.errors import JudgeAPIError
 from client.fitting import Labelled
+from client.jsonl import first_problem
 from client.judge import AsyncJudge
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
+from client.texts import is_blank, messages_in, said
 
 
 class EvidenceError(ValueError):
@@ -66,7 +69,7 @@ class Evidence:
 
 
 class Pair(BaseModel):
-    """One line of a file of pairs; other fields are passed over."""
+    """One record of a file of pairs; other fields are passed over."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -76,6 +79,25 @@ class Pair(BaseModel):
     rejected: Text
     category: Name | None = None
     template: Name | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _turns(cls, value: object) -> object:
+        """A conversation as data sets have it, without empty turns of the system."""
+        found = messages_in(value, "prompt")
+        if not isinstance(found, list):
+            return found
+        turns = [said(message) for message in found]
+        return [{"role": role, "content": text} for role, text in turns if role != "system" or not is_blank(text)]
+
+    @field_validator("prompt", "chosen", "rejected")
+    @classmethod
+    def _says_something(cls, value: object) -> object:
+        if isinstance(messages_in(value, "the answer"), list) is not isinstance(value, list):
+            raise ValueError("holds a list of messages: give the answer's text")
+        if isinstance(value, str) and is_blank(value):
+            raise ValueError("is empty")
+        return value
 
     def key(self) -> str:
         """Its id, else one for all pairs of its prompt, so that they stay in the same half."""
@@ -103,7 +125,7 @@ def from_runs(folders: Sequence[Path]) -> Evidence:
 
 
 def read_pairs(files: Sequence[Path]) -> list[Pair]:
-    """Every pair of the JSONL files; raises EvidenceError that names the file and the line at fault."""
+    """Every pair of the files; raises EvidenceError that names the file and the line at fault."""
     return [pair for file in files for pair in _pairs_of(file)]
 
 
@@ -137,20 +159,15 @@ def _unusable(row: Row) -> str | None:
 
 def _pairs_of(file: Path) -> Iterator[Pair]:
     try:
-        # Not splitlines(): JSON leaves U+2028 and the like unescaped inside a line.
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise EvidenceError(f"{file}: cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+        records = read_table(file)
+    except SampleError as error:
+        raise EvidenceError(str(error).replace(": broken", ": not a pair: broken", 1)) from error
+    for record in records:
         try:
-            pair = Pair.model_validate_json(line)
+            pair = Pair.model_validate(record.fields)
             pair.requests()
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(map(str, first["loc"])) or "line"
-            raise EvidenceError(f"{file}, line {number}: not a pair: {where}: {first['msg']}") from error
+            raise EvidenceError(f"{record.place}: not a pair: {first_problem(error)}") from error
         yield pair
 
 

@@ -27,9 +27,11 @@ from pydantic import ValidationError
 
 from client._raw_http import Origin
 from client._traffic import Answered, Load, by_callers, on_schedule, percentile, poisson_arrivals, uniform_arrivals
+from client.benchmarks._tables import SampleError, read_table
 from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail, judge_address
 from client.judge import found_key
 from client.schema import CompareRequest, ScoreRequest
+from client.texts import messages_in
 
 ROUTES: Final = ("score", "compare", "health")
 WARMUP_CALLERS: Final = 4
@@ -208,24 +210,21 @@ def _load(args: argparse.Namespace) -> Load:
 
 def _rows(route: str, data: Path) -> list[bytes]:
     try:
-        lines = data.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"--data {data}: {exc}") from exc
+        records = read_table(data)
+    except SampleError as exc:
+        raise UsageError(f"--data {exc}") from exc
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(_body(route, json.loads(line)))
-            except (ValueError, TypeError, KeyError) as exc:
-                raise UsageError(f"{data}, line {number}: {_in_words(exc)}") from exc
-    if not rows:
-        raise UsageError(f"--data {data} has no rows")
+    for record in records:
+        try:
+            rows.append(_body(route, record.fields))
+        except (ValueError, TypeError, KeyError) as exc:
+            raise UsageError(f"{record.place}: {_in_words(exc)}") from exc
     return rows
 
 
 def _body(route: str, row: dict[str, Any]) -> bytes:
     """Raises KeyError, TypeError or ValueError for a row that makes no such request."""
-    asked = {name: row[name] for name in ("prompt", "category", "template") if name in row}
+    asked = {name: messages_in(row[name], name) for name in ("prompt", "category", "template") if name in row}
     if route == "score":
         answer = row["response"] if "response" in row else row["chosen"]
         request: ScoreRequest | CompareRequest = ScoreRequest(response=answer, **asked)
@@ -291,8 +290,9 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FILE",
-        help="JSONL rows of {prompt, response} or {prompt, chosen, rejected}, and category or template; sent in order "
-        "and again from the start, when a service's cache knows them (default: made-up short texts, no two alike)",
+        help="rows (JSONL, JSON, CSV, Parquet) of {prompt, response} or {prompt, chosen, rejected}, and category or "
+        "template; sent in order and again from the start, when a service's cache knows them (default: made-up short "
+        "texts, no two alike)",
     )
     parser.add_argument(
         "--timeout",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from client.benchmarks.run import EMPTY_RESPONSE, Progress, is_final
+from client.texts import is_blank
 from trainer.labelers import Label, Labeler, LabelOptions, Text, open_labeler
 from trainer.records import Instruction, Key, Sample, Score, ScoreError, appending, read_records, write_records
 from trainer.stages import StageError
@@ -99,7 +100,7 @@ class _Book:
         """What needs no judge: empty responses, and texts of which another sample's score stands."""
         judged = {self._texts[key]: _outcome(score) for key, score in self.known.items()}
         empty = ScoreError(code=EMPTY_RESPONSE, message="the response is empty")
-        outcomes = [(text, judged.get(text) if text.response.strip() else empty) for text in self.owners]
+        outcomes = [(text, judged.get(text) if not is_blank(text.response) else empty) for text in self.owners]
         return [(text, outcome) for text, outcome in outcomes if outcome is not None]
 
     def enter(self, text: Text, outcome: Label | ScoreError, append: Callable[[Score], None]) -> None:

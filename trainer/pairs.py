@@ -19,6 +19,7 @@ from typing import Final, Literal, TypeAlias
 
 from client.benchmarks.run import EMPTY_RESPONSE
 from client.schema import Message
+from client.texts import is_blank
 from trainer.candidates import Candidate, Judged, balanced
 from trainer.records import (
     PAIRS_FILE,
@@ -181,7 +182,7 @@ class _Sorter:
 
     def _reason_against(self, sample: Sample, score: Score | None) -> str | None:
         """Why a sample is of no use by itself, as a field of PairStats."""
-        if not sample.response.strip():
+        if is_blank(sample.response):
             return "empty"
         if sample.finish == "length" and self._options.cut_off == "drop":
             return "cut_off"

@@ -12,6 +12,7 @@ from typing import Final
 
 from client.benchmarks.samples import load_hub, load_pairs
 from client.schema import Message
+from client.texts import is_blank
 from trainer.records import Record
 
 HUB: Final = "hub:"
@@ -53,7 +54,8 @@ def load_preferences(source: str) -> tuple[list[Preference], int]:
     found = []
     for sample in samples:
         chosen, rejected = sample.chosen[0], sample.rejected[0]
-        if not (sample.prompt and chosen.strip() and rejected.strip()) or chosen == rejected:
+        asked = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1].content
+        if any(map(is_blank, (asked, chosen, rejected))) or chosen == rejected:
             continue
         prompt = [Message(role="user", content=sample.prompt)] if isinstance(sample.prompt, str) else [*sample.prompt]
         found.append(Preference(prompt=prompt, chosen=[_answer(chosen)], rejected=[_answer(rejected)]))

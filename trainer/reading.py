@@ -12,22 +12,19 @@ are optional; an id is made of the prompt where there is none.
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib import import_module
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks._tables import Record, SampleError, read_table
+from client.benchmarks._tables import Record, SampleError, each_record
+from client.texts import is_blank, messages_in, said
 from trainer.records import CATEGORIES, GENERAL, Instruction
 
 HUB: Final = "hub:"
-_LINES: Final = (".jsonl", ".jsonl.gz")
-_BOM: Final = b"\xef\xbb\xbf"
 _PROBLEMS_KEPT: Final = 10
 _ID_DIGITS: Final = 12
 
@@ -92,29 +89,7 @@ def _records(source: str) -> Iterable[Record | SampleError]:
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition("@")
         return _of_hub(name, split or None)
-    path = Path(source)
-    return _lines(path) if path.name.lower().endswith(_LINES) else read_table(path)
-
-
-def _lines(path: Path) -> Iterator[Record | SampleError]:
-    """The records of a JSON-lines file, and an error in the place of each line that holds none."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix.lower() == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise SampleError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    for number, line in enumerate(data.removeprefix(_BOM).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            yield SampleError(f"{path}, line {number}: broken JSON: {error}")
-            continue
-        if isinstance(value, dict):
-            yield Record(str(path), "line", number, value)
-        else:
-            yield SampleError(f"{path}, line {number}: not a JSON object")
+    return each_record(Path(source))
 
 
 def _of_hub(name: str, split: str | None) -> Iterator[Record]:
@@ -142,7 +117,7 @@ def _given(record: Record) -> Given:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise record.problem("the prompt is not Unicode: it holds half a surrogate pair") from error
-    if not prompt.strip():
+    if is_blank(prompt):
         raise record.problem("the prompt is empty")
     category = record.fields.get("category")
     if category is not None and not isinstance(category, str):
@@ -167,7 +142,10 @@ def _prompt(record: Record) -> str:
     column = next((name for name in ("prompt", "instruction", "messages") if name in fields), None)
     if column is None:
         raise record.problem(f"none of the columns prompt, instruction and messages; there are {', '.join(fields)}")
-    value = fields[column]
+    try:
+        value = messages_in(fields[column], column)
+    except ValueError as error:
+        raise record.problem(str(error)) from error
     if isinstance(value, list) and column != "instruction":
         return _first_turn(record, value)
     if column == "messages" or not isinstance(value, str | None):
@@ -183,14 +161,15 @@ def _prompt(record: Record) -> str:
 
 
 def _first_turn(record: Record, turns: list[Any]) -> str:
-    """What the user says first, after what the system says before it."""
+    """What the user says first, after what the system says before it, unless that is empty."""
     before: list[str] = []
     for turn in turns:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(content, str):
-            raise record.problem("a message has no text as content")
+        try:
+            role, content = said(turn)
+        except ValueError as error:
+            raise record.problem(f"a message {error}") from error
         if role == "user":
-            return "\n\n".join([*before, content]) if content.strip() else ""
+            return "" if is_blank(content) else "\n\n".join([*filterfalse(is_blank, before), content])
         if role != "system" or before:
             raise record.problem(f"the conversation begins with a message of {role!r}, not of the user")
         before.append(content)

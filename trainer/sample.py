@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from client.schema import Message
+from client.texts import is_blank
 from trainer.bars import Advance, Tell, silent
 from trainer.flags import add_flags, given
 from trainer.generation import Generated, row_seed
@@ -178,7 +179,7 @@ def _stats(lines: Sequence[Sampled], too_long: int, tokens: int, seconds: float)
         written=len(lines),
         duplicates=samples - len(lines),
         cut_off=sum(line.finish == "length" for line in lines),
-        empty=sum(not line.response.strip() for line in lines),
+        empty=sum(is_blank(line.response) for line in lines),
         tokens=tokens,
         seconds=seconds,
     )

@@ -15,11 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import TypeAdapter, ValidationError
-
 from client.benchmarks._tables import Record as TableRow
 from client.benchmarks._tables import read_table
 from client.schema import Message
+from client.texts import is_blank, messages_in, said
 from trainer.bars import Tell, silent
 from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
@@ -32,7 +31,6 @@ from trainer.tuning import TuneSettings, is_main, load_base, training_arguments,
 
 SFT_LOG: Final = "sft_log.jsonl"
 SFT_FILE: Final = "sft.json"
-_TURNS: Final = TypeAdapter(list[Message])
 _FULL_LR: Final = 2e-5
 
 
@@ -90,7 +88,7 @@ def _examples(row: TableRow) -> list[Example]:
         raise row.problem(f"has neither messages, nor prompt and response; it has {', '.join(row.fields) or 'nothing'}")
     context = _text(row, "context", "input")
     asked = f"{prompt}\n\n{context}" if context else prompt
-    if not asked.strip() or not response.strip():
+    if is_blank(asked) or is_blank(response):
         raise row.problem("the prompt or the response is empty")
     return [Example(prompt=[_said("user", asked)], completion=[_said("assistant", response)])]
 
@@ -101,22 +99,44 @@ def _said(role: str, text: str) -> Message:
 
 def _text(row: TableRow, *names: str) -> str | None:
     """The first of these columns that is there and not null."""
-    found = next(((name, row.fields[name]) for name in names if row.fields.get(name) is not None), None)
-    if found is not None and not isinstance(found[1], str):
-        raise row.problem(f"{found[0]} is not a text")
-    return None if found is None else str(found[1])
+    name = next((name for name in names if row.fields.get(name) is not None), None)
+    if name is None:
+        return None
+    text = _unpacked(row, name)
+    if not isinstance(text, str):
+        raise row.problem(f"{name} is not a text (a conversation goes into a column messages)")
+    return text
+
+
+def _unpacked(row: TableRow, name: str) -> object:
+    try:
+        return messages_in(row.fields[name], name)
+    except ValueError as error:
+        raise row.problem(str(error)) from error
 
 
 def _of_conversation(row: TableRow) -> list[Example]:
-    try:
-        turns = _TURNS.validate_python(row.fields["messages"])
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise row.problem(f"messages: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    messages = _unpacked(row, "messages")
+    if not isinstance(messages, list):
+        raise row.problem("messages is not a list of messages")
+    turns = [turn for number, message in enumerate(messages, start=1) for turn in _turn(row, number, message)]
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant" and index]
     if not answers:
         raise row.problem("messages hold no turn of the assistant after another's")
     return [Example(prompt=turns[:index], completion=[turns[index]]) for index in answers]
+
+
+def _turn(row: TableRow, number: int, message: object) -> list[Message]:
+    """The message; none for an empty one of the system's, as data sets write that there is none."""
+    try:
+        role, text = said(message)
+    except ValueError as error:
+        raise row.problem(f"message {number} {error}") from error
+    if not is_blank(text):
+        return [_said(role, text)]
+    if role != "system":
+        raise row.problem(f"message {number}, of role {role}, is empty")
+    return []
 
 
 def train_sft(

@@ -23,6 +23,7 @@ from client.benchmarks.run import Asking, RunError, RunFolder, judge_identity, j
 from client.errors import JudgeError
 from client.schema import ModelInfo, Truncation
 from client.stats import mean
+from client.texts import is_blank
 from trainer.label import OnProgress
 from trainer.labelers import JUDGE_OF_ARM, JudgeOptions, connected, lost, shown_url
 from trainer.records import GENERAL, Instruction, Record, Sample, count_by
@@ -77,7 +78,7 @@ class Duel:
     @property
     def empty(self) -> bool:
         """Whether one of the two says nothing."""
-        return not (self.base.response.strip() and self.new.response.strip())
+        return is_blank(self.base.response) or is_blank(self.new.response)
 
     @property
     def length_difference(self) -> int:
@@ -253,7 +254,7 @@ def response_stats(samples: Sequence[Sample]) -> ResponseStats:
     count = len(samples)
     return ResponseStats(
         responses=count,
-        empty=sum(not sample.response.strip() for sample in samples),
+        empty=sum(is_blank(sample.response) for sample in samples),
         cut_off=sum(sample.finish == "length" for sample in samples) / count if count else None,
         refusals=sum(is_refusal(sample.response) for sample in samples) / count if count else None,
         characters=mean([len(sample.response) for sample in samples]) if count else None,

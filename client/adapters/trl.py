@@ -4,13 +4,16 @@
         trainer = GRPOTrainer(model, reward_funcs=JudgeReward(judge), train_dataset=dataset, args=config)
         trainer.train()
 
-TRL leaves a completion without a reward (None) out of its group's baseline and learns nothing from it. Beside a second
-reward function, though, a missing reward counts as 0 in the sum.
+GRPOTrainer leaves a completion without a reward (None) out of its group's baseline and learns nothing from it.
+Elsewhere a missing reward counts as 0: beside a second reward function, and always in OnlineDPOTrainer. In log-odds, 0
+is better than every completion that the judge finds more bad than good: set `RewardOptions.unjudged` there, to -20 for
+example.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +25,14 @@ from client.bulk import DEFAULT_OPTIONS, BulkOptions
 from client.errors import ErrorCode, JudgeAPIError, JudgeError
 from client.judge import Judge
 from client.schema import InlineTemplate, ScoreRequest, ScoreResult, Truncation
+from client.texts import is_blank
 
 Value = Literal["log_odds", "score", "calibrated"]
 # A text, or messages as TRL has them: mappings with role and content, the content a text or a list of parts.
 Dialogue = str | Sequence[Mapping[str, Any]]
 
 EMPTY: Final = "empty_response"
+EMPTY_PROMPT: Final = "empty_prompt"
 
 _log = logging.getLogger("client")
 
@@ -43,6 +48,7 @@ class RewardOptions:
     `value`: "log_odds" (does not saturate), "score" (0 to 1) or "calibrated" (needs a service with a calibration).
     `category_column` is the dataset's column with each prompt's category, where it has one; None ignores it, and so
     does a `template`. A share of completions over `max_failures` that could not be judged stops the training.
+    `unjudged` is the reward of completions that are empty or could not be judged; None tells the trainer so.
     """
 
     value: Value = "log_odds"
@@ -50,6 +56,7 @@ class RewardOptions:
     template: str | InlineTemplate | None = None
     truncation: Truncation = "error"
     max_failures: float = 0.1
+    unjudged: float | None = None
     bulk: BulkOptions = field(default=DEFAULT_OPTIONS)
 
     def __post_init__(self) -> None:
@@ -57,16 +64,20 @@ class RewardOptions:
             raise ValueError(f"value must be one of {', '.join(get_args(Value))}, not {self.value!r}")
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max_failures is a share from 0 to 1, not {self.max_failures}")
+        if self.unjudged is not None and not math.isfinite(self.unjudged):
+            raise ValueError(f"unjudged is a finite reward or None, not {self.unjudged}")
 
 
 class JudgeReward:
     """A reward function: how good an answer the judge finds each completion to its prompt.
 
     Prompts and completions may be texts or conversations; of a conversation's completion its last assistant message
-    is judged. The reward is None where the judge gave an error and where the completion is empty.
+    is judged. The reward is `RewardOptions.unjudged` where the judge gave an error, and where prompt or completion are
+    empty, or hold nothing but white space and other characters that cannot be seen.
 
     Attributes:
-        failures: What could not be judged so far, counted by error code; empty completions as "empty_response".
+        failures: What could not be judged so far, counted by error code; empty completions as "empty_response", and
+            empty prompts as "empty_prompt".
 
     Raises, when called, TooManyFailuresError (empty completions are the policy's doing and do not count towards it),
     and any JudgeError of the judge as a whole, such as one that stays out of reach.
@@ -82,7 +93,7 @@ class JudgeReward:
     def __call__(
         self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any
     ) -> list[float | None]:
-        """One reward or None for each completion; `columns` are the dataset's other columns and TRL's own extras."""
+        """The rewards, in order; `columns` are the dataset's other columns and TRL's own extras."""
         categories = self._categories(columns, len(prompts))
         asked = [
             self._request(prompt, completion, category)
@@ -96,7 +107,9 @@ class JudgeReward:
         results = [next(outcomes) if isinstance(request, ScoreRequest) else request for request in asked]
         failed = Counter(code for code in map(_failure, results) if code is not None)
         self._account(failed, results, columns.get("log_metric"))
-        return [self._reward(result) if isinstance(result, ScoreResult) else None for result in results]
+        return [
+            self._reward(result) if isinstance(result, ScoreResult) else self.options.unjudged for result in results
+        ]
 
     def _categories(self, columns: Mapping[str, Any], count: int) -> Sequence[str | None]:
         column = self.options.category_column
@@ -108,9 +121,11 @@ class JudgeReward:
     def _request(self, prompt: Dialogue, completion: Dialogue, category: str | None) -> ScoreRequest | str:
         """The request, or the code of the error that makes it none."""
         response = completion if isinstance(completion, str) else _last_answer(completion)
-        if not response:
+        if is_blank(response):
             return EMPTY
-        question = prompt if isinstance(prompt, str) else [_message(message) for message in prompt]
+        question = prompt if isinstance(prompt, str) else [turn for turn in map(_message, prompt) if _is_said(turn)]
+        if isinstance(question, str) and is_blank(question):
+            return EMPTY_PROMPT
         try:
             return ScoreRequest.model_validate(
                 {
@@ -169,6 +184,11 @@ def _last_answer(completion: Sequence[Mapping[str, Any]]) -> str:
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Role and text alone; TRL's messages may carry more."""
     return {"role": message.get("role"), "content": _text(message.get("content"))}
+
+
+def _is_said(message: Mapping[str, Any]) -> bool:
+    """False for an empty message of the system's, as data sets write that there is none."""
+    return message["role"] != "system" or not is_blank(message["content"])
 
 
 def _text(content: object) -> str:

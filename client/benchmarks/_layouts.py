@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, cast, get_args
+from typing import Any, Final, TypeAlias, cast
 
 from client.benchmarks._tables import Record
 from client.benchmarks.records import Sample
 from client.schema import Message
+from client.texts import is_blank, messages_in, said
 
 _STYLES: Final = 3
 ALL: Final = "all"
 
-_ROLES: Final = get_args(Message.model_fields["role"].annotation)
 _Turns: TypeAlias = tuple[tuple[str, str], ...]
 
 
@@ -113,7 +113,7 @@ def _subset(record: Record, column: str, default: str | None = None) -> str:
 
 
 def _text(record: Record, column: str) -> str:
-    value = record.fields[column]
+    value = _value(record, column)
     if not isinstance(value, str):
         raise record.problem(f"{column} is {_kind(value)}, not a text")
     return _valid(record, column, value)
@@ -123,7 +123,7 @@ def _three(record: Record, column: str) -> tuple[str, ...]:
     value = record.fields[column]
     if not isinstance(value, list):
         raise record.problem(f"{column} is {_kind(value)}, not a list of three texts")
-    for each in value:
+    for each in [_unpacked(record, column, given) for given in value]:
         if not isinstance(each, str):
             raise record.problem(f"{column} holds {_kind(each)}, not three texts")
     if len(value) != _STYLES:
@@ -132,7 +132,7 @@ def _three(record: Record, column: str) -> tuple[str, ...]:
 
 
 def _answers(record: Record, column: str) -> list[_Answer]:
-    value = record.fields[column]
+    value = _value(record, column)
     if isinstance(value, str):
         return [_answer(record, column, value)]
     if not isinstance(value, list):
@@ -144,7 +144,8 @@ def _answers(record: Record, column: str) -> list[_Answer]:
     return [_answer(record, column, each) for each in value]
 
 
-def _answer(record: Record, column: str, value: Any) -> _Answer:
+def _answer(record: Record, column: str, given: Any) -> _Answer:
+    value = _unpacked(record, column, given)
     if isinstance(value, str):
         return _Answer(_valid(record, column, value))
     *before, (role, text) = _turns(record, column, value)
@@ -154,7 +155,7 @@ def _answer(record: Record, column: str, value: Any) -> _Answer:
 
 
 def _prompt(record: Record) -> str | tuple[Message, ...]:
-    value = record.fields["prompt"]
+    value = _value(record, "prompt")
     if isinstance(value, str):
         return _valid(record, "prompt", value)
     return _conversation(record, _turns(record, "prompt", value))
@@ -165,12 +166,12 @@ def _conversation(record: Record, turns: _Turns) -> str | tuple[Message, ...]:
 
     Data sets write "no system message" as an empty one: it is left out.
     """
-    turns = tuple(turn for turn in turns if turn != ("system", ""))
+    turns = tuple(turn for turn in turns if turn[0] != "system" or not is_blank(turn[1]))
     if not turns or turns[-1][0] != "user":
         raise record.problem("the last message of the prompt must be the user's")
     if len(turns) == 1:
         return turns[0][1]
-    if not all(content for _, content in turns):
+    if any(is_blank(content) for _, content in turns):
         return ""
     return tuple(Message(role=cast("Any", role), content=content) for role, content in turns)
 
@@ -178,12 +179,22 @@ def _conversation(record: Record, turns: _Turns) -> str | tuple[Message, ...]:
 def _turns(record: Record, column: str, value: Any) -> _Turns:
     if not isinstance(value, list) or not value:
         raise record.problem(f"{column} is {_kind(value)}, not a text or a list of messages")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise record.problem(f'a message of {column} is not {{"role": …, "content": a text}}')
-        if message.get("role") not in _ROLES:
-            raise record.problem(f"a message of {column} is of role {message.get('role')}, not of {', '.join(_ROLES)}")
-    return tuple((message["role"], _valid(record, column, message["content"])) for message in value)
+    try:
+        turns = [said(message) for message in value]
+    except ValueError as error:
+        raise record.problem(f"a message of {column} {error}") from error
+    return tuple((role, _valid(record, column, text)) for role, text in turns)
+
+
+def _value(record: Record, column: str) -> Any:
+    return _unpacked(record, column, record.fields[column])
+
+
+def _unpacked(record: Record, column: str, value: Any) -> Any:
+    try:
+        return messages_in(value, column)
+    except ValueError as error:
+        raise record.problem(str(error)) from error
 
 
 def _valid(record: Record, column: str, text: str) -> str:

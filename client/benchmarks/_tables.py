@@ -1,4 +1,7 @@
-"""Records of a file: JSON lines, JSON, CSV or Parquet, told apart by the file's name; `.gz` after it is fine."""
+"""Records of a file: JSON lines, JSON, CSV or Parquet, told apart by the file's name; `.gz` after it is fine.
+
+JSON lines in a file named .json, and a list of objects in one named .jsonl, are read as what they are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -40,11 +43,28 @@ class Record:
         return SampleError(f"{self.place}: {what}")
 
 
-_Reader: TypeAlias = Callable[[str, bytes], list[Record]]
+_Reader: TypeAlias = Callable[[str, bytes], "Iterable[Record | SampleError]"]
+_GZIP: Final = b"\x1f\x8b"
+_BOM: Final = b"\xef\xbb\xbf"
 
 
 def read_table(path: Path) -> list[Record]:
     """All records of the file, at least one. Raises SampleError."""
+    records = []
+    for found in each_record(path):
+        if isinstance(found, SampleError):
+            raise found
+        records.append(found)
+    if not records:
+        raise SampleError(f"{path}: holds no samples")
+    return records
+
+
+def each_record(path: Path) -> Iterable[Record | SampleError]:
+    """The records of the file, and of JSON lines an error in the place of each line that holds none.
+
+    Raises SampleError for a file that cannot be told apart into records.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     kind = suffixes[-1 - zipped] if len(suffixes) > zipped else ""
@@ -52,28 +72,51 @@ def read_table(path: Path) -> list[Record]:
         raise SampleError(f"{path}: not a known kind of file; it must end in {', '.join(_READERS)}, or that and .gz")
     try:
         data = path.read_bytes()
-        records = _READERS[kind](str(path), gzip.decompress(data) if zipped else data)
+        # By its content too: what unpacks a download often leaves the name, and the other way round.
+        data = gzip.decompress(data) if zipped or data.startswith(_GZIP) else data
     except (OSError, EOFError, zlib.error) as error:
         raise SampleError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not records:
-        raise SampleError(f"{path}: holds no samples")
-    return records
+    return _READERS[kind](str(path), data.removeprefix(_BOM))
 
 
-def _json_lines(source: str, data: bytes) -> list[Record]:
-    records = []
+def _json_lines(source: str, data: bytes) -> Iterable[Record | SampleError]:
+    if data.lstrip().startswith(b"["):
+        whole = _list_of_objects(data)
+        if whole:
+            return _numbered(source, whole)
+    return _each_line(source, data)
+
+
+def _list_of_objects(data: bytes) -> list[dict[str, Any]]:
+    """The objects of a file that is a JSON list of them; empty for any other."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    return value if isinstance(value, list) and all(isinstance(entry, dict) for entry in value) else []
+
+
+def _each_line(source: str, data: bytes) -> Iterator[Record | SampleError]:
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(_decode(source, data).split("\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
-            value = _parse(f"{source}, line {number}", line)
-            if not isinstance(value, dict):
-                raise SampleError(f"{source}, line {number}: not a JSON object")
-            records.append(Record(source, "line", number, value))
-    return records
+            try:
+                yield _of_line(source, number, line)
+            except SampleError as error:
+                yield error
 
 
-def _json(source: str, data: bytes) -> list[Record]:
+def _of_line(source: str, number: int, line: bytes) -> Record:
+    value = _parse(f"{source}, line {number}", _decode(source, line, number))
+    if not isinstance(value, dict):
+        raise SampleError(f"{source}, line {number}: not a JSON object")
+    return Record(source, "line", number, value)
+
+
+def _json(source: str, data: bytes) -> Iterable[Record | SampleError]:
     text = _decode(source, data)
+    if _is_lines(text):
+        return _each_line(source, data)
     value = _parse(source, text) if text.strip() else []
     if isinstance(value, dict):
         value = _from_columns(source, value)
@@ -85,9 +128,24 @@ def _json(source: str, data: bytes) -> list[Record]:
     return _numbered(source, value)
 
 
+def _is_lines(text: str) -> bool:
+    """Whether the first line is an object by itself, and not the only one."""
+    first, _, rest = text.lstrip().partition("\n")
+    if not (first.startswith("{") and rest.strip()):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _from_columns(source: str, columns: dict[str, Any]) -> list[dict[str, Any]]:
     if not all(isinstance(column, list) for column in columns.values()):
-        raise SampleError(f"{source}: an object, but not one of columns: every value must be a list")
+        raise SampleError(
+            f"{source}: an object, but not one of columns: every value must be a list (a file of JSON lines with one "
+            "line must be named .jsonl)"
+        )
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise SampleError(f"{source}: columns of different lengths: {lengths}")
@@ -100,6 +158,9 @@ def _csv(source: str, data: bytes) -> list[Record]:
         rows = csv.reader(io.StringIO(_decode(source, data), newline=""), strict=True)
         try:
             header = next(rows, [])
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise SampleError(f"{source}: two columns are named {twice!r}: rename one")
             for row in rows:
                 if not row:
                     continue
@@ -136,11 +197,11 @@ def _numbered(source: str, rows: list[dict[str, Any]]) -> list[Record]:
     return [Record(source, "row", number, fields) for number, fields in enumerate(rows, start=1)]
 
 
-def _decode(source: str, data: bytes) -> str:
+def _decode(source: str, data: bytes, first_line: int = 1) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = data.count(b"\n", 0, error.start) + first_line
         raise SampleError(f"{source}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}); convert it") from error
 
 

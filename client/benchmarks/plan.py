@@ -197,7 +197,7 @@ def _permuted(names: Sequence[str], seed: int) -> dict[str, str]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise PlanError(f"{path}: cannot be read as JSON: {error}") from error
 

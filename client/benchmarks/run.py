@@ -33,6 +33,7 @@ from client.schema import (
     Truncation,
     Usage,
 )
+from client.texts import is_blank
 
 EMPTY_RESPONSE: Final = "empty_response"
 EMPTY_PROMPT: Final = "empty_prompt"
@@ -259,11 +260,11 @@ async def _judged(judge: AsyncJudge, samples: Sequence[Sample], asking: Asking) 
 
 
 def _unanswerable(sample: Sample) -> RowError | None:
-    """What makes a sample no valid request; the service would refuse it."""
-    if not sample.prompt:
+    """What leaves nothing to judge; an empty text the service would refuse."""
+    if isinstance(sample.prompt, str) and is_blank(sample.prompt):
         return RowError(code=EMPTY_PROMPT, message="the prompt is empty")
     for side, answers in (("chosen", sample.chosen), ("rejected", sample.rejected)):
-        if not all(answers):
+        if any(map(is_blank, answers)):
             return RowError(code=EMPTY_RESPONSE, message=f"a {side} response is empty")
     return None
 
