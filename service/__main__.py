@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
 
-from service import cli
-from service.settings import Settings
+    program.begin("python -m service", "service")
+
+from collections.abc import Sequence
+from functools import partial
+
+from service import stopping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; returns the process's exit status. `--help` explains the flags."""
-    settings = cli.settings_from(Settings, argv)
-    # Imported only now: it pulls in transformers, and --help should not wait for that.
-    from service.server import serve
+    return stopping.run("python -m service", partial(_run, argv))
 
-    return cli.run(settings, serve)
+
+def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
+    from service import cli
+    from service.listening import bind
+    from service.settings import Settings
+
+    def body(settings: Settings) -> int:
+        sockets = bind(settings.host, settings.port)
+        # Imported only now: it pulls in transformers, and neither --help nor a port in use should wait for that.
+        from service.server import serve
+
+        return serve(settings, sockets, stop)
+
+    return cli.run(cli.settings_from(Settings, argv), body)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.finish(main)

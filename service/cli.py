@@ -33,12 +33,10 @@ def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSe
 
 
 def run(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
-    """Run a program's body; what it cannot start with becomes one line and status 1, Ctrl-C status 130."""
+    """Run a program's body; what it cannot start with becomes one line and status 1."""
     logs.configure(settings.log_format, settings.log_level)
     try:
         return program(settings)
     except (ModelError, ServiceError, OSError, ValueError, RuntimeError) as exc:
         structlog.get_logger(__name__).error("cannot start", reason=str(exc))
         return 1
-    except KeyboardInterrupt:
-        return 130

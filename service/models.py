@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m service.models", "service")
+
 import argparse
 import hashlib
 import json
@@ -289,4 +294,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.finish(main)

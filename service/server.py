@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
-from types import FrameType
+from contextlib import asynccontextmanager, closing, suppress
 
 import structlog
 import uvicorn
@@ -30,6 +28,7 @@ from service.http_guard import guarded
 from service.jobs import JobQueue
 from service.judges import Judge, judge_of, stop_ids_of
 from service.judging import Judging, Provenance
+from service.listening import listen, url_of
 from service.loading import Model, find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
@@ -37,6 +36,7 @@ from service.prompt import PromptBuilder
 from service.redis_jobs import RedisJobs
 from service.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
+from service.stopping import Stop
 from service.templates import TemplateLibrary
 from service.tracing import OFF, Tracing
 from service.tracing import start as start_tracing
@@ -45,10 +45,12 @@ from service.worker import Worker
 log = structlog.get_logger(__name__)
 
 DRAIN_POLL_SECONDS = 0.05
+# What the end may take beyond the drain; with --drain-timeout as it is, less than the 40 s that Compose waits.
+END_SECONDS = 7.0
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns 0 after an orderly end, 1 when the worker died.
+def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> int:
+    """Serve on bound sockets until SIGTERM or Ctrl-C; returns 0 after an orderly end, 1 when the worker died.
 
     Raises ModelError when the model cannot be had, ServiceError when a template does not fit it, CalibrationError when
     a calibration does not.
@@ -62,12 +64,14 @@ def serve(settings: Settings) -> int:
         if settings.queue_url == MEMORY_URL:
             jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
             service = compose(settings, model, jobs, metrics, executor, tracing)
-            server = Server(service, settings, lambda stop: _work(settings, model, jobs, service, stop))
+            server = Server(service, settings, lambda ended: _work(settings, model, jobs, service, ended))
         else:
             keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
             shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
-        server.run()
+        server.on_listening = lambda: stop.in_good_order(server.drain, settings.drain_timeout + END_SECONDS)
+        listen(sockets)
+        server.run(list(sockets))
     return 1 if server.worker_failed else 0
 
 
@@ -147,8 +151,8 @@ def check_templates(prompts: PromptBuilder, templates: TemplateLibrary, judge: J
 class Server(uvicorn.Server):
     """uvicorn with a worker thread beside it, and a drain before the end.
 
-    SIGTERM or Ctrl-C: new work is refused with 503, /ready says so, accepted work is answered, then the process ends.
-    A second signal ends it at once. A worker that dies ends the process too: its callers are answered with an error.
+    `drain` (SIGTERM, Ctrl-C): new work is refused with 503, /ready says so, accepted work is answered, then it ends.
+    A worker that dies ends it too: its callers are answered with an error.
     """
 
     def __init__(self, service: Service, settings: Settings, work: Callable[[threading.Event], None] | None) -> None:
@@ -166,6 +170,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.worker_failed = False
+        self.on_listening: Callable[[], None] = lambda: None
         self._service = service
         self._drain_timeout = settings.drain_timeout
         self._work = work
@@ -209,19 +214,18 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for server in self.servers:
             for bound in server.sockets:
-                host, port = bound.getsockname()[:2]
-                log.info("listening", url=f"http://{host}:{port}", docs=f"http://{host}:{port}/docs")
+                log.info("listening", url=url_of(bound), docs=f"{url_of(bound)}/docs")
+        self.on_listening()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 uvicorn's signature
-        """First signal: drain, then end. Second: end now."""
-        if self._service.draining or self._loop is None:
-            self.should_exit = self.force_exit = True
-            return
-        self._service.draining = True
-        log.info("draining", signal=signal.Signals(sig).name, waiting=self._service.queue.waiting())
-        self._loop.call_soon_threadsafe(self._begin_drain)
+    def drain(self) -> None:
+        """Refuse new work, answer what was accepted, then end. May be called from any thread."""
+        with suppress(RuntimeError):  # it has ended already
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
+        self._service.draining = True
+        log.info("draining", waiting=self._service.queue.waiting())
         self._drain = asyncio.ensure_future(self._finish_accepted())
 
     async def _finish_accepted(self) -> None:

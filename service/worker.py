@@ -5,23 +5,28 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m service.worker", "service")
+
 import math
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 from prometheus_client import start_http_server
 
 from client.errors import ErrorCode
-from service import cli
+from client.program import leave
+from service import cli, stopping
 from service.batcher import Batcher, split_expired
 from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to
 from service.engine.remote_core import EngineLostError, RemoteCore
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
+from service.listening import told
 from service.metrics import Metrics
 from service.redis_protocol import Keys
 from service.redis_source import RedisSource, Timing
@@ -144,11 +149,15 @@ def _checked(answer: AnyAnswer | ItemFailure) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker process; returns its exit status. `--help` explains the flags."""
-    return cli.run(cli.settings_from(WorkerSettings, argv), work)
+    return stopping.run("python -m service.worker", partial(_run, argv))
 
 
-def work(settings: WorkerSettings) -> int:
-    """Load the model and judge jobs from Redis until SIGTERM or Ctrl-C; a second signal ends the process at once.
+def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
+    return cli.run(cli.settings_from(WorkerSettings, argv), partial(work, stop=stop))
+
+
+def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
+    """Load the model and judge jobs from Redis until SIGTERM or Ctrl-C; a batch in hand is finished.
 
     Raises ModelError when the model cannot be had, ValueError for a queue that no worker can share.
     """
@@ -157,13 +166,11 @@ def work(settings: WorkerSettings) -> int:
 
     if settings.queue_url == MEMORY_URL:
         raise ValueError("a worker needs --queue-url redis://…; with memory:// the service runs the model itself")
-    stop = threading.Event()
-    _stop_on_signals(stop)
     tracing = start_tracing(settings.otel_endpoint, "judge-worker")
-    model = find_model(settings)
     metrics = Metrics()
     if settings.metrics_port is not None:
-        start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+        _serve_metrics(metrics, settings.metrics_host, settings.metrics_port)
+    model = find_model(settings)
     engine = load_engine(settings, model)
     source = RedisSource(
         settings.queue_url,
@@ -171,11 +178,13 @@ def work(settings: WorkerSettings) -> int:
         Timing(settings.lease_seconds, settings.stall_timeout),
         metrics,
         # The stuck thread cannot be ended in any other way; its jobs go to another worker.
-        on_stall=lambda: os._exit(STALLED_STATUS),
+        on_stall=lambda: leave(STALLED_STATUS),
     )
+    ended = threading.Event()
+    stop.in_good_order(ended.set)
     log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
     try:
-        Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing).run(stop)
+        Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing).run(ended)
     except EngineLostError as exc:
         log.error("the engine is lost", reason=str(exc))
         return STALLED_STATUS
@@ -186,15 +195,12 @@ def work(settings: WorkerSettings) -> int:
     return 0
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    def handle(*_: object) -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
+def _serve_metrics(metrics: Metrics, host: str, port: int) -> None:
+    try:
+        start_http_server(port, host, metrics.registry)
+    except OSError as error:
+        raise told(error, host, port, "--metrics-") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.finish(main)

@@ -1,0 +1,235 @@
+"""How the service and its worker stop: at any moment, by any signal, and whatever has become of their log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench.process import free_port
+from tests.fleet import Fleet
+from tests.live import wait_for
+from tests.redis_server import RedisServer
+
+ROOT = Path(__file__).parents[1]
+PAIR = {"prompt": "What is 2+2?", "response": "4"}
+FAKE = ("--engine", "fake")
+TALKATIVE = ("--log-level", "debug", "--cache-entries", "0")
+
+
+@contextmanager
+def blocked_pipe() -> Iterator[int]:
+    """A pipe that is full, and whose reader has paused for ever."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * size)
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+@contextmanager
+def closed_pipe() -> Iterator[int]:
+    """A pipe whose reader has left, as `tee` does at Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@contextmanager
+def full_disk() -> Iterator[int]:
+    """A file that takes nothing."""
+    with open("/dev/full", "wb") as file:
+        yield file.fileno()
+
+
+Log = Callable[[], AbstractContextManager[int]]
+
+
+@contextmanager
+def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """`python -m …` in a process group of its own, as a terminal's; killed in the end."""
+    command = [sys.executable, "-m", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def handles_sigterm(pid: int) -> bool:
+    """Whether the process has a handler for it; Python alone has none (Linux)."""
+    (caught,) = (line for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines() if "SigCgt" in line)
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def status_of(url: str) -> int:
+    """The status of a GET; 0 where nobody answers."""
+    try:
+        return httpx.get(url, timeout=10).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+@pytest.mark.parametrize("log", [blocked_pipe, closed_pipe, full_disk])
+def test_a_log_that_cannot_be_written_holds_up_neither_requests_nor_the_end(log: Log) -> None:
+    """From the start, under load and at Ctrl-C: a paused reader, one who has left, a full disk."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with log() as stderr, started("service", *FAKE, *TALKATIVE, "--port", str(port), stderr=stderr) as service:
+        assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
+        with httpx.Client(base_url=url, timeout=30) as http:
+            answers = [http.post("/score", json=PAIR).status_code for _ in range(50)]
+        os.killpg(service.pid, signal.SIGINT)
+
+        assert answers == [200] * 50
+        assert service.wait(30) == 0
+
+
+@pytest.mark.parametrize("log", [blocked_pipe, closed_pipe])
+def test_a_worker_stops_whatever_has_become_of_its_log(log: Log, redis_server: RedisServer) -> None:
+    """Its heartbeat shows that it works; SIGTERM ends it with 0."""
+    flags = ("--queue-url", redis_server.url)
+    with log() as stderr, started("service.worker", *FAKE, *flags, stderr=stderr) as worker:
+        with redis_server.client() as client:
+            assert wait_for(lambda: client.zcard("judge:{fake}:workers") == 1, 60)
+        worker.send_signal(signal.SIGTERM)
+
+        assert worker.wait(30) == 0
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, status: int) -> None:
+    """Flags, imports, the model: at every moment of the start, sent to the whole group as by a terminal."""
+    for delay in (0, 0.5):
+        with started(program, *FAKE, "--queue-url", "redis://127.0.0.1:1") as process:
+            assert wait_for(lambda: handles_sigterm(process.pid), 60)
+            time.sleep(delay)
+            os.killpg(process.pid, number)
+            said = process.communicate(timeout=30)[1]
+
+            assert process.returncode == status
+            assert said.splitlines() == [f"python -m {program}: stopped by {signal.Signals(number).name}"]
+
+
+def test_a_stop_while_the_model_loads_is_in_good_order(tiny_model: Path) -> None:
+    """The socket listens already, nobody waits: no traceback, no abort by a thread in native code, status 0."""
+    with started("service", "--model", str(tiny_model), "--port", "0") as service:
+        assert service.stderr is not None
+        said = service.stderr.readline()
+        service.send_signal(signal.SIGINT)
+        said += service.communicate(timeout=60)[1]
+
+        assert service.returncode == 0
+        assert "listening" in said
+        assert not {"Traceback", "terminate called", "error"} & set(said.split())
+
+
+def test_the_second_signal_ends_the_service_whatever_hangs() -> None:
+    """An engine that never returns holds up the drain, and a blocked log the words about it, but not this."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ("--port", str(port), "--fake-delay", "1000")
+    with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
+        assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
+        with httpx.Client(timeout=1) as http, pytest.raises(httpx.TimeoutException):
+            http.post(f"{url}/score", json=PAIR)
+        service.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: status_of(f"{url}/ready") != 200)
+        service.send_signal(signal.SIGTERM)
+
+        assert service.wait(10) == 143
+
+
+def test_the_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) -> None:
+    """The first one waits for the batch."""
+    api, worker = fleet.api(), fleet.worker("--fake-delay", "1000")
+    fleet.wait_ready()
+    with httpx.Client(timeout=1) as http, pytest.raises(httpx.TimeoutException):
+        http.post(f"{api.url}/score", json=PAIR)
+    worker.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(0.5)
+    worker.process.send_signal(signal.SIGINT)
+
+    assert worker.wait(10) == 130
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_port_in_use_is_told_before_anything_is_loaded(host: str) -> None:
+    """One line says which port would do; the model, which there is none of, is not looked for."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as other:
+        other.bind((host, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with started("service", "--model", "no-such-model", "--host", host, "--port", str(port)) as service:
+            said = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 1
+    (line,) = said.splitlines()
+    assert line.endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid cannot be resolved"),
+        (["--host", "a" * 70], "cannot be resolved"),
+        (["--host", "192.0.2.1"], "192.0.2.1 is no address of this machine; try --host 127.0.0.1"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_one_line(flags: list[str], said: str) -> None:
+    """It says what is wrong and which flag decides."""
+    with started("service", *FAKE, *flags) as service:
+        heard = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 1
+    (line,) = heard.splitlines()
+    assert said in line
+
+
+def test_a_workers_metrics_port_in_use_is_told_by_its_flag() -> None:
+    """Before the model is loaded, too."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        flags = ("--queue-url", "redis://127.0.0.1:1", "--metrics-port", str(port))
+        with started("service.worker", "--model", "no-such-model", *flags) as worker:
+            said = worker.communicate(timeout=30)[1]
+
+    assert worker.returncode == 1
+    assert f"port {port} is in use; try --metrics-port {port + 1}" in said
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker", "service.models"])
+def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> None:
+    """Where only the client is installed, there is no pydantic-settings, no structlog and no rich."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['structlog', 'pydantic_settings', 'fastapi', 'rich', 'rich.console']))\n"
+        f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"python -m {program}: ")
+    assert line.endswith("is missing: pip install 'judge-as-api[service]'")
