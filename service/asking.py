@@ -232,9 +232,14 @@ class Asker:
         return replies
 
     async def _submit(self, jobs: Sequence[Job], call: Call) -> list[Reply | None]:
-        futures = await self._queue.submit(jobs)
         try:
-            await _all_done(futures, max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS)
+            # Redis may be silent: a submission ends with its request.
+            async with asyncio.timeout(_left(call)):
+                futures = await self._queue.submit(jobs)
+        except TimeoutError:
+            return [None] * len(jobs)
+        try:
+            await _all_done(futures, _left(call))
             return [future.result() if _has_reply(future) else None for future in futures]
         finally:
             # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
@@ -243,6 +248,10 @@ class Asker:
     def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
         return Job(name, item, call.deadline, time.monotonic(), call.lane, traceparent=traceparent or call.traceparent)
+
+
+def _left(call: Call) -> float:
+    return max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS
 
 
 async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) -> None:

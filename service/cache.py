@@ -12,6 +12,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
@@ -144,8 +145,10 @@ class RedisCache:
             await self._ask(lambda: self._put(keys=names, args=[self._ttl_ms, self._max_entries, *pairs]))
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._redis.aclose(close_connection_pool=True)
+        """Close the connections; those to a Redis that is silent, for a moment at most."""
+        with suppress(*_BROKEN):
+            async with asyncio.timeout(REDIS_LIMIT):
+                await self._redis.aclose(close_connection_pool=True)
 
     async def _ask(self, ask: Callable[[], Awaitable[Answer]]) -> Answer | None:
         """Redis' answer, or None where there is none in time."""

@@ -35,6 +35,9 @@ LOOK_COUNT = 1000
 # How long /ready may take, and for how long it says no after a submission that Redis refused.
 READY_SECONDS = 2.0
 REFUSED_SECONDS = 2.0
+# How long a stop may take to leave nothing behind in Redis, and to hang up.
+CLOSE_SECONDS = 2.0
+DISCONNECT_SECONDS = 1.0
 
 _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 _LOST = JobFailure(ErrorCode.QUEUE_UNAVAILABLE, "the queue was lost: ask again")
@@ -88,11 +91,7 @@ class RedisJobs:
         self._closed = False
 
     async def open(self) -> None:
-        """Begin to read replies. Redis need not be there yet: requests are refused until it is."""
-        try:
-            await self._keep_house()
-        except _BROKEN as exc:
-            log.warning("the queue cannot be reached yet", reason=type(exc).__name__)
+        """Begin to read replies. Redis need not be there yet, nor answer: requests are refused until it does."""
         self._reader = asyncio.ensure_future(self._read_replies())
 
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
@@ -108,6 +107,8 @@ class RedisJobs:
         try:
             await asyncio.shield(adding)
         except asyncio.CancelledError:
+            if adding.cancelled():  # by `close`: Redis has not answered
+                raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0) from None
             adding.add_done_callback(lambda task: self._undo(task, opened))
             raise
         except BaseException:
@@ -201,20 +202,23 @@ class RedisJobs:
 
     async def close(self) -> None:
         self._closed = True
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader], timeout=2 * READ_BLOCK_MS / 1000)
-            self._reader = None
         left = list(self._open.values())
         self._fail(JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged"), list(self._open))
-        await self._delete(left)
-        for task in list(self._background):
-            with suppress(Exception):
-                await task
+        reader = [self._reader] if self._reader else []
+        self._reader = None
+        for task in reader:
+            task.cancel()
+        # Bounded, as Redis may be silent: what stays there goes with its deadline, or its time to live.
         with suppress(*_BROKEN):
-            await self._redis.delete(self._keys.replies(self._api))
-        await self._redis.aclose()
-        await self._pool.disconnect()
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await asyncio.gather(*reader, *self._background, self._delete(left), return_exceptions=True)
+                await self._redis.delete(self._keys.replies(self._api))
+        for task in self._background:
+            task.cancel()
+        with suppress(*_BROKEN):
+            async with asyncio.timeout(DISCONNECT_SECONDS):
+                await self._redis.aclose()
+                await self._pool.disconnect()
 
     async def _read_replies(self) -> None:
         keep_house_at = 0.0
