@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import structlog
+
 from client.errors import ErrorCode
 from service.background import report
-from service.cache import Kept, ScoreCache, cache_key
+from service.cache import Kept, ScoreCache, item_key, variant_key
 from service.engine.contract import AnyAnswer, AnyItem, Classified, EngineItem, Generated, LabelLogprobs
 from service.errors import ServiceError
 from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply, tokens_of
@@ -22,6 +24,8 @@ from service.metrics import Metrics
 from service.prompt import JudgePrompt
 from service.scoring import Judgement
 from service.tracing import OFF, Tracing
+
+log = structlog.get_logger(__name__)
 
 # The worker itself answers a job that is past its deadline; this is how long that answer may take to arrive.
 GRACE_SECONDS = 0.5
@@ -119,6 +123,7 @@ class Asker:
         self._name = os.urandom(8).hex()
         self._count = itertools.count()
         self._storing: set[asyncio.Task[None]] = set()
+        self._mixed: list[str] = []
 
     def meter(self) -> Meter:
         """For the prompts of one call."""
@@ -130,11 +135,10 @@ class Asker:
             return []
         wanted = [self._reader.items(prompt) for prompt in prompts]
         items = [item for some in wanted for item in some]
-        variant = self._variant()
-        if variant is None:
+        if self._scores is None:
             found = [_answered(reply) for reply in await self._replies(items, call)]
         else:
-            found = await self._look_up(items, call, variant)
+            found = await self._look_up(items, call, self._scores)
         answered = iter(found)
         outcomes = [
             self._outcome(prompt, list(itertools.islice(answered, len(some))))
@@ -177,27 +181,27 @@ class Asker:
         if self._scores:
             await self._scores.cache.close()
 
-    def _variant(self) -> str | None:
-        """What the numbers depend on besides the tokens; None where that is not known, or nothing is remembered."""
-        workers = self._queue.workers() if self._scores else []
-        if not self._scores or not workers:
-            return None
-        task = [] if self._reader.task == "labels" else [self._reader.task]
-        engines = sorted({f"{each.engine}/{each.dtype}" for each in workers})
-        return " ".join([self._scores.fingerprint, *task, *engines])
+    def _variants(self) -> list[str]:
+        """What the workers that are there now compute with: the answers of any of them could come, of no others."""
+        variants = sorted({each.variant for each in self._queue.workers() if each.variant})
+        if len(variants) > 1 and variants != self._mixed:
+            log.warning("workers compute in different ways: scores may differ in their last digits", ways=variants)
+            self._mixed = variants
+        return variants
 
-    async def _look_up(self, items: Sequence[AnyItem], call: Call, variant: str) -> list[_Answered]:
-        assert self._scores is not None
-        keys = [cache_key(variant, item.token_ids, _label_ids(item)) for item in items]
+    async def _look_up(self, items: Sequence[AnyItem], call: Call, scores: Scores) -> list[_Answered]:
+        keys = [item_key(item.token_ids, _label_ids(item)) for item in items]
         asked = dict(zip(keys, items, strict=True))
-        known = dict(zip(asked, await self._scores.cache.get(list(asked)), strict=True))
-        missing = {key: asked[key] for key, answer in known.items() if answer is None}
-        self._metrics.looked_up(len(keys) - len(missing), len(missing))
+        variants = self._variants()
+        known = await self._known(list(asked), variants, scores)
+        missing = {key: item for key, item in asked.items() if key not in known}
+        if variants:
+            self._metrics.looked_up(len(keys) - len(missing), len(missing))
         fresh = dict(zip(missing, await self._replies(list(missing.values()), call), strict=True))
-        self._remember(fresh, variant)
+        self._remember(fresh, scores)
         answered: list[_Answered] = []
         for key, item in zip(keys, items, strict=True):
-            answer, reply = known[key], fresh.get(key)
+            answer, reply = known.get(key), fresh.get(key)
             if answer is not None:
                 answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=len(item.token_ids)))
                 continue
@@ -206,17 +210,30 @@ class Asker:
                 known[key] = reply.outcome  # the same prompt again in this call costs nothing
         return answered
 
-    def _remember(self, replies: Mapping[bytes, Reply | None], variant: str) -> None:
+    async def _known(self, keys: Sequence[bytes], variants: Sequence[str], scores: Scores) -> dict[bytes, Kept]:
+        """What the cache has of these items. Of several variants the first counts, whatever else is asked with it."""
+        known: dict[bytes, Kept] = {}
+        under = [(key, self._key(key, variant, scores)) for variant in variants for key in keys]
+        for (key, _), answer in zip(under, await scores.cache.get([name for _, name in under]), strict=True):
+            if answer is not None:
+                known.setdefault(key, answer)
+        return known
+
+    def _key(self, item: bytes, variant: str, scores: Scores) -> bytes:
+        task = [] if self._reader.task == "labels" else [self._reader.task]
+        return variant_key(" ".join([scores.fingerprint, *task, variant]), item)
+
+    def _remember(self, replies: Mapping[bytes, Reply | None], scores: Scores) -> None:
+        """Keep each answer under what computed it, as its reply says; who says nothing may be anybody."""
         found: dict[bytes, Kept] = {
-            key: reply.outcome
+            self._key(key, reply.variant, scores): reply.outcome
             for key, reply in replies.items()
-            if reply is not None and isinstance(reply.outcome, (LabelLogprobs, Classified))
+            if reply and reply.variant and isinstance(reply.outcome, (LabelLogprobs, Classified))
         }
-        # With other workers than at the beginning nobody knows which of them it was.
-        if not self._scores or not found or self._variant() != variant:
+        if not found:
             return
         # In the background: nobody has to wait for it.
-        task = asyncio.ensure_future(self._scores.cache.put(found))
+        task = asyncio.ensure_future(scores.cache.put(found))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
         task.add_done_callback(report)

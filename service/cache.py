@@ -57,11 +57,20 @@ class ScoreCache(Protocol):
 
 
 def cache_key(variant: str, token_ids: Sequence[int], label_ids: Sequence[int]) -> bytes:
-    """16 bytes for these tokens; `variant` says what else the numbers depend on: model, task, engine, dtype."""
-    name = variant.encode()
-    # The lengths keep, say, a label's id from being read as a token's.
-    ids = array("I", (len(name), len(label_ids), *label_ids, *token_ids))
-    return blake2b(ids.tobytes() + name, digest_size=_KEY_BYTES).digest()
+    """16 bytes for these tokens; `variant` says what else the numbers depend on: model, task, what computes them."""
+    return variant_key(variant, item_key(token_ids, label_ids))
+
+
+def item_key(token_ids: Sequence[int], label_ids: Sequence[int]) -> bytes:
+    """16 bytes for what is asked, whoever answers."""
+    # The count keeps a label's id from being read as a token's.
+    ids = array("I", (len(label_ids), *label_ids, *token_ids))
+    return blake2b(ids.tobytes(), digest_size=_KEY_BYTES).digest()
+
+
+def variant_key(variant: str, item: bytes) -> bytes:
+    """The `cache_key` of an `item_key`."""
+    return blake2b(item + variant.encode(), digest_size=_KEY_BYTES).digest()
 
 
 class MemoryCache:

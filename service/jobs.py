@@ -62,12 +62,16 @@ class JobFailure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The one answer to a job. `queued` and `inference` are the seconds it waited, and was worked on."""
+    """The one answer to a job. `queued` and `inference` are the seconds it waited, and was worked on.
+
+    `variant` says what computed it (`WorkerInfo`); None from a worker that does not tell.
+    """
 
     id: str
     outcome: AnyAnswer | JobFailure
     queued: float = 0.0
     inference: float = 0.0
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,15 @@ class QueueStats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself when it starts to take jobs."""
+    """What a worker says of itself when it starts to take jobs.
+
+    `variant` is all that its answers depend on besides the model's files and the item; None where it does not tell.
+    """
 
     engine: str
     dtype: str
     max_tokens: int
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

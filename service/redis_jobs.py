@@ -173,7 +173,7 @@ class RedisJobs:
         # Where Redis is away the worker sees the deadline, or its answer finds nobody.
         with suppress(*_BROKEN):
             if places:
-                await self._finish(keys=self._keys.finish(self._api), args=[protocol.GROUP, 0, "", *places])
+                await self._finish(keys=self._keys.finish(self._api), args=[protocol.GROUP, 0, "", "", *places])
 
     def waiting(self) -> int:
         return len(self._open)
@@ -330,8 +330,8 @@ class RedisJobs:
 
     async def _look_at_workers(self) -> None:
         keys = self._keys
-        infos: Any = await self._alive(keys=[keys.workers, keys.infos], args=[protocol.HEARTBEAT_TTL])
-        told = [protocol.decode_info(info) for info in infos]
+        alive: Any = await self._alive(keys=keys.registry, args=[protocol.HEARTBEAT_TTL])
+        told = [protocol.decode_info(info, variant) for info, variant in zip(alive[::2], alive[1::2], strict=True)]
         self._workers = [info for info in told if info is not None]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -345,7 +345,8 @@ class RedisJobs:
 def _replies(fields: dict[bytes, bytes]) -> list[Reply]:
     """What a message holds; nothing, and a line in the log, where it is no message of ours."""
     try:
-        return protocol.decode_replies(fields.get(protocol.PAYLOAD, b""))
+        variant = protocol.decode_variant(fields.get(protocol.VARIANT))
+        return protocol.decode_replies(fields.get(protocol.PAYLOAD, b""), variant)
     except ValueError as exc:
         log.error("a message of replies cannot be read", reason=str(exc))
         return []

@@ -49,6 +49,8 @@ from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 
 GROUP: Final = "workers"
 PAYLOAD: Final = b"p"
+# Of a message of replies: what computed them. Versions that do not know the field leave it alone, or out.
+VARIANT: Final = b"v"
 # A header has this many fields before those of its task.
 _HEADER_FIELDS: Final = 7
 _TOKEN_BYTES: Final = 4
@@ -130,6 +132,16 @@ class Keys:
     def infos(self) -> str:
         """What each worker says of itself."""
         return f"{self.base}:workers:info"
+
+    @property
+    def variants(self) -> str:
+        """What computes each worker's answers; apart from `infos`, whose fields other versions count."""
+        return f"{self.base}:workers:variant"
+
+    @property
+    def registry(self) -> list[str]:
+        """The keys of BEAT and ALIVE, in their order."""
+        return [self.workers, self.infos, self.variants]
 
     @property
     def epoch(self) -> str:
@@ -296,21 +308,23 @@ def _plain_outcome(outcome: AnyAnswer | JobFailure) -> list[Any]:
             return [code, message]
 
 
-def decode_replies(message: bytes) -> list[Reply]:
+def decode_replies(message: bytes, variant: str | None = None) -> list[Reply]:
     """The replies of a message; those without an id are left out. Raises ValueError for what is no such message.
 
-    A reply that another version has written so that it cannot be read here is an error for its caller, never a score.
+    `variant` is what computed them. A reply that another version has written so that it cannot be read here is an
+    error for its caller, never a score.
     """
     replies = _parse(message)
     if not isinstance(replies, list):
         raise ValueError("a message is no list of replies")
-    return [_reply(plain) for plain in replies if isinstance(plain, list) and plain and isinstance(plain[0], str)]
+    named = [plain for plain in replies if isinstance(plain, list) and plain and isinstance(plain[0], str)]
+    return [_reply(plain, variant) for plain in named]
 
 
-def _reply(plain: list[Any]) -> Reply:
+def _reply(plain: list[Any], variant: str | None) -> Reply:
     try:
         job_id, queued, inference, *outcome = plain
-        return Reply(job_id, _outcome(outcome), _number(queued), _number(inference))
+        return Reply(job_id, _outcome(outcome), _number(queued), _number(inference), variant)
     except ValueError:
         return Reply(plain[0], JobFailure(ErrorCode.INFERENCE_FAILED, _UNREADABLE_REPLY))
 
@@ -339,15 +353,20 @@ def encode_info(info: WorkerInfo) -> str:
     return json.dumps([info.engine, info.dtype, info.max_tokens])
 
 
-def decode_info(text: bytes) -> WorkerInfo | None:
-    """The same, read; None for what another version says that has no such fields."""
+def decode_info(text: bytes, variant: bytes = b"") -> WorkerInfo | None:
+    """The same, read, with what it says of its answers; None for what another version says that has no such fields."""
     try:
         match _parse(text):
             case [str(engine), str(dtype), int(max_tokens), *_]:
-                return WorkerInfo(engine, dtype, max_tokens)
+                return WorkerInfo(engine, dtype, max_tokens, decode_variant(variant))
     except ValueError:
         pass
     return None
+
+
+def decode_variant(text: bytes | None) -> str | None:
+    """What computes a worker's answers; None where it does not say, as earlier versions do not."""
+    return text.decode("utf-8", "replace") if text else None
 
 
 def count_of(value: bytes | None) -> int:

@@ -42,13 +42,14 @@ return ids
 """
 )
 
-# KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', then lane, entry, tokens for each
-# job. Deletes the entries; those already gone count for nothing. Sends the message. Returns how many were still there.
+# KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', what computed its answers or '',
+# then lane, entry, tokens for each job. Deletes the entries; those already gone count for nothing. Sends the message.
+# Returns how many were still there.
 FINISH: Final = (
     _COUNTERS
     + """
 local there, tokens = 0, 0
-for i = 4, #ARGV, 3 do
+for i = 5, #ARGV, 3 do
   local stream = KEYS[tonumber(ARGV[i])]
   redis.call('XACK', stream, ARGV[1], ARGV[i + 1])
   if redis.call('XDEL', stream, ARGV[i + 1]) == 1 then
@@ -62,10 +63,10 @@ if there > 0 then
   if redis.call('XLEN', KEYS[1]) + redis.call('XLEN', KEYS[2]) == 0 then redis.call('DEL', KEYS[3]) end
 end
 if ARGV[3] ~= '' then
-  if type(redis.pcall('XADD', KEYS[5], '*', 'p', ARGV[3])) == 'table' then
+  if type(redis.pcall('XADD', KEYS[5], '*', 'p', ARGV[3], 'v', ARGV[4])) == 'table' then
     -- Something else is in its place, or its ids have come to their end.
     redis.call('DEL', KEYS[5])
-    redis.call('XADD', KEYS[5], '*', 'p', ARGV[3])
+    redis.call('XADD', KEYS[5], '*', 'p', ARGV[3], 'v', ARGV[4])
   end
   redis.call('PEXPIRE', KEYS[5], ARGV[2])
 end
@@ -170,30 +171,38 @@ for i = 3, #ARGV, 2 do
 end
 """
 
-# KEYS: workers, infos. ARGV: worker, what it says of itself, seconds after which others are forgotten. Stamps a
-# heartbeat with Redis' time. One from the future is of a clock that has been set back, or of another machine's.
+# KEYS: workers, infos, variants. ARGV: worker, what it says of itself, what computes its answers or '', seconds after
+# which others are forgotten. Stamps a heartbeat with Redis' time. One from the future is of a clock that has been set
+# back, or of another machine's.
 BEAT: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 redis.call('ZREM', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[1], now, ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
-for _, range in ipairs({{'-inf', now - ARGV[3]}, {now + ARGV[3], '+inf'}}) do
+redis.call('HSET', KEYS[3], ARGV[1], ARGV[3])
+redis.call('EXPIRE', KEYS[3], ARGV[4])
+for _, range in ipairs({{'-inf', now - ARGV[4]}, {now + ARGV[4], '+inf'}}) do
   for _, worker in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], range[1], range[2])) do
     redis.call('ZREM', KEYS[1], worker)
     redis.call('HDEL', KEYS[2], worker)
+    redis.call('HDEL', KEYS[3], worker)
   end
 end
 """
 
-# KEYS: workers, infos. ARGV: seconds that a heartbeat counts. Returns what each worker that is there says of itself.
+# KEYS: workers, infos, variants. ARGV: seconds that a heartbeat counts. Returns what each worker that is there says of
+# itself, and of what computes its answers or '', in turn.
 ALIVE: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local alive = {}
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], now + ARGV[1])) do
   local info = redis.call('HGET', KEYS[2], worker)
-  if info then alive[#alive + 1] = info end
+  if info then
+    alive[#alive + 1] = info
+    alive[#alive + 1] = redis.call('HGET', KEYS[3], worker) or ''
+  end
 end
 return alive
 """

@@ -111,6 +111,7 @@ class RedisSource:
         with suppress(*_BROKEN):
             self._redis.zrem(self._keys.workers, self._me)
             self._redis.hdel(self._keys.infos, self._me)
+            self._redis.hdel(self._keys.variants, self._me)
             for stream in self._keys.streams:
                 # With the consumer its pending entries would go, and nobody would ever claim them.
                 if not self._redis.xpending_range(stream, protocol.GROUP, "-", "+", 1, consumername=self._me):
@@ -205,7 +206,7 @@ class RedisSource:
         failure = Reply(job_id, JobFailure(ErrorCode.INFERENCE_FAILED, protocol.UNREADABLE_JOB))
         message = protocol.encode_replies([failure]) if caller else b""
         places: list[Any] = [protocol.position(lane), entry, 0]
-        self._finish(keys=self._keys.finish(api), args=[protocol.GROUP, protocol.REPLIES_TTL_MS, message, *places])
+        self._finish(keys=self._keys.finish(api), args=[protocol.GROUP, protocol.REPLIES_TTL_MS, message, "", *places])
         self._metrics.dropped("unreadable", 1)
         self._bury(lane, entry, payload, "unreadable")
 
@@ -302,7 +303,8 @@ class RedisSource:
     def _send(self, api: str, replies: Sequence[Reply]) -> None:
         held = [self._held[reply.id] for reply in replies]
         places = [part for each in held for part in (*each.place, each.job.tokens)]
-        args = [protocol.GROUP, protocol.REPLIES_TTL_MS, protocol.encode_replies(replies), *places]
+        message = protocol.encode_replies(replies), replies[0].variant or ""
+        args = [protocol.GROUP, protocol.REPLIES_TTL_MS, *message, *places]
         # Sending twice does no harm: an entry is deleted once, and a reply that nobody waits for is ignored.
         patience = time.monotonic() + REPLY_PATIENCE_SECONDS
         while True:
@@ -352,5 +354,5 @@ class RedisSource:
             self._stop.wait(pause)
 
     def _beat(self, info: WorkerInfo) -> None:
-        keys, forget = self._keys, 4 * protocol.HEARTBEAT_TTL
-        self._send_beat(keys=[keys.workers, keys.infos], args=[self._me, protocol.encode_info(info), forget])
+        told = [self._me, protocol.encode_info(info), info.variant or ""]
+        self._send_beat(keys=self._keys.registry, args=[*told, int(4 * protocol.HEARTBEAT_TTL)])

@@ -23,7 +23,7 @@ from client.errors import ErrorCode
 from client.program import leave
 from service import cli, stopping
 from service.batcher import Batcher, split_expired
-from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to
+from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to, variant_of
 from service.engine.remote_core import EngineLostError, RemoteCore
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
 from service.listening import told
@@ -63,20 +63,20 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._tracing = tracing
+        self._info = WorkerInfo(engine.name, engine.dtype, engine.max_tokens, variant_of(engine))
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a batch in hand is finished first.
 
         Raises what a broken source raises, and EngineLostError: what is in hand then is left unanswered, for others.
         """
-        info = WorkerInfo(self._engine.name, self._engine.dtype, self._engine.max_tokens)
-        self._source.attach(info)
+        self._source.attach(self._info)
         try:
             while not stop.is_set():
                 self.step()
         finally:
             self._source.release(self._batcher.take_all())
-            self._source.detach(info)
+            self._source.detach(self._info)
 
     def step(self) -> None:
         """Receive, schedule, forward, reply."""
@@ -106,7 +106,7 @@ class Worker:
             took = self._clock() - started
             self._metrics.batch([len(job.item.token_ids) for job in live], took)
             replies = [
-                Reply(job.id, outcome, queued=_waited(job, started), inference=took)
+                Reply(job.id, outcome, _waited(job, started), took, self._info.variant)
                 for job, outcome in zip(live, outcomes, strict=True)
             ]
             with self._tracing.below(span, "reply"):

@@ -6,8 +6,11 @@ import asyncio
 import math
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
@@ -21,11 +24,12 @@ from service.jobs import JobFailure, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
 from service.prompt import JudgePrompt
+from tests.fleet import Fleet
 from tests.live import Live, live_service, wait_for
 from tests.redis_server import RedisServer, running_redis
 
 ANSWER = LabelLogprobs((-0.1, -2.5000000000000004), argmax_id=151_935, cached_tokens=7)
-INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100)
+INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100, variant="1 fake made-up float32")
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 LIMIT = 4
 
@@ -219,9 +223,10 @@ async def test_an_error_that_redis_answers_is_a_miss(server: RedisServer) -> Non
 
 
 class Desk:
-    """An asker over a queue whose jobs this answers by hand, like a worker of `info`."""
+    """An asker over a queue whose jobs this answers by hand, like a worker of `variant`; `info` is of one there."""
 
     def __init__(self, info: WorkerInfo | None = INFO) -> None:
+        self.variant: str | None = INFO.variant
         self.queue = MemoryJobs(100, 10_000)
         self.metrics = Metrics()
         self.cache = MemoryCache(100)
@@ -235,7 +240,7 @@ class Desk:
         asked = asyncio.ensure_future(self.asker.ask(prompts, Call(math.inf)))
         await asyncio.sleep(0)
         jobs = self.queue.take(100, 0.0) if self.queue.waiting() else []
-        self.queue.reply([Reply(job.id, self.answer(job.item), 1.0, 2.0) for job in jobs])
+        self.queue.reply([Reply(job.id, self.answer(job.item), 1.0, 2.0, self.variant) for job in jobs])
         return len(jobs), await asked
 
     def answer(self, item: EngineItem) -> LabelLogprobs:
@@ -269,23 +274,66 @@ async def test_equal_prompts_of_one_call_are_judged_once() -> None:
 
 
 async def test_with_no_worker_known_nothing_is_looked_up() -> None:
-    """What the numbers would depend on is not known, so they are neither taken from the cache nor put there."""
+    """What the number would depend on is not known: it is not taken from the cache, though one may be there."""
     desk = Desk(info=None)
 
     assert [(await desk.ask(1))[0] for _ in range(2)] == [1, 1]
     assert desk.metrics.registry.get_sample_value("judge_cache_misses_total") == 0
 
 
-async def test_other_workers_have_other_numbers() -> None:
-    """A worker with another dtype makes what was known unknown; when it is gone, it is known again."""
-    desk = Desk()
-    other = replace(INFO, dtype="bfloat16")
-    await desk.ask(1)
-    desk.queue.attach(other)
-    both = (await desk.ask(1))[0]
-    desk.queue.detach(other)
+OTHER = replace(INFO, dtype="bfloat16", variant="1 torch packed bfloat16")
 
-    assert (both, (await desk.ask(1))[0]) == (1, 0)
+
+async def test_an_answer_is_kept_under_what_computed_it_whoever_was_there() -> None:
+    """One worker is known when it is asked, another answers: the score is that one's, and counts while it is there."""
+    desk = Desk()
+    desk.variant = OTHER.variant
+    asked = [(await desk.ask(1))[0]]
+    desk.queue.attach(OTHER)
+    asked.append((await desk.ask(1))[0])
+    desk.queue.detach(INFO)
+    asked.append((await desk.ask(1))[0])
+    desk.queue.detach(OTHER)
+    desk.queue.attach(INFO)
+    asked.append((await desk.ask(1))[0])
+
+    assert asked == [1, 0, 0, 1]
+
+
+async def test_of_several_workers_scores_one_is_always_taken() -> None:
+    """Two kinds of worker are there and both have judged the prompt: the same one's score is taken, in company too."""
+    desk = Desk()
+    desk.queue.attach(OTHER)
+    found = []
+    for variant, gone, logprobs in ((INFO.variant, OTHER, (-0.1, -2.0)), (OTHER.variant, INFO, (-0.2, -2.0))):
+        desk.queue.detach(gone)
+        desk.variant, desk.answer = variant, lambda _, numbers=logprobs: LabelLogprobs(numbers, 5)
+        found.append(await desk.ask(1, 2))
+        desk.queue.attach(gone)
+    both = [await desk.ask(1), await desk.ask(2, 1), await desk.ask(1, 2)]
+
+    assert [jobs for jobs, _ in found] == [2, 2]
+    assert [jobs for jobs, _ in both] == [0, 0, 0]
+    assert {judged.judgement for _, each in both for judged in each} == {found[0][1][0].judgement}
+
+
+async def test_an_answer_that_does_not_say_what_computed_it_is_not_kept() -> None:
+    """A worker of an earlier version: its answer may be any kind of worker's."""
+    desk = Desk()
+    desk.variant = None
+
+    assert [(await desk.ask(1))[0] for _ in range(2)] == [1, 1]
+
+
+async def test_workers_that_compute_in_different_ways_are_told_of_once() -> None:
+    """The log names them: scores may differ by the worker."""
+    desk = Desk()
+    desk.queue.attach(OTHER)
+    with capture_logs() as said:
+        await desk.ask(1)
+        await desk.ask(2)
+
+    assert [each["ways"] for each in said] == [[INFO.variant, OTHER.variant]]
 
 
 async def test_a_failure_is_not_remembered() -> None:
@@ -333,3 +381,35 @@ def test_zero_entries_remember_nothing() -> None:
 
         assert [each["usage"]["cached_tokens"] for each in answers] == [0, 0]
         assert live.value("judge_tokens_total") == 2 * answers[0]["usage"]["prompt_tokens"]
+
+
+def test_a_score_is_never_served_for_another_kind_of_worker(
+    fleet: Fleet, redis_server: RedisServer, tiny_model: Path
+) -> None:
+    """A worker is killed and one of another kind answers who waits: the first kind's next worker judges anew."""
+    model = ("--model", str(tiny_model))
+    api = fleet.api(*model, "--cache-entries", "100")
+    first = fleet.worker(*model)
+    fleet.wait_ready()
+    with ThreadPoolExecutor(3) as pool, redis_server.client() as client:
+        first.kill()
+        waiting = [pool.submit(ask, api.url, number) for number in range(3)]
+        other = fleet.worker(*model, "--engine", "torch", "--dtype", "bfloat16", "--no-native-kernels")
+        others = [each.result() for each in waiting]
+        other.kill()
+        # What time does: the heartbeats of the dead count no more.
+        client.delete(*client.keys("*:workers"))
+        fleet.workers = [fleet.worker(*model)]
+        fleet.wait_ready()
+        own, again = ([ask(api.url, number) for number in range(3)] for _ in range(2))
+
+    assert [judged for _, judged in (*others, *own, *again)] == [True] * 6 + [False] * 3
+    assert [number for number, _ in again] == [number for number, _ in own]
+    assert not {number for number, _ in own} & {number for number, _ in others}
+
+
+def ask(url: str, number: int) -> tuple[float, bool]:
+    """The log-odds of a question, and whether it was judged, not known from before."""
+    body = {"prompt": f"What is {number}+2?", "response": "4"}
+    result = httpx.post(f"{url}/score", json=body, timeout=100).json()
+    return result["log_odds"], result["timing_ms"]["inference"] > 0

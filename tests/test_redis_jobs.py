@@ -127,6 +127,35 @@ def test_what_is_no_job_is_refused(payload: bytes) -> None:
         decode_job(payload, Lane.BULK, 1)
 
 
+async def test_a_reply_says_what_computed_it(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+    """It crosses over beside the answer, as does what a worker that is there says of itself."""
+    worker = source(server, keys)
+    worker.attach(WorkerInfo("fake", "float32", 100, "1 fake made-up float32"))
+    (future,) = await jobs.submit([job("a")])
+    await taken(worker)
+    worker.reply([Reply("a", ANSWER, 0.1, 0.2, "1 fake made-up float32")])
+    reply = await asyncio.wait_for(future, 5)
+    await jobs.ready()
+    worker.detach(INFO)
+
+    assert (reply.variant, reply.outcome) == ("1 fake made-up float32", ANSWER)
+    assert [each.variant for each in jobs.workers()] == ["1 fake made-up float32"]
+
+
+async def test_a_worker_of_an_earlier_version_does_not_say_it(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+    """Its heartbeat and its replies have no such field, and count all the same."""
+    (future,) = await jobs.submit([job("a")])
+    with server.client() as client:
+        client.zadd(keys.workers, {"old": time.time()})
+        client.hset(keys.infos, "old", '["fake", "float32", 100]')
+        client.xadd(keys.replies(jobs._api), {"p": encode_replies([Reply("a", ANSWER)])})
+    reply = await asyncio.wait_for(future, 5)
+    await jobs.ready()
+
+    assert (reply.variant, reply.outcome) == (None, ANSWER)
+    assert jobs.workers() == [WorkerInfo("fake", "float32", 100)]
+
+
 async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
     """Queues are apart by task: the same model's reward worker never sees jobs that ask for labels."""
     other = source(server, Keys(keys.base + "x"))

@@ -23,7 +23,7 @@ from service.worker import Worker
 class Scripted:
     """An engine that answers with what a function says of the items."""
 
-    name, dtype, max_tokens, batch_tokens = "scripted", "float64", 1000, 1000
+    name, executor, dtype, max_tokens, batch_tokens = "scripted", "by hand", "float64", 1000, 1000
     tasks = frozenset({"labels"})
 
     def __init__(self, answer: Callable[[Sequence[EngineItem]], list[LabelLogprobs]]) -> None:

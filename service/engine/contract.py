@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast
 
 from client.errors import ErrorCode
@@ -126,6 +127,10 @@ class Engine(Protocol):
     def dtype(self) -> str:
         """The number format of the weights: `bfloat16`, `float32`, …"""
 
+    @property
+    def executor(self) -> str:
+        """The code and the hardware that compute the numbers: what else they depend on, in their last digits."""
+
     def close(self) -> None:
         """Free the model."""
 
@@ -156,6 +161,11 @@ _TASK_OF: Final[dict[type[AnyItem], Task]] = {
     ClassifyItem: "classify",
     GenerateItem: "generate",
 }
+
+
+def variant_of(engine: Engine) -> str:
+    """All that an answer depends on besides the model's files and the item: our release, and what the engine says."""
+    return f"{version('judge-as-api')} {engine.name} {engine.executor} {engine.dtype}"
 
 
 def answers_to(engine: Engine, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:

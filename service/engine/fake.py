@@ -76,6 +76,7 @@ class FakeEngine:
     unparseable: float = 0.0
     encode: Callable[[str], Sequence[int]] | None = None
     name: str = "fake"
+    executor: str = "made-up"
     dtype: str = "float32"
     tasks: frozenset[Task] = frozenset({"labels", "classify", "generate"})
 

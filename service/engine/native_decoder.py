@@ -109,6 +109,7 @@ class NativeDecoder:
 
     def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._library = _library(decoder.dtype)
+        self.name = "amx" if _has_amx() else "avx512"
         self._parts = PARTS[decoder.dtype]
         self._decoder: Decoder | None = decoder
         self._embed = decoder.embed
@@ -267,13 +268,18 @@ class _Weights:
         return found
 
 
+def _has_amx() -> bool:
+    able = torch.cpu.get_capabilities()
+    return all(able.get(name, False) for name in _AMX.values())
+
+
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled library, AMX asked for where there is one."""
     able = torch.cpu.get_capabilities()
     if dtype not in PARTS or not all(able.get(name, False) for name in _AVX512.values()):
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
-        found = compiled(amx=all(able.get(name, False) for name in _AMX.values()))
+        found = compiled(amx=_has_amx())
     except native.NativeUnavailableError as reason:
         raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
     if found.native_request():

@@ -61,6 +61,7 @@ class TiledDecoder:
     The weights of merged layers move into one tensor; the model's own layers go on using theirs, as views of it.
     """
 
+    name: Final = "tiled"
     pack_rows: Final = PACK_ROWS
     head_states: Final = HEAD_ROWS
     divides_packs: Final = False

@@ -22,7 +22,14 @@ from torch.nn import functional
 
 from service.engine.contract import Classified, ClassifyItem, Task, check_ids
 from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
-from service.engine.torch_loading import EngineLoadError, LoadOptions, free_memory, load_model, longrope_threshold
+from service.engine.torch_loading import (
+    EngineLoadError,
+    LoadOptions,
+    described,
+    free_memory,
+    load_model,
+    longrope_threshold,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class TorchClassifier:
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._padding_id: int | None = model.config.get_text_config().pad_token_id
         self._fast = self._is_fast()
+        self.executor = described("batched" if self._fast else "alone", model.device)
         self._batches = MicroBatches(micro_tokens, longrope_threshold(model.config), alone=not self._fast)
 
     @classmethod

@@ -34,6 +34,7 @@ from service.engine.torch_loading import (
     DType,
     EngineLoadError,
     LoadOptions,
+    described,
     free_memory,
     load_model,
     longrope_threshold,
@@ -73,6 +74,7 @@ class TorchEngine:
         self._packed: PackedDecoder | None = None
         self._install_head()
         self._batches = MicroBatches(micro_tokens, longrope_threshold(model.config), alone=self._head is None)
+        self.executor = described(self._packed.name if self._packed else "padded", model.device)
         self._writer = Writer(model, self._head) if can_write(model) else None
         self.tasks: frozenset[Task] = frozenset({"labels", "generate"} if self._writer else {"labels"})
 

@@ -77,6 +77,14 @@ def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
     )
 
 
+def described(way: str, device: torch.device) -> str:
+    """An engine's `executor`: the way that it computes, torch's version, and the kind of hardware."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        hardware = torch.backends.cpu.get_cpu_capability()
+    return f"{way} torch-{torch.__version__} {hardware}"
+
+
 def free_memory() -> None:
     """Give back what models that nobody refers to any more still hold."""
     gc.collect()

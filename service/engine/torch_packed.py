@@ -36,6 +36,10 @@ class Reader(Protocol):
     """What reads packs."""
 
     @property
+    def name(self) -> str:
+        """`tiled`, `triton`, …"""
+
+    @property
     def pack_rows(self) -> int:
         """The rows of a pack that is worth filling."""
 
@@ -74,6 +78,11 @@ class PackedDecoder:
     def compiled(self) -> bool:
         """Whether compiled code reads the packs."""
         return not isinstance(self._reader, TiledDecoder)
+
+    @property
+    def name(self) -> str:
+        """`packed-` and the reader's name."""
+        return f"packed-{self._reader.name}"
 
     def take_over(self) -> None:
         """Let the model use this decoder's weights where they are copies of its own, and free those."""

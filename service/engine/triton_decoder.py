@@ -109,6 +109,7 @@ class TritonDecoder:
     The weights of merged layers move into one tensor; the model's own layers go on using theirs, as views of it.
     """
 
+    name: Final = "triton"
     pack_rows: Final = 16_384
     head_states: Final = _HEAD_STATES
     divides_packs: Final = True

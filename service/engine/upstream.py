@@ -56,6 +56,8 @@ class UpstreamEngine:
 
     name = "upstream"
     dtype = "remote"
+    # Server and model are in the fingerprint.
+    executor = "openai"
     tasks: frozenset[Task] = frozenset({"labels", "generate"})
     batch_tokens = _BATCH_TOKENS
 

@@ -37,6 +37,7 @@ from service.engine.remote_core import EngineLostError
 from service.engine.vllm_loading import (
     VllmOptions,
     VllmStartError,
+    executor,
     make_config,
     number_format,
     prepare_environment,
@@ -68,6 +69,7 @@ class VllmEngine:
         self.max_tokens = options.max_tokens
         self.batch_tokens: int = options.batch_tokens or _STEPS * config.scheduler_config.max_num_batched_tokens
         self.dtype = number_format(config, options)
+        self.executor = executor(config)
         self.tasks: frozenset[Task] = frozenset({"classify"} if options.task == "classify" else {"labels", "generate"})
         self._llm = llm
         self._loop = loop

@@ -194,6 +194,14 @@ def number_format(config: Any, options: VllmOptions) -> str:
     return "+".join(parts)
 
 
+def executor(config: Any) -> str:
+    """vLLM's version, the hardware, and over how many parts each layer's sums are divided."""
+    from vllm import __version__
+    from vllm.platforms import current_platform
+
+    return f"{__version__} {current_platform.get_device_name()} x{config.parallel_config.tensor_parallel_size}"
+
+
 def _cores(count: int | None) -> Sequence[int]:
     if sys.platform != "linux":
         return range(count or os.cpu_count() or 1)
