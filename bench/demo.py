@@ -8,8 +8,12 @@ answers goes through /compare. The service runs as a process of its own and is s
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m bench.demo", "service")
+
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -176,4 +180,4 @@ def show_comparison(judge: Judge, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program.finish(main)

@@ -21,7 +21,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -287,4 +286,6 @@ def plot(rows: Sequence[dict[str, float]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

@@ -16,7 +16,6 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -317,4 +316,6 @@ def report(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

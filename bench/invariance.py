@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -80,4 +79,6 @@ def log_odds(logprobs: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

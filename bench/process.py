@@ -46,7 +46,11 @@ def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, s
     finally:
         # Ended already where a test or a crash saw to it.
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        try:
+            process.wait(60)
+        except BaseException:
+            process.kill()
+            raise
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import asyncio
 import importlib.util
 import json
 import statistics
-import sys
 import threading
 import time
 from collections import Counter
@@ -219,4 +218,6 @@ def _overload_table(answers: Sequence[Answered], seconds: float, depth: int, gro
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

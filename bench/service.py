@@ -13,7 +13,6 @@ import asyncio
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,4 +139,6 @@ def without_model(items: list[ScoreRequest], seconds: float) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

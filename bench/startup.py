@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -93,4 +92,6 @@ def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from client import program
+
+    program.finish(main)

@@ -215,4 +215,6 @@ def table(found: dict[str, list[Round]], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from client import program
+
+    program.finish(main)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client", "benchmarks")
+
 from collections.abc import Sequence
 from typing import Final
 
-from client.cli import run_named
+from client.cli import command_named
 
 COMMANDS: Final = {
     "rewardbench": ("client.benchmarks.rewardbench", "evaluate a judge on RewardBench"),
@@ -20,8 +25,8 @@ COMMANDS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
-    return run_named("python -m client", COMMANDS, argv)
+    return command_named("python -m client", COMMANDS, argv)()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(command_named("python -m client", COMMANDS, None))

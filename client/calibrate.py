@@ -5,6 +5,11 @@ run folders or pairs ── client.evidence ──> labelled log-odds by templat
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.calibrate", "benchmarks")
+
 import argparse
 import asyncio
 from collections.abc import Sequence
@@ -154,4 +159,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

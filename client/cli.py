@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
 from client.extras import needs
+from client.program import BROKEN_PIPE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,20 +39,25 @@ def judge_address(parser: Arguments, purpose: str = "") -> None:
     parser.add_argument("--api-key", default=None, help=f"{purpose}its key (default: JUDGE_API_KEY)")
 
 
-def run_named(program: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None) -> int:
-    """The exit code of the command that the first argument names; 2, with a list of them, where there is none such.
+def command_named(
+    program: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
+) -> Callable[[], int]:
+    """The command that the first argument names, imported and ready to run: it returns its exit code.
 
-    `commands` are modules with a `main`, and what they do, by name. A module is imported when it is asked for.
+    `commands` are modules with a `main`, and what they do, by name. Where there is none such, a list of them is written
+    and the code is 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in commands:
-        code: int = import_module(commands[arguments[0]][0]).main(arguments[1:])
-        return code
-    asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        return partial(import_module(commands[arguments[0]][0]).main, arguments[1:])
+    return partial(_list, program, commands, asked=arguments[:1] in (["-h"], ["--help"]))
+
+
+def _list(program: str, commands: Mapping[str, tuple[str, str]], *, asked: bool) -> int:
     lines = [f"  {name:<12} {what}" for name, (_, what) in commands.items()]
     text = "\n".join([f"usage: {program} COMMAND [--help | flags]", "", *lines, ""])
-    (sys.stdout if asked_for_help else sys.stderr).write(text)
-    return OK if asked_for_help else USAGE
+    (sys.stdout if asked else sys.stderr).write(text)
+    return OK if asked else USAGE
 
 
 def fail(problem: object, code: int) -> int:
@@ -72,5 +79,10 @@ def stdout_console() -> Console:
 def _console(*, stderr: bool) -> Console:
     with needs("benchmarks"):
         from rich.console import Console
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=WIDTH)
+
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise SystemExit(BROKEN_PIPE)
+
+    console = PipedConsole(stderr=stderr)
+    return console if console.is_terminal else PipedConsole(stderr=stderr, width=WIDTH)

@@ -9,6 +9,11 @@ falls behind cannot slow its own load down. Closed loop (--callers): each caller
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.load")
+
 import argparse
 import asyncio
 import contextlib
@@ -308,4 +313,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

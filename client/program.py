@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -28,7 +29,7 @@ STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 FAILED, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGPIPE
 
 _OURS: Final = {"bench", "client", "deploy", "service", "tests", "trainer"}
-_heard: list[int] = []
+_terminated: list[bool] = []
 
 
 def begin(name: str, extra: str = "") -> None:
@@ -52,29 +53,43 @@ def on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
 def finish(main: Callable[[], int]) -> NoReturn:
     """Run a command's main and end the process with its status.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt in it: files are closed, children ended. The status is then 130 or 143,
-    141 where the reader of stdout has left (`| head`), which is nothing to talk about.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt in it: files are closed, children ended. The status is then 130 or 143. A
+    reader of stdout who has left (`| head`) is nothing to talk about: 141. What cannot be written or read is one line.
     """
     stderr.install()
     # Python's own: asyncio.run cancels its task in good order where it finds it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _interrupt_again
+    status: object
     try:
-        status = main()
+        status = _status_of(main)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        status = INTERRUPTED
-        sys.stderr.write("\ninterrupted\n")
+        leave(_interrupted())
     except BrokenPipeError:
         leave(BROKEN_PIPE)
     except OSError as error:
-        status = FAILED
         sys.stderr.write(f"error: {error}\n")
+        leave(FAILED)
     if status == INTERRUPTED:
-        with suppress(OSError):
-            sys.stdout.flush()
-        leave(_heard[0] if _heard else INTERRUPTED)
+        leave(_interrupted())
     raise SystemExit(status)
+
+
+def _status_of(main: Callable[[], int]) -> object:
+    try:
+        return main()
+    except SystemExit as ended:
+        return ended.code
+
+
+def _interrupted() -> int:
+    """The status of a command that was interrupted; from here on a signal changes nothing but that it ends now."""
+    on_signals(lambda number, _: os._exit(128 + number))
+    with suppress(OSError):
+        sys.stdout.flush()
+    return TERMINATED if _terminated else INTERRUPTED
 
 
 def leave(status: int) -> NoReturn:
@@ -91,9 +106,17 @@ def _stop_at_once(name: str, number: int, _frame: FrameType | None) -> None:
         leave(128 + number)
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    _heard.append(128 + number)
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    _terminated.append(True)
     signal.raise_signal(signal.SIGINT)
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in finalizers and callbacks of C code: a KeyboardInterrupt is sent once more."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _explain(

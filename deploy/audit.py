@@ -119,4 +119,6 @@ def main(argv: Sequence[str] | None = None, run: Run = _run) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from client import program
+
+    program.finish(main)

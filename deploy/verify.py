@@ -284,4 +284,6 @@ def check_json(container: Container) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from client import program
+
+    program.finish(main)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer", "trainer")
+
 from collections.abc import Sequence
 from typing import Final
 
-from client.cli import run_named
+from client.cli import command_named
 
 COMMANDS: Final = {
     "self-improve": ("trainer.self_improve", "the whole loop: sample, label, train on pairs, evaluate"),
@@ -19,8 +24,8 @@ COMMANDS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
-    return run_named("python -m trainer", COMMANDS, argv)
+    return command_named("python -m trainer", COMMANDS, argv)()
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(command_named("python -m trainer", COMMANDS, None))

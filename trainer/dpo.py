@@ -9,6 +9,11 @@ $(python -m trainer.dpo --fsdp-config) -m trainer.dpo …`.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.dpo", "trainer")
+
 import argparse
 import json
 import sys
@@ -264,4 +269,4 @@ def _presets_told() -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

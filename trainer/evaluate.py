@@ -10,6 +10,11 @@ data: a model that learnt to please one judge pleases that judge.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.evaluate", "trainer")
+
 import argparse
 import json
 import os
@@ -265,4 +270,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

@@ -6,6 +6,11 @@ into the base as it was before quantisation. Nothing is pushed anywhere unless -
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.merge", "trainer")
+
 import argparse
 import json
 import shutil
@@ -185,4 +190,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

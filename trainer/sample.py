@@ -9,6 +9,11 @@ such a model writes from the next "User:" on is cut away.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.sample", "trainer")
+
 import argparse
 import sys
 import time
@@ -226,4 +231,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

@@ -12,6 +12,11 @@ stopped. The base of every evaluation is the model that the first round began wi
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.self_improve", "trainer")
+
 import argparse
 import json
 import sys
@@ -326,4 +331,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

@@ -7,6 +7,11 @@ with what is trained. An example longer than `max_length` is counted and left ou
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m trainer.sft", "trainer")
+
 import argparse
 import json
 from collections.abc import Sequence
@@ -245,4 +250,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

@@ -7,6 +7,11 @@ Two runs are held against each other on the samples that both judged; everything
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.benchmarks.compare", "benchmarks")
+
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -262,4 +267,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

@@ -6,6 +6,11 @@ split's subsets, but for math-prm, whose 447 pairs count as much as the six code
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.benchmarks.rewardbench", "benchmarks")
+
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import fsum
@@ -149,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

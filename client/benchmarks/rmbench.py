@@ -7,6 +7,11 @@ in THU-KEG/RM-Bench (`compute_accuracy`); its two safety subdomains are pooled i
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.benchmarks.rmbench", "benchmarks")
+
 from collections.abc import Sequence
 from typing import Final
 
@@ -96,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)

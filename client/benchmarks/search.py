@@ -8,6 +8,11 @@ reporting on the same samples, as the paper's authors did, flatters the winner. 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports that take a while
+    from client import program
+
+    program.begin("python -m client.benchmarks.search", "benchmarks")
+
 import argparse
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -274,4 +279,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    program.finish(main)
