@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(table(report))
     try:
         if args.out is not None:
-            args.out.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+            args.out.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     except OSError as exc:
         return fail(f"--out {args.out}: {exc}", FAILED)
     if not report["succeeded"]:

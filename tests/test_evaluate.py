@@ -17,7 +17,8 @@ from client.benchmarks.records import Row, RowError
 from service.engine.fake import FakeEngine, fake_tokenizer
 from tests.live import Live, live_service
 from tests.tiny import make_tiny_model
-from trainer.evaluate import main
+from tests.training import with_nan
+from trainer.evaluate import main, summary_of
 from trainer.harness import HarnessOptions, choose_items, pooled
 from trainer.records import Instruction, Sample, read_records
 from trainer.sample import Sampled
@@ -135,10 +136,26 @@ def test_who_is_longer_and_no_better_loses_when_controlled() -> None:
 
 def test_equal_answers_are_ties_and_never_asked() -> None:
     """A duel without a row counts as a tie only where both answers are the same."""
-    metrics = measured([duel("1", "Same.", "Same. "), duel("2")], [])
+    metrics = measured([duel("1", "Same.", "Same. "), duel("2"), duel("3")], [row("3", 1.0)])
 
     assert metrics.pairwise is not None
-    assert (metrics.pairwise.ties, metrics.compared, metrics.identical) == (1, 1, 1)
+    assert (metrics.pairwise.ties, metrics.compared, metrics.identical) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("duels", "rows"),
+    [
+        ([duel("1", "Same.", "Same. "), duel("2", "Same.", "Same.", category="math")], []),
+        ([duel("1"), duel("2", category="math")], [row("1", 0.0), row("2", 0.0)]),
+    ],
+)
+def test_ties_alone_are_no_win_rate(duels: list[Duel], rows: list[Row]) -> None:
+    """Equal answers, or a judge that prefers none, are said to be that, and never 50% with no error."""
+    metrics = measured(duels, rows)
+
+    rates = (metrics.pairwise, metrics.both_orders, metrics.pointwise, metrics.length_controlled, metrics.gain)
+    assert (rates, metrics.by_category, metrics.compared) == ((None,) * 5, {}, 2)
+    assert summary_of(metrics).startswith("no win rate: in none of 2 comparisons")
 
 
 def test_failures_and_empty_answers_are_in_no_rate() -> None:
@@ -293,16 +310,30 @@ def test_a_finished_evaluation_asks_nothing_more(command: list[str], judge: Live
     assert asked(judge) - before - first == 3 * 2
 
 
-def test_a_model_against_itself_is_even(command: list[str], tiny_model: Path, judge: Live, tmp_path: Path) -> None:
-    """The same random numbers give the same answers, and no judge is asked."""
+def test_a_model_against_itself_has_no_win_rate(
+    command: list[str], tiny_model: Path, judge: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same weights and random numbers give the same answers: no judge is asked, and the summary says why."""
     before = asked(judge)
     same = Path(shutil.copytree(tiny_model, tmp_path / "same"))
     code = main([*command, "--new", str(same)])
 
     assert code == 0
     assert asked(judge) == before
-    assert metrics_of(tmp_path / "out")["pairwise"]["value"] == 0.5
-    assert metrics_of(tmp_path / "out")["identical"] == 8
+    assert metrics_of(tmp_path / "out")["pairwise"] is None
+    assert (metrics_of(tmp_path / "out")["identical"], metrics_of(tmp_path / "out")["same_weights"]) == (8, True)
+    assert "has the weights of" in capsys.readouterr().err
+
+
+def test_a_broken_model_is_no_contestant(
+    command: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that are NaN stop the evaluation at the first token: exit code 1, and no numbers."""
+    code = main([*command, "--new", str(with_nan(tiny_model, tmp_path / "nan", "model.norm.weight"))])
+
+    assert code == 1
+    assert "NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_another_judge_may_evaluate(command: list[str], tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from client.schema import Message
@@ -70,6 +71,16 @@ def log_lines(log: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of a training log that have `key`."""
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     return [line for line in lines if key in line]
+
+
+def with_nan(model: Path, folder: Path, tensor: str) -> Path:
+    """A copy of the model or adapter in which the first number of a tensor is NaN."""
+    shutil.copytree(model, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    weights[tensor].view(-1)[0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
 
 
 def adapter_weights(folder: Path) -> dict[str, Tensor]:

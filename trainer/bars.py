@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ Tell: TypeAlias = Callable[[Advance], None]
 
 def silent(_: Advance) -> None:
     """Where nobody looks."""
+
+
+def say(text: str) -> None:
+    """A line on stderr, above a bar that is being shown there."""
+    sys.stderr.write(f"{text}\n")
 
 
 @contextmanager

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the imports that take a while
     program.begin("python -m trainer.dpo", "trainer")
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,13 +25,13 @@ from typing import Any, Final, Literal, TypeAlias
 from trainer.bars import Tell, silent
 from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import chat_ids, load_tokenizer, needs_trainer, quiet_libraries, resolve_model
+from trainer.models import chat_ids, load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.preferences import Preference, Split, load_preferences, split_preferences
 from trainer.programs import InputError, perform_stage, run_program, stderr_console
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_whole
+from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_whole
 from trainer.stages import Stage, content_digest
-from trainer.training import run_trainer, save_result, weights_mark
-from trainer.tuning import Base, TuneSettings, is_main, load_base, training_arguments, world_size
+from trainer.training import begun_with, data_digest, is_changed, run_trainer, save_result
+from trainer.tuning import Base, TuneSettings, is_main, load_base, training_arguments
 
 DPO_LOG: Final = "dpo_log.jsonl"
 DPO_FILE: Final = "dpo.json"
@@ -93,7 +92,8 @@ def preset(name: str = "default", **changes: Any) -> DPOSettings:
 class DPOResult:
     """What was trained, on how much, and the last numbers of the log (`loss`, `rewards/margins`, `eval_loss`, …).
 
-    `seconds` is this process's time in training: a resumed run's is shorter.
+    `seconds` is this process's time in training: a resumed run's is shorter. `changed` is False where training has left
+    every weight as it was.
     """
 
     output: str
@@ -106,6 +106,7 @@ class DPOResult:
     steps: int
     seconds: float
     numbers: dict[str, float]
+    changed: bool = True
 
 
 def train_dpo(
@@ -129,10 +130,8 @@ def train_dpo(
         raise InputError(f"no pair to train on: {too_long} are longer than {settings.max_length} tokens (--max-length)")
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {
-        "model": [str(model), weights_mark(source)],
-        "data": [train, held_out],
-        "processes": [world_size(), settings.micro_batch],
-        **settings.described(),
+        **begun_with(str(model), source, settings),
+        "data": data_digest([train, held_out]),
     }
     with quiet_libraries():
         base = load_base(source, settings)
@@ -140,6 +139,7 @@ def train_dpo(
         trainer = _trainer(base, _configuration(folder, settings, base, evaluates=bool(held_out)), tokenizer, sets)
         metrics = run_trainer(trainer, folder, folder / DPO_LOG, made_from, tell)
         output = save_result(trainer, folder, base.method, str(model))
+        changed = is_changed(source, output)
     result = DPOResult(
         output=output.name,
         base=str(model),
@@ -151,11 +151,12 @@ def train_dpo(
         steps=metrics["steps"],
         seconds=metrics["train_runtime"],
         numbers=metrics["last"],
+        changed=changed,
     )
     if is_main():
         card = model_card(folder.name, str(model), {"DPO": asdict(result)}, adapter=base.method != "full")
         write_whole(output / CARD_FILE, card.encode())
-        write_whole(folder / DPO_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
+        write_json(folder / DPO_FILE, asdict(result))
     return result
 
 
@@ -181,7 +182,9 @@ def _configuration(folder: Path, settings: DPOSettings, base: Base, *, evaluates
 
 
 def _trainer(base: Base, arguments: Any, tokenizer: Any, data: Sequence[Any]) -> Any:
-    return import_module("trl").DPOTrainer(
+    from trainer._watcher import trainer_class
+
+    return trainer_class("DPOTrainer")(
         model=base.model,
         args=arguments,
         train_dataset=data[0],
@@ -211,7 +214,7 @@ def _run(args: argparse.Namespace) -> None:
     file = Path(args.pairs)
     config = {
         "stage": "dpo",
-        "model": args.model,
+        "model": model_identity(args.model),
         "pairs": content_digest(file) if file.is_file() else args.pairs,
         "limit": args.limit,
         "held_out": args.held_out,

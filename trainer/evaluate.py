@@ -33,15 +33,15 @@ from trainer.bars import advance_bar
 from trainer.flags import add_flags, given
 from trainer.harness import TASKS, HarnessOptions, require_harness, run_harness
 from trainer.labelers import JudgeOptions
-from trainer.models import quiet_libraries, resolve_model
+from trainer.models import model_identity, quiet_libraries, resolve_model
 from trainer.programs import InputError, reading_input, run_program, stderr_console
 from trainer.rates import Meter, keep_rate
-from trainer.records import METRICS_FILE, Instruction, read_records, write_record, write_whole
+from trainer.records import METRICS_FILE, Instruction, read_records, write_json, write_record
 from trainer.sample import Sampled, sample_responses
 from trainer.samplers import SampleSettings
 from trainer.stages import RunFolder, Stage, content_digest, open_run
-from trainer.training import weights_mark
 from trainer.verdicts import MODES, Metrics, VerdictOptions, describe_judge, judge_duels, make_duels, measure
+from trainer.weights import same_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +121,8 @@ class Evaluation:
                 "lm_eval": self._by_harness(),
             }
         )
+        if same_weights(resolve_model(self.base.name), resolve_model(self.new.name)):
+            metrics = metrics.without_rates()
         write_record(self.folder / METRICS_FILE, metrics)
         return metrics
 
@@ -156,7 +158,7 @@ class Evaluation:
         def work() -> None:
             # By their titles: a base may be compared with itself.
             found = {side: run_harness(model.name, harness) for side, model in (("base", self.base), ("new", self.new))}
-            write_whole(file, json.dumps(found, indent=2).encode() + b"\n")
+            write_json(file, found)
 
         self.run.run_stage(Stage(self.folder, "lm_eval", (HARNESS_FILE,), inputs), work)
         known: dict[str, Any] = json.loads(file.read_bytes())
@@ -164,10 +166,9 @@ class Evaluation:
 
 
 def model_of(name: str, title: str | None = None) -> Model:
-    """A model as the user names it. One that is a folder is told from others by its files' sizes and times too."""
+    """A model as the user names it. Raises ModelError."""
     folder = Path(name).expanduser()
-    identity: Any = [name, weights_mark(folder)] if folder.is_dir() else name
-    return Model(name, identity, title or (folder.resolve().name if folder.is_dir() else name))
+    return Model(name, model_identity(name), title or (folder.resolve().name if folder.is_dir() else name))
 
 
 def add_harness_flags(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +193,13 @@ def harness_options(args: argparse.Namespace) -> HarnessOptions | None:
 def summary_of(metrics: Metrics) -> str:
     """The main number in a sentence."""
     rate, controlled = metrics.pairwise, metrics.length_controlled
+    if metrics.same_weights:
+        return f"{metrics.new} has the weights of {metrics.base}: training changed nothing, and there is no win rate"
+    if rate is None and metrics.compared:
+        return (
+            f"no win rate: in none of {metrics.compared} comparisons was {metrics.new} better or worse than "
+            f"{metrics.base} ({metrics.identical} pairs of equal answers)"
+        )
     if rate is None or rate.low is None or rate.high is None:
         return f"nothing could be compared: {metrics.empty} empty, {metrics.missing} missing, {metrics.failed} failed"
     error = "" if rate.standard_error is None else f" ± {100 * rate.standard_error:.1f} (standard error)"

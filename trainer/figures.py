@@ -77,8 +77,8 @@ def length_differences(name: str, differences: Sequence[int]) -> str:
 
 def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> str:
     """A number of the training's log over its steps, and where there is one its `eval_` twin on held-out pairs."""
-    trained = [(line["step"], line[key]) for line in log if key in line and "step" in line]
-    held_out = [(line["step"], line[f"eval_{key}"]) for line in log if f"eval_{key}" in line and "step" in line]
+    trained = _points(log, key)
+    held_out = _points(log, f"eval_{key}")
     if not trained:
         return ""
 
@@ -99,3 +99,8 @@ def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> 
         axes.set_ylabel(what)
 
     return _svg(name, f"{what} over {trained[-1][0]} steps: from {trained[0][1]:.3f} to {trained[-1][1]:.3f}", draw)
+
+
+def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Step and number, where both are there: a number that was NaN is null."""
+    return [(line["step"], line[key]) for line in log if line.get(key) is not None and "step" in line]

@@ -17,6 +17,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
 from trainer.models import ModelError
+from trainer.records import StageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ def generate(
 ) -> list[list[Generated]]:
     """For each prompt one response for each of its seeds; every prompt has the same number of seeds.
 
-    The model is in evaluation mode. Raises ModelError for one that cannot go on from its own cache.
+    The model is in evaluation mode. Raises ModelError for one that cannot go on from its own cache, and StageError for
+    logits that are NaN.
     """
     import torch
 
@@ -160,6 +162,12 @@ class _Batch:
             **self._keep,
         )
         logits: Tensor = output.logits[:, -1].float()
+        # -inf is a token that the model never writes; a whole row of it, NaN and +inf are none that can be drawn from.
+        if not logits.amax(dim=1).isfinite().all():
+            raise StageError(
+                "the model's logits are NaN or infinite, so nothing can be drawn: its weights are broken (train it "
+                "anew with a lower --lr), or too large for the dtype (--dtype float32)"
+            )
         return logits
 
 

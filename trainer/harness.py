@@ -6,6 +6,7 @@ over its items. The harness's own `limit` takes the first ones of each sub-task 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def choose_items(sizes: Mapping[str, int], options: HarnessOptions) -> dict[str,
 
 
 def pooled(results: Mapping[str, Mapping[str, Any]], items: Mapping[str, int]) -> dict[str, Any]:
-    """The mean over all items of each metric that every sub-task has; standard errors are left out."""
+    """The mean over all items of each metric that every sub-task has, null for NaN; standard errors are left out."""
     parts: Sequence[Mapping[str, Any]] = [results[name] for name in items]
     shared = [key for key in parts[0] if "," in key and "_stderr" not in key and all(key in part for part in parts)]
     total = sum(items.values())
@@ -87,4 +88,4 @@ def pooled(results: Mapping[str, Mapping[str, Any]], items: Mapping[str, int]) -
         for key in shared
         if all(isinstance(part[key], int | float) for part in parts)
     }
-    return {"items": total, **means}
+    return {"items": total, **{key: value if math.isfinite(value) else None for key, value in means.items()}}

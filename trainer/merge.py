@@ -15,10 +15,13 @@ import argparse
 import json
 import shutil
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from trainer.bars import say
 from trainer.card import CARD_FILE, model_card
 from trainer.models import (
     DTYPES,
@@ -32,7 +35,23 @@ from trainer.models import (
     resolve_model,
 )
 from trainer.programs import InputError, run_program, stderr_console
+from trainer.stages import StageError
 from trainer.training import disk_full_said
+from trainer.weights import TensorFiles, same_weights
+
+
+class MergeError(StageError):
+    """What came of a merge is not what base and adapter say together; nothing of it is kept."""
+
+
+# Of what an adapter does to the logits, and of the logits themselves: what merging in fp32 may be off by.
+_OFF_BY_EFFECT: Final = 0.01
+_OFF_BY_SCALE: Final = 1e-4
+_PROBES: Final = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 2))",
+)
+_PROBE_IDS: Final = 32
 
 
 def merge(
@@ -47,31 +66,133 @@ def merge(
 
     A fully fine-tuned model in the place of the adapter is only rounded. `base` is a folder or a hub id, by default
     what the adapter itself names. `numbers` go into the model card: see `model_card`. dtype `auto` is the base's own.
-    Needs memory for the model in fp32. Raises ModelError, TrainingError where there is no room to write, ImportError.
+    Layers that are tied in the base and that the adapter tells apart are saved as two. On a few prompts the logits of
+    the sum are checked against those of base and adapter, and those of the saved files against the rounded sum.
+
+    Needs memory for the model in fp32. Raises ModelError, MergeError for weights that are NaN and for logits that are
+    off, TrainingError where there is no room to write, ImportError.
     """
     with needs_trainer():
         import torch
-        from peft import PeftModel
     full = (adapter / "config.json").is_file()
     first = base or (str(adapter) if full else _base_of(adapter))
     source = adapter if full else resolve_model(first)
     tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source)
+    part = output.with_name(f"{output.name}.part")
+    if _config(source).get("quantization_config") is not None:
+        raise ModelError(
+            f"{source} is quantised: its weights take no adapter. Give --base the model that it was made of"
+        )
     with quiet_libraries():
-        model = load_model(source, torch.float32)
+        model = load_model(source, torch.float32).eval()
+        probes = _probes(tokenizer, model)
         if not full:
-            try:
-                tuned: Any = PeftModel.from_pretrained(model, str(adapter))
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ModelError(f"the adapter in {adapter} does not fit {source}: {error}") from error
-            model = tuned.merge_and_unload(safe_merge=True)
-    own = _stored_dtype(source) if dtype == "auto" else dtype
-    return save_model(model.to(getattr(torch, own)), tokenizer, output, model_card(output.name, first, numbers or {}))
+            model = _with_adapter(model, adapter, source, probes)
+        own = getattr(torch, _stored_dtype(source) if dtype == "auto" else dtype)
+        for weight in model.parameters():  # buffers, such as rotary frequencies, stay in fp32
+            weight.data = weight.data.to(own)
+        _require_numbers(model, adapter)
+        _save(model, tokenizer, part, model_card(output.name, first, numbers or {}))
+        expected = _logits(model.float(), probes)
+        del model
+        _check(_logits(load_model(part, torch.float32).eval(), probes), expected, expected, part)
+    put_in_place(part, output)
+    return output
+
+
+def _with_adapter(model: Any, adapter: Path, source: Path, probes: Any) -> Any:
+    """The sum of model and adapter in fp32, which gives the logits of both together."""
+    from peft import PeftModel
+
+    without = _logits(model, probes)
+    _make_room(model, adapter)
+    try:
+        with warnings.catch_warnings():
+            # What they warn of is what is seen to here.
+            warnings.filterwarnings("ignore", message="Model with `tie_word|Input and output embeddings are no longer")
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            tuned: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
+            together = _logits(tuned, probes)
+            _untie_adapted(tuned)
+            merged = tuned.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, UserWarning) as error:
+        raise ModelError(f"the adapter in {adapter} does not fit {source}, or cannot be merged: {error}") from error
+    _require_numbers(merged, adapter)
+    _check(_logits(merged, probes), together, without, adapter)
+    return merged
+
+
+def _probes(tokenizer: Any, model: Any) -> list[Any]:
+    """Token ids to compare logits on, [1, tokens] each: a few texts, and ids from the whole vocabulary."""
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in _PROBES]
+    return [*texts, torch.linspace(0, rows - 1, _PROBE_IDS).long()[None]]
+
+
+def _logits(model: Any, probes: Sequence[Any]) -> Any:
+    """[tokens of all probes, vocabulary], in fp32."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=ids).logits[0].float() for ids in probes])
+
+
+def _check(found: Any, expected: Any, without: Any, where: Path) -> None:
+    """Raise MergeError where logits differ from the expected by more than fp32 explains; `without` the adapter."""
+    columns = min(found.shape[1], expected.shape[1], without.shape[1])
+    found, expected, without = (logits[:, :columns] for logits in (found, expected, without))
+    off = float((found - expected).abs().max())
+    allowed = _OFF_BY_EFFECT * float((expected - without).abs().max()) + _OFF_BY_SCALE * float(expected.abs().max())
+    if not off <= allowed:
+        raise MergeError(
+            f"{where}: merged, the logits are off by {off:.3g}, and rounding explains {allowed:.3g}: nothing is kept. "
+            "Serve base and adapter unmerged, or train on other layers (target_modules)"
+        )
+
+
+def _make_room(model: Any, adapter: Path) -> None:
+    """Give the embeddings as many rows as the adapter's own, for tokens that were added in training."""
+    with TensorFiles(adapter) as files:
+        rows = {files[name].shape[0] for name in files.names if name.endswith(("embed_tokens.weight", "wte.weight"))}
+    if len(rows) == 1 and (count := rows.pop()) != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(count, mean_resizing=False)
+
+
+def _untie_adapted(tuned: Any) -> None:
+    """Give each layer that the adapter changes weights of its own: what is added must not reach a layer tied to it."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners = Counter(id(weight) for module in tuned.modules() for weight in module.parameters(recurse=False))
+    for layer in tuned.modules():
+        if isinstance(layer, BaseTunerLayer):
+            own: Any = layer.get_base_layer()
+            for name, weight in own.named_parameters(recurse=False):
+                if owners[id(weight)] > 1:
+                    setattr(own, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+
+
+def _require_numbers(model: Any, trained: Path) -> None:
+    """Raise MergeError where a weight is NaN or infinite."""
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise MergeError(
+            f"{trained}: merged, {broken} holds NaN or infinity: train it again with a lower --lr, or from a model "
+            "without (in float16, which ends at 65504: take --dtype bfloat16)"
+        )
 
 
 def _stored_dtype(folder: Path) -> str:
     """The dtype that a model's configuration says it is stored in; float32 where it says none."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = _config(folder)
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return known
 
 
 def _base_of(adapter: Path) -> str:
@@ -80,22 +201,22 @@ def _base_of(adapter: Path) -> str:
         raise ModelError(
             f"{adapter} has no adapter_config.json: give the folder of an adapter, as trainer.dpo writes it"
         )
-    return str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
+    named = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{file} names no base: give it with --base")
+    return str(named)
 
 
-def save_model(model: Any, tokenizer: Any, output: Path, card: str) -> Path:
-    """Write a model with all that belongs to it, complete or not at all. Raises TrainingError."""
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+def _save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
+    """Write a model with all that belongs to it. Raises TrainingError."""
+    shutil.rmtree(folder, ignore_errors=True)
     _untie_where_apart(model)
-    with disk_full_said(output.parent), quiet_libraries():
-        part.mkdir(parents=True)
+    with disk_full_said(folder.parent):
+        folder.mkdir(parents=True)
         model.config.use_cache = True
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        (part / CARD_FILE).write_text(card, encoding="utf-8")
-    put_in_place(part, output)
-    return output
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def _untie_where_apart(model: Any) -> None:
@@ -138,6 +259,9 @@ def _run(args: argparse.Namespace) -> None:
     numbers = {path.stem: _json(path) for path in args.numbers or _numbers_beside(args.adapter)}
     with console.status(f"merging {args.adapter}"):
         merge(args.adapter, output, base=args.base, dtype=args.dtype, numbers=numbers)
+    base = args.base or (None if (args.adapter / "config.json").is_file() else _base_of(args.adapter))
+    if base is not None and same_weights(resolve_model(base), output):
+        say(f"warning: {output} has the weights of {base}: nothing of the training is left in {args.dtype}")
     sys.stdout.write(f"{output}\n")
     if args.push_to_hub:
         folder = args.adapter if args.push == "adapter" else output

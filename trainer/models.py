@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from client.schema import Message
+from trainer.weights import model_digest
 
 DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES: Final = get_args(DType)
@@ -90,6 +91,14 @@ def resolve_model(name: str) -> Path:
             f"its folder: `python -m service.models path {name}` prints it, after `… fetch {name}` where need be"
         )
     return _from_hub(match[1], match[2])
+
+
+def model_identity(name: str) -> list[str]:
+    """A model as a run's files name it: how the user did, and the digest of its files, which alone tells models apart.
+
+    Raises ModelError, and RecordError where a file cannot be read.
+    """
+    return [name, model_digest(resolve_model(name))]
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:

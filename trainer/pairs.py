@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from statistics import fmean, median
 from typing import Final, Literal, TypeAlias
@@ -67,8 +68,8 @@ class PairOptions:
     )
 
     def __post_init__(self) -> None:
-        if not self.min_margin >= 0:
-            raise ValueError(f"the minimum margin must be 0 or more log-odds, not {self.min_margin}")
+        if not 0 <= self.min_margin < inf:
+            raise ValueError(f"the minimum margin must be 0 or more log-odds, and finite, not {self.min_margin}")
 
 
 def write_pairs(

@@ -69,4 +69,4 @@ def perform_stage(
         with advance_bar(console, title) as tell:
             result = work(tell)
         stage.finish()
-    sys.stdout.write(json.dumps(asdict(result), indent=2) + "\n")
+    sys.stdout.write(json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")

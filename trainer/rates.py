@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from client.benchmarks.run import Progress
-from trainer.records import write_whole
+from trainer.records import write_json
 
 RATES_FILE: Final = "rates.json"
 
@@ -33,10 +34,10 @@ class Meter:
 
 def keep_rate(folder: Path, what: str, amount: float, seconds: float) -> None:
     """Note that so much took so long, in `folder`/rates.json; nothing where nothing was done."""
-    if amount > 0 and seconds > 0:
+    if amount > 0 and seconds > 0 and math.isfinite(amount / seconds):
         known = read_rates(folder)
         known[what] = amount / seconds
-        write_whole(folder / RATES_FILE, json.dumps(known, indent=2, sort_keys=True).encode() + b"\n")
+        write_json(folder / RATES_FILE, dict(sorted(known.items())))
 
 
 def read_rates(folder: Path) -> dict[str, float]:

@@ -9,11 +9,13 @@ Unknown fields are passed over, so that a file of a newer version, or one with n
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Final, Literal, Self, TypeAlias, TypeVar
+from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
@@ -38,6 +40,8 @@ REPORT_FILE: Final = "report.html"
 
 GENERAL: Final = "general"
 CATEGORIES: Final = (GENERAL, "chat", "code", "math", "safety")
+
+_CHUNK: Final = 1 << 20
 
 Finish: TypeAlias = Literal["stop", "length"]
 # The instruction's id and the number of the sample: what a sample and its score share.
@@ -220,6 +224,20 @@ def read_record(path: Path, kind: type[R]) -> R:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         raise RecordError(f"{path}: not a {kind.__name__}: {first_problem(error)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an indented JSON value, complete or not at all. Raises RecordError, and ValueError for NaN or infinity."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises OSError."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -81,7 +81,7 @@ def write_run_report(folder: Path) -> Path:
         instructions=_json(folder / INSTRUCTIONS_STATS_FILE),
         overview=_safe(figures.win_rates("overview", rates)),
         labeler=(config.get("labels") or {}).get("labeler"),
-        config=json.dumps(config, indent=2, ensure_ascii=False),
+        config=json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False),
     )
     path, data = folder / REPORT_FILE, page.encode("utf-8", "replace")
     if not path.exists() or path.read_bytes() != data:

@@ -35,6 +35,7 @@ from trainer.models import (
     context_length,
     has_base_template,
     load_tokenizer,
+    model_identity,
     release_memory,
     resolve_model,
 )
@@ -202,8 +203,13 @@ def _run(args: argparse.Namespace) -> None:
         instructions = read_records(args.instructions, Instruction)[: args.limit]
     if not instructions:
         raise InputError(f"{args.instructions}: holds no instructions")
-    inputs = {"model": args.model, "instructions": content_digest(args.instructions), "limit": args.limit}
-    config = {"stage": "sample", **inputs, **settings.described()}
+    config = {
+        "stage": "sample",
+        "model": model_identity(args.model),
+        "instructions": content_digest(args.instructions),
+        "limit": args.limit,
+        **settings.described(),
+    }
     perform_stage(
         Stage(args.output, "samples", (SAMPLES_FILE,), config),
         config,

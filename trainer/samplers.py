@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -41,7 +42,7 @@ class SampleSettings:
     def __post_init__(self) -> None:
         if min(self.samples, self.max_new_tokens, self.rows or 1) < 1:
             raise ValueError("samples, new tokens and rows are 1 or more")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not (0 <= self.temperature < inf and 0 < self.top_p <= 1):
             raise ValueError("the temperature is 0 or more, top_p more than 0 and at most 1")
         if self.sampler not in get_args(SamplerName) or self.dtype not in DTYPES:
             raise ValueError(f"unknown sampler {self.sampler!r} or dtype {self.dtype!r}")

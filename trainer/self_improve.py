@@ -59,7 +59,7 @@ from trainer.records import (
     Instruction,
     Score,
     read_records,
-    write_whole,
+    write_json,
 )
 from trainer.report import write_card, write_run_report
 from trainer.rounding import MERGE_FILE, merge_and_weigh
@@ -253,7 +253,7 @@ class Loop:
 
         def work() -> None:
             url = push_to_hub(source, repo, private=not settings.public)
-            write_whole(folder / PUSHED_FILE, json.dumps({"url": url}).encode() + b"\n")
+            write_json(folder / PUSHED_FILE, {"url": url})
 
         self._do(stage, work)
 

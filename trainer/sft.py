@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before the imports that take a while
     program.begin("python -m trainer.sft", "trainer")
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -27,12 +26,12 @@ from client.texts import is_blank, messages_in, said
 from trainer.bars import Tell, silent
 from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import chat_ids, load_tokenizer, needs_trainer, quiet_libraries, resolve_model
+from trainer.models import chat_ids, load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.programs import InputError, perform_stage, run_program
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_whole
+from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json, write_whole
 from trainer.stages import Stage, content_digest
-from trainer.training import run_trainer, save_result, weights_mark
-from trainer.tuning import TuneSettings, is_main, load_base, training_arguments, world_size
+from trainer.training import begun_with, data_digest, is_changed, run_trainer, save_result
+from trainer.tuning import TuneSettings, is_main, load_base, training_arguments
 
 SFT_LOG: Final = "sft_log.jsonl"
 SFT_FILE: Final = "sft.json"
@@ -56,7 +55,7 @@ class Example(Record):
 
 @dataclass(frozen=True, slots=True)
 class SFTResult:
-    """What was trained, on how much, and the last numbers of the log. `seconds` is this process's time in training."""
+    """What was trained, on how much, and the last numbers of the log; `seconds` and `changed` as in DPOResult."""
 
     output: str
     base: str
@@ -67,6 +66,7 @@ class SFTResult:
     steps: int
     seconds: float
     numbers: dict[str, float]
+    changed: bool = True
 
 
 def sft_settings(**changes: Any) -> SFTSettings:
@@ -171,14 +171,14 @@ def train_sft(
         raise InputError(f"no example to train on: {len(examples)} are longer than {settings.max_length} tokens")
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {
-        "model": [str(model), weights_mark(source)],
-        "data": data,
-        "processes": [world_size(), settings.micro_batch],
-        **settings.described(),
+        **begun_with(str(model), source, settings),
+        "data": data_digest(data),
     }
+    from trainer._watcher import trainer_class
+
     with quiet_libraries():
         base = load_base(source, settings)
-        trainer = trl.SFTTrainer(
+        trainer = trainer_class("SFTTrainer")(
             model=base.model,
             args=trl.SFTConfig(**training_arguments(folder, settings, base, evaluates=False)),
             train_dataset=datasets.Dataset.from_list(data),
@@ -187,6 +187,7 @@ def train_sft(
         )
         metrics = run_trainer(trainer, folder, folder / SFT_LOG, made_from, tell)
         output = save_result(trainer, folder, base.method, str(model))
+        changed = is_changed(source, output)
     result = SFTResult(
         output=output.name,
         base=str(model),
@@ -197,11 +198,12 @@ def train_sft(
         steps=metrics["steps"],
         seconds=metrics["train_runtime"],
         numbers=metrics["last"],
+        changed=changed,
     )
     if is_main():
         card = model_card(folder.name, str(model), {"SFT": asdict(result)}, adapter=base.method != "full")
         write_whole(output / CARD_FILE, card.encode())
-        write_whole(folder / SFT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
+        write_json(folder / SFT_FILE, asdict(result))
     return result
 
 
@@ -214,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     settings = sft_settings(**given(args, SFTSettings))
     examples = load_examples(args.data)[: args.limit]
-    inputs = {"model": args.model, "data": content_digest(args.data), "limit": args.limit}
+    inputs = {"model": model_identity(args.model), "data": content_digest(args.data), "limit": args.limit}
     config = {"stage": "sft", **inputs, **settings.described()}
     output = MODEL_FOLDER if settings.method == "full" else ADAPTER_FOLDER
     stage = Stage(args.output, "sft", (output, SFT_LOG, SFT_FILE), config)

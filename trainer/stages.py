@@ -20,12 +20,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.records import CONFIG_FILE, StageError, lock, unwritable, write_whole
+from trainer.bars import say
+from trainer.records import CONFIG_FILE, StageError, file_digest, lock, unwritable, write_json
+from trainer.weights import SHA256, weights_mark
 
 __all__ = ["RunFolder", "Stage", "StageError", "content_digest", "differing_keys", "open_run"]
 
 LOCK_FILE: Final = ".lock"
-_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,8 @@ class Stage:
             self._remove()
         elif not differing and self._complete():
             return False
+        elif self._marker_file("done").exists():
+            say(f"{self.name} in {self.folder} was complete, and files of it are missing now: it is done again")
         self._marker_file("done").unlink(missing_ok=True)
         self._write_marker("begun", inputs)
         return True
@@ -159,7 +162,7 @@ class Stage:
         return known if isinstance(known, dict) else None
 
     def _write_marker(self, state: str, inputs: Mapping[str, Any]) -> None:
-        write_whole(self._marker_file(state), json.dumps(inputs, indent=2, sort_keys=True).encode() + b"\n")
+        write_json(self._marker_file(state), dict(sorted(inputs.items())))
 
     def _differing(self, known: Mapping[str, Any] | None, inputs: Mapping[str, Any]) -> list[str]:
         """The names of the inputs that are not those of a marker."""
@@ -169,16 +172,35 @@ class Stage:
 def differing_keys(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """The keys whose values are not the same in both, by name."""
     absent = object()
-    return [key for key in sorted({*known, *wanted}) if known.get(key, absent) != wanted.get(key, absent)]
+    return [key for key in sorted({*known, *wanted}) if not _same(known.get(key, absent), wanted.get(key, absent))]
+
+
+def _same(known: object, wanted: object) -> bool:
+    if isinstance(known, dict) and isinstance(wanted, dict):
+        return not differing_keys(known, wanted)
+    return known == wanted or _same_model(known, wanted)
+
+
+def _same_model(known: object, wanted: object) -> bool:
+    """Whether two models, `[name, digest]`, have the same files, wherever they lie.
+
+    Earlier versions wrote the name alone, or a folder with its files' sizes and times, which still hold if unchanged.
+    """
+    match known, wanted:
+        case [_, str(digest)], [str(), str(other)] if other.startswith(SHA256):
+            return digest == other
+        case ((str(name) | [str(name), list()]), [str(other), str(digest)]) if digest.startswith(SHA256):
+            return name == other and (known == name or known == [name, weights_mark(Path(name).expanduser())])
+    return False
 
 
 def content_digest(path: Path) -> str:
     """SHA-256, in hex, of a file's bytes, or of the names and bytes of all files in a folder. Raises StageError."""
     try:
         if not path.is_dir():
-            return _file_digest(path)
+            return file_digest(path)
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = [[file.relative_to(path).as_posix(), _file_digest(file)] for file in files]
+        listing = [[file.relative_to(path).as_posix(), file_digest(file)] for file in files]
         return _sha256(json.dumps(listing).encode())
     except OSError as error:
         raise StageError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -201,15 +223,7 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
             )
     elif not overwrite and any(entry.name != LOCK_FILE for entry in path.iterdir()):
         raise StageError(f"{path} holds files, but no run of this program: give another --output, or --overwrite")
-    write_whole(file, json.dumps(config, indent=2).encode() + b"\n")
-
-
-def _file_digest(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    write_json(file, config)
 
 
 def _sha256(data: bytes) -> str:

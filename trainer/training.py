@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
 from trainer._trl import compact_head
-from trainer.bars import Tell
+from trainer.bars import Tell, say
 from trainer.models import put_in_place
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_whole
-from trainer.stages import StageError
-from trainer.tuning import CHECKPOINTS, is_main
+from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json
+from trainer.stages import StageError, differing_keys
+from trainer.tuning import CHECKPOINTS, TuneSettings, is_main, world_size
+from trainer.weights import TensorFiles, model_digest, same_weights
 
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_ROOM_TEXTS: Final = ("No space left", "os error 28", "File too large", "PytorchStreamWriter", "unexpected pos")
+
+
+MADE_FROM_FILE: Final = "made_from.json"
+# What may not change between a checkpoint and its continuation, and how a checkpoint was begun where it did.
+_UNCHANGEABLE: Final = {
+    "processes": "with another number of processes",
+    "rates": "by an earlier version of this program, with other learning rates",
+}
 
 
 class TrainingError(StageError):
@@ -34,7 +43,7 @@ class TrainingError(StageError):
 def run_trainer(trainer: Any, folder: Path, log: Path, made_from: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     """Train from the newest complete checkpoint on. The library's numbers, `steps`, and the `last` of each number.
 
-    Checkpoints of a training that was not `made_from` the same are removed. Raises TrainingError.
+    Checkpoints of a training that was not `made_from` the same are removed, which is said. Raises TrainingError.
     """
     from transformers import PrinterCallback
 
@@ -46,10 +55,35 @@ def run_trainer(trainer: Any, folder: Path, log: Path, made_from: Mapping[str, A
     with disk_full_said(folder), compact_head(trainer.args.device.type):
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics: dict[str, Any] = result.metrics
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    if not all(map(math.isfinite, losses)):
-        raise TrainingError(f"the loss is not a number any more (see {log}): remove {folder} and lower --lr")
     return {**metrics, "steps": trainer.state.global_step, "last": _last_numbers(trainer.state.log_history)}
+
+
+def begun_with(name: str, model: Path, settings: TuneSettings) -> dict[str, Any]:
+    """What a checkpoint's continuation must share with it, but for the data."""
+    return {
+        **settings.described(),
+        "model": [name, model_digest(model)],
+        "processes": world_size(),
+        "micro_batch": settings.micro_batch,
+    }
+
+
+def data_digest(data: Any) -> str:
+    """SHA-256 of JSON values."""
+    return sha256(json.dumps(data, allow_nan=False).encode()).hexdigest()
+
+
+def is_changed(base: Path, trained: Path) -> bool:
+    """Whether training has changed any weight of the base; says so where it has not."""
+    if (trained / "config.json").is_file():
+        changed = not same_weights(base, trained)
+    else:
+        # An adapter's update is a product, of which this half begins at 0.
+        with TensorFiles(trained) as files:
+            changed = any(bool(files[name].any()) for name in files.names if "lora_B" in name)
+    if not changed and is_main():
+        say(f"warning: training has changed no weight, {trained} is what it began with: raise --lr or --epochs")
+    return changed
 
 
 def _last_numbers(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -90,25 +124,49 @@ def _named(base: str) -> tuple[str, str | None]:
 
 
 def _checkpoint(trainer: Any, checkpoints: Path, made_from: Mapping[str, Any]) -> Path | None:
-    """Where to go on, the same for every process."""
-    marker = checkpoints / "made_from.json"
-    stated = json.dumps(made_from, sort_keys=True, default=str)
+    """Where to go on, the same for every process. Raises TrainingError for what must not be gone on with."""
     if is_main():
-        if not marker.exists() or marker.read_text("utf-8") != stated:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            write_whole(marker, stated.encode())
-        for folder in checkpoints.glob("checkpoint-*"):
-            if not _is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        # What a checkpoint's learning rates were: earlier versions had steps of rate 0.
+        _keep_or_clear(checkpoints, json.loads(json.dumps({**made_from, "rates": "above 0"}, allow_nan=False)))
     trainer.accelerator.wait_for_everyone()
+    return _newest(checkpoints)
+
+
+def _keep_or_clear(checkpoints: Path, made_from: Mapping[str, Any]) -> None:
+    """Leave only checkpoints that a training `made_from` this goes on from, and say so of those that it does not."""
+    marker, newest = checkpoints / MADE_FROM_FILE, _newest(checkpoints)
+    differing = _differing(marker, made_from) if newest is not None else []
+    if stuck := [_UNCHANGEABLE[name] for name in differing if name in _UNCHANGEABLE]:
+        raise TrainingError(
+            f"{newest} cannot be continued: it was begun {' and '.join(stuck)}. Finish it in that way, or remove "
+            f"{checkpoints} to begin anew"
+        )
+    if differing == ["micro_batch"]:
+        say(f"going on from {newest} with another --micro-batch: the same training, but for rounding and dropout")
+    elif newest is not None and differing:
+        say(f"{newest} is not continued, for it was begun with other {', '.join(differing)}: training begins anew")
+        shutil.rmtree(checkpoints)
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not _is_complete(folder):
+            say(f"{folder} is incomplete and is not continued")
+            shutil.rmtree(folder, ignore_errors=True)
+    write_json(marker, made_from)
+
+
+def _differing(marker: Path, made_from: Mapping[str, Any]) -> list[str]:
+    try:
+        known = json.loads(marker.read_bytes())
+    except (OSError, ValueError):
+        return ["or unknown settings"]
+    # Earlier versions had both in one, and the data in full.
+    if "micro_batch" not in known:
+        return ["rates"]
+    return differing_keys(known, made_from)
+
+
+def _newest(checkpoints: Path) -> Path | None:
     complete = [folder for folder in checkpoints.glob("checkpoint-*") if _is_complete(folder)]
     return max(complete, key=_step, default=None)
-
-
-def weights_mark(folder: Path) -> list[list[object]]:
-    """Names, sizes and times of a model's weights: says cheaply whether they are still the same files."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _step(checkpoint: Path) -> int:

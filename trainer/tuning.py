@@ -7,6 +7,7 @@ FOLDER/adapter/         LoRA's weights with the tokenizer, or model/ after full 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
@@ -57,6 +58,8 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method is one of {', '.join(get_args(Method))}, not {self.method!r}")
+        if not all(math.isfinite(value) for value in asdict(self).values() if isinstance(value, float)):
+            raise ValueError("every number is finite: NaN and infinity train nothing")
         positive = (self.rank, self.alpha, self.lr, self.epochs, self.batch, self.micro_batch, self.max_length)
         if min(*positive, self.save_steps, self.eval_steps, self.log_steps, self.clip) <= 0:
             raise ValueError("rank, alpha, lr, epochs, batches, max_length, clip and steps are above 0")
@@ -72,6 +75,21 @@ class TuneSettings:
         """What decides the weights: all but where and how often is told and kept."""
         told = {"device", "gradient_checkpointing", "save_steps", "eval_steps", "log_steps", "report_to", "micro_batch"}
         return {key: value for key, value in asdict(self).items() if key not in told}
+
+
+def rate_factor(step: int, *, steps: int, warmup: float, schedule: Schedule) -> float:
+    """What part of the peak rate step 0, 1, … of `steps` has: above 0 for each, and 1 for one of them.
+
+    It rises evenly over the first `warmup` share of the steps, to 1 at the last of these. From there it is constant,
+    or falls towards 0, which the step after the last would have.
+    """
+    peak = max(0, math.ceil(steps * warmup) - 1)
+    if step <= peak:
+        return (step + 1) / (peak + 1)
+    if schedule == "constant_with_warmup":
+        return 1.0
+    left = (steps - step) / (steps - peak)
+    return left if schedule == "linear" else math.sin(math.pi / 2 * left) ** 2
 
 
 def world_size() -> int:
@@ -182,6 +200,8 @@ def training_arguments(folder: Path, settings: TuneSettings, base: Base, *, eval
         "dataloader_pin_memory": device == "cuda",
         _checkpointing_flag(): device != "cpu" if checkpointing is None else checkpointing,
         "logging_steps": settings.log_steps,
+        # It would log a mean of earlier losses in the place of NaN.
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": settings.save_steps,
         # The one before goes when the new one is complete.

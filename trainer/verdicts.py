@@ -121,7 +121,8 @@ class Metrics(Record):
     `pairwise` is the win rate of the new model by the mean of both orders' log-odds, `both_orders` the same where a
     winner that flips with the order is a tie (Zheng et al., arXiv:2306.05685), `pointwise` by each response's own
     score. `length_controlled` is of the pairwise one: see trainer.winrate. `gain` is the mean difference, new minus
-    base, of the pointwise log-odds. `failures` are by mode and code.
+    base, of the pointwise log-odds. `failures` are by mode and code. With `same_weights` the new model is the base, and
+    rates and gain are null, as they are where no comparison told the two apart.
     """
 
     base: str
@@ -145,6 +146,12 @@ class Metrics(Record):
     label_mass: dict[str, float | None]
     responses: dict[Literal["base", "new"], ResponseStats]
     lm_eval: dict[str, object] | None = None
+    same_weights: bool = False
+
+    def without_rates(self) -> Metrics:
+        """The same for two models with the same weights: whatever tells their responses apart is no training."""
+        rates = ("pairwise", "length_controlled", "both_orders", "pointwise", "gain")
+        return self.model_copy(update={**dict.fromkeys(rates), "by_category": {}, "same_weights": True})
 
 
 def make_duels(instructions: Sequence[Instruction], base: Sequence[Sample], new: Sequence[Sample]) -> list[Duel]:
@@ -232,7 +239,7 @@ def measure(
         length_controlled=length_controlled(outcomes["pairwise"]),
         both_orders=win_rate(outcomes["both_orders"]),
         pointwise=win_rate(outcomes["pointwise"]),
-        gain=mean_estimate([margin for margin in margins if margin is not None]),
+        gain=mean_estimate([margin for margin in margins if margin is not None]) if any(margins) else None,
         by_category=by_category(outcomes["pairwise"]),
         position=Position(
             flips=flips,

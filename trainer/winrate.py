@@ -58,8 +58,8 @@ def outcome_of(category: str, log_odds: float, length_difference: int) -> Outcom
 
 
 def win_rate(outcomes: Sequence[Outcome]) -> WinRate | None:
-    """The share of wins, ties counting half; None where nothing was compared."""
-    if not outcomes:
+    """The share of wins, ties counting half; None where nothing was compared, or every comparison is a tie."""
+    if not _decided(outcomes):
         return None
     earned = [outcome.credit for outcome in outcomes]
     low, high = wilson(math.fsum(earned), len(earned))
@@ -93,7 +93,7 @@ def by_category(outcomes: Sequence[Outcome]) -> dict[str, WinRate]:
 
 
 def length_controlled(outcomes: Sequence[Outcome]) -> Estimate | None:
-    """The win rate to be expected of equally long responses; None where nothing was compared.
+    """The win rate to be expected of equally long responses; None where nothing was compared, or all are ties.
 
     Dubois et al. (arXiv:2404.04475) predict the preference by a logistic regression and leave the length's term out:
     here P(win) = sigmoid(theta + phi * tanh(d / sd(d))) for a length difference d, and the answer is sigmoid(theta).
@@ -101,7 +101,7 @@ def length_controlled(outcomes: Sequence[Outcome]) -> Estimate | None:
     the judge's probabilities. The standard error is theta's, by the delta method, and the interval sigmoid(theta ± z
     times its error). The coefficients have the prior of PRIOR_SD.
     """
-    if not outcomes:
+    if not _decided(outcomes):
         return None
     differences = [outcome.length_difference for outcome in outcomes]
     centre = mean(differences)
@@ -115,6 +115,11 @@ def length_controlled(outcomes: Sequence[Outcome]) -> Estimate | None:
         low=sigmoid(theta - Z95 * error),
         high=sigmoid(theta + Z95 * error),
     )
+
+
+def _decided(outcomes: Sequence[Outcome]) -> bool:
+    """Whether there is a preference at all: half and half with no error would be said of nothing."""
+    return any(outcome.credit != 0.5 for outcome in outcomes)
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

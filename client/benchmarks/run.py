@@ -85,7 +85,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, object]) -> None:
         self.path = path
-        self.config = json.loads(json.dumps(config))
+        self.config = json.loads(json.dumps(config, allow_nan=False))
         path.mkdir(parents=True, exist_ok=True)
         self._check_config()
         self.rows = self._known_rows()

@@ -172,6 +172,9 @@ class _Batch:
             **self._keep,
         )
         logits: Tensor = output.logits[:, -1].float()
+        # -inf is a token that the model never writes; NaN, +inf and a whole row of -inf cannot be drawn from.
+        if not logits.amax(dim=1).isfinite().all():
+            raise ArithmeticError("the model's logits are NaN or infinite: broken weights, or too narrow a dtype")
         return logits
 
 
