@@ -66,7 +66,9 @@ def finish(main: Callable[[], int]) -> NoReturn:
         status = _status_of(main)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        leave(_interrupted())
+        code = _interrupted()
+        sys.stderr.write("\ninterrupted\n")
+        leave(code)
     except BrokenPipeError:
         leave(BROKEN_PIPE)
     except OSError as error:

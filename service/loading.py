@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,15 @@ class Model:
     max_tokens: int
     folder: Path | None = None
     note: str | None = None
+
+
+def check_engine(settings: EngineSettings) -> None:
+    """Raises ValueError where the package that runs the model is missing: before the model is fetched."""
+    if settings.engine in ("torch", "vllm") and find_spec(settings.engine) is None:
+        raise ValueError(
+            f"--engine {settings.engine} needs {settings.engine}, which is not installed: "
+            f"pip install 'judge-as-api[{settings.engine}]', or take another --engine"
+        )
 
 
 def find_model(settings: CommonSettings) -> Model:

@@ -29,7 +29,7 @@ from service.jobs import JobQueue
 from service.judges import Judge, judge_of, stop_ids_of
 from service.judging import Judging, Provenance
 from service.listening import listen, url_of
-from service.loading import Model, find_model, load_engine, make_batcher
+from service.loading import Model, check_engine, find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
 from service.prompt import PromptBuilder
@@ -55,6 +55,8 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
     Raises ModelError when the model cannot be had, ServiceError when a template does not fit it, CalibrationError when
     a calibration does not.
     """
+    if settings.queue_url == MEMORY_URL:
+        check_engine(settings)
     model = find_model(settings)
     metrics = Metrics()
     with (

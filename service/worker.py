@@ -162,7 +162,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     Raises ModelError when the model cannot be had, ValueError for a queue that no worker can share.
     """
     # Imported only now: it pulls in transformers, and --help should not wait for that.
-    from service.loading import find_model, load_engine, make_batcher
+    from service.loading import check_engine, find_model, load_engine, make_batcher
 
     if settings.queue_url == MEMORY_URL:
         raise ValueError("a worker needs --queue-url redis://…; with memory:// the service runs the model itself")
@@ -170,6 +170,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     metrics = Metrics()
     if settings.metrics_port is not None:
         _serve_metrics(metrics, settings.metrics_host, settings.metrics_port)
+    check_engine(settings)
     model = find_model(settings)
     engine = load_engine(settings, model)
     source = RedisSource(

@@ -55,3 +55,22 @@ def test_a_service_with_a_model_logs_nothing_but_json(tiny_model: Path, tmp_path
     assert {"listening", "model loaded", "request", "draining"} <= {
         json.loads(line)["event"] for line in service.output.splitlines()
     }
+
+
+def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
+    """The disk was full for a while: what can be written again is JSON, and so is the word about the rest."""
+    code = (
+        "import os, structlog\n"
+        "from service import logs\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
+        "logs.configure('json', 'info')\n"
+        "for number in range(3): structlog.get_logger().info('lost')\n"
+        "logs.stderr.install().flush(20)\n"
+        f"os.dup2(os.open('{tmp_path / 'log'}', os.O_WRONLY | os.O_CREAT), 2)\n"
+        "structlog.get_logger().info('kept')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+    notice, kept = map(json.loads, (tmp_path / "log").read_text("utf-8").splitlines())
+    assert (notice["event"], notice["lines"], notice["level"]) == ("lines of the log were dropped", 3, "warning")
+    assert kept["event"] == "kept"

@@ -233,3 +233,19 @@ def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> Non
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"python -m {program}: ")
     assert line.endswith("is missing: pip install 'judge-as-api[service]'")
+
+
+@pytest.mark.parametrize("flags", [["service"], ["service.worker", "--queue-url", "redis://127.0.0.1:1"]])
+def test_an_engine_that_is_not_installed_is_told_before_the_model_is_fetched(flags: list[str]) -> None:
+    """The HTTP side does not need torch; a process that runs the model does."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = {['x', *flags[1:], '--model', 'no-such-model', *(['--port', '0'] if len(flags) == 1 else [])]}\n"
+        f"runpy.run_module('{flags[0]}', run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in line

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 _MARK: Final = "JUDGE_ORPHANS_OF"
@@ -53,3 +54,13 @@ class OrphanGuard:
         with suppress(OSError):
             self._shell.stdin.close()
         self._shell.wait()
+
+
+@contextmanager
+def no_orphans() -> Iterator[None]:
+    """What is started inside ends with this process, also where that is killed (Linux)."""
+    guard = OrphanGuard()
+    try:
+        yield
+    finally:
+        guard.dismiss()

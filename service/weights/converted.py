@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
+from service.engine.orphans import no_orphans
 from service.weights.manifest import KnownModel, ModelError
 from service.weights.packages import bytes_below, fetch_gguf, sha256_of
 from service.weights.stages import Stages
@@ -54,7 +55,8 @@ def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
         lock.acquire()
     try:
         if not is_converted(folder):
-            _fetch_and_convert(model, folder, stages)
+            with no_orphans():
+                _fetch_and_convert(model, folder, stages)
     finally:
         lock.release()
 
