@@ -20,7 +20,7 @@ from client.schema import Format, ModelInfo
 from service import calibrations
 from service.app import Limits, Service, create_app
 from service.asking import Asker, Scores
-from service.background import start_thread
+from service.background import report, start_thread
 from service.cache import MemoryCache, redis_cache
 from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
@@ -192,8 +192,11 @@ class Server(uvicorn.Server):
             yield
         finally:
             self._stop_worker.set()
-            await self._service.queue.close()
-            await self._service.judging.close()
+            for close in (self._service.queue.close, self._service.judging.close):
+                # One that fails does not keep the others from being closed.
+                task = asyncio.ensure_future(close())
+                task.add_done_callback(report)
+                await asyncio.wait([task])
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)
 
@@ -207,6 +210,7 @@ class Server(uvicorn.Server):
 
     def _end_now(self) -> None:
         self._service.draining = True
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(self._drain_timeout))
         self.should_exit = True
         if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._service.queue.close(), self._loop)

@@ -22,6 +22,7 @@ from prometheus_client import start_http_server
 from client.errors import ErrorCode
 from client.program import leave
 from service import cli, stopping
+from service.background import start_thread
 from service.batcher import Batcher, split_expired
 from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to, variant_of
 from service.engine.remote_core import EngineLostError, RemoteCore
@@ -38,6 +39,10 @@ log = structlog.get_logger(__name__)
 
 # How often an idle worker looks up to see whether it should stop, in seconds.
 IDLE_WAIT = 0.2
+# How long a worker that stops may take for all but its batch: to answer, hand back and say goodbye, to a Redis that may
+# be silent or gone; and how long its engine may take to close.
+GOODBYE_SECONDS = 5.0
+CLOSE_SECONDS = 35.0
 # Of a process that ended itself because its engine stood still, or was lost; a supervisor starts it again.
 STALLED_STATUS = 70
 
@@ -64,12 +69,16 @@ class Worker:
         self._clock = clock
         self._tracing = tracing
         self._info = WorkerInfo(engine.name, engine.dtype, engine.max_tokens, variant_of(engine))
+        self._stop = threading.Event()
+        self._rests = threading.Event()
+        self._rests.set()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set; a batch in hand is finished first.
 
         Raises what a broken source raises, and EngineLostError: what is in hand then is left unanswered, for others.
         """
+        self._stop = stop
         self._source.attach(self._info)
         try:
             while not stop.is_set():
@@ -77,6 +86,16 @@ class Worker:
         finally:
             self._source.release(self._batcher.take_all())
             self._source.detach(self._info)
+
+    def wait(self, ended: threading.Event, seconds: float) -> bool:
+        """Wait, in another thread, for an event that follows `run`; False after so many `seconds` without a batch."""
+        since = time.monotonic()
+        while not ended.wait(IDLE_WAIT):
+            if not self._rests.is_set():
+                since = time.monotonic()
+            elif time.monotonic() - since > seconds:
+                return False
+        return True
 
     def step(self) -> None:
         """Receive, schedule, forward, reply."""
@@ -86,6 +105,8 @@ class Worker:
         if self._batcher.room:
             jobs = self._source.take(self._batcher.room, IDLE_WAIT if due is None else due)
             self._batcher.add(jobs, self._clock())
+            if self._stop.is_set():
+                return  # Others begin with them.
         if self._batcher.seconds_until_due(self._clock()) == 0:
             self._judge(self._batcher.next_batch())
 
@@ -102,7 +123,11 @@ class Worker:
         if live:
             self._tracing.waited(live, started)
             with self._tracing.batch(live, started) as span:
-                outcomes = self._outcomes(live)
+                self._rests.clear()
+                try:
+                    outcomes = self._outcomes(live)
+                finally:
+                    self._rests.set()
             took = self._clock() - started
             self._metrics.batch([len(job.item.token_ids) for job in live], took)
             replies = [
@@ -181,17 +206,30 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
         # The stuck thread cannot be ended in any other way; its jobs go to another worker.
         on_stall=lambda: leave(STALLED_STATUS),
     )
-    ended = threading.Event()
-    stop.in_good_order(ended.set)
+    worker = Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing)
+    stopping_now, done = threading.Event(), threading.Event()
+
+    def close() -> None:
+        engine.close()
+        tracing.close()
+
+    def finish() -> None:
+        stopping_now.set()
+        if not worker.wait(done, GOODBYE_SECONDS):
+            log.warning("redis does not answer: what this worker holds goes to others when its lease is over")
+            start_thread("close", close, lambda: None).join(CLOSE_SECONDS)
+            leave(0)
+
+    stop.in_good_order(finish, CLOSE_SECONDS)
     log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
     try:
-        Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing).run(ended)
+        worker.run(stopping_now)
     except EngineLostError as exc:
         log.error("the engine is lost", reason=str(exc))
         return STALLED_STATUS
     finally:
-        engine.close()
-        tracing.close()
+        done.set()
+        close()
     log.info("stopped")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
@@ -15,6 +16,7 @@ from service.jobs import Job, JobFailure
 from service.redis_jobs import RedisJobs
 from service.redis_protocol import Keys
 from tests.fleet import Fleet
+from tests.live import wait_for
 from tests.redis_server import RedisServer, running_redis
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
@@ -81,3 +83,29 @@ def test_an_api_process_stops_while_redis_is_silent(redis_server: RedisServer, f
 
     assert answer.status_code == 504
     assert api.wait(SECONDS) == 0
+
+
+def test_a_worker_stops_while_redis_is_silent(redis_server: RedisServer, fleet: Fleet) -> None:
+    """With nothing in hand it ends in good order, though Redis never hears of it."""
+    worker = fleet.worker()
+    fleet.wait_ready()
+    redis_server.pause()
+    worker.terminate()
+
+    assert worker.wait(SECONDS) == 0
+
+
+def test_a_worker_stops_with_an_answer_that_redis_does_not_take(redis_server: RedisServer, fleet: Fleet) -> None:
+    """Redis is gone when the batch is done: the answer is offered for some seconds, then the worker ends."""
+    api, worker = fleet.api(), fleet.worker("--fake-delay", "2")
+    fleet.wait_ready()
+    with ThreadPoolExecutor(1) as pool, redis_server.client() as client:
+        asked = pool.submit(
+            httpx.post, f"{api.url}/score", json=PAIR, headers={"X-Request-Timeout": "5"}, timeout=SECONDS
+        )
+        assert wait_for(lambda: client.xpending("judge:{fake}:jobs:interactive", "workers")["pending"] == 1)
+        redis_server.kill()
+        worker.terminate()
+
+        assert worker.wait(SECONDS) == 0
+        assert asked.result().status_code in {503, 504}

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 Result = TypeVar("Result")
 
-_JOIN_SECONDS: Final = 30.0
+_JOIN_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 1.0
 
 
@@ -51,4 +51,9 @@ async def _cancel_the_rest() -> None:
     rest = asyncio.all_tasks() - {asyncio.current_task()}
     for task in rest:
         task.cancel()
-    await asyncio.gather(*rest, return_exceptions=True)
+    if rest:
+        # What does not let itself be cancelled must not hold up the end.
+        done, _ = await asyncio.wait(rest, timeout=_JOIN_SECONDS)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # nobody is left to be told
