@@ -41,11 +41,12 @@ from client.schema import (
 from service import documentation, http_errors, playground
 from service.asking import Call
 from service.errors import ServiceError
+from service.hosts import AllowedHosts
 from service.jobs import JobQueue, Lane
 from service.judging import AnyRequest, Judging
 from service.limits import RateLimiter
 from service.metrics import Metrics
-from service.middleware import Authentication, RequestContext, WholeBody
+from service.middleware import Authentication, KnownHost, RequestContext, WholeBody
 from service.templates import Template
 from service.tracing import OFF, Tracing
 
@@ -77,6 +78,7 @@ class Service:
     metrics: Metrics
     model: ModelInfo
     limits: Limits
+    hosts: AllowedHosts
     api_keys: Sequence[str] = ()
     draining: bool = False
     tracing: Tracing = OFF
@@ -108,6 +110,7 @@ async def _call(
     ] = None,
     traceparent: Annotated[str | None, Header(description="W3C trace context; travels with the job.")] = None,
 ) -> Call:
+    await http_errors.check_body(request)
     service: Service = request.app.state.service
     seconds = service.limits.request_timeout
     if x_request_timeout is not None:
@@ -146,12 +149,12 @@ def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_EVERYWHERE = (ErrorCode.INTERNAL_ERROR, ErrorCode.METHOD_NOT_ALLOWED)
+_EVERYWHERE = (ErrorCode.INTERNAL_ERROR, ErrorCode.METHOD_NOT_ALLOWED, ErrorCode.INVALID_HEADER)
 _GUARDED = (*_EVERYWHERE, ErrorCode.UNAUTHORIZED)
 _BATCH = (
     *_GUARDED,
     ErrorCode.INVALID_JSON,
-    ErrorCode.INVALID_HEADER,
+    ErrorCode.UNSUPPORTED_MEDIA_TYPE,
     ErrorCode.INVALID_REQUEST,
     ErrorCode.BODY_TIMEOUT,
     ErrorCode.PAYLOAD_TOO_LARGE,
@@ -203,6 +206,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
         metrics=service.metrics,
     )
     app.add_middleware(Authentication, keys=service.api_keys, metrics=service.metrics)
+    app.add_middleware(KnownHost, hosts=service.hosts, metrics=service.metrics)
     app.add_middleware(RequestContext, metrics=service.metrics, tracing=service.tracing)
     return app
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email.message
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,10 @@ from service.metrics import Metrics
 MAX_REPORTED = 3
 
 _FIELD = re.compile(r"[a-z][a-z_]{0,31}")
+_CODING_HEADERS = ("content-encoding", "transfer-encoding")
+_PLAIN_CODINGS = frozenset({"", "identity", "chunked"})
+_COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
+_UTF_8 = frozenset({"utf-8", "utf8", "utf-8-sig", "us-ascii", "ascii"})
 _STEP = re.compile(r"[.\[]")
 # Names that pydantic puts into an error's location for the branch of a union that was tried.
 _UNION_BRANCHES = frozenset({"str"})
@@ -48,12 +54,47 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         return answer(exc)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, exc: RequestValidationError) -> Response:
-        return answer(of_validation(exc.errors(), skip=1))
+    async def validation_error(request: Request, exc: RequestValidationError) -> Response:
+        return answer(await _of_body(request) or of_validation(exc.errors(), skip=1))
 
     @app.exception_handler(HTTPException)
-    async def http_exception(_: Request, exc: HTTPException) -> Response:
-        return answer(_of_http(exc), exc.headers)
+    async def http_exception(request: Request, exc: HTTPException) -> Response:
+        unread = await _of_body(request) if exc.status_code == 400 else None
+        return answer(unread or _of_http(exc), exc.headers)
+
+
+async def check_body(request: Request) -> None:
+    """Raise ServiceError for a body that is not sent as JSON in UTF-8: compressed, say, or of another type."""
+    headers = request.headers
+    codings = {each.strip().lower() for name in _CODING_HEADERS for each in ",".join(headers.getlist(name)).split(",")}
+    if codings - _PLAIN_CODINGS:
+        named = " ".join(sorted(codings & _COMPRESSIONS)) or "of this kind"
+        raise _unsupported(
+            f"a Content-Encoding {named} is not read here: send the JSON uncompressed", "Content-Encoding"
+        )
+    media = email.message.Message()
+    media["content-type"] = headers.get("content-type", "")
+    kind = media.get_content_type()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        told = "the body must be JSON, and say so: send the header `Content-Type: application/json`"
+        raise _unsupported(f"{told} (curl: -H 'Content-Type: application/json')", "Content-Type")
+    if media.get_content_charset("utf-8") not in _UTF_8:
+        raise _unsupported("the body must be JSON in UTF-8, and no other charset", "Content-Type")
+    if json.detect_encoding(await request.body()) not in _UTF_8:
+        raise ServiceError(ErrorCode.INVALID_JSON, "the body is not in UTF-8 but, it seems, in UTF-16 or UTF-32")
+
+
+async def _of_body(request: Request) -> ServiceError | None:
+    """What is wrong with how the body was sent, where something is: that is the cause of whatever it failed with."""
+    try:
+        await check_body(request)
+    except ServiceError as error:
+        return error
+    return None
+
+
+def _unsupported(message: str, header: str) -> ServiceError:
+    return ServiceError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, message, param=header)
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> ServiceError:

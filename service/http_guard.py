@@ -9,6 +9,7 @@ import termios
 from contextlib import suppress
 from typing import Final
 
+import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -105,12 +106,20 @@ class GuardedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """From here on the time is the body's."""
         self._stop_awaiting_head()
+        if not self.url.startswith(b"/"):
+            self._take_host_of(httptools.parse_url(self.url).host)
         sizes = {name: value for name, value in self.headers if name in _BODY_HEADERS}
         if sizes and self.parser.should_upgrade():
             raise ValueError("the parser would take the body for the next request")
         self._in_body, self._head_size = True, 0
         self._body_left = int(sizes.get(b"content-length", 0))
         super().on_headers_complete()
+
+    def _take_host_of(self, target: bytes | None) -> None:
+        """What an absolute target names holds, whatever the header says (RFC 9112, 3.2.2)."""
+        if target:
+            host = b"[%s]" % target if b":" in target else target
+            self.headers[:] = [*((name, value) for name, value in self.headers if name != b"host"), (b"host", host)]
 
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing to warn of: the answer is HTTP/1.1, whatever else was asked for."""

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware, outermost first: RequestContext, Authentication, WholeBody.
+"""Pure ASGI middleware, outermost first: RequestContext, KnownHost, Authentication, WholeBody.
 
 Starlette's BaseHTTPMiddleware is not used: it hides a caller's disconnect from what it wraps.
 """
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from client.errors import ErrorCode
 from service import documentation, playground
 from service.errors import ServiceError
+from service.hosts import AllowedHosts
 from service.http_errors import error_response
 from service.metrics import Metrics
 from service.tracing import OFF, Span, Tracing
@@ -97,6 +98,37 @@ class RequestContext:
         span.answered(method, route, status)
         level = log.debug if route in OPEN_PATHS else log.info
         level("request", method=scope["method"], route=route, status=status, ms=round(seconds * 1e3, 1))
+
+
+class KnownHost:
+    """Lets requests through whose one `Host` is allowed; no other header counts. HTTP/1.0 may leave it out: browsers
+    do not."""
+
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts, metrics: Metrics) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        failure = ServiceError(ErrorCode.INVALID_HEADER, refusal, param="Host")
+        self._metrics.error(failure.code)
+        await error_response(failure)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        sent = Headers(scope=scope).getlist("host")
+        if len(sent) != 1:
+            old = not sent and scope["http_version"] == "1.0"
+            return None if old else "a request must have one Host header"
+        if self._hosts.allows(sent[0]):
+            return None
+        return (
+            "this service does not answer to the name in the Host header, as a web page could make one up to reach it "
+            "(DNS rebinding): start it with --allowed-hosts NAME (JUDGE_ALLOWED_HOSTS), or with keys"
+        )
 
 
 class Authentication:

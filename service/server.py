@@ -24,6 +24,7 @@ from service.background import report, start_thread
 from service.cache import MemoryCache, redis_cache
 from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
+from service.hosts import AllowedHosts, is_loopback
 from service.http_guard import guarded
 from service.jobs import JobQueue
 from service.judges import Judge, judge_of, stop_ids_of
@@ -124,7 +125,8 @@ def compose(
     asker = Asker(queue, metrics, _scores(settings, model), judge.reader, tracing)
     judging = Judging(provenance, prompts, templates, asker, executor, tracing)
     keys = [key.get_secret_value() for key in settings.api_key]
-    return Service(judging, queue, metrics, info, limits, keys, tracing=tracing)
+    hosts = AllowedHosts(settings.host, settings.allowed_hosts, has_keys=bool(keys))
+    return Service(judging, queue, metrics, info, limits, hosts, keys, tracing=tracing)
 
 
 def _prompts(settings: Settings, model: Model) -> PromptBuilder:
@@ -221,6 +223,14 @@ class Server(uvicorn.Server):
         for server in self.servers:
             for bound in server.sockets:
                 log.info("listening", url=url_of(bound), docs=f"{url_of(bound)}/docs")
+                host, port = bound.getsockname()[:2]
+                if not self._service.api_keys and not is_loopback(host):
+                    # At this level no --log-level hides it.
+                    log.critical(
+                        "ANYBODY WHO REACHES THIS ADDRESS MAY USE THIS SERVICE: it has no keys. Set JUDGE_API_KEY, or "
+                        "listen on 127.0.0.1",
+                        address=f"{host}:{port}",
+                    )
         self.on_listening()
 
     def drain(self) -> None:

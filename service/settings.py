@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.contract import Task
 from service.engine.openai_api import base_url
+from service.hosts import checked_pattern
 from service.tracing import checked_endpoint
 
 MEMORY_URL = "memory://"
@@ -128,7 +129,7 @@ class CommonSettings(BaseSettings):
     @field_validator("template_file", mode="before")
     @classmethod
     def _split_files(cls, value: object) -> object:
-        return split_files(value)
+        return split_list(value)
 
     @field_validator("upstream_url")
     @classmethod
@@ -223,6 +224,11 @@ class Settings(EngineSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    allowed_hosts: Annotated[list[Annotated[str, AfterValidator(checked_pattern)]], NoDecode] = Field(
+        [],
+        description="further names by which callers reach the service, comma-separated; *.example.com: all below one; "
+        "*: any; unset: any where there are keys, else loopback's, --host and, if that is not loopback, addresses",
+    )
     api_key: Annotated[list[Annotated[SecretStr, AfterValidator(sendable_key)]], NoDecode] = Field(
         [], description="keys that callers must send as `Authorization: Bearer KEY`, comma-separated; unset: no auth"
     )
@@ -264,10 +270,10 @@ class Settings(EngineSettings):
         """An empty value is refused too: a secret that was not found must not open the service to everybody."""
         return split_commas(value)
 
-    @field_validator("calibration_file", mode="before")
+    @field_validator("calibration_file", "allowed_hosts", mode="before")
     @classmethod
-    def _split_calibrations(cls, value: object) -> object:
-        return split_files(value)
+    def _split_lists(cls, value: object) -> object:
+        return split_list(value)
 
 
 class UpstreamKey(BaseSettings):
@@ -297,8 +303,8 @@ def split_commas(value: object) -> object:
     return [part.strip() if isinstance(part, str) else part for part in parts]
 
 
-def split_files(value: object) -> object:
-    """The paths of a comma-separated list; none where it is empty. Raises ValueError for a blank entry."""
+def split_list(value: object) -> object:
+    """The parts of a comma-separated list; none where it is empty. Raises ValueError for a blank entry."""
     parts = split_commas(value)
     if parts == [""]:
         return []

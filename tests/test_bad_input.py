@@ -301,7 +301,7 @@ def leave_after_sending(url: str, body: object) -> None:
     content = json.dumps(body).encode()
     address = httpx.URL(url)
     with socket.create_connection((address.host, address.port or 80)) as connection:
-        head = "POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         time.sleep(0.1)
 
@@ -311,7 +311,7 @@ def test_a_body_that_never_arrives_is_given_up() -> None:
     with live_service(body_timeout=0.2) as live:
         address = httpx.URL(live.url)
         with socket.create_connection((address.host, address.port or 80), timeout=10) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             answer = connection.recv(65536)
 
     assert answer.startswith(b"HTTP/1.1 408 ")

@@ -380,6 +380,7 @@ CODES = {
     405: {"method_not_allowed"},
     408: {"body_timeout"},
     413: {"payload_too_large"},
+    415: {"unsupported_media_type"},
     422: {"invalid_request"},
     429: {"rate_limited"},
     500: {"internal_error", "inference_failed", "unparseable", "label_not_returned"},

@@ -30,7 +30,7 @@ BODY = json.dumps(PAIR).encode()
 SIZE = str(len(BODY)).encode()
 CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 # What a proxy in front would take for a part of the first request.
-SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEADS = {
     "length and chunked": (b"Content-Length: %s\r\nTransfer-Encoding: chunked" % SIZE, b"0\r\n\r\n"),
     "chunked and length": (b"Transfer-Encoding: chunked\r\nContent-Length: 4", b"0\r\n\r\n"),
@@ -57,12 +57,12 @@ HEADS = {
     "bare CR in a chunk's extension": (b"Transfer-Encoding: chunked", CHUNK.replace(b"\r\n", b";a\rb\r\n", 1)),
 }
 WHOLE = {
-    "bare LFs": b"POST /score HTTP/1.1\nHost: x\nContent-Length: %s\n\n%s" % (SIZE, BODY),
-    "two versions": b"GET /health HTTP/1.1 HTTP/1.1\r\nHost: x\r\n\r\n",
-    "CR in the path": b"GET /health\rX HTTP/1.1\r\nHost: x\r\n\r\n",
+    "bare LFs": b"POST /score HTTP/1.1\nHost: localhost\nContent-Length: %s\n\n%s" % (SIZE, BODY),
+    "two versions": b"GET /health HTTP/1.1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "CR in the path": b"GET /health\rX HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     **{
-        name: b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n%s\r\n\r\n%s" % each
+        name: b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%s\r\n\r\n%s" % each
         for name, each in HEADS.items()
     },
 }
@@ -114,7 +114,7 @@ def test_what_proxies_could_read_in_two_ways_is_refused(live: Live, name: str) -
 
 def test_a_request_within_a_body_is_a_body(live: Live) -> None:
     """Where a route does not read its body, that is not taken for the next request."""
-    head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED)
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED)
     with connected(live) as connection:
         connection.sendall(head + SMUGGLED)
         got = until_closed(connection)
@@ -134,7 +134,7 @@ def test_a_request_id_that_could_break_a_header_or_a_log_is_replaced(live: Live,
 def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
     """Ten gigabytes are announced, none is sent, and the answer comes."""
     with connected(live) as connection:
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
         got = until_closed(connection)
 
     assert got.startswith(b"HTTP/1.1 413 ")
@@ -145,7 +145,7 @@ def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
 def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None:
     """The caller never says that it is at its end."""
     with connected(live) as connection:
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"4000\r\n%s\r\n" % (b"x" * 0x4000))
         got = until_closed(connection)
 
@@ -155,7 +155,7 @@ def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None
 def test_a_body_that_trickles_in_is_given_up(live: Live) -> None:
     """The time is for the whole body: a byte now and then does not prolong it."""
     with connected(live) as connection:
-        connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         with suppress(ConnectionError):
             while not trickled(connection, b"x"):
                 pass
@@ -188,7 +188,7 @@ def test_a_head_that_does_not_come_ends_the_connection(live: Live, begun: bytes)
 def test_a_head_that_comes_after_another_request_has_its_time_too(live: Live) -> None:
     """On a connection that has been used before."""
     with connected(live) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nX-A")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nX-A")
 
         assert until_closed(connection).count(b"HTTP/1.1 200 ") == 1
 
