@@ -11,8 +11,11 @@ from pydantic import ValidationError
 
 from service import logs
 from service.errors import ServiceError
-from service.settings import CommonSettings
+from service.settings import MEMORY_URL, CommonSettings
 from service.weights.manifest import ModelError
+
+# How long a start waits for a silent Redis to say whether the password is right.
+PING_SECONDS = 1.0
 
 SomeSettings = TypeVar("SomeSettings", bound=CommonSettings)
 
@@ -36,7 +39,26 @@ def run(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
     """Run a program's body; what it cannot start with becomes one line and status 1."""
     logs.configure(settings.log_format, settings.log_level)
     try:
+        if settings.queue_url != MEMORY_URL:
+            _check_password(settings.queue_url)
         return program(settings)
     except (ModelError, ServiceError, OSError, ValueError, RuntimeError) as exc:
         structlog.get_logger(__name__).error("cannot start", reason=str(exc))
         return 1
+
+
+def _check_password(queue_url: str) -> None:
+    """Raises ValueError where Redis refuses whom the URL names; one that is not there, or silent, may come later."""
+    # Here: --help should not wait for it.
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    timeouts = {"socket_timeout": PING_SECONDS, "socket_connect_timeout": PING_SECONDS}
+    with redis.Redis.from_url(queue_url, retry=Retry(NoBackoff(), 0), **timeouts) as client:
+        try:
+            client.ping()
+        except redis.AuthenticationError as exc:
+            raise ValueError(f"Redis refuses the user or the password of --queue-url: {exc}") from exc
+        except (redis.RedisError, OSError):
+            pass

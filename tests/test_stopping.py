@@ -18,7 +18,7 @@ import pytest
 from bench.process import free_port
 from tests.fleet import Fleet
 from tests.live import wait_for
-from tests.redis_server import RedisServer
+from tests.redis_server import RedisServer, running_redis
 
 ROOT = Path(__file__).parents[1]
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
@@ -249,3 +249,18 @@ def test_an_engine_that_is_not_installed_is_told_before_the_model_is_fetched(fla
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in line
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+@pytest.mark.parametrize("secret", ["", ":wrong@"])
+def test_a_password_that_redis_refuses_is_told_at_the_start(program: str, secret: str) -> None:
+    """It would never get better by itself, unlike a Redis that is not there yet."""
+    with running_redis(password="right") as server:
+        url = f"redis://{secret}127.0.0.1:{server.port}/0"
+        with started(program, *FAKE, "--queue-url", url) as process:
+            said = process.communicate(timeout=30)[1]
+
+    assert process.returncode == 1
+    (line,) = said.splitlines()
+    assert "cannot start: Redis refuses the user or the password of --queue-url" in line
+    assert "wrong" not in line
