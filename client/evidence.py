@@ -33,10 +33,14 @@ class EvidenceError(ValueError):
 
 @dataclass(slots=True)
 class Evidence:
-    """Samples by template; `judges` are the (model, fingerprint) met, `left_out` counts samples by reason."""
+    """Samples by template; `judges` are the (model, fingerprint) met, `left_out` counts samples by reason.
+
+    `asked_with` is that of each template's rows, as far as they say it.
+    """
 
     templates: dict[str, list[Labelled]] = field(default_factory=dict)
     judges: set[tuple[str | None, str | None]] = field(default_factory=set)
+    asked_with: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     _known: set[tuple[str, Labelled]] = field(default_factory=set)
 
@@ -44,6 +48,7 @@ class Evidence:
         """Take a row in, or count why not."""
         if row.error is None:
             self.judges.add((row.model, row.fingerprint))
+            self._check_how(row)
         template = row.template or ""
         sample = Labelled(row.id, _log_odds(row.chosen_answers), _log_odds(row.rejected_answers))
         reason = _unusable(row)
@@ -54,6 +59,16 @@ class Evidence:
             return
         self._known.add((template, sample))
         self.templates.setdefault(template, []).append(sample)
+
+    def _check_how(self, row: Row) -> None:
+        """Raise EvidenceError where the same template's rows were asked for in another way."""
+        template, how = row.template, row.asked_with
+        named = template is not None and re.fullmatch(TEMPLATE_ID, template)
+        if template and named and how is not None and self.asked_with.setdefault(template, how) != how:
+            raise EvidenceError(
+                f"{template} had one text, or its judge one setting, in some of the rows and another in others: a "
+                "calibration is of one; give runs of one service"
+            )
 
     def judge(self) -> tuple[str, str]:
         """The one model and fingerprint; raises EvidenceError where there is none, or more than one."""
@@ -186,6 +201,7 @@ def _row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult 
         rejected=_answer(rejected, pair.rejected),
         margins=[[chosen.log_odds - rejected.log_odds]],
         template=chosen.template,
+        asked_with=chosen.asked_with,
         model=chosen.model,
         fingerprint=chosen.fingerprint,
     )

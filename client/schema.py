@@ -21,6 +21,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Truncation = Literal["error", "prompt_left", "response_middle"]
 Format = Literal["chat", "raw"]
 CompareMode = Literal["pointwise", "pairwise"]
+Digest = Annotated[str | None, Field(exclude_if=lambda digest: digest is None)]
 
 
 class Request(BaseModel):
@@ -189,6 +190,9 @@ class ScoreResult(Result):
     that did, `label_is_argmax` whether all did, and `samples` counts them. `reward-model`: `log_odds` is the head's
     raw logit and `label_mass` 1. `floored`: an API did not return every label's probability, and the floor that the
     service was started with stands in for it.
+
+    `asked_with` is a digest of how the model was asked: the template's text, which may change under one name and
+    version, and the judge's settings. Older services leave it out.
     """
 
     score: Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -207,6 +211,7 @@ class ScoreResult(Result):
     grade: Annotated[FiniteFloat, Field(ge=0, le=5)] | None = None
     samples: SampleCount | None = None
     floored: bool = False
+    asked_with: Digest = None
 
 
 class ResponseScore(Result):
@@ -246,7 +251,7 @@ class CompareResult(Result):
 
     `win_probability[i][j]` is the probability that response i is better than response j (0.5 on the diagonal):
     pointwise `sigmoid(log_odds_i - log_odds_j)`, pairwise the sigmoid of the log-odds averaged over both orders.
-    `fingerprint` is the model's, as in ScoreResult.
+    `fingerprint` is the model's, and `asked_with` as in ScoreResult.
     """
 
     best: int
@@ -261,6 +266,7 @@ class CompareResult(Result):
     usage: Usage
     timing_ms: Timing
     fingerprint: str | None = None
+    asked_with: Digest = None
 
 
 class ErrorBody(Result):
@@ -341,7 +347,8 @@ class WorkerStatus(Result):
 class ModelInfo(Result):
     """The model behind the service. `fingerprint` changes with its weights, its tokenizer and its configuration.
 
-    `judge` is `yes-no`, `pairwise`, `self-reward` or `reward-model`; see ScoreResult and CompareRequest.
+    `judge` is `yes-no`, `pairwise`, `self-reward` or `reward-model`; see ScoreResult and CompareRequest. `settings` is
+    a digest of the settings that decide judgements besides the model and the template. Older services leave it out.
     """
 
     id: str
@@ -353,6 +360,7 @@ class ModelInfo(Result):
     max_tokens: int
     default_format: Format
     note: str | None = None
+    settings: Digest = None
     workers: list[WorkerStatus] = []
 
 

@@ -59,6 +59,10 @@ class Reader(Protocol):
     def samples(self) -> int:
         """How many items it asks for, for each prompt."""
 
+    @property
+    def settings(self) -> str:
+        """All that decides its judgements besides the model and the prompt."""
+
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """What to ask for: `samples` items."""
 
@@ -71,6 +75,7 @@ class LabelReader:
 
     task: Final = "labels"
     samples: Final = 1
+    settings: Final[str] = "labels"
 
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """One item."""
@@ -82,7 +87,7 @@ class LabelReader:
 
 
 class GradeReader(LabelReader):
-    """Reads the probabilities of the six grades."""
+    """Reads the probabilities of the six grades: the mode of its templates tells it from a LabelReader."""
 
     def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """The scoring rule, and the expected grade."""
@@ -94,6 +99,7 @@ class LogitReader:
 
     task: Final = "classify"
     samples: Final = 1
+    settings: Final = "logit"
 
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """One item."""
@@ -129,6 +135,7 @@ class TextReader:
     def __init__(self, writing: Writing, text_of: Callable[[Sequence[int]], str]) -> None:
         """`text_of` makes text of token ids."""
         self.samples = writing.samples
+        self.settings = f"{writing}, temperature {writing.temperature}"
         self._writing = writing
         self._text_of = text_of
 

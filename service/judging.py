@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
 
 from client.calibration import TemplateCalibration
@@ -37,34 +39,45 @@ CHUNK = 64
 # Characters and prompts of a request up to which handing it to a thread costs more than it gains.
 INLINE_CHARS = 2000
 INLINE_PROMPTS = 8
+# Of the digests that tell how a judgement was asked for.
+_DIGITS = 16
 
 AnyRequest = ScoreRequest | CompareRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The judge, and what results say of its model; its calibrations by template id (single responses only)."""
+    """The judge, and what results say of its model; its calibrations by template id (single responses only).
+
+    `settings` is the digest of those that decide judgements besides; see `settings_digest`.
+    """
 
     model: str
     fingerprint: str
     calibrations: Mapping[str, TemplateCalibration] = field(default_factory=dict)
     judge: Judge = YES_NO
+    settings: str = ""
 
     def calibrated(self, template: str, log_odds: float) -> float | None:
         """The fitted probability that the response is good; None for a template (its id) that has no calibration."""
         calibration = self.calibrations.get(template)
         return calibration.apply(log_odds) if calibration else None
 
+    def asked_with(self, template: Template | None) -> str:
+        """See ScoreResult."""
+        return _digest(self.settings, template.digest if template else None)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A request after rendering: its prompts, in the order in which its result reads their judgements.
 
-    `template` is the id of what was asked, `tokenize_seconds` the time taken for it and what was rendered together with
-    it.
+    `template` is the id of what was asked, `asked` the template itself, `tokenize_seconds` the time taken for it and
+    what was rendered together with it.
     """
 
     template: str
+    asked: Template | None
     mode: CompareMode
     prompts: list[JudgePrompt]
     tokenize_seconds: float
@@ -275,6 +288,7 @@ class Judging:
             grade=verdict.grade,
             samples=_samples(verdict),
             floored=verdict.floored,
+            asked_with=self._provenance.asked_with(answer.plan.asked),
         )
 
     def _compare_result(self, request: CompareRequest, answer: Answer) -> CompareResult:
@@ -310,7 +324,17 @@ class Judging:
             usage=_usage(answer),
             timing_ms=_timing(answer),
             fingerprint=self._provenance.fingerprint,
+            asked_with=self._provenance.asked_with(answer.plan.asked),
         )
+
+
+def settings_digest(judge: Judge, floor: float | None) -> str:
+    """Of the settings that decide judgements besides the model and the template; `floor` is of an upstream."""
+    return _digest(judge.name, judge.reader.settings, floor)
+
+
+def _digest(*parts: object) -> str:
+    return sha256(json.dumps(parts).encode()).hexdigest()[:_DIGITS]
 
 
 def _metered(built: Iterator[JudgePrompt | ServiceError], meter: Meter) -> Iterator[JudgePrompt | ServiceError]:
@@ -375,7 +399,7 @@ def _plan(
                 prompt.param = f"responses[{max(shown, key=lambda i: len(request.responses[i]))}]"
             return prompt
     name = REWARD_TEMPLATE if way.template is None else way.template.id
-    return Plan(name, way.mode, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
+    return Plan(name, way.template, way.mode, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
 
 
 def _responses(request: AnyRequest) -> list[str]:

@@ -28,7 +28,7 @@ from service.hosts import AllowedHosts, is_loopback
 from service.http_guard import guarded
 from service.jobs import JobQueue
 from service.judges import Judge, judge_of, stop_ids_of
-from service.judging import Judging, Provenance
+from service.judging import Judging, Provenance, settings_digest
 from service.listening import listen, url_of
 from service.loading import Model, check_engine, find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
@@ -105,7 +105,7 @@ def compose(
     calibrated = calibrations.load_all(settings.calibration_file, model.fingerprint, templates)
     if calibrated:
         log.info("calibrated", templates=sorted(calibrated))
-    provenance = Provenance(model.id, model.fingerprint, calibrated, judge)
+    provenance = Provenance(model.id, model.fingerprint, calibrated, judge, settings_digest(judge, settings.floor))
     info = ModelInfo(
         id=model.id,
         fingerprint=model.fingerprint,
@@ -114,6 +114,7 @@ def compose(
         max_tokens=prompts.max_tokens,
         default_format=default_format,
         note=model.note,
+        settings=provenance.settings,
     )
     limits = Limits(
         max_body_bytes=settings.max_body_bytes,

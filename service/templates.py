@@ -30,8 +30,9 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -94,6 +95,11 @@ class Template:
             marks = zip(self.grades, GRADE_WEIGHTS, strict=True)
             return tuple(Side(f"grade {k}", (label,), weight) for k, (label, weight) in enumerate(marks))
         return (Side("yes", self.yes, 1.0), Side("no", self.no, 0.0)) if self.yes else ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that makes it what it is: a file's text may change under one name and version."""
+        return sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     @property
     def id(self) -> str:

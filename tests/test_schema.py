@@ -82,7 +82,13 @@ SCORE_RESULT = {
     "floored": False,
     **COST,
 }
-GRADED_RESULT = {**SCORE_RESULT, "grade": 3.5, "samples": {"drawn": 4, "parsed": 2}, "floored": True}
+GRADED_RESULT = {
+    **SCORE_RESULT,
+    "grade": 3.5,
+    "samples": {"drawn": 4, "parsed": 2},
+    "floored": True,
+    "asked_with": "89ab",
+}
 FARED = {"label_mass": 0.9, "calibrated": None, "grade": None, "samples": None, "floored": False}
 COMPARE_RESULT = {
     "best": 1,
@@ -234,8 +240,8 @@ def test_what_an_older_service_does_not_send() -> None:
     later = [name for name, info in ScoreResult.model_fields.items() if not info.is_required()]
     result = ScoreResult.model_validate({k: v for k, v in SCORE_RESULT.items() if k not in later})
 
-    assert later == ["calibrated", "fingerprint", "grade", "samples", "floored"]
-    assert [getattr(result, name) for name in later] == [None, None, None, None, False]
+    assert later == ["calibrated", "fingerprint", "grade", "samples", "floored", "asked_with"]
+    assert [getattr(result, name) for name in later] == [None, None, None, None, False, None]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -0.01, "NaN", None])

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Final, TypeAlias
 
-from client.schema import Format, InlineTemplate, Labels, ModelInfo
+from client.schema import Format, InlineTemplate, Labels, ModelInfo, TemplatesResult
 from trainer.label import Labelling, OnProgress, label_samples
 from trainer.labelers import JUDGE_OF_ARM, JudgeOptions, LabelOptions, ServiceLabeler, connected, shown_url
 from trainer.records import Instruction, Sample, Score, count_by
@@ -109,7 +109,7 @@ def categorise(
             label_options = LabelOptions(
                 judge=options.judge, template=question_template(info.default_format), truncation="prompt_left"
             )
-            labeler = ServiceLabeler(judge, info, (), label_options)
+            labeler = ServiceLabeler(judge, info, TemplatesResult(templates=[], categories=[]), label_options)
             everything = [*_examples(), *instructions]
             task = Labelling(everything, _questions(everything), path, options.max_failures)
             return await label_samples(labeler, task, on_progress)

@@ -141,6 +141,7 @@ class _SameJudge:
     def __init__(self, labeler: Labeler) -> None:
         self._labeler = labeler
         self._templates: dict[str, str] = {}
+        self._asked_with: dict[str, str] = {}
 
     def check(self, score: Score, category: str) -> None:
         """Raises StageError where the score is another judge's."""
@@ -158,6 +159,11 @@ class _SameJudge:
             raise StageError(
                 f"the service's template for {category} changed in mid-run: {self._templates[category]} has become "
                 f"{now.template}. Give another --output, or --overwrite"
+            )
+        if now.asked_with is not None and self._asked_with.setdefault(category, now.asked_with) != now.asked_with:
+            raise StageError(
+                f"the service asks otherwise than when the labels began: the text of {now.template}, or a setting of "
+                "its judge, has changed. Start the service as it was, or give another --output, or --overwrite"
             )
 
 

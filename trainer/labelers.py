@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Literal, Protocol, TypeAlias
 
-from client.benchmarks.run import judge_identity
+from client.benchmarks.run import TEMPLATES, judge_identity, template_digests
 from client.bulk import BulkOptions, stream_scores
 from client.cli import CALL_TIMEOUT
 from client.errors import JudgeAPIError, JudgeError
 from client.judge import AsyncJudge
-from client.schema import InlineTemplate, ModelInfo, ScoreRequest, Truncation
+from client.schema import InlineTemplate, ModelInfo, ScoreRequest, TemplatesResult, Truncation
 from trainer.records import GENERAL, ScoreError
 from trainer.stages import StageError
 
@@ -34,6 +34,8 @@ JUDGE_OF_ARM: Final[Mapping[Arm, str]] = {
     "self-reward": "self-reward",
     "reward-model": "reward-model",
 }
+# Of the templates that judge one response.
+_MODES: Final = ("pointwise", "graded", "rubric")
 # Half the width of the random numbers, in log-odds: wide, so that a minimum margin costs this arm few pairs.
 RANDOM_SPREAD: Final = 5.0
 
@@ -87,6 +89,7 @@ class Label:
     template: str
     model: str
     fingerprint: str | None
+    asked_with: str | None = None
 
 
 class Labeler(Protocol):
@@ -127,13 +130,14 @@ class RandomLabeler:
 
 
 class ServiceLabeler:
-    """Labels by /score of a judge-as-api service; `categories` are those that it has templates for."""
+    """Labels by /score of a judge-as-api service, by the templates and for the categories that are `offered`."""
 
-    def __init__(self, judge: AsyncJudge, info: ModelInfo, categories: Sequence[str], options: LabelOptions) -> None:
+    def __init__(self, judge: AsyncJudge, info: ModelInfo, offered: TemplatesResult, options: LabelOptions) -> None:
         assert options.judge is not None
         self.model = info.id
         self.fingerprint: str | None = info.fingerprint
-        self._judge, self._info, self._categories = judge, info, frozenset(categories)
+        self._judge, self._info, self._categories = judge, info, frozenset(offered.categories)
+        self._templates = template_digests([one for one in offered.templates if one.mode in _MODES])
         self._options, self._address = options, options.judge
 
     def described(self) -> dict[str, object]:
@@ -144,6 +148,7 @@ class ServiceLabeler:
             "template": template.model_dump() if isinstance(template, InlineTemplate) else template,
             "truncation": self._options.truncation,
             "judge": judge_identity(self._info),
+            TEMPLATES: {} if isinstance(template, InlineTemplate) else self._templates,
         }
 
     async def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
@@ -164,6 +169,7 @@ class ServiceLabeler:
                             template=outcome.template,
                             model=outcome.model,
                             fingerprint=outcome.fingerprint,
+                            asked_with=outcome.asked_with,
                         ),
                     )
         except JudgeError as error:
@@ -215,7 +221,7 @@ async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
                 f"{shown_url(options.judge)} runs {info.judge}: start it with --judge {wanted} where it has that, "
                 "or give another --labeler"
             )
-        yield ServiceLabeler(judge, info, await _categories(judge, options.judge), options)
+        yield ServiceLabeler(judge, info, await _offered(judge, options.judge), options)
 
 
 def lost(options: JudgeOptions, error: JudgeError) -> StageError:
@@ -226,9 +232,9 @@ def lost(options: JudgeOptions, error: JudgeError) -> StageError:
     )
 
 
-async def _categories(judge: AsyncJudge, options: JudgeOptions) -> list[str]:
+async def _offered(judge: AsyncJudge, options: JudgeOptions) -> TemplatesResult:
     try:
-        return (await judge.templates()).categories
+        return await judge.templates()
     except JudgeError as error:
         raise lost(options, error) from error
 

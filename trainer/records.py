@@ -96,7 +96,8 @@ class ScoreError(RowError):
 class Score(Record):
     """What the labeler said of one sample: `log_odds` with all that belongs to it, or an `error`, never both.
 
-    `label_mass` and `fingerprint` are as in client.schema.ScoreResult, and null where the labeler is no model.
+    `label_mass`, `fingerprint` and `asked_with` are as in client.schema.ScoreResult, and null where the labeler is no
+    model.
     """
 
     id: str
@@ -107,6 +108,7 @@ class Score(Record):
     template: str | None = None
     model: str | None = None
     fingerprint: str | None = None
+    asked_with: str | None = None
     error: ScoreError | None = None
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from client.benchmarks import run
 from trainer.bars import say
 from trainer.records import CONFIG_FILE, StageError, file_digest, lock, unwritable, write_json
 from trainer.weights import SHA256, weights_mark
@@ -170,14 +171,11 @@ class Stage:
 
 
 def differing_keys(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The keys whose values are not the same in both, by name."""
-    absent = object()
-    return [key for key in sorted({*known, *wanted}) if not _same(known.get(key, absent), wanted.get(key, absent))]
+    """See `client.benchmarks.run.differing_keys`; a model is the same with the same files, wherever they lie."""
+    return run.differing_keys(known, wanted, _same)
 
 
 def _same(known: object, wanted: object) -> bool:
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        return not differing_keys(known, wanted)
     return known == wanted or _same_model(known, wanted)
 
 

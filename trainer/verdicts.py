@@ -19,7 +19,15 @@ from typing import Final, Literal
 from client.benchmarks.plan import Question
 from client.benchmarks.records import Mode, Row
 from client.benchmarks.records import Sample as Entry
-from client.benchmarks.run import Asking, RunError, RunFolder, judge_identity, judge_samples
+from client.benchmarks.run import (
+    TEMPLATES,
+    Asking,
+    RunError,
+    RunFolder,
+    judge_identity,
+    judge_samples,
+    template_digests,
+)
 from client.errors import JudgeError
 from client.schema import ModelInfo, Truncation
 from client.stats import mean
@@ -188,12 +196,14 @@ def judge_duels(
     async def judged() -> dict[Mode, list[Row]]:
         async with connected(options.judge) as (judge, info):
             _check_kind(info, options.judge)
-            known = set((await judge.templates()).categories)
+            offered = await judge.templates()
+            known, digests = set(offered.categories), template_digests(offered.templates)
             plan = {entry.subset: Question(category=_category(entry.subset, known)) for entry in entries}
             rows: dict[Mode, list[Row]] = {}
             for mode in MODES:
                 asking = Asking(plan, mode, options.truncation, options.max_failures, options.judge.bulk)
-                run = RunFolder(folder / mode, {"judge": judge_identity(info), **asking.described()})
+                config = {"judge": judge_identity(info), TEMPLATES: digests, **asking.described()}
+                run = RunFolder(folder / mode, config)
                 rows[mode] = await judge_samples(judge, entries, asking, run, on_progress)
             return rows
 

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Final, get_args
 from client.benchmarks import plan as plans
 from client.benchmarks.plan import PaperGroup, PaperPrompts, PaperStudy, Plan, PlanError, Question
 from client.benchmarks.records import REPORT_FILE, SUMMARY_FILE, Mode, Row, Sample, TiePolicy
-from client.benchmarks.run import Asking, Progress, RunError, RunFolder, judge_identity, judge_samples
+from client.benchmarks.run import (
+    TEMPLATES,
+    Asking,
+    Progress,
+    RunError,
+    RunFolder,
+    judge_identity,
+    judge_samples,
+    template_digests,
+    without_digests,
+)
 from client.benchmarks.samples import SampleError, choose, digest, load_hub
 from client.benchmarks.standing import Benchmark
 from client.benchmarks.summary import print_table, summarise
@@ -26,7 +36,7 @@ from client.cli import CALL_TIMEOUT, FAILED, INTERRUPTED, OK, USAGE, fail, judge
 from client.errors import JudgeError
 from client.judge import AsyncJudge
 from client.proxies import exempt_loopback
-from client.schema import Format, ModelInfo, Truncation
+from client.schema import Format, ModelInfo, TemplateInfo, Truncation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,10 +202,11 @@ async def _run(
         info = await ready_model(judge)
         plan, mode = suited(args, plan, info.judge)
         asking = Asking(plan, mode, args.truncation, args.max_failures, options)
-        config = run_config(command.benchmark, samples, asking, info)
+        templates = (await judge.templates()).templates
+        config = run_config(command.benchmark, samples, asking, info, templates)
         if info.judge == "self-reward":
-            # Nothing else tells grades that are read off probabilities from those that are written.
-            config["asks_for"] = sorted({template.mode for template in (await judge.templates()).templates})
+            # Older services tell in no other way grades that are read off probabilities from those that are written.
+            config["asks_for"] = sorted({template.mode for template in templates})
         folder = RunFolder(args.out or default_folder(config), config)
         console.print(f"{command.benchmark.name}: {len(samples)} samples, judge {info.id}, into {folder.path}")
         with progress_bar(console, command.benchmark.name) as on_progress:
@@ -203,7 +214,13 @@ async def _run(
     finish(command.benchmark, rows, samples, folder, _told(args))
 
 
-def run_config(benchmark: Benchmark, samples: Sequence[Sample], asking: Asking, info: ModelInfo) -> dict[str, object]:
+def run_config(
+    benchmark: Benchmark,
+    samples: Sequence[Sample],
+    asking: Asking,
+    info: ModelInfo,
+    templates: Sequence[TemplateInfo],
+) -> dict[str, object]:
     """What makes a run the same run."""
     return {
         "benchmark": benchmark.name,
@@ -211,6 +228,7 @@ def run_config(benchmark: Benchmark, samples: Sequence[Sample], asking: Asking, 
         "samples": len(samples),
         **asking.described(),
         "judge": judge_identity(info),
+        TEMPLATES: template_digests(templates),
     }
 
 
@@ -219,7 +237,9 @@ def default_folder(config: Mapping[str, object]) -> Path:
     judge = config["judge"]
     model = judge.get("model", "judge") if isinstance(judge, dict) else "judge"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{config['benchmark']}-{model}").strip("-")
-    return Path("runs") / f"{name}-{sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]}"
+    # Without digests: a changed template is to meet the run that it contradicts, and older runs are to be found.
+    told = json.dumps(without_digests(config), sort_keys=True)
+    return Path("runs") / f"{name}-{sha256(told.encode()).hexdigest()[:8]}"
 
 
 def finish(

@@ -70,7 +70,7 @@ class Row(_Record):
     `first_log_odds` (pairwise mode) is the mean log-odds for whichever answer was shown first, `flips` how many of the
     comparisons changed their winner with the order. `usage` sums up the judgements that were answered, those of a
     failed sample included; `seconds` passed between the row before, or the start, and this one, so that the rows' sum
-    is the time that the run took, whatever stood beside each other.
+    is the time that the run took, whatever stood beside each other. `asked_with` is as in ScoreResult.
     """
 
     id: str
@@ -79,6 +79,7 @@ class Row(_Record):
     rejected: JudgedAnswer | list[JudgedAnswer] | None = None
     margins: list[list[FiniteFloat]] | None = None
     template: str | None = None
+    asked_with: str | None = None
     model: str | None = None
     fingerprint: str | None = None
     flips: int | None = None

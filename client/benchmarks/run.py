@@ -10,10 +10,12 @@ its own. Another configuration, or another model behind the URL, is refused.
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
@@ -30,6 +32,7 @@ from client.schema import (
     Request,
     ScoreRequest,
     ScoreResult,
+    TemplateInfo,
     Truncation,
     Usage,
 )
@@ -37,6 +40,10 @@ from client.texts import is_blank
 
 EMPTY_RESPONSE: Final = "empty_response"
 EMPTY_PROMPT: Final = "empty_prompt"
+# Keys of configurations: the templates' digests, by id, and that of the judge's settings.
+TEMPLATES: Final = "templates"
+SETTINGS: Final = "settings"
+_ABSENT: Final = object()
 # Of the service's statuses, those that say something of the item itself: asking again gives the same.
 _OWN_FAULT: Final = frozenset({400, 404, 413, 422})
 
@@ -87,8 +94,8 @@ class RunFolder:
         self.path = path
         self.config = json.loads(json.dumps(config, allow_nan=False))
         path.mkdir(parents=True, exist_ok=True)
-        self._check_config()
         self.rows = self._known_rows()
+        self._check_config()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Row], None]]:
@@ -122,17 +129,24 @@ class RunFolder:
         if not file.exists():
             if (self.path / ITEMS_FILE).exists():
                 raise RunError(f"{self.path} holds items of an unknown run: give another --out")
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-            part.replace(file)
+            self._write_config(file)
             return
         known = json.loads(file.read_text(encoding="utf-8"))
-        if known != self.config:
-            differ = [key for key in sorted({*known, *self.config}) if known.get(key) != self.config.get(key)]
+        used = {row.template for row in self.rows.values()}
+        digests = {name: text for name, text in self.config.get(TEMPLATES, {}).items() if name in used}
+        differ = differing_keys(known, {**self.config, TEMPLATES: digests})
+        if differ:
             raise RunError(
                 f"{self.path} holds a run of another configuration (other {', '.join(differ)}): "
                 "give another --out, or remove the folder"
             )
+        if known != self.config:
+            self._write_config(file)
+
+    def _write_config(self, file: Path) -> None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
 
     def _known_rows(self) -> dict[str, Row]:
         file = self.path / ITEMS_FILE
@@ -192,6 +206,7 @@ class _Identity:
         self._model, self._fingerprint = judge.get("model"), judge.get("fingerprint")
         self._questions = folder.config.get("questions", {})
         self._templates: dict[str, str] = {}
+        self._asked_with: dict[str, str] = {}
         for row in folder.rows.values():
             self.check(row)
 
@@ -209,6 +224,11 @@ class _Identity:
             raise JudgeChangedError(
                 f"the service's template changed in mid-run: {self._templates[question]} has become {row.template}. "
                 "Start a new run with another --out, or name the version with --template"
+            )
+        if row.asked_with is not None and self._asked_with.setdefault(question, row.asked_with) != row.asked_with:
+            raise JudgeChangedError(
+                f"the service asks otherwise than when the run began: the text of {row.template}, or a setting of its "
+                "judge, has changed. Start the service as it was and rerun, or start a new run with another --out"
             )
 
 
@@ -339,6 +359,7 @@ def _pointwise(sample: Sample, results: Sequence[ScoreResult]) -> Row:
         rejected=_single(rejected),
         margins=[[good.log_odds - bad.log_odds for bad in rejected] for good in chosen],
         template=results[0].template,
+        asked_with=results[0].asked_with,
         model=results[0].model,
         fingerprint=results[0].fingerprint,
     )
@@ -357,6 +378,7 @@ def _pairwise(sample: Sample, results: Sequence[CompareResult]) -> Row:
         rejected=_single([_mean(column, 1, text) for column, text in zip(columns, sample.rejected, strict=True)]),
         margins=[[result.scores[0].log_odds for result in row] for row in table],
         template=results[0].template,
+        asked_with=results[0].asked_with,
         model=results[0].model,
         fingerprint=results[0].fingerprint,
         flips=sum(bias.flips for bias in biases),
@@ -382,10 +404,54 @@ def _single(answers: list[JudgedAnswer]) -> JudgedAnswer | list[JudgedAnswer]:
 
 
 def judge_identity(info: ModelInfo) -> dict[str, object]:
-    """What a run's configuration says of its judge: the exact weights, and the number formats that they run in."""
+    """What a run's configuration says of its judge: the exact weights, the number formats that they run in, settings.
+
+    Without the settings' digest where the service is too old to state it.
+    """
+    settings = {} if info.settings is None else {SETTINGS: info.settings}
     return {
         "model": info.id,
         "fingerprint": info.fingerprint,
         "engine": info.engine,
         "dtypes": sorted({worker.dtype for worker in info.workers}),
+        **settings,
+    }
+
+
+def template_digests(templates: Sequence[TemplateInfo]) -> dict[str, str]:
+    """SHA-256, in hex, of each template's text by its id: one name and version may come to stand for another text."""
+    return {
+        f"{template.name}@{template.version}": sha256(template.model_dump_json().encode()).hexdigest()
+        for template in templates
+    }
+
+
+def differing_keys(
+    known: Mapping[str, Any], wanted: Mapping[str, Any], same: Callable[[object, object], bool] = operator.eq
+) -> list[str]:
+    """The keys of two configurations whose values contradict each other, by name; of templates, whose text does.
+
+    A digest that one of them lacks, as those of older versions do, contradicts nothing.
+    """
+    differing = []
+    for key in sorted({*known, *wanted}):
+        one, other = known.get(key, _ABSENT), wanted.get(key, _ABSENT)
+        if key in (TEMPLATES, SETTINGS) and _ABSENT in (one, other):
+            continue
+        if key == TEMPLATES:
+            differing += [f"text of {name}" for name in sorted(one.keys() & other) if one[name] != other[name]]
+        elif isinstance(one, Mapping) and isinstance(other, Mapping):
+            inner = differing_keys(one, other, same)
+            differing += [f"{key}: {', '.join(inner)}"] if inner else []
+        elif not same(one, other):
+            differing.append(key)
+    return differing
+
+
+def without_digests(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as versions without digests had it."""
+    return {
+        key: without_digests(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in (TEMPLATES, SETTINGS)
     }

@@ -107,7 +107,8 @@ class _Search:
         plan = one_for_all({sample.subset for sample in samples}, question)
         args = self._args
         asking = Asking(plan, args.mode, args.truncation, args.max_failures, commands.bulk_options(args))
-        config = commands.run_config(self._command.benchmark, samples, asking, self._info)
+        templates = (await self._judge.templates()).templates
+        config = commands.run_config(self._command.benchmark, samples, asking, self._info, templates)
         folder = RunFolder(args.out / where, config)
         with commands.progress_bar(self._console, where) as on_progress:
             return await judge_samples(self._judge, samples, asking, folder, on_progress)
