@@ -141,6 +141,9 @@ class JobQueue(Protocol):
     async def ready(self) -> None:
         """Return if a job submitted now would be worked on; raises ServiceError(NOT_READY or DRAINING) if not."""
 
+    def stalled(self) -> bool:
+        """Whether this process's own worker stands still; workers elsewhere look after themselves."""
+
     def workers(self) -> list[WorkerInfo]:
         """The workers that take jobs now."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import islice
+from typing import TypeVar
 
 from client.calibration import TemplateCalibration
 from client.errors import ErrorCode
@@ -26,7 +29,7 @@ from client.schema import (
     Timing,
     Usage,
 )
-from service.asking import Asker, Call, Judged, Meter
+from service.asking import GRACE_SECONDS, Asker, Call, Judged, Meter
 from service.errors import ServiceError
 from service.judges import REWARD_TEMPLATE, YES_NO, Judge
 from service.prompt import JudgePrompt, PromptBuilder, Wanted
@@ -43,6 +46,7 @@ INLINE_PROMPTS = 8
 _DIGITS = 16
 
 AnyRequest = ScoreRequest | CompareRequest
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,8 @@ class Judging:
         self._asker = asker
         self._executor = executor
         self._tracing = tracing
+        # When each of its threads that are at work began with the piece in hand.
+        self._begun: dict[int, float] = {}
 
     async def score(self, requests: Sequence[ScoreRequest], call: Call) -> list[ScoreResult | ServiceError]:
         """Judge each response by itself."""
@@ -154,7 +160,7 @@ class Judging:
 
     async def _answer(self, requests: Sequence[AnyRequest], call: Call) -> list[Answer | ServiceError]:
         with self._tracing.span("tokenize", requests=len(requests)) as span:
-            plans = await self._plan_all(requests)
+            plans = await self._plan_in_time(requests, call)
             prompts = [prompt for plan in plans if isinstance(plan, Plan) for prompt in plan.prompts]
             span.set(prompts=len(prompts), tokens=sum(len(prompt.token_ids) for prompt in prompts))
         outcomes = iter(await self._asker.ask(prompts, call))
@@ -163,16 +169,34 @@ class Judging:
             for plan in plans
         ]
 
+    async def _plan_in_time(self, requests: Sequence[AnyRequest], call: Call) -> list[Plan | ServiceError]:
+        try:
+            async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS):
+                return await self._plan_all(requests)
+        except TimeoutError:
+            return [ServiceError(ErrorCode.DEADLINE_EXCEEDED, "not tokenised before the deadline") for _ in requests]
+
+    def stuck(self, seconds: float) -> int:
+        """How many of the threads that tokenise have been at one piece of work for longer than that."""
+        return sum(time.monotonic() - begun > seconds for begun in list(self._begun.values()))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._watched, work)
+
+    def _watched(self, work: Callable[[], T]) -> T:
+        self._begun[threading.get_ident()] = time.monotonic()
+        try:
+            return work()
+        finally:
+            del self._begun[threading.get_ident()]
+
     async def _plan_all(self, requests: Sequence[AnyRequest]) -> list[Plan | ServiceError]:
         meter = self._asker.meter()
         if len(requests) == 1 and _is_short(requests[0], self._mode(requests[0])):
             return self._plan_some(requests, meter)
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._foresee, requests, meter)
-        chunks = list(self._chunks(requests))
-        planned = await asyncio.gather(
-            *(loop.run_in_executor(self._executor, self._plan_some, chunk, meter) for chunk in chunks)
-        )
+        await self._in_thread(partial(self._foresee, requests, meter))
+        work = [partial(self._plan_some, chunk, meter) for chunk in self._chunks(requests)]
+        planned = await asyncio.gather(*map(self._in_thread, work))
         return [plan for chunk in planned for plan in chunk]
 
     def _chunks(self, requests: Sequence[AnyRequest]) -> Iterator[list[AnyRequest]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +23,12 @@ class _Waiting:
 
 
 class MemoryJobs:
-    """JobQueue and JobSource in one object, bounded by `max_jobs` and `max_tokens` accepted and not yet answered."""
+    """JobQueue and JobSource in one object, bounded by `max_jobs` and `max_tokens` accepted and not yet answered.
 
-    def __init__(self, max_jobs: int, max_tokens: int) -> None:
+    A worker that is heard of no more for `stall` seconds, while it does not wait for jobs, stands still.
+    """
+
+    def __init__(self, max_jobs: int, max_tokens: int, stall: float = math.inf) -> None:
         self.bounds = Bounds(max_jobs, max_tokens)
         self._changed = threading.Condition()
         # Every accepted job without a reply; a cancelled one is gone from here, whoever holds it.
@@ -33,6 +38,9 @@ class MemoryJobs:
         self._rate = DrainRate()
         self._workers: list[WorkerInfo] = []
         self._closed = False
+        self._stall = stall
+        # When the worker was last heard of; None while it waits for jobs, or loads.
+        self._heard: float | None = None
 
     async def open(self) -> None:
         """Nothing to connect to."""
@@ -82,7 +90,13 @@ class MemoryJobs:
         with self._changed:
             return QueueStats(jobs=len(self._live), tokens=self._tokens)
 
+    def stalled(self) -> bool:
+        heard = self._heard
+        return heard is not None and time.monotonic() - heard > self._stall
+
     async def ready(self) -> None:
+        if self.stalled():
+            raise ServiceError(ErrorCode.NOT_READY, "the model stands still", retry_after=5.0)
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
         if not self._workers:
@@ -97,7 +111,7 @@ class MemoryJobs:
             left = list(self._live)
             self._changed.notify_all()
         failure = JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged")
-        self.reply([Reply(job_id, failure) for job_id in left])
+        self._answer([Reply(job_id, failure) for job_id in left])
 
     def attach(self, info: WorkerInfo) -> None:
         with self._changed:
@@ -106,15 +120,18 @@ class MemoryJobs:
     def detach(self, info: WorkerInfo) -> None:
         with self._changed:
             self._workers.remove(info)
+            self._heard = None
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
         with self._changed:
+            self._heard = None
             if not any(self._pending.values()) and not self._closed:
                 self._changed.wait(timeout)
             # Each lane may use what the other leaves of its half.
             counts = {lane: len(waiting) for lane, waiting in self._pending.items()}
             bulk = min(counts[Lane.BULK], max(max_jobs // 2, max_jobs - counts[Lane.INTERACTIVE]))
             interactive = min(counts[Lane.INTERACTIVE], max_jobs - bulk)
+            self._heard = time.monotonic()
             return [*self._pop(Lane.INTERACTIVE, interactive), *self._pop(Lane.BULK, bulk)]
 
     def _pop(self, lane: Lane, count: int) -> list[Job]:
@@ -129,9 +146,14 @@ class MemoryJobs:
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         with self._changed:
+            self._heard = time.monotonic()
             return {job.id for job in jobs if job.id not in self._live}
 
     def reply(self, replies: Sequence[Reply]) -> None:
+        self._heard = time.monotonic()
+        self._answer(replies)
+
+    def _answer(self, replies: Sequence[Reply]) -> None:
         with self._changed:
             answered = [(entry, reply) for reply in replies if (entry := self._forget(reply.id)) is not None]
             self._rate.record(sum(entry.job.tokens for entry, _ in answered), len(self._live))

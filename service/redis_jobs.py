@@ -197,6 +197,9 @@ class RedisJobs:
         if not self._workers:
             raise ServiceError(ErrorCode.NOT_READY, "no worker for this model is running", retry_after=5.0)
 
+    def stalled(self) -> bool:
+        return False
+
     def workers(self) -> list[WorkerInfo]:
         return list(self._workers)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 
 import structlog
 import uvicorn
@@ -41,17 +41,20 @@ from service.stopping import Stop
 from service.templates import TemplateLibrary
 from service.tracing import OFF, Tracing
 from service.tracing import start as start_tracing
-from service.worker import Worker
+from service.worker import STALLED_STATUS, Worker
 
 log = structlog.get_logger(__name__)
 
 DRAIN_POLL_SECONDS = 0.05
+# How often the worker is looked at.
+WATCH_SECONDS = 1.0
 # What the end may take beyond the drain; with --drain-timeout as it is, less than the 40 s that Compose waits.
 END_SECONDS = 7.0
 
 
 def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> int:
-    """Serve on bound sockets until SIGTERM or Ctrl-C; returns 0 after an orderly end, 1 when the worker died.
+    """Serve on bound sockets until SIGTERM or Ctrl-C; returns 0 after an orderly end, 1 when the worker died, and
+    STALLED_STATUS when it stood still.
 
     Raises ModelError when the model cannot be had, ServiceError when a template does not fit it, CalibrationError when
     a calibration does not.
@@ -60,12 +63,13 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
         check_engine(settings)
     model = find_model(settings)
     metrics = Metrics()
-    with (
-        closing(start_tracing(settings.otel_endpoint, "judge-api")) as tracing,
-        ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize") as executor,
-    ):
+    with ExitStack() as ending:
+        tracing = ending.enter_context(closing(start_tracing(settings.otel_endpoint, "judge-api")))
+        executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
+        # Its threads are not waited for: one of them may never be done.
+        ending.callback(executor.shutdown, wait=False, cancel_futures=True)
         if settings.queue_url == MEMORY_URL:
-            jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens)
+            jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens, settings.stall_seconds)
             service = compose(settings, model, jobs, metrics, executor, tracing)
             server = Server(service, settings, lambda ended: _work(settings, model, jobs, service, ended))
         else:
@@ -75,7 +79,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
         server.on_listening = lambda: stop.in_good_order(server.drain, settings.drain_timeout + END_SECONDS)
         listen(sockets)
         server.run(list(sockets))
-    return 1 if server.worker_failed else 0
+    return STALLED_STATUS if server.stalled else 1 if server.worker_failed else 0
 
 
 def _work(settings: Settings, model: Model, jobs: MemoryJobs, service: Service, stop: threading.Event) -> None:
@@ -175,9 +179,12 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.worker_failed = False
+        self.stalled = False
         self.on_listening: Callable[[], None] = lambda: None
         self._service = service
         self._drain_timeout = settings.drain_timeout
+        self._stall_seconds = settings.stall_seconds
+        self._tokenizer_threads = settings.tokenizer_threads
         self._work = work
         self._stop_worker = threading.Event()
         self._drain: asyncio.Task[None] | None = None
@@ -191,9 +198,12 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         thread = start_thread("worker", self._run_worker, self._worker_died)
+        watch = asyncio.ensure_future(self._watch())
+        watch.add_done_callback(report)
         try:
             yield
         finally:
+            watch.cancel()
             self._stop_worker.set()
             for close in (self._service.queue.close, self._service.judging.close):
                 # One that fails does not keep the others from being closed.
@@ -202,6 +212,24 @@ class Server(uvicorn.Server):
                 await asyncio.wait([task])
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)
+
+    async def _watch(self) -> None:
+        """End the process when what every request needs stands still: its thread cannot be ended in any other way."""
+        # Polled: what stands still sets no event.
+        while not (stuck := self._stuck()):  # noqa: ASYNC110
+            await asyncio.sleep(min(WATCH_SECONDS, self._stall_seconds))
+        log.error(stuck, seconds=self._stall_seconds, waiting=self._service.queue.waiting())
+        self.stalled = True
+        await self._service.queue.close()
+        # So long /ready says why, before nobody answers.
+        await asyncio.sleep(WATCH_SECONDS)
+        self._end_now()
+
+    def _stuck(self) -> str | None:
+        if self._service.queue.stalled():
+            return "the model stands still"
+        all_stuck = self._service.judging.stuck(self._stall_seconds) >= self._tokenizer_threads
+        return "the threads that tokenise stand still" if all_stuck else None
 
     def _run_worker(self) -> None:
         if self._work is not None:

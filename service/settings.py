@@ -16,6 +16,9 @@ from service.hosts import checked_pattern
 from service.tracing import checked_endpoint
 
 MEMORY_URL = "memory://"
+# How long a batch may take; and one of texts, or of vLLM, whose requests end at their own deadlines.
+STALL_SECONDS = 120.0
+SLOW_STALL_SECONDS = 600.0
 
 
 def sendable_key(key: SecretStr) -> SecretStr:
@@ -161,6 +164,12 @@ class EngineSettings(CommonSettings):
     batch_tokens: int | None = Field(None, ge=1, description="tokens in a batch; unset: what suits the engine")
     batch_jobs: int = Field(256, ge=1, description="judgements in a batch at most")
     linger_ms: float = Field(1.0, ge=0, le=1000, description="how long an idle worker waits for company for a job")
+    stall_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds that a batch may take before the process ends with status 70, to be started again; unset: "
+        "120, with vllm or for written texts 600, with upstream at least four times --upstream-timeout",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="vllm engine: GPUs that share each layer")
     data_parallel_size: int = Field(1, ge=1, description="vllm engine: copies of the model, on GPUs of their own")
     quantization: str | None = Field(
@@ -193,6 +202,16 @@ class EngineSettings(CommonSettings):
     fake_crash_token: int | None = Field(None, description="fake engine: a token id that ends the process, for tests")
     fake_hang_token: int | None = Field(None, description="fake engine: a token id that hangs the process, for tests")
 
+    @property
+    def stall_seconds(self) -> float:
+        """How long a batch may take before it is thought never to end."""
+        if self.stall_timeout is not None:
+            return self.stall_timeout
+        if self.engine == "upstream":
+            # Its calls end by themselves, after three times the time of one question.
+            return max(STALL_SECONDS, 4 * self.upstream_timeout)
+        return SLOW_STALL_SECONDS if self.engine == "vllm" or self.task == "generate" else STALL_SECONDS
+
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _parse_args(cls, value: object) -> object:
@@ -208,7 +227,6 @@ class WorkerSettings(EngineSettings):
     model_config = SettingsConfigDict(cli_prog_name="python -m service.worker")
 
     lease_seconds: float = Field(10.0, gt=0, description="after which silence a worker's jobs are given to another")
-    stall_timeout: float = Field(120.0, gt=0, description="seconds a batch may take before the worker is given up")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port for Prometheus; unset: none")
     metrics_host: str = Field("127.0.0.1", description="address for Prometheus")
 

@@ -151,8 +151,14 @@ class Worker:
             if len(jobs) == 1:
                 return [JobFailure(ErrorCode.INFERENCE_FAILED, f"the model failed on this item ({type(exc).__name__})")]
             # One item may be what broke the call: alone, it breaks only its own.
-            return [outcome for job in jobs for outcome in self._outcomes([job])]
+            return [self._alone(job) for job in jobs]
         return [_checked(answer) for answer in answers]
+
+    def _alone(self, job: Job) -> Outcome:
+        """What comes of a job by itself. To ask whether it is still wanted also shows that the worker goes on."""
+        if self._source.abandoned([job]):
+            return JobFailure(ErrorCode.DEADLINE_EXCEEDED, "nobody waits for this any more")
+        return self._outcomes([job])[0]
 
 
 def _waited(job: Job, until: float) -> float:
@@ -201,7 +207,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     source = RedisSource(
         settings.queue_url,
         Keys.of(settings.key_prefix, model.fingerprint, settings.task),
-        Timing(settings.lease_seconds, settings.stall_timeout),
+        Timing(settings.lease_seconds, settings.stall_seconds),
         metrics,
         # The stuck thread cannot be ended in any other way; its jobs go to another worker.
         on_stall=lambda: leave(STALLED_STATUS),
