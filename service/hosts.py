@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 _HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::\d{0,5})?", re.IGNORECASE)
 _NAME: Final = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE | re.ASCII)
@@ -41,6 +44,18 @@ class AllowedHosts:
             or name.endswith(self._suffixes)
             or (self._addresses and _is_address(name))
         )
+
+
+def answering_known_hosts(app: WSGIApplication, hosts: AllowedHosts) -> WSGIApplication:
+    """The WSGI application, for requests alone that name an allowed host, or as HTTP/1.0 may, none."""
+
+    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if hosts.allows(environ.get("HTTP_HOST", "localhost")):
+            return app(environ, start_response)
+        start_response("400 Bad Request", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"these metrics do not answer to the name in the Host header\n"]
+
+    return guarded
 
 
 def checked_pattern(name: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
 
 from client.errors import ErrorCode
 from client.program import leave
@@ -26,6 +26,7 @@ from service.background import start_thread
 from service.batcher import Batcher, split_expired
 from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to, variant_of
 from service.engine.remote_core import EngineLostError, RemoteCore
+from service.hosts import AllowedHosts, answering_known_hosts, is_loopback
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
 from service.listening import told
 from service.metrics import Metrics
@@ -242,9 +243,11 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
 
 def _serve_metrics(metrics: Metrics, host: str, port: int) -> None:
     try:
-        start_http_server(port, host, metrics.registry)
+        server, _ = start_http_server(port, host, metrics.registry)
     except OSError as error:
         raise told(error, host, port, "--metrics-") from error
+    if is_loopback(host):
+        server.set_app(answering_known_hosts(make_wsgi_app(metrics.registry), AllowedHosts(host)))
 
 
 if __name__ == "__main__":

@@ -199,8 +199,21 @@ def test_a_service_that_is_open_to_others_without_a_key_says_so(
     assert form == "console" or all(json.loads(line)["level"] == "critical" for line in lines)
 
 
-def _answers(url: str) -> bool:
+def test_a_workers_metrics_on_loopback_answer_to_its_names_alone(tmp_path: Path) -> None:
+    """They are there while it waits for Redis."""
+    url = f"http://127.0.0.1:{(port := free_port())}/metrics"
+    flags = ["--engine", "fake", "--queue-url", f"redis://127.0.0.1:{free_port()}", "--metrics-port", str(port)]
+    worker = Program(["service.worker", *flags], tmp_path / "log")
+    assert wait_for(lambda: not worker.alive or _answers(url.removesuffix("/metrics"), "/metrics"), 100), worker.output
+    hosts = ["localhost:9100", "127.0.0.1", "evil.example", "localhost.evil.example"]
+    found = [httpx.get(url, headers={"Host": host}).status_code for host in hosts]
+    worker.kill()
+
+    assert found == [200, 200, 400, 400]
+
+
+def _answers(url: str, path: str = "/health") -> bool:
     try:
-        return httpx.get(f"{url}/health").status_code == 200
+        return httpx.get(f"{url}{path}").status_code == 200
     except httpx.TransportError:
         return False
