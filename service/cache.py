@@ -166,7 +166,7 @@ class RedisCache:
         try:
             async with asyncio.timeout(REDIS_LIMIT):
                 return await ask()
-        except _BROKEN as exc:
+        except Exception as exc:
             now = time.monotonic()
             self._ask_again = now + REDIS_PAUSE
             if now >= self._log_again:
@@ -210,6 +210,7 @@ def _unpacked(value: bytes | None) -> Kept | None:
     if len(value) != _HEAD.size + 8 * (count or 1):
         return None
     if not count:
-        (logit,) = struct.unpack_from("<d", value, _HEAD.size)
-        return Classified(logit, cached_tokens)
-    return LabelLogprobs(struct.unpack_from(f"<{count}d", value, _HEAD.size), argmax_id, cached_tokens)
+        answer: Kept = Classified(struct.unpack_from("<d", value, _HEAD.size)[0], cached_tokens)
+    else:
+        answer = LabelLogprobs(struct.unpack_from(f"<{count}d", value, _HEAD.size), argmax_id, cached_tokens)
+    return answer if _is_kept(answer) else None

@@ -23,6 +23,7 @@ from service.background import report
 from service.errors import ServiceError
 from service.jobs import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
 from service.redis_clock import RedisClock
+from service.redis_trouble import trouble_of
 
 log = structlog.get_logger(__name__)
 
@@ -189,7 +190,7 @@ class RedisJobs:
                 # It writes: a Redis that only answers what is asked takes no jobs.
                 await self._keep_house()
         except _BROKEN as exc:
-            raise ServiceError(ErrorCode.NOT_READY, protocol.trouble(exc), retry_after=2.0) from exc
+            raise ServiceError(ErrorCode.NOT_READY, trouble_of(exc), retry_after=2.0) from exc
         for trouble in self._troubles.values():
             raise ServiceError(ErrorCode.NOT_READY, trouble, retry_after=2.0)
         if time.monotonic() < self._refused_until:
@@ -237,7 +238,7 @@ class RedisJobs:
         try:
             await work()
         except _BROKEN as exc:
-            await self._note(step, protocol.trouble(exc), exc)
+            await self._note(step, trouble_of(exc), exc)
         except Exception as exc:
             log.exception("the queue cannot be read")
             await self._note(step, "the queue cannot be read", exc)
@@ -356,6 +357,6 @@ def _replies(fields: dict[bytes, bytes]) -> list[Reply]:
 
 
 def _unavailable(cause: Exception) -> ServiceError:
-    trouble = protocol.trouble(cause)
+    trouble = trouble_of(cause)
     log.warning("could not submit", reason=type(cause).__name__, detail=str(cause))
     return ServiceError(ErrorCode.QUEUE_UNAVAILABLE, trouble, retry_after=2.0)

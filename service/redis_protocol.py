@@ -16,24 +16,14 @@ the labels' probabilities, so that an API and a worker with different models, or
 from __future__ import annotations
 
 import json
-import math
 import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    ClusterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    ResponseError,
-)
-
 from client.errors import ErrorCode
+from service import strict_json
 from service.engine.contract import (
     AnyAnswer,
     AnyItem,
@@ -54,7 +44,6 @@ VARIANT: Final = b"v"
 # A header has this many fields before those of its task.
 _HEADER_FIELDS: Final = 7
 _TOKEN_BYTES: Final = 4
-_LARGEST_ID: Final = 2**32 - 1
 _LAST_SEED: Final = 2**63 - 1
 # A time in seconds that no clock of ours shows; nanoseconds of it still fit into 64 bits.
 _LATEST: Final = 9e9
@@ -65,14 +54,6 @@ _CALLER: Final = re.compile(rb'\s*\[\s*"(%b)"\s*,\s*"(%b)"' % ((_NAME.pattern.en
 _CODES: Final = frozenset(ErrorCode)
 _UNREADABLE_REPLY: Final = "the worker's answer cannot be read: run the same version of the API and its workers"
 UNREADABLE_JOB: Final = "the worker cannot read this job: run the same version of the API and its workers"
-_REFUSALS: Final[dict[type[Exception], str]] = {
-    ReadOnlyError: "Redis is a read-only replica",
-    OutOfMemoryError: "Redis is out of memory",
-    BusyLoadingError: "Redis is loading its data",
-    AuthenticationError: "Redis refuses the password",
-    NoPermissionError: "Redis refuses this user",
-    ClusterDownError: "Redis' cluster is down",
-}
 # What marks jobs and replies of the other tasks; those that ask for labels have no mark.
 _CLASSIFY: Final[Task] = "classify"
 _GENERATE: Final[Task] = "generate"
@@ -166,14 +147,6 @@ class Keys:
         return f"{self.base}:seen:{submission}"
 
 
-def trouble(exc: Exception) -> str:
-    """What does not work, in words that callers may see too. Redis' own are for the log."""
-    for kind, words in _REFUSALS.items():
-        if isinstance(exc, kind):
-            return f"the queue does not work: {words}"
-    return "the queue does not work" if isinstance(exc, ResponseError) else "the queue cannot be reached"
-
-
 def position(lane: Lane) -> int:
     """Which of a script's KEYS is the lane's stream."""
     return LANES.index(lane) + 1
@@ -229,16 +202,16 @@ def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, 
     end = 4 + int.from_bytes(payload[:4], "little")
     if not 4 < end < len(payload) or (len(payload) - end) % _TOKEN_BYTES:
         raise ValueError("its lengths do not fit")
-    header = _parse(payload[4:end])
+    header = strict_json.parse(payload[4:end])
     if not isinstance(header, list) or len(header) < _HEADER_FIELDS:
         raise ValueError("its header has other fields")
     job_id, api, deadline, submitted, labels, boundaries, traceparent, *task = header
     tokens = array("I")
     tokens.frombytes(payload[end:])
-    item = _item(tuple(tokens), _ids(labels), _ids(boundaries, len(tokens)), task)
+    item = _item(tuple(tokens), strict_json.ids(labels), strict_json.ids(boundaries, len(tokens)), task)
     if not isinstance(traceparent, str | None):
         raise ValueError("its trace context is no text")
-    times = _number(deadline, 0, _LATEST) - offset, _number(submitted, 0, _LATEST) - offset
+    times = strict_json.number(deadline, 0, _LATEST) - offset, strict_json.number(submitted, 0, _LATEST) - offset
     return Job(_name(job_id), item, *times, lane, attempt, traceparent), _name(api)
 
 
@@ -249,36 +222,14 @@ def _item(tokens: tuple[int, ...], labels: tuple[int, ...], boundaries: tuple[in
         case ["classify"]:
             return ClassifyItem(tokens, boundaries)
         case ["generate", limit, stop, temperature, seed]:
-            limits = _integer(limit, 1, _LARGEST_ID), _ids(stop), _number(temperature, 0), _integer(seed, 0, _LAST_SEED)
+            limits = (
+                strict_json.integer(limit, 1, strict_json.LARGEST_ID),
+                strict_json.ids(stop),
+                strict_json.number(temperature, 0),
+                strict_json.integer(seed, 0, _LAST_SEED),
+            )
             return GenerateItem(tokens, *limits, boundaries)
     raise ValueError("its task is not known here")
-
-
-def _parse(text: bytes) -> Any:
-    """What JSON says; raises ValueError for what is none, also for what is nested too deeply."""
-    try:
-        return json.loads(text)
-    except RecursionError as exc:
-        raise ValueError("JSON is nested too deeply") from exc
-
-
-def _integer(value: Any, least: int, most: int) -> int:
-    # By type: True is an int to isinstance.
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"a whole number from {least} to {most} is missing")
-    return value
-
-
-def _number(value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError("a finite number is missing, or out of range")
-    return float(value)
-
-
-def _ids(values: Any, most: int = _LARGEST_ID) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise ValueError("a list of ids is missing")
-    return tuple(_integer(value, 0, most) for value in values)
 
 
 def _name(value: Any) -> str:
@@ -314,7 +265,7 @@ def decode_replies(message: bytes, variant: str | None = None) -> list[Reply]:
     `variant` is what computed them. A reply that another version has written so that it cannot be read here is an
     error for its caller, never a score.
     """
-    replies = _parse(message)
+    replies = strict_json.parse(message)
     if not isinstance(replies, list):
         raise ValueError("a message is no list of replies")
     named = [plain for plain in replies if isinstance(plain, list) and plain and isinstance(plain[0], str)]
@@ -324,7 +275,7 @@ def decode_replies(message: bytes, variant: str | None = None) -> list[Reply]:
 def _reply(plain: list[Any], variant: str | None) -> Reply:
     try:
         job_id, queued, inference, *outcome = plain
-        return Reply(job_id, _outcome(outcome), _number(queued), _number(inference), variant)
+        return Reply(job_id, _outcome(outcome), strict_json.number(queued), strict_json.number(inference), variant)
     except ValueError:
         return Reply(plain[0], JobFailure(ErrorCode.INFERENCE_FAILED, _UNREADABLE_REPLY))
 
@@ -332,12 +283,12 @@ def _reply(plain: list[Any], variant: str | None) -> Reply:
 def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
     match plain:
         case [list(logprobs), argmax_id, cached, *floored]:
-            numbers = tuple(_number(value) for value in logprobs)
+            numbers = tuple(strict_json.number(value) for value in logprobs)
             return LabelLogprobs(numbers, _id(argmax_id), _id(cached), bool(floored))
         case ["classify", logit, cached]:
-            return Classified(_number(logit), _id(cached))
+            return Classified(strict_json.number(logit), _id(cached))
         case ["generate", token_ids, ended, cached]:
-            return Generated(_ids(token_ids), bool(ended), _id(cached))
+            return Generated(strict_json.ids(token_ids), bool(ended), _id(cached))
         case [str(code), str(message)]:
             known = ErrorCode(code) if code in _CODES else ErrorCode.INFERENCE_FAILED
             return JobFailure(known, message.encode("utf-8", "replace").decode())
@@ -345,7 +296,7 @@ def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
 
 
 def _id(value: Any) -> int:
-    return _integer(value, 0, _LARGEST_ID)
+    return strict_json.integer(value, 0, strict_json.LARGEST_ID)
 
 
 def encode_info(info: WorkerInfo) -> str:
@@ -356,7 +307,7 @@ def encode_info(info: WorkerInfo) -> str:
 def decode_info(text: bytes, variant: bytes = b"") -> WorkerInfo | None:
     """The same, read, with what it says of its answers; None for what another version says that has no such fields."""
     try:
-        match _parse(text):
+        match strict_json.parse(text):
             case [str(engine), str(dtype), int(max_tokens), *_]:
                 return WorkerInfo(engine, dtype, max_tokens, decode_variant(variant))
     except ValueError:

@@ -27,6 +27,7 @@ from service.background import start_thread
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
 from service.redis_clock import RedisClock
+from service.redis_trouble import trouble_of
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +101,7 @@ class RedisSource:
             self._create_groups()
             self._beat(info)
         except _BROKEN as exc:
-            log.warning(f"{protocol.trouble(exc)} yet", reason=type(exc).__name__, detail=str(exc))
+            log.warning(f"{trouble_of(exc)} yet", reason=type(exc).__name__, detail=str(exc))
         # Without it the leases of a worker that goes on would run out.
         self._keeper = start_thread("heartbeat", lambda: self._keep(info), self._on_stall)
 
@@ -148,7 +149,7 @@ class RedisSource:
 
     def _lost_connection(self, exc: Exception) -> None:
         if self._connected:
-            log.warning(protocol.trouble(exc), reason=type(exc).__name__, detail=str(exc))
+            log.warning(trouble_of(exc), reason=type(exc).__name__, detail=str(exc))
         self._connected = False
         # A master that has become a replica keeps its connections: only new ones find the new master.
         self._redis.connection_pool.disconnect(inuse_connections=False)

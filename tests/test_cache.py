@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,12 +174,13 @@ async def test_redis_holds_no_more_keys_than_the_bound(shared: RedisCache, serve
 
 
 async def test_bytes_that_are_no_answer_are_a_miss(shared: RedisCache, server: RedisServer) -> None:
-    """What another version wrote is judged again, not misread."""
+    """What another version wrote, or nobody should have, is judged again, not misread: no NaN becomes a score."""
+    nan = struct.pack("<IIB2d", 1, 0, 2, math.nan, -1.0)
     with server.client() as client:
-        client.set(shared._base + key(0), b"\x00" * 12)
-        client.set(shared._base + key(1), b"")
+        for number, value in enumerate([b"\x00" * 12, b"", nan, struct.pack("<IIBd", 0, 0, 0, math.inf)]):
+            client.set(shared._base + key(number), value)
 
-    assert await shared.get([key(0), key(1)]) == [None, None]
+    assert await shared.get([key(number) for number in range(4)]) == [None] * 4
 
 
 async def test_a_redis_that_hangs_is_a_miss() -> None:
