@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]{exc}[/red]")
         return 1
     except KeyboardInterrupt:
+        console.print("\ninterrupted")
         return 130
     return 1 if failed else 0
 

@@ -89,9 +89,16 @@ def _status_of(main: Callable[[], int]) -> object:
 def _interrupted() -> int:
     """The status of a command that was interrupted; from here on a signal changes nothing but that it ends now."""
     on_signals(lambda number, _: os._exit(128 + number))
+    # A reader of stdout who pauses does not hold up the end.
+    last = threading.Thread(target=_flush_stdout, daemon=True)
+    last.start()
+    last.join(stderr.CLOSE_SECONDS)
+    return TERMINATED if _terminated else INTERRUPTED
+
+
+def _flush_stdout() -> None:
     with suppress(OSError):
         sys.stdout.flush()
-    return TERMINATED if _terminated else INTERRUPTED
 
 
 def leave(status: int) -> NoReturn:

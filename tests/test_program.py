@@ -50,6 +50,16 @@ def main():
 
 program.finish(main)
 """
+# A command with more to say than a pipe holds.
+CHATTERBOX = """
+from client import program
+
+def main():
+    while True:
+        print("words " * 1000)
+
+program.finish(main)
+"""
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
@@ -105,6 +115,17 @@ def test_an_interrupt_that_python_drops_comes_again() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(30) == 130
+
+
+def test_a_reader_of_stdout_who_pauses_does_not_hold_up_the_end() -> None:
+    """As in `| less`, with Ctrl-C."""
+    with subprocess.Popen([sys.executable, "-c", CHATTERBOX], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
 
         assert process.wait(30) == 130

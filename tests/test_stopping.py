@@ -264,3 +264,33 @@ def test_a_password_that_redis_refuses_is_told_at_the_start(program: str, secret
     (line,) = said.splitlines()
     assert "cannot start: Redis refuses the user or the password of --queue-url" in line
     assert "wrong" not in line
+
+
+# A program whose work does not end when it is asked to, and whose beginning of the end hangs where `hangs` is set.
+STUBBORN = """
+import sys, time
+from service import stopping
+
+def work(stop):
+    stop.in_good_order(lambda: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
+    print("working", flush=True)
+    time.sleep(600)
+
+stopping.finish(lambda: stopping.run("stubborn", work))
+"""
+
+
+@pytest.mark.parametrize(("argument", "signals", "status"), [("", 1, 1), ("hangs", 2, 143)])
+def test_an_end_is_bounded_whatever_the_work_does(argument: str, signals: int, status: int) -> None:
+    """By its time, with an error, or by the second signal, also where the reaction to the first one hangs."""
+    command = [sys.executable, "-c", STUBBORN, argument]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "working\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+
+        assert process.wait(20) == status
+        assert ("ended as it is" in process.stderr.read()) == (status == 1)
