@@ -28,7 +28,7 @@ class AllowedHosts:
         self._any = "*" in named or (has_keys and not named)
         self._names = {_plain(name) for name in (listens_on, *named)}
         self._suffixes = tuple(name[1:] for name in map(_plain, named) if name.startswith("*."))
-        self._addresses = not is_loopback(listens_on)
+        self._addresses = not is_loopback(_plain(listens_on))
         if self._addresses:
             self._names.add(_plain(socket.gethostname()))
 

@@ -56,9 +56,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what belongs to the request in hand."""
-        # With the last bytes that were parsed: a blank line may be split over two reads.
-        kept = min(self._at, len(_BLANK_LINE) - 1)
-        self._data, self._at = self._data[self._at - kept :] + data, kept
+        self._data += data
         self._parse()
 
     def on_response_complete(self) -> None:
@@ -79,7 +77,10 @@ class GuardedHttp(HttpToolsProtocol):
             super().data_received(self._data[start : self._at])
             if self._refuse_large_head():
                 return
-        if len(self._data) - self._at > HIGH_WATER_LIMIT:
+        # The last bytes that were parsed stay: a blank line may be split over two reads.
+        kept = min(self._at, len(_BLANK_LINE) - 1)
+        self._data, self._at = self._data[self._at - kept :], kept
+        if len(self._data) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
 
     def _is_answering(self) -> bool:

@@ -165,6 +165,19 @@ def test_an_empty_list_of_hosts_is_none(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings_from(Settings, []).allowed_hosts == []
 
 
+def test_a_page_of_another_origin_is_allowed_nothing(live: Live) -> None:
+    """Its browser asks before it sends JSON, and what it may send unasked is no JSON."""
+    origin = {"Origin": "http://evil.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    answers = [
+        live.http.options("/score", headers={**origin, **asked}),
+        live.http.post("/score", content=json.dumps(PAIR), headers={**origin, "Content-Type": "text/plain"}),
+    ]
+
+    assert [answer.status_code for answer in answers] == [405, 415]
+    assert not [name for answer in answers for name in answer.headers if name.startswith("access-control")]
+
+
 def test_a_web_socket_is_no_way_around(live: Live) -> None:
     """Another protocol is not spoken at all."""
     head = b"GET /health HTTP/1.1\r\nHost: evil.example\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
