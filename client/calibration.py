@@ -13,13 +13,13 @@ one model's weights, named by their fingerprint. It is JSON:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 
+from client.files import write_whole
 from client.stats import sigmoid
 
 FORMAT: Final = 1
@@ -95,12 +95,7 @@ def load(path: Path) -> Calibration:
 
 def save(calibration: Calibration, path: Path) -> None:
     """Write the file as a whole or not at all, in place of one that is there; raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(calibration.model_dump_json(indent=2) + "\n", "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, calibration.model_dump_json(indent=2) + "\n")
 
 
 def _without_repeats(members: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:

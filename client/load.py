@@ -34,6 +34,7 @@ from client._raw_http import Origin
 from client._traffic import Answered, Load, by_callers, on_schedule, percentile, poisson_arrivals, uniform_arrivals
 from client.benchmarks._tables import SampleError, read_table
 from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail, judge_address
+from client.files import write_whole
 from client.judge import found_key
 from client.schema import CompareRequest, ScoreRequest
 from client.texts import messages_in
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(table(report))
     try:
         if args.out is not None:
-            args.out.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+            write_whole(args.out, json.dumps(report, indent=2, allow_nan=False) + "\n")
     except OSError as exc:
         return fail(f"--out {args.out}: {exc}", FAILED)
     if not report["succeeded"]:

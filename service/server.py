@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from datetime import date
+from hashlib import sha256
 
 import structlog
 import uvicorn
@@ -106,13 +108,14 @@ def compose(
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
     templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
     check_templates(prompts, templates, judge)
-    calibrated = calibrations.load_all(settings.calibration_file, model.fingerprint, templates)
+    fingerprint = _fingerprint(settings, model, prompts)
+    calibrated = calibrations.load_all(settings.calibration_file, fingerprint, templates)
     if calibrated:
         log.info("calibrated", templates=sorted(calibrated))
-    provenance = Provenance(model.id, model.fingerprint, calibrated, judge, settings_digest(judge, settings.floor))
+    provenance = Provenance(model.id, fingerprint, calibrated, judge, settings_digest(judge, settings.floor))
     info = ModelInfo(
         id=model.id,
-        fingerprint=model.fingerprint,
+        fingerprint=fingerprint,
         engine=settings.engine,
         judge=settings.judge,
         max_tokens=prompts.max_tokens,
@@ -142,8 +145,23 @@ def _prompts(settings: Settings, model: Model) -> PromptBuilder:
             f"--self-reward-tokens {settings.self_reward_tokens} leave no room for a prompt: with this model, prompt "
             f"and text together are at most {model.max_tokens} tokens"
         )
-    conversation = ConversationFrame(model.tokenizer) if settings.task == "classify" else None
-    return PromptBuilder(model.tokenizer, longest, conversation)
+    return _builder(settings, model, longest, settings.chat_date)
+
+
+def _builder(settings: Settings, model: Model, longest: int, chat_date: date | None) -> PromptBuilder:
+    conversation = ConversationFrame(model.tokenizer, chat_date) if settings.task == "classify" else None
+    return PromptBuilder(model.tokenizer, longest, conversation, chat_date)
+
+
+def _fingerprint(settings: Settings, model: Model, prompts: PromptBuilder) -> str:
+    """The model's, and where a date of the service's own changes what its chat template writes, that too.
+
+    Results of other prompts must not be taken for the same judge's. Workers get tokens: their queue needs none of it.
+    """
+    usual = prompts if settings.chat_date is None else _builder(settings, model, prompts.max_tokens, None)
+    if usual.chat_text == prompts.chat_text:
+        return model.fingerprint
+    return f"{model.fingerprint}-{sha256(prompts.chat_text.encode()).hexdigest()[:8]}"
 
 
 def check_templates(prompts: PromptBuilder, templates: TemplateLibrary, judge: Judge) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -252,6 +253,11 @@ class Settings(EngineSettings):
     )
     calibration_file: Annotated[list[Path], NoDecode] = Field(
         [], description="calibrations of this model by template (`python -m client.calibrate`), comma-separated"
+    )
+    chat_date: date | None = Field(
+        None,
+        description="YYYY-MM-DD that the model's chat template is told where it asks for today's date; unset: "
+        "2024-07-26, as Llama's templates have it, whatever the day",
     )
     max_queue_jobs: int = Field(
         16_384, ge=1, description="judgements waiting at most; more are refused with 503, in one request with 413"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from service.models import DEFAULT_MODEL, ModelError, ModelFiles, fingerprint, main, resolve
-from service.weights.converted import write_provenance
+from service.weights.converted import differences, write_provenance
+from service.weights.digests import LARGE, digest_of, sha256_of
 from service.weights.manifest import known_models
 from tests.model_sources import Hub, PackageIndex, manifest_entry, split_into_wheels, write_gguf
 
@@ -182,9 +183,9 @@ def test_fingerprint_changes_with_any_tensor(tiny_model: Path, tmp_path: Path) -
     assert len(found | {fingerprint(tiny_model)}) == len(weights) + 1
 
 
-@pytest.mark.parametrize("place", [0, 0.5, 1])
-def test_fingerprint_samples_a_tensor_at_three_places(place: float, tiny_model: Path, tmp_path: Path) -> None:
-    """One number changed at the start, in the middle or at the end of a large tensor is seen."""
+@pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.77, 1])
+def test_fingerprint_is_of_every_number(place: float, tiny_model: Path, tmp_path: Path) -> None:
+    """One number changed anywhere in a large tensor is seen."""
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
     weights = load_file(copy / "model.safetensors")
     embeddings = weights["model.embed_tokens.weight"].flatten()
@@ -211,6 +212,114 @@ def test_fingerprint_reads_other_weights_too(tiny_model: Path, tmp_path: Path) -
     (copy / "pytorch_model.bin").write_bytes(b"b" * 10_000)
 
     assert fingerprint(copy) != first
+
+
+def test_fingerprint_is_of_every_byte_of_other_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """One byte among megabytes of pickled weights."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    content = bytearray(3_000_000)
+    (copy / "pytorch_model.bin").write_bytes(content)
+    first = fingerprint(copy)
+    content[1_234_567] = 1
+    (copy / "pytorch_model.bin").write_bytes(content)
+
+    assert fingerprint(copy) != first
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json", "spiece.model"])
+def test_fingerprint_is_of_what_decides_the_answer(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Stop tokens, which shards count, another kind of tokenizer."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (copy / name).write_text('{"eos_token_id": 5}')
+    first = fingerprint(copy)
+    (copy / name).write_text('{"eos_token_id": 6}')
+
+    assert fingerprint(copy) != first
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_file_that_is_cut_off_is_named(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """In a folder of the user's own it is refused before anything reads it, with what to do."""
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    os.truncate(copy / name, (copy / name).stat().st_size - 5)
+
+    with pytest.raises(ModelError, match=rf"{name}.*fetch it again"):
+        resolve(str(copy))
+
+
+# Digests
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose digest is remembered, in a cache of its own; it was written a while ago."""
+    monkeypatch.setenv("JUDGE_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"x" * LARGE)
+    monkeypatch.setattr("service.weights.digests._TICK_NS", 0)
+    return path
+
+
+def memo(tmp_path: Path) -> Path:
+    """The one file in which a digest is remembered."""
+    (path,) = (tmp_path / "cache" / "digests").iterdir()
+    return path
+
+
+def test_digest_of_a_large_file_is_computed_once(large: Path, tmp_path: Path) -> None:
+    """Later it is what was remembered, as long as the file is as it was."""
+    first = digest_of(large)
+    known = json.loads(memo(tmp_path).read_text())
+    memo(tmp_path).write_text(json.dumps({**known, "sha256": "ab" * 32}))
+
+    assert first == sha256_of(large)
+    assert digest_of(large) == "ab" * 32
+
+
+def test_file_rewritten_in_place_with_its_old_time_is_read_again(large: Path) -> None:
+    """Its size, inode and time are the same: that its attributes changed tells."""
+    first, before = digest_of(large), large.stat()
+    with large.open("r+b") as file:
+        file.write(b"y")
+    os.utime(large, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert digest_of(large) != first
+
+
+def test_file_put_in_the_place_of_another_is_read_again(large: Path, tmp_path: Path) -> None:
+    """As a hub's cache does it: the path leads to another file."""
+    first = digest_of(large)
+    (tmp_path / "other").write_bytes(b"z" * LARGE)
+    (tmp_path / "other").replace(large)
+
+    assert digest_of(large) != first
+
+
+def test_file_written_just_now_is_not_remembered(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be written again within one tick of the clock."""
+    monkeypatch.setattr("service.weights.digests._TICK_NS", 3_600 * 10**9)
+
+    assert digest_of(large) == sha256_of(large)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "rubbish", [b"", b"{", b"[]", b'{"state": 1}', b'{"state": null, "sha256": 5}', b"[" * 100_000]
+)
+def test_rubbish_in_the_memory_of_digests_is_ignored(large: Path, tmp_path: Path, rubbish: bytes) -> None:
+    """It is written anew."""
+    first = digest_of(large)
+    memo(tmp_path).write_bytes(rubbish)
+
+    assert digest_of(large) == first
+    assert json.loads(memo(tmp_path).read_text())["sha256"] == first
+
+
+def test_digest_needs_no_place_to_remember_it(large: Path, tmp_path: Path) -> None:
+    """A cache folder that cannot be made only costs time."""
+    (tmp_path / "cache").write_text("a file is in the way")
+
+    assert digest_of(large) == sha256_of(large)
 
 
 # The hub
@@ -401,6 +510,45 @@ def test_folder_in_the_way_is_not_overwritten(sandbox: Sandbox) -> None:
     assert (sandbox.models / "tiny" / "precious").exists()
 
 
+def test_damaged_converted_model_is_made_again(sandbox: Sandbox, tiny_model: Path) -> None:
+    """From the packages, not from the hub, whose weights are another judge's; which file it was is said."""
+    folder = Path(shutil.copytree(tiny_model, sandbox.models / "tiny"))
+    write_provenance(known_models()[DEFAULT_MODEL], folder)
+    damage(folder / "model.safetensors", "one bit")
+
+    done = sandbox.run("fetch", "tiny")
+
+    assert done.stdout.split()[2] == str(folder)
+    assert f"{folder} is damaged (model.safetensors: " in done.stderr
+    assert not differences(folder)
+    assert sorted(path.name for path in sandbox.models.iterdir()) == [".tiny.lock", "tiny"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_damaged_file_in_the_hubs_cache_is_downloaded_again(sandbox: Sandbox, name: str) -> None:
+    """The file alone; which one it was is said."""
+    good = sandbox.run("fetch", HUB_ID)
+    path = Path(good.stdout.split()[2]) / name
+    damage(path.resolve(), "one bit")
+
+    again = sandbox.run("fetch", HUB_ID)
+
+    assert again.stdout == good.stdout
+    assert f"{path} in the hub's cache is damaged" in again.stderr
+
+
+def test_damaged_file_in_the_hubs_cache_is_refused_while_the_hub_is_away(sandbox: Sandbox) -> None:
+    """With the file's name."""
+    path = Path(sandbox.run("fetch", HUB_ID).stdout.split()[2]) / "model.safetensors"
+    damage(path.resolve(), "one bit")
+    sandbox.switch_off_hub()
+
+    done = sandbox.run("fetch", HUB_ID)
+
+    assert done.returncode == 1
+    assert f"{path} is damaged: delete it" in done.stderr
+
+
 # What is stored
 
 
@@ -460,6 +608,43 @@ def test_verify_names_each_file_that_differs(stored: Path, capsys: pytest.Captur
     assert "chat_template.jinja: missing" in out
     assert "adapter_config.json: was not there" in out
     assert "config.json: sha256" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "cut off"),
+        ("model.safetensors", "one bit"),
+        ("config.json", "one bit"),
+        ("tokenizer.json", "cut off"),
+        ("provenance.json", "cut off"),
+    ],
+)
+def test_damaged_model_given_by_its_folder_is_refused(stored: Path, name: str, how: str) -> None:
+    """Which file it is, and what to do: its numbers would be wrong, or the process would end."""
+    damage(stored / name, how)
+
+    with pytest.raises(ModelError, match=rf"{name}.*(as it was converted|give the model by its name)"):
+        resolve(str(stored))
+
+
+def test_model_that_was_changed_on_purpose_is_used_without_its_provenance(stored: Path) -> None:
+    """Then it is a folder like any other."""
+    damage(stored / "model.safetensors", "one bit")
+    (stored / "provenance.json").unlink()
+
+    assert resolve(str(stored)).path == stored
+
+
+def damage(path: Path, how: str) -> None:
+    """Cut the file off, or turn one bit at its end; JSON stays JSON where a digit is there to be turned."""
+    content = bytearray(path.read_bytes())
+    if how == "cut off":
+        content = content[: len(content) // 2]
+    else:
+        place = max(i for i, byte in enumerate(content) if path.suffix != ".json" or chr(byte).isdigit())
+        content[place] ^= 1
+    path.write_bytes(content)
 
 
 def test_verify_of_what_is_not_here_says_how_to_get_it(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:

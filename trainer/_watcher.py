@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from client.files import write_whole
 from trainer.bars import Advance, Tell
 from trainer.training import TrainingError
 from trainer.tuning import rate_factor
@@ -73,7 +74,7 @@ class Watcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Start from what the checkpoint holds."""
         if state.is_world_process_zero:
-            self._log.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
+            write_whole(self._log, "".join(map(_line, state.log_history)).encode())
             self._advance = Advance(state.max_steps, state.global_step, state.global_step)
             self._tell(self._advance)
 

@@ -14,9 +14,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from client.chat_date import apply_dated
+from client.files import sync, sync_all
 from client.schema import Message
 from trainer.weights import model_digest
 
@@ -182,6 +185,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer.chat_template = _bos(tokenizer) + BASE_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # For TRL's renderings as well: a run that goes on on another day would train on other prompts than it sampled.
+    tokenizer.apply_chat_template = partial(apply_dated, tokenizer)
     return tokenizer
 
 
@@ -243,6 +248,8 @@ def put_in_place(part: Path, target: Path) -> None:
     """A folder that is complete takes its name, in the place of what had it, readable as other files are."""
     for file in part.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone, and a service may run as somebody else
+    sync_all(part)
     if target.exists():
         shutil.rmtree(target)
     part.replace(target)
+    sync(target.parent)

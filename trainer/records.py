@@ -19,7 +19,7 @@ from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
-from client import jsonl
+from client import files, jsonl
 from client.benchmarks.records import RowError
 from client.jsonl import first_problem, line_of, read_lines
 from client.schema import Message
@@ -244,13 +244,10 @@ def file_digest(path: Path) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside the file and then put it in the file's place. Raises RecordError."""
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(path)
+        files.write_whole(path, data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.benchmarks import run
+from client.files import sync_all
 from trainer.bars import say
 from trainer.records import CONFIG_FILE, StageError, file_digest, lock, unwritable, write_json
 from trainer.weights import SHA256, weights_mark
@@ -122,6 +123,8 @@ class Stage:
         missing = [name for name in self.outputs if not (self.folder / name).exists()]
         if missing:
             raise StageError(f"the stage {self.name} ended without {', '.join(missing)} in {self.folder}")
+        for name in self.outputs:
+            sync_all(self.folder / name)
         self._marker_file("begun").replace(self._marker_file("done"))
 
     def identity(self) -> str:
@@ -219,7 +222,7 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
                 f"{path} holds a run of another configuration (other {', '.join(differing)}): give another --output, "
                 "or --overwrite, which makes anew whatever the difference touches"
             )
-    elif not overwrite and any(entry.name != LOCK_FILE for entry in path.iterdir()):
+    elif not overwrite and any(entry.name != LOCK_FILE and entry.suffix != ".part" for entry in path.iterdir()):
         raise StageError(f"{path} holds files, but no run of this program: give another --output, or --overwrite")
     write_json(file, config)
 

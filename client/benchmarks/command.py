@@ -34,6 +34,7 @@ from client.benchmarks.summary import print_table, summarise
 from client.bulk import BulkOptions
 from client.cli import CALL_TIMEOUT, FAILED, INTERRUPTED, OK, USAGE, fail, judge_address, stderr_console, stdout_console
 from client.errors import JudgeError
+from client.files import write_whole
 from client.judge import AsyncJudge
 from client.proxies import exempt_loopback
 from client.schema import Format, ModelInfo, TemplateInfo, Truncation
@@ -250,7 +251,7 @@ def finish(
 
     ties: TiePolicy = "half" if told.get("ties") == "half" else "strict"
     summary = summarise(benchmark, rows, config={**folder.config, **told}, ties=ties)
-    (folder.path / SUMMARY_FILE).write_text(summary.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_whole(folder.path / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
     texts = {sample.id: sample for sample in samples}
     write_report(folder.path / REPORT_FILE, summary, rows, texts, title=f"{benchmark.name}: {summary.judge.model}")
     console = stdout_console()

@@ -29,6 +29,7 @@ from client.benchmarks.standing import Benchmark
 from client.benchmarks.summary import summarise
 from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail, stdout_console
 from client.extras import needs
+from client.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,14 +137,14 @@ def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = RESAMPLES) -
 def write(comparison: Comparison, folder: Path) -> None:
     """compare.json and compare.html, which needs nothing else, into the folder. Raises OSError, ImportError."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON_FILE).write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / JSON_FILE, comparison.model_dump_json(indent=2) + "\n")
     page = render(
         "compare.html.j2",
         title=f"{comparison.benchmark}: {len(comparison.runs)} runs compared",
         comparison=comparison,
         groups=side_by_side(comparison.runs),
     )
-    (folder / HTML_FILE).write_text(page, encoding="utf-8")
+    write_whole(folder / HTML_FILE, page)
 
 
 def side_by_side(runs: Mapping[str, Summary]) -> list[list[tuple[str, list[str]]]]:

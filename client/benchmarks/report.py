@@ -18,6 +18,7 @@ from client.benchmarks.records import Row, Sample
 from client.benchmarks.results import Summary
 from client.benchmarks.summary import answer_probabilities, confidences, length_differences
 from client.extras import needs
+from client.files import write_whole
 
 WORST: Final = 50
 MAX_TEXT: Final = 6000
@@ -56,7 +57,7 @@ def write_report(
         "command": _command(summary),
         "config": json.dumps(summary.config, indent=2, ensure_ascii=False, default=str),
     }
-    path.write_text(render("report.html.j2", title=title, **context), encoding="utf-8")
+    write_whole(path, render("report.html.j2", title=title, **context))
 
 
 def render(template: str, **context: Any) -> str:

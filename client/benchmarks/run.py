@@ -23,6 +23,7 @@ from client.benchmarks.plan import Plan
 from client.benchmarks.records import CONFIG_FILE, ITEMS_FILE, JudgedAnswer, Mode, Row, RowError, Sample, read_rows
 from client.bulk import BulkOptions, stream_compares, stream_scores
 from client.errors import SETTLED, STATUS, ErrorCode, JudgeAPIError
+from client.files import write_whole
 from client.jsonl import appending
 from client.judge import AsyncJudge
 from client.schema import (
@@ -144,9 +145,7 @@ class RunFolder:
             self._write_config(file)
 
     def _write_config(self, file: Path) -> None:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
+        write_whole(file, json.dumps(self.config, indent=2) + "\n")
 
     def _known_rows(self) -> dict[str, Row]:
         file = self.path / ITEMS_FILE

