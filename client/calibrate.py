@@ -61,7 +61,11 @@ def _run(args: argparse.Namespace) -> int:
     model, fingerprint = evidence.judge()
     fitted = [_fit(name, found, args) for name, found in sorted(evidence.templates.items())]
     _report(console, fitted, evidence, f"{model} (fingerprint {fingerprint})")
-    templates = {each.template: each.calibration for each in fitted if each.calibration}
+    templates = {
+        each.template: each.calibration.model_copy(update={"asked_with": evidence.asked_with.get(each.template)})
+        for each in fitted
+        if each.calibration
+    }
     if not templates:
         return fail("no template could be calibrated: nothing was written", FAILED)
     sources = [str(path) for path in args.run or args.data]

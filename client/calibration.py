@@ -20,6 +20,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 
 from client.files import write_whole
+from client.schema import Digest
 from client.stats import sigmoid
 
 FORMAT: Final = 1
@@ -49,13 +50,17 @@ class Quality(_Part):
 
 
 class TemplateCalibration(_Part):
-    """One template's fit, made on half of `pairs`; `before` (the raw score) and `after` are of the other half."""
+    """One template's fit, made on half of `pairs`; `before` (the raw score) and `after` are of the other half.
+
+    `asked_with` is as in ScoreResult, for the answers that it was fitted to; older files lack it.
+    """
 
     temperature: Annotated[FiniteFloat, Field(gt=0)]
     bias: FiniteFloat
     pairs: NonNegativeInt
     before: Quality
     after: Quality
+    asked_with: Digest = None
 
     def apply(self, log_odds: float) -> float:
         """The fitted probability that the response is good."""

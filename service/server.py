@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
+from dataclasses import replace
 from datetime import date
 from hashlib import sha256
 
@@ -109,10 +110,11 @@ def compose(
     templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
     check_templates(prompts, templates, judge)
     fingerprint = _fingerprint(settings, model, prompts)
-    calibrated = calibrations.load_all(settings.calibration_file, fingerprint, templates)
+    provenance = Provenance(model.id, fingerprint, {}, judge, settings_digest(judge, settings.floor))
+    calibrated = calibrations.load_all(settings.calibration_file, provenance, templates)
     if calibrated:
         log.info("calibrated", templates=sorted(calibrated))
-    provenance = Provenance(model.id, fingerprint, calibrated, judge, settings_digest(judge, settings.floor))
+    provenance = replace(provenance, calibrations=calibrated)
     info = ModelInfo(
         id=model.id,
         fingerprint=fingerprint,

@@ -15,6 +15,7 @@ from client.benchmarks import pairs, search
 from client.benchmarks.plan import Question
 from client.benchmarks.records import CONFIG_FILE, ITEMS_FILE, Sample
 from client.benchmarks.run import Asking, JudgeChangedError, RunFolder, judge_samples
+from client.calibration import CalibrationError
 from client.evidence import EvidenceError, from_runs
 from tests.live import Live, live_service
 from trainer.label import Labelling, describe_labeler, label_samples, run_labelling
@@ -210,6 +211,28 @@ def test_a_calibration_is_of_one_text(tmp_path: Path) -> None:
     assert len(from_runs([tmp_path / "good" / "run"]).templates["mine@1"]) == 6
     with pytest.raises(EvidenceError, match="mine@1 had one text"):
         from_runs([tmp_path / text / "run" for text in ("good", "bad")])
+
+
+def test_a_calibration_is_used_with_its_text_only(tmp_path: Path) -> None:
+    """A service whose template has another text than the file was fitted to does not start; an older file is taken."""
+    half = {"nll": 0.5, "ece": 0.1, "brier": 0.2}
+    fit = {"temperature": 2.0, "bias": 0.0, "pairs": 9, "before": half, "after": half}
+    with live_service(template_file=templates(tmp_path)) as live:
+        result = live.http.post("/score", json={**ASKED, "template": "mine"}).json()
+
+    def started(asked_with: str | None, text: str) -> float:
+        templated = {"mine@1": {**fit, **({"asked_with": asked_with} if asked_with else {})}}
+        fitted_on = {"sources": ["x"], "seed": 0}
+        kept = {"format": 1, "model": result["model"], "fingerprint": result["fingerprint"], "fitted_on": fitted_on}
+        (tmp_path / "fit.json").write_text(json.dumps({**kept, "templates": templated}))
+        with live_service(template_file=templates(tmp_path, text), calibration_file=[tmp_path / "fit.json"]) as live:
+            calibrated: float = live.http.post("/score", json={**ASKED, "template": "mine"}).json()["calibrated"]
+        return calibrated
+
+    assert started(result["asked_with"], "good") == started(None, "good")
+    assert 0 < started(None, "bad") < 1
+    with pytest.raises(CalibrationError, match=r"mine@1 was fitted to another text"):
+        started(result["asked_with"], "bad")
 
 
 # The trainer.

@@ -30,7 +30,7 @@ from trainer.labelers import RandomLabeler
 from trainer.pairs import PairOptions, make_pairs
 from trainer.preferences import load_preferences
 from trainer.reading import read_instructions
-from trainer.records import Instruction, Score
+from trainer.records import Instruction, RecordError, Score, read_records
 from trainer.records import Sample as Sampled
 from trainer.sft import load_examples
 
@@ -274,6 +274,14 @@ def test_a_message_that_is_no_text_is_named(tmp_path: Path, message: dict[str, A
         for load in (load_pairs, load_examples, lambda path: read_instructions(str(path))):
             with pytest.raises(SampleError, match=rf"line 1: .*message.*{said}"):
                 load(file)
+
+
+def test_an_instruction_is_not_a_list_of_messages(tmp_path: Path) -> None:
+    """Files of instructions that others wrote, as sampling and labelling take them, are held to the same."""
+    file = write(tmp_path / "instructions.jsonl", {"id": "a", "prompt": json.dumps(TURNS)})
+
+    with pytest.raises(RecordError, match=r"line 1: .*list of messages"):
+        read_records(file, Instruction)
 
 
 # Files that are not what their names say.

@@ -17,12 +17,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
 
 from client import files, jsonl
 from client.benchmarks.records import RowError
 from client.jsonl import first_problem, line_of, read_lines
 from client.schema import Message
+from client.texts import messages_in
 
 CONFIG_FILE: Final = "config.json"
 INSTRUCTIONS_FILE: Final = "instructions.jsonl"
@@ -68,6 +69,13 @@ class Instruction(Record):
     id: str
     prompt: str
     category: str = GENERAL
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_text(cls, prompt: str) -> str:
+        if not isinstance(messages_in(prompt, "the prompt"), str):
+            raise ValueError("holds a list of messages as text: give the question itself")
+        return prompt
 
 
 class Sample(Record):
