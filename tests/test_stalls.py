@@ -32,7 +32,7 @@ def test_a_model_that_hangs_ends_the_service_with_the_status_of_a_stall(tmp_path
     """Who waits gets an error, /ready says 503 until the end, the log says why, and the status is the worker's."""
     (token,) = fake_tokenizer().encode(MARK)
     with Fleet(tmp_path) as fleet, ThreadPoolExecutor(2) as pool:
-        api = fleet.api("--fake-hang-token", str(token), "--stall-timeout", str(STALL))
+        api = fleet.api("--fake-hang-token", str(token), env={"JUDGE_STALL_TIMEOUT": str(STALL)})
         fleet.wait_ready()
         waiting = [pool.submit(httpx.post, f"{api.url}/score", json=HANGS, timeout=60) for _ in range(2)]
         noticed = wait_for(lambda: api.status("/ready") == 503, seconds=30)
@@ -50,7 +50,7 @@ def test_a_model_that_hangs_for_callers_who_have_left_is_noticed_too(tmp_path: P
     """Every request is a 504 and nothing is left in the queue: still the process ends."""
     (token,) = fake_tokenizer().encode(MARK)
     with Fleet(tmp_path) as fleet:
-        api = fleet.api("--fake-hang-token", str(token), "--stall-timeout", "2")
+        api = fleet.api("--fake-hang-token", str(token), env={"JUDGE_STALL_TIMEOUT": "2"})
         fleet.wait_ready()
         answer = httpx.post(f"{api.url}/score", json=HANGS, headers={"X-Request-Timeout": "0.1"}, timeout=60)
 
