@@ -9,6 +9,7 @@ from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
+from client.chat import NO_THINKING
 from client.chat_date import DEFAULT_CHAT_DATE, apply_dated
 from client.errors import ErrorCode
 from service.errors import ServiceError
@@ -101,8 +102,7 @@ class ChatFrame:
         return None
 
     def _render(self, content: str) -> str:
-        # Qwen3 and its like think first unless told otherwise; templates ignore names that they do not know.
-        return self._template([{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False)
+        return self._template([{"role": "user", "content": content}], add_generation_prompt=True, **NO_THINKING)
 
 
 class ConversationFrame:

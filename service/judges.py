@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
+from client.chat import own_turn, turn_end
 from client.errors import ErrorCode
 from client.schema import CompareMode
 from service.engine.contract import (
@@ -36,6 +37,8 @@ from service.templates import Mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from service.loading import Model
 
 REWARD_TEMPLATE: Final = "reward-model@1"
 """What results of the reward model, which has no templates, call the way in which it is asked."""
@@ -112,11 +115,15 @@ class LogitReader:
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """How a judge that answers in text writes: `samples` texts, each ended by one of `stop_ids` or by its length."""
+    """How a judge that answers in text writes: `samples` texts, each ended by one of `stop_ids` or by its length.
+
+    What stands behind one of `stop_texts` is not the judge's any more: it writes the next turn itself.
+    """
 
     samples: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...] = ()
 
     @property
     def temperature(self) -> float:
@@ -149,10 +156,12 @@ class TextReader:
 
     def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:  # noqa: ARG002 see Reader
         """The mean of the grades that can be read; raises ServiceError(UNPARSEABLE) where there are none."""
-        texts = [answer for answer in answers if isinstance(answer, Generated)]
-        verdict = parsed_judgement([parse_grade(self._text_of(text.token_ids), text.ended) for text in texts])
+        written = [answer for answer in answers if isinstance(answer, Generated)]
+        stops = self._writing.stop_texts
+        texts = [own_turn(self._text_of(answer.token_ids), answer.ended, stops) for answer in written]
+        verdict = parsed_judgement([parse_grade(text, ended) for text, ended in texts])
         if verdict is None:
-            cut = sum(not text.ended for text in texts)
+            cut = sum(not ended for _, ended in texts)
             raise ServiceError(
                 ErrorCode.UNPARSEABLE,
                 f"the judge stated no grade that can be read in {len(texts)} attempts, of which {cut} were cut off at "
@@ -205,17 +214,22 @@ def written_grade(writing: Writing, text_of: Callable[[Sequence[int]], str]) -> 
     return Judge("self-reward", TextReader(writing, text_of), {"pointwise": "rubric"})
 
 
-def judge_of(settings: CommonSettings, stop_ids: tuple[int, ...], text_of: Callable[[Sequence[int]], str]) -> Judge:
-    """The judge that the settings ask for; `stop_ids` and `text_of` are the model's, for one that writes."""
+def judge_of(settings: CommonSettings, model: Model, text_of: Callable[[Sequence[int]], str]) -> Judge:
+    """The judge that the settings ask for; `text_of` makes text of the model's tokens, for one that writes."""
     if settings.task == "generate":
-        return written_grade(Writing(settings.self_reward_samples, settings.self_reward_tokens, stop_ids), text_of)
+        stops = stop_ids_of(model.tokenizer, model.folder), turn_end(model.tokenizer).texts
+        return written_grade(Writing(settings.self_reward_samples, settings.self_reward_tokens, *stops), text_of)
     by_name = {judge.name: judge for judge in (YES_NO, PAIRWISE, EXPECTED_GRADE, REWARD_MODEL)}
     return by_name[settings.judge]
 
 
 def stop_ids_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> tuple[int, ...]:
-    """What ends a text: the tokenizer's end of sequence, and what the model's generation configuration names."""
-    found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    """What ends a text: the tokenizer's end of sequence, the chat template's end of a turn, and what the model's
+    generation configuration names.
+    """
+    found = set(turn_end(tokenizer).ids)
+    if tokenizer.eos_token_id is not None:
+        found.add(int(tokenizer.eos_token_id))
     for name in ("generation_config.json", "config.json"):
         file = folder / name if folder else None
         stated = json.loads(file.read_text("utf-8")).get("eos_token_id") if file and file.is_file() else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -31,6 +32,7 @@ FAKE_MAX_TOKENS = 4096
 UNLIMITED_MAX_TOKENS = 8192
 # Judgements in a batch for each request that may be under way: with fewer a slow one leaves places idle at the end.
 UPSTREAM_WAVES = 4
+_UNSERVED = ("modules_to_save", "use_dora", "alpha_pattern", "rank_pattern", "lora_bias", "trainable_token_indices")
 # Texts are written one token at a time, at a cost that hardly grows with their number: more of them go together.
 WRITING_FACTOR = 8
 
@@ -84,14 +86,31 @@ def _find_model(settings: CommonSettings) -> Model:
 
 
 def _with_adapter(model: Model, name: str, folder: str) -> Model:
-    """The model as the adapter changes it: another judge. Raises ModelError where there is no adapter."""
+    """The model as the adapter changes it: another judge.
+
+    Raises ModelError where there is no adapter, and for one of which vLLM would pass over a part, or fail at the first
+    request.
+    """
     path = Path(folder).expanduser()
     config = path / "adapter_config.json"
     if not config.is_file():
         raise ModelError(f"{path} has no adapter_config.json: --lora needs the folder of an adapter that PEFT saved")
+    if unserved := _unserved(json.loads(config.read_bytes())):
+        raise ModelError(
+            f"{path}: vLLM does not serve an adapter with {', '.join(unserved)} beside its base: make a model of both, "
+            f"python -m trainer.merge {path}, and serve that"
+        )
     parts = [model.fingerprint.encode(), config.read_bytes(), models.fingerprint(path).encode()]
     fingerprint = sha256(b"\0".join(parts)).hexdigest()[: len(model.fingerprint)]
     return replace(model, id=name, fingerprint=fingerprint)
+
+
+def _unserved(config: Mapping[str, Any]) -> list[str]:
+    """What of an adapter vLLM knows no place for; scales of single layers are among what it ignores without a word."""
+    targets = config.get("target_modules") or ()
+    found = [name for name in _UNSERVED if config.get(name)]
+    found += [name for name in ("lm_head", "embed_tokens") if not isinstance(targets, str) and name in targets]
+    return found + (["bias"] if config.get("bias", "none") != "none" else [])
 
 
 def load_engine(settings: EngineSettings, model: Model) -> Engine:

@@ -30,7 +30,7 @@ from service.errors import ServiceError
 from service.hosts import AllowedHosts, is_loopback
 from service.http_guard import guarded
 from service.jobs import JobQueue
-from service.judges import Judge, judge_of, stop_ids_of
+from service.judges import Judge, judge_of
 from service.judging import Judging, Provenance, settings_digest
 from service.listening import listen, url_of
 from service.loading import Model, check_engine, find_model, load_engine, make_batcher
@@ -105,7 +105,7 @@ def compose(
     """Put the HTTP side's parts together, and check that templates and calibrations fit the model."""
     metrics.watch_queue(queue.stats)
     prompts = _prompts(settings, model)
-    judge = judge_of(settings, stop_ids_of(model.tokenizer, model.folder), prompts.text_of)
+    judge = judge_of(settings, model, prompts.text_of)
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
     templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
     check_templates(prompts, templates, judge)

@@ -13,7 +13,9 @@ from transformers import LlamaForCausalLM
 
 from service.engine.contract import EngineItem, Generated, GenerateEngine, GenerateItem
 from service.engine.torch_engine import TorchEngine
+from service.engine.torch_generate import Writer
 from tests.tiny import make_tiny_model
+from tests.training import with_nan
 
 NEW_TOKENS = 24
 
@@ -68,6 +70,14 @@ def stop_for(engine: TorchEngine, prompt: tuple[int, ...], at: int) -> int:
     (text,) = engine.generate([greedy(prompt)])
     found = next(i for i in range(at, NEW_TOKENS) if text.token_ids[i] not in text.token_ids[:i])
     return text.token_ids[found]
+
+
+def test_logits_that_are_nan_are_no_text(folder: Path, tmp_path: Path) -> None:
+    """A model that overflows in mid-text fails; its likeliest token would be a number as good as any."""
+    broken = LlamaForCausalLM.from_pretrained(with_nan(folder, tmp_path / "nan", "model.norm.weight"))
+
+    with pytest.raises(ArithmeticError, match="NaN"):
+        Writer(broken, None).write([greedy((5, 6, 7))])
 
 
 def test_greedy_text_is_the_models_own(engine: TorchEngine, model: Any) -> None:

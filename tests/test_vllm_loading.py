@@ -94,6 +94,26 @@ def test_a_folder_without_an_adapter_is_named(tiny_model: Path, tmp_path: Path) 
         find_model(Settings(engine="torch", model=str(tiny_model), lora=f"mine={tmp_path}"))
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"use_dora": True, "bias": "all"}, "use_dora, bias"),
+        ({"alpha_pattern": {"q_proj": 64}}, "alpha_pattern"),
+    ],
+)
+def test_an_adapter_that_vllm_would_serve_in_part_is_refused(
+    more: dict[str, Any], told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Before it is started; the message says how to serve it all the same."""
+    folder = adapter(tmp_path / "a")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, **more}))
+
+    with pytest.raises(ModelError, match=rf"an adapter with {told} beside its base: .*trainer\.merge"):
+        find_model(Settings(engine="vllm", model=str(tiny_model), lora=f"mine={folder}"))
+
+
 def test_the_longest_prompt_is_one_token_shorter(tiny_model: Path) -> None:
     """As long as the model reads, less the label."""
     longest = [find_model(Settings(engine=engine, model=str(tiny_model))).max_tokens for engine in ("torch", "vllm")]

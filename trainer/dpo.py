@@ -25,12 +25,12 @@ from typing import Any, Final, Literal, TypeAlias
 from trainer.bars import Tell, silent
 from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import chat_ids, load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
-from trainer.preferences import Preference, Split, load_preferences, split_preferences
+from trainer.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
+from trainer.preferences import Split, load_preferences, split_preferences
 from trainer.programs import InputError, perform_stage, run_program, stderr_console
 from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_whole
 from trainer.stages import Stage, content_digest
-from trainer.training import begun_with, data_digest, is_changed, run_trainer, save_result
+from trainer.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
 from trainer.tuning import Base, TuneSettings, is_main, load_base, training_arguments
 
 DPO_LOG: Final = "dpo_log.jsonl"
@@ -93,7 +93,7 @@ class DPOResult:
     """What was trained, on how much, and the last numbers of the log (`loss`, `rewards/margins`, `eval_loss`, …).
 
     `seconds` is this process's time in training: a resumed run's is shorter. `changed` is False where training has left
-    every weight as it was.
+    every weight as it was; `unlike` counts pairs that the chat template does not render as they were sampled.
     """
 
     output: str
@@ -107,6 +107,7 @@ class DPOResult:
     seconds: float
     numbers: dict[str, float]
     changed: bool = True
+    unlike: int = 0
 
 
 def train_dpo(
@@ -124,10 +125,10 @@ def train_dpo(
         import_module("trl")
     source = resolve_model(str(model))
     tokenizer = load_tokenizer(source)
-    train, too_long = _fitting(data.train, tokenizer, settings.max_length)
-    held_out, too_long_held_out = _fitting(data.held_out, tokenizer, settings.max_length)
+    usable = Usable(tokenizer, settings.max_length)
+    train, held_out = (usable.of("pairs", part, ("chosen", "rejected")) for part in (data.train, data.held_out))
     if not train:
-        raise InputError(f"no pair to train on: {too_long} are longer than {settings.max_length} tokens (--max-length)")
+        raise InputError(f"no pair to train on: {usable.told}")
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {
         **begun_with(str(model), source, settings),
@@ -147,7 +148,8 @@ def train_dpo(
         settings=asdict(settings),
         pairs=len(train),
         held_out=len(held_out),
-        too_long=too_long + too_long_held_out,
+        too_long=usable.too_long,
+        unlike=usable.unlike,
         steps=metrics["steps"],
         seconds=metrics["train_runtime"],
         numbers=metrics["last"],
@@ -158,16 +160,6 @@ def train_dpo(
         write_whole(output / CARD_FILE, card.encode())
         write_json(folder / DPO_FILE, asdict(result))
     return result
-
-
-def _fitting(preferences: Sequence[Preference], tokenizer: Any, max_length: int) -> tuple[list[dict[str, Any]], int]:
-    """The preferences as TRL reads them, without those that would be cut, and the number of these."""
-    found = []
-    for preference in preferences:
-        longest = max(len(chat_ids(tokenizer, preference.turns(side), answer=False)) for side in ("chosen", "rejected"))
-        if longest <= max_length:
-            found.append(preference.model_dump())
-    return found, len(preferences) - len(found)
 
 
 def _configuration(folder: Path, settings: DPOSettings, base: Base, *, evaluates: bool) -> Any:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from client.chat import turn_end
 from trainer.bars import say
 from trainer.card import CARD_FILE, model_card
 from trainer.models import (
@@ -214,9 +215,19 @@ def _save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
     with disk_full_said(folder.parent):
         folder.mkdir(parents=True)
         model.config.use_cache = True
+        _name_ends(model, tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _name_ends(model: Any, tokenizer: Any) -> None:
+    """Have whoever serves the model stop where its chat template ends a turn, too."""
+    stated = model.generation_config.eos_token_id
+    known = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    missing = sorted(turn_end(tokenizer).ids.difference([*known, tokenizer.eos_token_id]))
+    if missing:
+        model.generation_config.eos_token_id = [*(known or [tokenizer.eos_token_id]), *missing]
 
 
 def _untie_where_apart(model: Any) -> None:

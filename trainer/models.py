@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from client.chat import NO_THINKING, turn_end
 from client.chat_date import apply_dated
 from client.files import sync, sync_all
 from client.schema import Message
@@ -203,20 +204,45 @@ def has_base_template(tokenizer: Any) -> bool:
 def chat_ids(tokenizer: Any, messages: Sequence[Message], *, answer: bool) -> list[int]:
     """The token ids of a conversation in the chat template, with `answer` up to where the assistant begins.
 
-    Control tokens that stand in a message's text are read as such, as they are in training. Raises ModelError for a
-    conversation that the template refuses.
+    Thinking is off, as it is for the judge. Control tokens that stand in a message's text are read as such, as they are
+    in training. Raises ModelError for a conversation that the template refuses.
     """
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        encoded = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, add_generation_prompt=answer)
+        encoded = tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, add_generation_prompt=answer, **NO_THINKING
+        )
     except Exception as error:  # a template raises what it likes, through jinja2
         raise ModelError(f"the model's chat template refuses a conversation: {error}") from error
     return list(encoded["input_ids"])
 
 
+def is_as_sampled(tokenizer: Any, prompt: Sequence[Message], answer: Message) -> bool:
+    """Whether the template renders a finished conversation as the policy would have written it.
+
+    That is: the very tokens of the prompt that it is asked with, the answer's text, white space around it apart, and
+    what ends a turn. Templates that put empty thoughts before an answer, or take thoughts out of it, do otherwise.
+    """
+    asked = chat_ids(tokenizer, prompt, answer=True)
+    whole = chat_ids(tokenizer, [*prompt, answer], answer=False)
+    if whole[: len(asked)] != asked:
+        return False
+    # Both by way of tokens: some tokenizers normalise texts.
+    own = tokenizer(answer.content, add_special_tokens=False)["input_ids"]
+    text, written = (_decoded(tokenizer, ids).strip() for ids in (own, whole[len(asked) :]))
+    behind = written.removeprefix(text).lstrip()
+    known = turn_end(tokenizer)
+    ends = [tokenizer.eos_token, *map(tokenizer.decode, known.ids), *(stop.strip() for stop in known.texts)]
+    return written.startswith(text) and (not behind or any(behind.startswith(end) for end in ends))
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """All tokens that end a response: the tokenizer's, and those of the generation configuration."""
-    found = {tokenizer.eos_token_id}
+    """All tokens that end a response: the tokenizer's, the chat template's, those of the generation configuration."""
+    found = {tokenizer.eos_token_id, *turn_end(tokenizer).ids}
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         stated = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
@@ -231,6 +257,13 @@ def context_length(folder: Path) -> int | None:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     length = config.get("text_config", config).get("max_position_embeddings")
     return int(length) if length else None
+
+
+def closing(tokenizer: Any) -> str:
+    """What training adds to an answer so that its end is learnt: the end-of-sequence token, for a template that puts no
+    token behind the last one.
+    """
+    return "" if turn_end(tokenizer).closes else str(tokenizer.eos_token)
 
 
 def release_memory() -> None:

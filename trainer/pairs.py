@@ -78,12 +78,13 @@ def write_pairs(
     samples: Sequence[Sample],
     scores: Sequence[Score],
     options: PairOptions,
+    system: str | None = None,
 ) -> PairStats:
     """Make the pairs, and write pairs.jsonl and pairs_stats.json into `folder`.
 
     Raises NoPairsError where there are none; the statistics are written then too.
     """
-    pairs, stats = make_pairs(instructions, samples, scores, options)
+    pairs, stats = make_pairs(instructions, samples, scores, options, system)
     write_record(folder / PAIRS_STATS_FILE, stats)
     if not pairs:
         raise NoPairsError(explanation(stats, options))
@@ -92,11 +93,16 @@ def write_pairs(
 
 
 def make_pairs(
-    instructions: Sequence[Instruction], samples: Sequence[Sample], scores: Sequence[Score], options: PairOptions
+    instructions: Sequence[Instruction],
+    samples: Sequence[Sample],
+    scores: Sequence[Score],
+    options: PairOptions,
+    system: str | None = None,
 ) -> tuple[list[Pair], PairStats]:
     """At most one pair for each instruction, in the order of the instructions; of several scores of a sample the last.
 
-    Raises StageError for a sample of an unknown instruction.
+    `system` is the message that the samples were asked for with; training repeats it. Raises StageError for a sample of
+    an unknown instruction.
     """
     sorter = _Sorter({score.key: score for score in scores}, options)
     of_instruction = _grouped(instructions, samples)
@@ -106,7 +112,10 @@ def make_pairs(
             candidates[instruction.id] = sorter.candidates(of_instruction[instruction.id])
     choices = {name: found for name, found in candidates.items() if found}
     chosen = balanced(choices) if options.length_balance else {name: found[0] for name, found in choices.items()}
-    pairs = [_pair(instruction, chosen[instruction.id]) for instruction in instructions if instruction.id in chosen]
+    before = [] if system is None else [Message(role="system", content=system)]
+    pairs = [
+        _pair(before, instruction, chosen[instruction.id]) for instruction in instructions if instruction.id in chosen
+    ]
     with_samples = [instruction for instruction in instructions if instruction.id in of_instruction]
     return pairs, _stats(with_samples, samples, sorter, list(chosen.values()), pairs)
 
@@ -122,7 +131,9 @@ def explanation(stats: PairStats, options: PairOptions) -> str:
     }
     instructions = {
         "have fewer than two usable samples": stats.too_few,
-        "have cut-off samples only (raise --max-new-tokens, or --cut-off keep)": stats.unfinished,
+        "have cut-off samples only (see samples.jsonl: where responses run on into further turns, put the token that "
+        "should end them into eos_token_id of the model's generation_config.json; where they are only long, raise "
+        "--max-new-tokens)": stats.unfinished,
         "have samples of equal log-odds": stats.ties,
         f"are below the minimum margin of {options.min_margin:g} log-odds": stats.below_margin,
     }
@@ -211,9 +222,9 @@ def _grouped(instructions: Sequence[Instruction], samples: Sequence[Sample]) -> 
     return groups
 
 
-def _pair(instruction: Instruction, candidate: Candidate) -> Pair:
+def _pair(before: list[Message], instruction: Instruction, candidate: Candidate) -> Pair:
     return Pair(
-        prompt=[Message(role="user", content=instruction.prompt)],
+        prompt=[*before, Message(role="user", content=instruction.prompt)],
         chosen=[Message(role="assistant", content=candidate.chosen.sample.response)],
         rejected=[Message(role="assistant", content=candidate.rejected.sample.response)],
         id=instruction.id,

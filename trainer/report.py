@@ -103,15 +103,16 @@ def round_view(run: Path, folder: Path) -> RoundView:
     """A round as far as it went."""
     stats = read_record(folder / PAIRS_STATS_FILE, PairStats) if (folder / PAIRS_STATS_FILE).exists() else None
     metrics = read_record(folder / METRICS_FILE, Metrics) if (folder / METRICS_FILE).exists() else None
+    dpo = _json(folder / DPO_FILE)
     return RoundView(
         number=_number(folder),
         stats=stats,
-        dpo=_json(folder / DPO_FILE),
+        dpo=dpo,
         merge=_json(folder / MERGE_FILE),
         metrics=metrics,
         figures=_figures(folder, stats, metrics),
         texts=_texts(run, folder) if metrics is not None else [],
-        problems=_problems(stats, metrics),
+        problems=_problems(stats, dpo, metrics),
     )
 
 
@@ -173,7 +174,7 @@ def _shown(duel: Duel, row: Row | None) -> Shown:
     )
 
 
-def _problems(stats: PairStats | None, metrics: Metrics | None) -> list[tuple[str, int]]:
+def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: Metrics | None) -> list[tuple[str, int]]:
     """What went wrong, and how often."""
     found: list[tuple[str, int]] = []
     if stats is not None:
@@ -186,6 +187,8 @@ def _problems(stats: PairStats | None, metrics: Metrics | None) -> list[tuple[st
             ("instructions whose samples tie", stats.ties),
             ("instructions below the minimum margin", stats.below_margin),
         ]
+    if dpo is not None:
+        found.append(("pairs that the chat template renders otherwise than they were sampled", dpo.get("unlike", 0)))
     if metrics is not None:
         found += [
             (f"comparisons that failed ({mode}): {code}", count)

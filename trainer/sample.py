@@ -3,8 +3,9 @@
 A response depends on the seed, its instruction's id and its number, not on the other responses (but for rounding: see
 trainer.generation). Batches are fixed by the instructions' lengths, so that a resumed run makes the very batches that
 an undisturbed one makes: a batch is on disk as a whole, or is done again. Equal responses of one instruction are kept
-once, and counted in `copies`. A model without a chat template is asked as trainer.models.load_tokenizer says; what
-such a model writes from the next "User:" on is cut away.
+once, and counted in `copies`. A response ends at the model's end-of-sequence tokens, and where its chat template ends a
+turn (client/chat.py). A model without a chat template is asked as trainer.models.load_tokenizer says; what such a model
+writes from the next "User:" on is cut away.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from client.chat import own_turn, turn_end
 from client.schema import Message
 from client.texts import is_blank
 from trainer.bars import Advance, Tell, silent
@@ -152,11 +154,14 @@ def _resume(output: Path, asked: Sequence[Asked], samples: int) -> set[str]:
 def _distinct(name: str, responses: Sequence[Generated], tokenizer: Any) -> list[Sampled]:
     """The instruction's samples, equal texts once; of several with the same text the one that ended counts."""
     base = has_base_template(tokenizer)
+    stops = BASE_STOPS if base else turn_end(tokenizer).texts
     groups: defaultdict[str, list[Sample]] = defaultdict(list)
     for number, response in enumerate(responses):
         text, ended = tokenizer.decode(response.token_ids, skip_special_tokens=True), response.ended
+        text, ended = own_turn(text, ended, stops)
         if base:
-            text, ended = _own_turn(text, ended)
+            # Without the space after "Assistant:".
+            text = text.strip() if ended else text.lstrip()
         finish: Literal["stop", "length"] = "stop" if ended else "length"
         groups[text].append(
             Sample(id=name, sample=number, response=text, tokens=len(response.token_ids), finish=finish)
@@ -166,14 +171,6 @@ def _distinct(name: str, responses: Sequence[Generated], tokenizer: Any) -> list
         first = min(same, key=lambda sample: (sample.finish != "stop", sample.sample))
         found.append(Sampled(**first.model_dump(), copies=len(same)))
     return found
-
-
-def _own_turn(text: str, ended: bool) -> tuple[str, bool]:
-    """Without the space after "Assistant:", and without what a base model writes in the user's name."""
-    ends = [end for end in (text.find(stop) for stop in BASE_STOPS) if end >= 0]
-    if not ends:
-        return text.strip() if ended else text.lstrip(), ended
-    return text[: min(ends)].strip(), True
 
 
 def _stats(lines: Sequence[Sampled], too_long: int, tokens: int, seconds: float) -> SampleStats:

@@ -193,11 +193,12 @@ class Loop:
         """pairs.jsonl and pairs_stats.json. Raises NoPairsError."""
         options, samples, scores = self.settings.pairs, folder / SAMPLES_FILE, folder / SCORES_FILE
         described = {key: value for key, value in self.settings.described().items() if key.startswith("pairs.")}
-        inputs = {"samples": samples, "scores": scores, **described}
+        system = self.settings.sampling.system
+        inputs = {"samples": samples, "scores": scores, **described, **({} if system is None else {"system": system})}
 
         def work() -> None:
             files = read_records(samples, Sampled), read_records(scores, Score)
-            stats = write_pairs(folder, self._instructions(), *files, options)
+            stats = write_pairs(folder, self._instructions(), *files, options, system)
             self.console.print(f"{stats.pairs} pairs of {stats.instructions} instructions", highlight=False)
 
         self._do(Stage(folder, "pairs", (PAIRS_FILE, PAIRS_STATS_FILE), inputs), work)

@@ -26,11 +26,11 @@ from client.texts import is_blank, messages_in, said
 from trainer.bars import Tell, silent
 from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import chat_ids, load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
+from trainer.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.programs import InputError, perform_stage, run_program
 from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json, write_whole
 from trainer.stages import Stage, content_digest
-from trainer.training import begun_with, data_digest, is_changed, run_trainer, save_result
+from trainer.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
 from trainer.tuning import TuneSettings, is_main, load_base, training_arguments
 
 SFT_LOG: Final = "sft_log.jsonl"
@@ -55,7 +55,9 @@ class Example(Record):
 
 @dataclass(frozen=True, slots=True)
 class SFTResult:
-    """What was trained, on how much, and the last numbers of the log; `seconds` and `changed` as in DPOResult."""
+    """What was trained, on how much, and the last numbers of the log; `seconds`, `changed` and `unlike` as in
+    DPOResult.
+    """
 
     output: str
     base: str
@@ -67,6 +69,7 @@ class SFTResult:
     seconds: float
     numbers: dict[str, float]
     changed: bool = True
+    unlike: int = 0
 
 
 def sft_settings(**changes: Any) -> SFTSettings:
@@ -162,13 +165,10 @@ def train_sft(
         datasets, trl = import_module("datasets"), import_module("trl")
     source = resolve_model(str(model))
     tokenizer = load_tokenizer(source)
-    data = [
-        example.model_dump()
-        for example in examples
-        if len(chat_ids(tokenizer, [*example.prompt, *example.completion], answer=False)) <= settings.max_length
-    ]
+    usable = Usable(tokenizer, settings.max_length)
+    data = usable.of("examples", examples, ("completion",))
     if not data:
-        raise InputError(f"no example to train on: {len(examples)} are longer than {settings.max_length} tokens")
+        raise InputError(f"no example to train on: {usable.told}")
     folder.mkdir(parents=True, exist_ok=True)
     made_from = {
         **begun_with(str(model), source, settings),
@@ -194,7 +194,8 @@ def train_sft(
         method=base.method,
         settings=asdict(settings),
         examples=len(data),
-        too_long=len(examples) - len(data),
+        too_long=usable.too_long,
+        unlike=usable.unlike,
         steps=metrics["steps"],
         seconds=metrics["train_runtime"],
         numbers=metrics["last"],

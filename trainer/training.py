@@ -10,16 +10,18 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from client.chat import NO_THINKING
+from client.schema import Message
 from trainer._trl import compact_head
 from trainer.bars import Tell, say
-from trainer.models import put_in_place
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json
+from trainer.models import chat_ids, closing, is_as_sampled, put_in_place
+from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json
 from trainer.stages import StageError, differing_keys
 from trainer.tuning import CHECKPOINTS, TuneSettings, is_main, world_size
 from trainer.weights import TensorFiles, model_digest, same_weights
@@ -56,6 +58,43 @@ def run_trainer(trainer: Any, folder: Path, log: Path, made_from: Mapping[str, A
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics: dict[str, Any] = result.metrics
     return {**metrics, "steps": trainer.state.global_step, "last": _last_numbers(trainer.state.log_history)}
+
+
+class Usable:
+    """Chooses what can be trained on, as rows for TRL, and counts the rest: what is too long, or rendered otherwise."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._closing = closing(tokenizer)
+        self.too_long = self.unlike = 0
+
+    @property
+    def told(self) -> str:
+        """How many were left out, and why."""
+        return (
+            f"{self.too_long} are longer than {self._max_length} tokens (--max-length), {self.unlike} are rendered by "
+            "the chat template otherwise than the policy writes them (it adds or removes thoughts, or joins the "
+            "answer's beginning with the prompt's end)"
+        )
+
+    def of(self, what: str, records: Sequence[Record], sides: Sequence[str]) -> list[dict[str, Any]]:
+        """The records of which all `sides`, answers of one turn behind `prompt`, can be trained on."""
+        found, before = [], self.unlike
+        for record in records:
+            row = record.model_dump()
+            turns: dict[str, list[Message]] = {side: getattr(record, side) for side in ("prompt", *sides)}
+            whole = [[*turns["prompt"], *turns[side]] for side in sides]
+            if max(len(chat_ids(self._tokenizer, one, answer=False)) for one in whole) > self._max_length:
+                self.too_long += 1
+            elif not all(is_as_sampled(self._tokenizer, turns["prompt"], turns[side][-1]) for side in sides):
+                self.unlike += 1
+            else:
+                for side in sides:
+                    row[side][-1]["content"] += self._closing
+                found.append({**row, "chat_template_kwargs": dict(NO_THINKING)})
+        if self.unlike > before and found and is_main():
+            say(f"{self.unlike - before} of {len(records)} {what} are left out: {self.told}")
+        return found
 
 
 def begun_with(name: str, model: Path, settings: TuneSettings) -> dict[str, Any]:

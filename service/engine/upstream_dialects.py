@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Seeds up to here are taken everywhere.
+_MOST_STOPS: Final = 4
 _SEEDS: Final = 1 << 31
 
 
@@ -100,9 +101,14 @@ class Completions:
             "prompt": list(item.token_ids),
             "max_tokens": item.max_new_tokens,
             **_sampling(item),
-            **(extensions if self._extended else {}),
+            **(extensions if self._extended else self._stops(item)),
             **self._question.extra,
         }
+
+    def _stops(self, item: GenerateItem) -> dict[str, Any]:
+        """For a server that takes stops as texts alone, of which the API allows four."""
+        texts = [token for stop in item.stop_ids if (token := self._tokenizer.backend_tokenizer.id_to_token(stop))]
+        return {"stop": texts[:_MOST_STOPS]} if texts else {}
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Those that the tokenizer gives the text; the model may have written it in others."""
