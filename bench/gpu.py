@@ -1,5 +1,5 @@
-"""How much of a GPU the judge uses: vLLM by itself, our engine on it, worker, whole stack; and the torch engine, by its
-own kernels and in padded batches.
+"""How much of a GPU the judge uses: vLLM by itself, our engine on it, worker, whole stack; and the torch engine, in
+padded batches.
 
     bench/gpu.sh [8b|1b|tiny] [prompts in a round]                 all of it, one process for each way
     python -m bench.gpu WAY --model FOLDER …                       one way; a line of JSON
@@ -219,13 +219,6 @@ def through_torch(args: argparse.Namespace) -> Iterator[Run]:
 
 
 @contextmanager
-def through_padded(args: argparse.Namespace) -> Iterator[Run]:
-    """The torch engine without kernels of its own: on a GPU transformers' forward, in padded batches."""
-    with closing(TorchEngine.load(args.model, dtype="bfloat16", native_kernels=False)) as engine:
-        yield lambda each: _check(engine.label_logprobs(each.items))
-
-
-@contextmanager
 def through_worker(args: argparse.Namespace) -> Iterator[Run]:
     """Queue, batcher and worker in this process, over our engine."""
     with closing(VllmEngine.load(args.model, vllm_options(args))) as engine, asyncio.Runner() as runner:
@@ -293,7 +286,6 @@ WAYS: Final[dict[str, Callable[[argparse.Namespace], AbstractContextManager[Run]
     "worker": through_worker,
     "stack": through_stack,
     "torch": through_torch,
-    "padded": through_padded,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,6 @@ import pytest
 # Before torch is imported, and for the processes that tests start: a tiny model gains nothing from a second thread, and
 # on a busy machine loses tenfold to threads that wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without a GPU its kernels run in Triton's interpreter, which has to be said before Triton is imported.
-if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell starts what it runs in the background with Ctrl-C ignored, and processes inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

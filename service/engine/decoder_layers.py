@@ -62,9 +62,9 @@ class DecoderLayer:
 class Rope:
     """The model's own rotary factors in `dtype`, [positions, head width] each, from a table that grows by doubling."""
 
-    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype) -> None:
         self._module, self._kind = module, kind
-        self.cos = self.sin = torch.empty(0, 0, dtype=dtype, device=device)
+        self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
 
     @torch.inference_mode()
     def grow(self, positions: int) -> bool:
@@ -73,7 +73,7 @@ class Rope:
             return False
         size = max(256, 1 << (positions - 1).bit_length())
         more = {} if self._kind is None else {"layer_type": self._kind}
-        cos, sin = self._module(self.cos, torch.arange(size, device=self.cos.device)[None], **more)
+        cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
         self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
         return True
 
@@ -86,19 +86,18 @@ class Decoder:
     layers: Sequence[DecoderLayer]
     norm: nn.Module
     dtype: torch.dtype
-    device: torch.device
     rotary: nn.Module
 
     def ropes(self, dtype: torch.dtype) -> dict[str | None, Rope]:
         """Tables by the kinds of layers that have frequencies of their own; None is for all others."""
         by_kind = "layer_type" in inspect.signature(self.rotary.forward).parameters
         kinds = {layer.kind for layer in self.layers} if by_kind else {None}
-        return {kind: Rope(self.rotary, kind, dtype, self.device) for kind in kinds}
+        return {kind: Rope(self.rotary, kind, dtype) for kind in kinds}
 
 
 def read_decoder(model: Any) -> Decoder:
-    """The model's decoder; UnsupportedModelError where it is of no known family, or on neither a CPU nor a GPU."""
-    if model.device.type not in ("cpu", "cuda"):
+    """The model's decoder; UnsupportedModelError where it is of no known family, or not on a CPU."""
+    if model.device.type != "cpu":
         raise UnsupportedModelError(f"on {model.device.type}")
     decoder = getattr(model, "model", None)
     names = {type(layer).__name__ for layer in getattr(decoder, "layers", ())}
@@ -112,7 +111,7 @@ def read_decoder(model: Any) -> Decoder:
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError("with attention in both directions")
     layers = [_read_layer(layer) for layer in decoder.layers]
-    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, model.device, decoder.rotary_emb)
+    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, decoder.rotary_emb)
 
 
 def bias_of(*layers: nn.Linear) -> Tensor | None:

@@ -39,8 +39,8 @@ from service.engine.native_panels import (
     panels_of,
     shared_out,
 )
-from service.engine.packing import PACK_ROWS, Pack
-from service.engine.torch_head import LastTokenHead, in_parts, summaries
+from service.engine.packing import Pack
+from service.engine.torch_head import LastTokenHead, in_parts
 
 _SOURCE: Final = Path(__file__).with_suffix(".cpp")
 # What the library is compiled for: the compiler's flags, and what torch calls them.
@@ -102,10 +102,8 @@ class NativeDecoder:
     `take_over` frees the model's own weights.
     """
 
-    pack_rows: Final = PACK_ROWS
     head_states: Final = _HEAD_STATES
     divides_packs: Final = True
-    summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._library = _library(decoder.dtype)

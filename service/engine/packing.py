@@ -18,7 +18,7 @@ from typing import Final
 
 from service.engine.contract import EngineItem
 
-# Rows of a pack on a CPU: in bf16 its last tile, half empty on average, is one of eight.
+# Rows of a pack: in bf16 its last tile, half empty on average, is one of eight.
 PACK_ROWS: Final = 2048
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.engine.decoder_layers import Decoder, DecoderLayer, merged
-from service.engine.packing import PACK_ROWS, Pack, Segment
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead, summaries
+from service.engine.packing import Pack, Segment
+from service.engine.torch_head import HEAD_ROWS, LastTokenHead
 
 # Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
 _TILE_ROWS: Final = {torch.float32: 128}
@@ -62,10 +62,8 @@ class TiledDecoder:
     """
 
     name: Final = "tiled"
-    pack_rows: Final = PACK_ROWS
     head_states: Final = HEAD_ROWS
     divides_packs: Final = False
-    summaries = staticmethod(summaries)
 
     def __init__(self, decoder: Decoder, head: LastTokenHead) -> None:
         self._decoder = decoder

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
@@ -29,7 +29,7 @@ from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLo
 from service.engine.decoder_layers import UnsupportedModelError
 from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
 from service.engine.torch_generate import Writer, can_write
-from service.engine.torch_head import LastTokenHead, summaries
+from service.engine.torch_head import LastTokenHead
 from service.engine.torch_loading import (
     DType,
     EngineLoadError,
@@ -130,7 +130,7 @@ class TorchEngine:
 
     def _read_packed(self, packed: PackedDecoder, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
         def read(logits: Tensor, cached: dict[int, int]) -> list[LabelLogprobs]:
-            answers = _read_labels(logits, [items[index] for index in cached], packed.summaries)
+            answers = _read_labels(logits, [items[index] for index in cached])
             return [
                 replace(answer, cached_tokens=count) for answer, count in zip(answers, cached.values(), strict=True)
             ]
@@ -184,7 +184,7 @@ class TorchEngine:
             packed.close()
             kernels = "compiled kernels" if packed.compiled else "torch's operations"
             logger.warning("packs as %s read them do not fit %s", kernels, type(self._model).__name__)
-            if not packed.compiled or self._model.device.type != "cpu":
+            if not packed.compiled:
                 break
         logger.warning("labels are read in padded batches")
 
@@ -209,14 +209,13 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=ids, use_cache=False, **keep).logits)[:, -1].float()
 
 
-def _read_labels(
-    logits: Tensor, items: Sequence[EngineItem], summaries: Callable[[Tensor], tuple[Tensor, Tensor]] = summaries
-) -> list[LabelLogprobs]:
+def _read_labels(logits: Tensor, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
     """Log-probability of each item's labels, from [items, vocabulary] logits in fp32."""
     most = max(len(item.label_ids) for item in items)
     padded = [[*item.label_ids, *[0] * (most - len(item.label_ids))] for item in items]
     values = logits.gather(1, torch.tensor(padded, device=logits.device)).tolist()
-    rows = zip(items, values, *(part.tolist() for part in summaries(logits)), strict=True)
+    totals, argmax_ids = torch.logsumexp(logits, dim=1).tolist(), logits.argmax(dim=1).tolist()
+    rows = zip(items, values, totals, argmax_ids, strict=True)
     return [
         LabelLogprobs(tuple(value - total for value in row[: len(item.label_ids)]), argmax)
         for item, row, total, argmax in rows

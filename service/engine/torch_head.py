@@ -50,11 +50,6 @@ class LastTokenHead(nn.Module):
         return logits if bias is None else logits + bias
 
 
-def summaries(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of [rows, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
-    return torch.logsumexp(logits, dim=1), logits.argmax(dim=1)
-
-
 def in_parts(states: Tensor, count: int) -> list[Tensor]:
     """Tensors in bfloat16 whose sum is `states`, fp32: to 2^-9 of it for each of them, so that three are all of it."""
     parts: list[Tensor] = []

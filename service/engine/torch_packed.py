@@ -3,10 +3,10 @@
     items ──> packs (packing.py) ──> a reader: one thread for each pack, or several ──> the states behind the last
           tokens ──> the fp32 output layer
 
-Three readers: triton_decoder.py on a GPU; on a CPU native_decoder.py, in C++, where CPU and model allow it, else
-tiled_decoder.py, in torch's operations. In all of them what becomes of an item depends on the item alone, and no sum is
-divided among threads, so that neither neighbours nor the number of threads change a bit. Models whose layers are not
-known (decoder_layers.py), and other devices, keep the padded way.
+Two readers, for CPUs: native_decoder.py, in C++, where CPU and model allow it, else tiled_decoder.py, in torch's
+operations. In both what becomes of an item depends on the item alone, and no sum is divided among threads, so that
+neither neighbours nor the number of threads change a bit. Models whose layers are not known (decoder_layers.py), and
+other devices, keep the padded way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from service.engine.contract import EngineItem
 from service.engine.decoder_layers import Decoder, UnsupportedModelError, read_decoder
 from service.engine.native_decoder import NativeDecoder
-from service.engine.packing import Pack, plan
+from service.engine.packing import PACK_ROWS, Pack, plan
 from service.engine.tiled_decoder import TiledDecoder
 from service.engine.torch_head import LastTokenHead
 
@@ -37,11 +37,7 @@ class Reader(Protocol):
 
     @property
     def name(self) -> str:
-        """`tiled`, `triton`, …"""
-
-    @property
-    def pack_rows(self) -> int:
-        """The rows of a pack that is worth filling."""
+        """`tiled`, `native-amx`, …"""
 
     @property
     def head_states(self) -> int:
@@ -60,9 +56,6 @@ class Reader(Protocol):
     def logits(self, states: Tensor, threads: int) -> Tensor:
         """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items, by so many threads."""
 
-    def summaries(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row of [items, vocabulary] the logarithm of its sum of exponentials, and where its maximum is."""
-
 
 class PackedDecoder:
     """Runs packs through the model's weights, `threads` packs at a time; compiled code reads them where it can and
@@ -71,7 +64,7 @@ class PackedDecoder:
     def __init__(self, model: Any, head: LastTokenHead, threads: int = 1, *, native: bool = True) -> None:
         self._reader = _reader(read_decoder(model), head, native=native)
         self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._threads = threads if model.device.type == "cpu" else 1
+        self._threads = threads
         self._pool = _single_threads(self._threads)
 
     @property
@@ -89,18 +82,13 @@ class PackedDecoder:
         if isinstance(self._reader, NativeDecoder):
             self._reader.take_over()
 
-    @property
-    def summaries(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`Reader.summaries` of the logits that `use` gets."""
-        return self._reader.summaries
-
     def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
         """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
 
         With them it gets how many tokens of each item, by its index, were read for another one.
         """
         self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
-        packs = plan(items, self._reader.pack_rows, self._threads, divided=not self._reader.divides_packs)
+        packs = plan(items, PACK_ROWS, self._threads, divided=not self._reader.divides_packs)
         read = partial(self._reader.read, threads=self._for_each_of(len(packs)))
         states = dict(pair for found in self._pool.map(read, packs) for pair in found.items())
         size = self._reader.head_states
@@ -129,14 +117,6 @@ class PackedDecoder:
 
 
 def _reader(decoder: Decoder, head: LastTokenHead, *, native: bool) -> Reader:
-    if decoder.device.type != "cpu":
-        if not native:
-            raise UnsupportedModelError("on a GPU without compiled kernels")
-        try:
-            from service.engine.triton_decoder import TritonDecoder
-        except ImportError as reason:
-            raise UnsupportedModelError(f"on a GPU without Triton: {reason}") from reason
-        return TritonDecoder(decoder, head)
     if native:
         try:
             return NativeDecoder(decoder, head)
