@@ -37,7 +37,7 @@ class Reader(Protocol):
 
     @property
     def name(self) -> str:
-        """`tiled`, `native-amx`, …"""
+        """`tiled`, `amx`, …"""
 
     @property
     def head_states(self) -> int:
