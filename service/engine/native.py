@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from client.files import sync
 from service.weights.converted import cache_root
 
 _COMPILERS: Final = ("c++", "g++", "clang++")
@@ -74,9 +75,7 @@ def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=False)
         if done.returncode:
             raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-        with made.open("r+b") as library:
-            digest = hashlib.sha256(library.read()).digest()
-            library.write(digest)  # behind what a loader reads
-            library.flush()
-            os.fsync(library.fileno())  # before the name: after a power cut the file is whole or absent
+        made.write_bytes(made.read_bytes() + hashlib.sha256(made.read_bytes()).digest())  # behind what a loader reads
+        sync(made)
         made.replace(file)
+    sync(file.parent)
