@@ -23,6 +23,7 @@ _SHORT: Final = 4096
 """Characters up to which handing a text to tokenizers' thread pool costs more than it gains."""
 _REMEMBERED_CHARS: Final = 16_384
 """A template may come with a request: longer pieces of one are not remembered, or callers could fill the memory."""
+_ASSUMED_CHARS: Final = 512
 
 T = TypeVar("T")
 
@@ -136,9 +137,13 @@ class Codec:
         return tuple(id_ for id_ in self.ids(text, False) if id_ in self._control)
 
     def fewest_tokens(self, texts: Sequence[str]) -> int:
-        """A number of tokens that the texts have at least: their size over that of the longest token. 0: not known."""
+        """A number of tokens that the texts have at least: their size over that of the longest token.
+
+        Where a tokenizer may drop text, that is not known, and one for each `_ASSUMED_CHARS` characters is taken: what
+        is longer is nearly all white space or of no known letter, and is not worth the minutes that it may take.
+        """
         if self._limits is None:
-            return 0
+            return sum(map(len, texts)) // _ASSUMED_CHARS
         raw = [text.encode() for text in texts]
         least = list(map(_least_composed if self._limits.composes else _size_and_words, raw))
         size = 0 if self._limits.drops else sum(size for size, _ in least)

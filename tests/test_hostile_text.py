@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from service.codec import _least_composed
+from service.errors import ServiceError
 from service.grades import parse_grade
 from service.prompt import PromptBuilder
 from tests.live import Live, live_service
@@ -127,6 +128,19 @@ def test_characters_that_no_token_stands_for_cost_linear_time() -> None:
 
     prompts.build(inline("{prompt} {response} Good:"), "a " * 40_000, ["\u0300" * 40_000 + "b"], "error")
     assert time.monotonic() - started < BOUND
+
+
+def test_a_tokenizer_of_any_kind_is_spared_megabytes() -> None:
+    """One that drops text, so that no length surely is too long, does not read what is thousands of times as long."""
+    tokenizer = tokenizer_named("tiny")
+    backend = type(tokenizer.backend_tokenizer).from_str(
+        json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()) | {"normalizer": {"type": "StripAccents"}})
+    )
+
+    with pytest.raises(ServiceError, match="at least"):
+        PromptBuilder(type(tokenizer)(tokenizer_object=backend), 512).build(
+            inline("{prompt} {response} Good:"), "2+2?", ["\u0300" * 1_000_000], "error"
+        )
 
 
 def test_composition_never_shrinks_a_text_below_the_bound() -> None:
