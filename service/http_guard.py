@@ -16,6 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD_BYTES: Final = 2**16
 
 _BLANK_LINE: Final = b"\r\n\r\n"
+_SMALL_PARTS: Final = 64
+_LARGE_PART: Final = 4096
 _BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -36,6 +38,8 @@ class GuardedHttp(HttpToolsProtocol):
     _in_body = False
     # Of a body whose length was declared: how many bytes are still to come.
     _body_left = 0
+    # How many parts of a body have been parsed.
+    _parts = 0
     _request_complete = False
     _unsent = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -68,6 +72,7 @@ class GuardedHttp(HttpToolsProtocol):
         while self._at < len(self._data) and not self.transport.is_closing() and not self._is_answering():
             start, self._at = self._at, self._end_of_part()
             self._head_size += self._at - start
+            self._parts += 1
             if self._in_body:
                 self._body_left -= min(self._body_left, self._at - start)
             elif self._refuse_large_head():
@@ -90,7 +95,9 @@ class GuardedHttp(HttpToolsProtocol):
         """Where a body of declared length ends, else the next blank line: only that ends a head, or a chunked body."""
         if self._body_left:
             return min(len(self._data), self._at + self._body_left)
-        found = self._data.find(_BLANK_LINE, max(0, self._at - len(_BLANK_LINE) + 1))
+        # A chunked body may be full of blank lines: it is not parsed in crumbs for ever.
+        skipped = _LARGE_PART if self._in_body and self._parts > _SMALL_PARTS else 0
+        found = self._data.find(_BLANK_LINE, max(0, self._at + skipped - len(_BLANK_LINE) + 1))
         return len(self._data) if found < 0 else found + len(_BLANK_LINE)
 
     def _refuse_large_head(self) -> bool:
@@ -112,7 +119,7 @@ class GuardedHttp(HttpToolsProtocol):
         sizes = {name: value for name, value in self.headers if name in _BODY_HEADERS}
         if sizes and self.parser.should_upgrade():
             raise ValueError("the parser would take the body for the next request")
-        self._in_body, self._head_size = True, 0
+        self._in_body, self._head_size, self._parts = True, 0, 0
         self._body_left = int(sizes.get(b"content-length", 0))
         super().on_headers_complete()
 

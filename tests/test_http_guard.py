@@ -125,6 +125,15 @@ def test_a_chunked_body_may_hold_anything(live: Live) -> None:
     assert answers(live, sent + sent + LAST) == [b"200"] * 3
 
 
+def test_a_chunked_body_of_blank_lines_is_read_at_once(live: Live) -> None:
+    """Four megabytes of them, and then the next request."""
+    with live_service(log_level="error", body_timeout=30) as patient:
+        body = judged(0).partition(b"\r\n\r\n")[2] + b"\r\n" * 2**21
+        head = post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+
+        assert answers(patient, head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), LAST) == [b"200", b"200"]
+
+
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
 def test_another_protocol_is_not_spoken(live: Live, protocol: bytes) -> None:
     """The answer is HTTP/1.1, and a body is refused: the parser would take it for the next request."""
