@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from service.engine.contract import Engine, EngineItem
+from service.engine.contract import Engine, EngineItem, variant_of
 from service.engine.torch_engine import DType, EngineLoadError, TorchEngine
 
 VOCABULARY = 128
@@ -109,6 +109,15 @@ def test_only_a_model_that_is_not_causal_is_read_one_by_one(
     TorchEngine.load(tmp_path, dtype=dtype)
 
     assert ("using the model's own, unbatched" in caplog.text) == (kind == "not causal")
+
+
+def test_what_computes_the_numbers_has_a_name_of_its_own(tiny_model: Path, own_threads: None) -> None:  # noqa: ARG001
+    """The code, torch's version and the dtype tell two engines' scores apart; the number of threads does not."""
+    one, other = (TorchEngine.load(tiny_model, dtype="float32", native_kernels=False, threads=n) for n in (1, 2))
+    coarse = TorchEngine.load(tiny_model, dtype="bfloat16", native_kernels=False)
+
+    assert one.executor.startswith(f"packed-tiled torch-{torch.__version__} ")
+    assert variant_of(one) == variant_of(other) != variant_of(coarse)
 
 
 def test_bfloat16_weights_meet_an_fp32_output_layer(tiny_model: Path) -> None:
