@@ -125,7 +125,7 @@ def test_a_chunked_body_may_hold_anything(live: Live) -> None:
     assert answers(live, sent + sent + LAST) == [b"200"] * 3
 
 
-def test_a_chunked_body_of_blank_lines_is_read_at_once(live: Live) -> None:
+def test_a_chunked_body_of_blank_lines_is_read_at_once() -> None:
     """Four megabytes of them, and then the next request."""
     with live_service(log_level="error", body_timeout=30) as patient:
         body = judged(0).partition(b"\r\n\r\n")[2] + b"\r\n" * 2**21
