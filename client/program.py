@@ -132,11 +132,13 @@ def _explain(
     name: str, extra: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     missing = (getattr(error, "name", None) or "").partition(".")[0]
-    if not issubclass(kind, ModuleNotFoundError) or missing in _OURS or not missing:
+    if issubclass(kind, ImportError) and "pip install" in str(error):
+        sys.stderr.write(f"error: {error}\n")
+    elif issubclass(kind, ModuleNotFoundError) and missing and missing not in _OURS:
+        package = f"judge-as-api[{extra}]" if extra else "judge-as-api"
+        sys.stderr.write(f"{name}: {missing} is missing: pip install '{package}'\n")
+    else:
         sys.__excepthook__(kind, error, trace)
-        return
-    package = f"judge-as-api[{extra}]" if extra else "judge-as-api"
-    sys.stderr.write(f"{name}: {missing} is missing: pip install '{package}'\n")
 
 
 def _open_standard_streams() -> None:

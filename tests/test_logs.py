@@ -74,3 +74,16 @@ def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
     notice, kept = map(json.loads, (tmp_path / "log").read_text("utf-8").splitlines())
     assert (notice["event"], notice["lines"], notice["level"]) == ("lines of the log were dropped", 3, "warning")
     assert kept["event"] == "kept"
+
+
+def test_a_reason_is_spelt_out_for_people() -> None:
+    """Its lines are lines, and not an escaped string at the end of one."""
+    code = (
+        "import structlog\n"
+        "from service import logs\n"
+        "logs.configure('console', 'info')\n"
+        "structlog.get_logger().error('cannot start', reason='no model\\nWhat to do: fetch one')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+
+    assert "cannot start: no model\nWhat to do: fetch one" in ended.stderr

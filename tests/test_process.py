@@ -117,7 +117,7 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
 
 def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
     """Draining: the request in hand is answered, /ready and new requests say 503, then the process ends with 0."""
-    with running_service(*SLOW) as service, ThreadPoolExecutor(1) as pool:
+    with running_service("--engine", "fake", "--fake-delay", "3") as service, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{service.url}/score", json=PAIR, timeout=30)
         assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{service.url}/metrics").text)
         service.process.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.live import live_service, wait_for
-from tests.test_stopping import handles_sigterm, started
+from tests.test_stopping import slow_import, started
 
 ROOT = Path(__file__).parents[1]
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
@@ -69,17 +69,20 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("program", ["client", "trainer", "client.load", "trainer.self_improve", "bench.demo"])
+@pytest.mark.parametrize(
+    "command", ["client rewardbench", "trainer self-improve", "client.load", "trainer.self_improve", "bench.demo"]
+)
 @pytest.mark.parametrize(("number", "status"), STOPS)
-def test_a_stop_while_a_command_is_imported_is_one_line(program: str, number: int, status: int) -> None:
+def test_a_stop_while_a_command_is_imported_is_one_line(command: str, number: int, status: int, tmp_path: Path) -> None:
     """Nothing has begun, so nothing has to be put in order."""
-    with started(program, *(["rewardbench"] if program == "client" else [])) as process:
-        assert wait_for(lambda: handles_sigterm(process.pid), 60)
+    begun = slow_import(tmp_path, "httpx")
+    with started(*command.split(), modules=tmp_path) as process:
+        assert wait_for(begun.exists, 60)
         os.killpg(process.pid, number)
         said = process.communicate(timeout=30)[1]
 
     assert process.returncode == status
-    assert said.splitlines() == [f"python -m {program}: stopped by {signal.Signals(number).name}"]
+    assert said.splitlines() == [f"python -m {command.split()[0]}: stopped by {signal.Signals(number).name}"]
 
 
 @pytest.mark.parametrize(("number", "status"), STOPS)
@@ -148,3 +151,22 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
     ended = shell("python -m service.models list > /dev/full")
 
     assert (ended.returncode, ended.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["client.calibrate --pairs x --out y", "client.benchmarks.compare x y", "client.load"]
+)
+def test_a_command_whose_packages_are_missing_is_one_line(command: str) -> None:
+    """The base install lacks rich, and a checkout without any install lacks httpx."""
+    program, *flags = command.split()
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['rich', 'rich.console', 'httpx']))\n"
+        f"sys.argv = {['x', *flags]}\n"
+        f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert ended.returncode in (1, 2)
+    (line,) = ended.stderr.splitlines()
+    assert "is missing: pip install 'judge-as-api" in line

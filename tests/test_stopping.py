@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -61,11 +62,23 @@ Log = Callable[[], AbstractContextManager[int]]
 
 
 @contextmanager
-def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
-    """`python -m …` in a process group of its own, as a terminal's; killed in the end."""
+def started(
+    *arguments: str, stderr: int = subprocess.PIPE, modules: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`python -m …` in a process group of its own, as a terminal's; killed in the end.
+
+    `modules` is a folder with modules that stand in for installed ones.
+    """
     command = [sys.executable, "-m", *arguments]
+    path = os.pathsep.join([str(modules or ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     try:
         yield process
@@ -74,10 +87,11 @@ def started(*arguments: str, stderr: int = subprocess.PIPE) -> Iterator[subproce
         process.communicate()
 
 
-def handles_sigterm(pid: int) -> bool:
-    """Whether the process has a handler for it; Python alone has none (Linux)."""
-    (caught,) = (line for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines() if "SigCgt" in line)
-    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+def slow_import(folder: Path, module: str) -> Path:
+    """Have the import of the module hang, after it has said so by making the file that is returned."""
+    begun = folder / "begun"
+    (folder / f"{module}.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(600)\n")
+    return begun
 
 
 def status_of(url: str) -> int:
@@ -116,17 +130,52 @@ def test_a_worker_stops_whatever_has_become_of_its_log(log: Log, redis_server: R
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, status: int) -> None:
-    """Flags, imports, the model: at every moment of the start, sent to the whole group as by a terminal."""
-    for delay in (0, 0.5):
-        with started(program, *FAKE, "--queue-url", "redis://127.0.0.1:1") as process:
-            assert wait_for(lambda: handles_sigterm(process.pid), 60)
-            time.sleep(delay)
-            os.killpg(process.pid, number)
-            said = process.communicate(timeout=30)[1]
+def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, status: int, tmp_path: Path) -> None:
+    """While it imports what it needs; sent to the whole group, as a terminal does."""
+    begun = slow_import(tmp_path, "structlog")
+    with started(program, *FAKE, "--queue-url", "redis://127.0.0.1:1", modules=tmp_path) as process:
+        assert wait_for(begun.exists, 60)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=30)[1]
 
-            assert process.returncode == status
-            assert said.splitlines() == [f"python -m {program}: stopped by {signal.Signals(number).name}"]
+    assert process.returncode == status
+    assert said.splitlines() == [f"python -m {program}: stopped by {signal.Signals(number).name}"]
+
+
+@pytest.fixture
+def slow_file(tmp_path: Path) -> Path:
+    """A file that a start waits for, as on a disk that hangs."""
+    os.mkfifo(tmp_path / "slow.toml")
+    return tmp_path / "slow.toml"
+
+
+def is_being_read(fifo: Path) -> bool:
+    with suppress(OSError):
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        return True
+    return False
+
+
+def test_a_stop_while_the_start_hangs_is_a_line_of_json(slow_file: Path) -> None:
+    """What is said about it has the log's form."""
+    flags = ("--port", "0", "--template-file", str(slow_file), "--log-format", "json")
+    with started("service", *FAKE, *flags) as service:
+        assert wait_for(lambda: is_being_read(slow_file), 60)
+        service.send_signal(signal.SIGINT)
+        said = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 130
+    assert [json.loads(line)["text"] for line in said.splitlines()] == ["python -m service: stopped by SIGINT"]
+
+
+def test_a_stop_while_start_and_log_hang_ends_the_process(slow_file: Path) -> None:
+    """Nothing can be said, and nothing is waited for."""
+    flags = ("--port", "0", "--template-file", str(slow_file))
+    with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
+        assert wait_for(lambda: is_being_read(slow_file), 60)
+        service.send_signal(signal.SIGTERM)
+
+        assert service.wait(30) == 143
 
 
 def test_a_stop_while_the_model_loads_is_in_good_order(tiny_model: Path) -> None:
