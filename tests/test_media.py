@@ -26,6 +26,7 @@ OTHER_KINDS = [
     "text/json",
     "application/x-www-form-urlencoded",
     "multipart/form-data; boundary=x",
+    "application/x/y+json",
 ]
 
 
@@ -79,6 +80,14 @@ def test_a_body_that_does_not_say_that_it_is_json_is_told_how_to(live: Live, pat
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
     assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("part", ["; x", ";", '";', "; charset", "charset ="])
+def test_a_long_content_type_holds_nothing_up(live: Live, part: str) -> None:
+    """As long as a head may be; it is read in one go."""
+    long = f'{JSON}; x="{part * (60_000 // len(part))}'
+
+    assert live.http.post("/score", content=BODY, headers={"Content-Type": long}, timeout=5).status_code == 200
 
 
 @pytest.mark.parametrize(
