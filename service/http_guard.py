@@ -66,6 +66,9 @@ class GuardedHttp(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on to the next request."""
         super().on_response_complete()
+        if not self._request_complete:
+            # Refused, and nobody reads its body: that may not trickle in, nor the connection idle behind it, for ever.
+            self._await_head()
         self._parse()
 
     def _parse(self) -> None:

@@ -193,3 +193,11 @@ def test_blank_lines_keep_no_connection(live: Live) -> None:
         connection.sendall(HEALTH + b"\r\n")
 
         assert until_closed(connection).count(b"HTTP/1.1 200 ") == 1
+
+
+@pytest.mark.parametrize("rest", [b"", b"0", b"0123456789"])
+def test_a_refused_request_keeps_no_connection(live: Live, rest: bytes) -> None:
+    """It is answered before its body is there; none of it, a part or all of it comes later, and then nothing."""
+    refused = b"POST /score HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 10\r\n\r\n"
+
+    assert answers(live, refused, rest) == [b"400"]
