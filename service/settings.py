@@ -31,8 +31,8 @@ def sendable_key(key: SecretStr) -> SecretStr:
         )
     if not re.fullmatch(r"[!-~]+", text):
         raise ValueError("a key holds white space or a character outside ASCII, which no header can carry")
-    if text.startswith("["):
-        raise ValueError("keys are separated by commas, without brackets around the list")
+    if text[0] in "[\"'":
+        raise ValueError("keys are separated by commas, without brackets around the list or quotes around a key")
     return key
 
 

@@ -27,7 +27,17 @@ BLANK = [
     "secret,\u00a0",
     "\n",
 ]
-UNSENDABLE = ["se cret", "se\ncret", "s\u00e9cret", "secret,\u200b", "\ufeffsecret", '["secret", ""]', "secret\0"]
+UNSENDABLE = [
+    "se cret",
+    "se\ncret",
+    "s\u00e9cret",
+    "secret,\u200b",
+    "\ufeffsecret",
+    '["secret", ""]',
+    "secret\0",
+    '""',
+    "'secret'",
+]
 
 
 @pytest.mark.parametrize("way", ["flag", "environment"])
