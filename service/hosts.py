@@ -26,7 +26,7 @@ class AllowedHosts:
 
     def __init__(self, listens_on: str, named: Sequence[str] = (), *, has_keys: bool = False) -> None:
         self._any = "*" in named or (has_keys and not named)
-        self._names = {_plain(name) for name in (listens_on, *named)}
+        self._names = {"localhost", "127.0.0.1", "::1", *map(_plain, (listens_on, *named))}
         self._suffixes = tuple(name[1:] for name in map(_plain, named) if name.startswith("*."))
         self._addresses = not is_loopback(_plain(listens_on))
         if self._addresses:
@@ -39,8 +39,8 @@ class AllowedHosts:
             return self._any
         name = _plain(found[1])
         return (
-            is_loopback(name)
-            or name in self._names
+            name in self._names
+            or is_loopback(name)
             or name.endswith(self._suffixes)
             or (self._addresses and _is_address(name))
         )

@@ -31,7 +31,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from hashlib import sha256
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -71,7 +71,7 @@ class Side:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for the cached digest
 class Template:
     """One judge's prompt. The yes side of a pairwise template means that response A is the better one.
 
@@ -96,7 +96,7 @@ class Template:
             return tuple(Side(f"grade {k}", (label,), weight) for k, (label, weight) in enumerate(marks))
         return (Side("yes", self.yes, 1.0), Side("no", self.no, 0.0)) if self.yes else ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of all that makes it what it is: a file's text may change under one name and version."""
         return sha256(json.dumps(asdict(self)).encode()).hexdigest()
