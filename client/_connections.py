@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import httpx
 
-from client.proxies import Proxy, proxy_of
+from client.proxies import Proxy, proxy_of, url_of
 
 MAX_CONNECTIONS: Final = 256
 # Shorter than the 5 s after which uvicorn closes an idle connection, so that a call seldom meets one just closed.
@@ -43,7 +43,7 @@ class Origin:
         if not re.match(r"https?://[^/?#\s]", base_url):
             raise ValueError("base_url must start with http:// or https:// and name a host, e.g. http://localhost:8000")
         try:
-            httpx.URL(base_url)
+            url_of(base_url)
         except httpx.InvalidURL as error:
             raise ValueError(f"base_url is no URL ({error}): give one like http://localhost:8000") from error
         authorization = {"Authorization": f"Bearer {key}"} if key else {}

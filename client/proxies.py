@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from socket import inet_aton
 from typing import Final
 from urllib.request import getproxies
 
@@ -19,6 +21,9 @@ import httpx
 
 _LOOPBACK: Final = ("localhost", "127.0.0.0/8", "127.0.0.1", "::1")
 _PORTS: Final = {"http": 80, "https": 443}
+_LAST_PORT: Final = 65_535
+_LONGEST_LABEL: Final = 63
+_NUMBERS: Final = re.compile(r"[0-9][0-9a-fx.]*", re.IGNORECASE)
 
 
 class ProxySettingError(ValueError):
@@ -42,13 +47,23 @@ class Proxy:
         return f"check {self.variable}, or list the host in NO_PROXY"
 
 
+def url_of(text: str) -> httpx.URL:
+    """The URL; raises httpx.InvalidURL, also for ports and names at which httpx would fail by errors not its own."""
+    url = httpx.URL(text)
+    if (url.port or 0) > _LAST_PORT:
+        raise httpx.InvalidURL(f"there is no port {url.port}: the last is {_LAST_PORT}")
+    if not all(0 < len(label) <= _LONGEST_LABEL for label in url.raw_host.removesuffix(b".").split(b".") if url.host):
+        raise httpx.InvalidURL("a part of the host's name is empty or too long")
+    return url
+
+
 def proxy_of(url: str) -> Proxy | None:
     """The proxy by which `url` (http or https) is reached; None for loopback and what NO_PROXY lists.
 
     Raises ProxySettingError for a variable that holds no proxy's address, or one of a kind that needs another package.
     """
     target = httpx.URL(url)
-    settings = getproxies()
+    settings = {scheme: value.strip() for scheme, value in getproxies().items()}
     listed = settings.get("no", "")
     if is_loopback(target.host) or _is_listed(target.host, target.port or _PORTS.get(target.scheme), listed):
         return None
@@ -85,7 +100,7 @@ def _variable(scheme: str) -> str:
 
 def _checked(variable: str, value: str) -> Proxy:
     try:
-        address = httpx.Proxy(value if "://" in value else f"http://{value}")
+        address = httpx.Proxy(url_of(value if "://" in value else f"http://{value}"))
     except (ValueError, httpx.InvalidURL) as error:
         raise ProxySettingError(
             f"{variable} holds no proxy's address: give http://HOST:PORT, unset it, or list the host in NO_PROXY"
@@ -132,7 +147,9 @@ def _is_in(address: IPv4Address | IPv6Address, network: str) -> bool:
 
 
 def _address(host: str) -> IPv4Address | IPv6Address | None:
-    try:
+    """None for a name. The system connects to `127.1` and `2130706433` as well, by inet_aton."""
+    with suppress(ValueError):
         return ip_address(host)
-    except ValueError:
-        return None
+    with suppress(OSError):
+        return IPv4Address(inet_aton(host)) if _NUMBERS.fullmatch(host) else None
+    return None

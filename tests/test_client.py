@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import client
-from client import Judge, JudgeAPIError, JudgeError, OverloadedError
+from client import AsyncJudge, Judge, JudgeAPIError, JudgeError, OverloadedError
 from client.schema import CompareRequest, InlineTemplate, Labels, Message, ScoreRequest, ScoreResult
 from tests.fake_judge import BUSY, COMPARE, RESPONSE_SCORE, SCORE, Ask, Service, ask_sync, both, own_environment
 
@@ -214,6 +214,14 @@ def test_a_url_without_scheme_or_host_is_refused(url: str) -> None:
     """base_url must name a scheme and a host; the message shows one."""
     with pytest.raises(ValueError, match="http://localhost:8000"):
         Judge(url)
+
+
+@pytest.mark.parametrize("kind", [Judge, AsyncJudge])
+@pytest.mark.parametrize("url", ["http://judge:65536", "http://127.0.0.1:99999", "http://a..b", f"http://{'a' * 64}.b"])
+def test_a_url_that_no_connection_can_have_is_refused(kind: type[Judge | AsyncJudge], url: str) -> None:
+    """A port or a name that cannot be is a ValueError at once, where the first call failed by a foreign error."""
+    with pytest.raises(ValueError, match="base_url is no URL"):
+        kind(url)
 
 
 def test_a_path_before_the_routes_is_kept() -> None:

@@ -118,6 +118,8 @@ def test_a_proxys_error_page_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("HTTP_PROXY", "http://user:secret@host:port", "HTTP_PROXY holds no proxy's address"),
         ("http_proxy", "gopher://user:secret@host", "http_proxy holds no proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host:65536", "HTTP_PROXY holds no proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host..example", "HTTP_PROXY holds no proxy's address"),
         ("ALL_PROXY", "http://:80", "ALL_PROXY names no host"),
         ("all_proxy", "socks5://user:secret@host:1080", "all_proxy asks for a SOCKS proxy.*socksio"),
     ],
@@ -132,6 +134,14 @@ def test_a_variable_that_cannot_be_used_is_named(
         with pytest.raises(ProxySettingError, match=said) as caught:
             make(FAR)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_a_blank_variable_asks_for_no_proxy(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space is no proxy's address: the variable counts as one that is not set."""
+    monkeypatch.setenv("http_proxy", blank)
+
+    assert proxy_of(FAR) is None
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,9 @@ def test_a_variable_that_cannot_be_used_is_named(
         ("[fd00::1]:81", "http://[fd00::1]", False),
         ("fd00::/8", "https://[fd00::1]", True),
         ("", FAR, False),
+        ("", "http://127.1:8000", True),
+        ("", "http://2130706433:8000", True),
+        ("10.0.0.0/8", "http://10.1", True),
     ],
 )
 def test_no_proxy_lists_names_addresses_and_networks(
@@ -166,7 +179,9 @@ def test_no_proxy_lists_names_addresses_and_networks(
     assert (proxy_of(url) is None) == direct
 
 
-@pytest.mark.parametrize("host", ["localhost", "a.localhost.", "127.0.0.1", "127.255.0.3", "::1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "a.localhost.", "127.0.0.1", "127.255.0.3", "127.1", "0x7f.1", "::1", "::ffff:127.0.0.1"]
+)
 def test_names_of_this_machine(host: str) -> None:
     """All of them are loopback, and what only looks like them is not."""
     assert is_loopback(host)

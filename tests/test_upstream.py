@@ -623,7 +623,9 @@ def test_addresses_are_read_as_openais_clients_read_them(given: str, base: str) 
     assert base_url(given) == base
 
 
-@pytest.mark.parametrize("given", ["localhost:8000", "http://user:pw@host/v1", "https://host/v1?key=1", "ftp://host"])
+@pytest.mark.parametrize(
+    "given", ["localhost:8000", "http://user:pw@host/v1", "https://host/v1?key=1", "ftp://host", "http://host:65536"]
+)
 def test_addresses_that_hold_secrets_or_are_none_are_refused(given: str) -> None:
     """A key in an address would end up in logs."""
     with pytest.raises(ValueError, match="must"):

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from tenacity import AsyncRetrying, RetryCallState
 
 from client.errors import ErrorCode, PicklableError
-from client.proxies import Proxy, proxy_of
+from client.proxies import Proxy, proxy_of, url_of
 
 KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
 CONNECT_TIMEOUT: Final = 10.0
@@ -135,7 +135,7 @@ class Served:
 def base_url(given: str) -> str:
     """The base URL without a slash at its end; `/v1` is added where there is no path. Raises ValueError."""
     try:
-        url = httpx.URL(given)
+        url = url_of(given)
     except httpx.InvalidURL as exc:
         raise ValueError("must be like http://host:8000/v1") from exc
     if url.scheme not in {"http", "https"} or not url.host:
