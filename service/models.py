@@ -37,6 +37,7 @@ DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 
 # What decides, besides the weights, what the model reads and answers.
 _DESCRIPTIONS = (
+    "adapter_config.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -56,7 +57,8 @@ _DESCRIPTIONS = (
     "vocab.json",
     "vocab.txt",
 )
-_WEIGHTS = ("*.safetensors", "*.bin")
+# Templates beside the chat template, of which one may take its place, and weights.
+_OTHERS = ("additional_chat_templates/*.jinja", "*.safetensors", "*.bin")
 _DIGITS = 16
 
 
@@ -171,7 +173,7 @@ def fingerprint(folder: Path) -> str:
     for a file that is cut off or no model's.
     """
     files = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
-    files += sorted({path for pattern in _WEIGHTS for path in folder.glob(pattern)})
+    files += sorted({path for pattern in _OTHERS for path in folder.glob(pattern)})
     for path in files:
         _check_whole(path)
     digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]

@@ -226,10 +226,20 @@ def test_fingerprint_is_of_every_byte_of_other_weights(tiny_model: Path, tmp_pat
     assert fingerprint(copy) != first
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "model.safetensors.index.json", "spiece.model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "spiece.model",
+        "adapter_config.json",
+        "additional_chat_templates/default.jinja",
+    ],
+)
 def test_fingerprint_is_of_what_decides_the_answer(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Stop tokens, which shards count, another kind of tokenizer."""
+    """Stop tokens, which shards count, another kind of tokenizer, an adapter's scale, a template of another place."""
     copy = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+    (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text('{"eos_token_id": 5}')
     first = fingerprint(copy)
     (copy / name).write_text('{"eos_token_id": 6}')
@@ -535,6 +545,19 @@ def test_damaged_file_in_the_hubs_cache_is_downloaded_again(sandbox: Sandbox, na
 
     assert again.stdout == good.stdout
     assert f"{path} in the hub's cache is damaged" in again.stderr
+
+
+def test_damaged_file_that_the_hub_has_by_two_names_is_downloaded_again(sandbox: Sandbox) -> None:
+    """The hub's cache keeps the contents once, which both names lead to."""
+    sandbox.hub.files["special_tokens_map.json"] = sandbox.hub.files["generation_config.json"]
+    good = sandbox.run("fetch", HUB_ID)
+    path = Path(good.stdout.split()[2]) / "generation_config.json"
+    damage(path.resolve(), "one bit")
+
+    again = sandbox.run("fetch", HUB_ID)
+
+    assert again.stdout == good.stdout
+    assert "Traceback" not in again.stderr
 
 
 def test_damaged_file_in_the_hubs_cache_is_refused_while_the_hub_is_away(sandbox: Sandbox) -> None:

@@ -32,6 +32,7 @@ from trainer.sft import SFT_LOG, Example, sft_settings, train_sft
 from trainer.stages import Stage
 from trainer.training import TrainingError
 from trainer.tuning import CHECKPOINTS
+from trainer.weights import model_digest
 
 DATA = Split(train=toy_preferences(16), held_out=[])
 FEW = Split(train=toy_preferences(4), held_out=[])
@@ -247,6 +248,17 @@ def test_a_stage_knows_its_model_by_content(model: Path, tmp_path: Path) -> None
 
     assert stage(moved).done
     assert not stage(with_nan(moved, tmp_path / "other", "model.norm.weight")).done
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "additional_chat_templates/default.jinja"])
+def test_a_model_is_also_what_lies_elsewhere(name: str, model: Path) -> None:
+    """Weights in another format and a chat template that takes the place of the first are part of what a model is."""
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(b"one")
+    first = model_digest(model)
+    (model / name).write_bytes(b"two")
+
+    assert model_digest(model) != first
 
 
 def test_stages_of_an_earlier_version_are_known_by_sizes_and_times(model: Path, tmp_path: Path) -> None:

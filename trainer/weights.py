@@ -28,9 +28,12 @@ _NOT_LINEAR: Final = ("embed", "wte", "wpe", "lm_head")
 # What decides what a model or an adapter says: no cards, no notes of other programs.
 _DECIDING: Final = (
     "*.safetensors",
+    "*.bin",
+    "*.index.json",
     "*config.json",
     "tokenizer*",
     "chat_template*",
+    "additional_chat_templates/*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",

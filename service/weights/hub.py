@@ -62,9 +62,12 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
     if not damaged:
         return folder
     Stages().say(f"{name}: {_names(damaged)} in the hub's cache is damaged; downloading it again")
-    for path in damaged:
-        path.resolve().unlink()
-        path.unlink()
+    try:
+        for path in damaged:
+            path.resolve().unlink(missing_ok=True)  # files with the same contents are one
+            path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise HubError(f"{exc.filename} in the hub's cache is damaged and cannot be deleted ({exc.strerror})") from exc
     folder = _download(name, progress=progress)
     # A mirror may call small files by something else than a digest.
     still = [path for path in damaged_files(folder) if path.suffix == ".safetensors"]
