@@ -16,7 +16,7 @@ import structlog
 from client.errors import ErrorCode
 from service.background import report
 from service.cache import Kept, ScoreCache, item_key, variant_key
-from service.engine.contract import AnyAnswer, AnyItem, Classified, EngineItem, Generated, LabelLogprobs
+from service.engine.contract import AnyAnswer, AnyItem, Classified, ClassifyItem, EngineItem, Generated, LabelLogprobs
 from service.errors import ServiceError
 from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply, tokens_of
 from service.judges import LabelReader, Reader
@@ -193,12 +193,12 @@ class Asker:
         keys = [item_key(item.token_ids, _label_ids(item)) for item in items]
         asked = dict(zip(keys, items, strict=True))
         variants = self._variants()
-        known = await self._known(list(asked), variants, scores)
+        known = await self._known(asked, variants, scores)
         missing = {key: item for key, item in asked.items() if key not in known}
         if variants:
             self._metrics.looked_up(len(keys) - len(missing), len(missing))
         fresh = dict(zip(missing, await self._replies(list(missing.values()), call), strict=True))
-        self._remember(fresh, scores)
+        self._remember(fresh, asked, scores)
         answered: list[_Answered] = []
         for key, item in zip(keys, items, strict=True):
             answer, reply = known.get(key), fresh.get(key)
@@ -206,16 +206,18 @@ class Asker:
                 answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=len(item.token_ids)))
                 continue
             answered.append(_answered(reply))
-            if reply and isinstance(reply.outcome, (LabelLogprobs, Classified)):
-                known[key] = reply.outcome  # the same prompt again in this call costs nothing
+            if reply and (kept := _kept(item, reply.outcome)):
+                known[key] = kept  # the same prompt again in this call costs nothing
         return answered
 
-    async def _known(self, keys: Sequence[bytes], variants: Sequence[str], scores: Scores) -> dict[bytes, Kept]:
+    async def _known(
+        self, asked: Mapping[bytes, AnyItem], variants: Sequence[str], scores: Scores
+    ) -> dict[bytes, Kept]:
         """What the cache has of these items. Of several variants the first counts, whatever else is asked with it."""
         known: dict[bytes, Kept] = {}
-        under = [(key, self._key(key, variant, scores)) for variant in variants for key in keys]
+        under = [(key, self._key(key, variant, scores)) for variant in variants for key in asked]
         for (key, _), answer in zip(under, await scores.cache.get([name for _, name in under]), strict=True):
-            if answer is not None:
+            if answer is not None and _kept(asked[key], answer):
                 known.setdefault(key, answer)
         return known
 
@@ -223,12 +225,12 @@ class Asker:
         task = [] if self._reader.task == "labels" else [self._reader.task]
         return variant_key(" ".join([scores.fingerprint, *task, variant]), item)
 
-    def _remember(self, replies: Mapping[bytes, Reply | None], scores: Scores) -> None:
+    def _remember(self, replies: Mapping[bytes, Reply | None], asked: Mapping[bytes, AnyItem], scores: Scores) -> None:
         """Keep each answer under what computed it, as its reply says; who says nothing may be anybody."""
         found: dict[bytes, Kept] = {
-            self._key(key, reply.variant, scores): reply.outcome
+            self._key(key, reply.variant, scores): kept
             for key, reply in replies.items()
-            if reply and reply.variant and isinstance(reply.outcome, (LabelLogprobs, Classified))
+            if reply and reply.variant and (kept := _kept(asked[key], reply.outcome))
         }
         if not found:
             return
@@ -285,6 +287,16 @@ async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) ->
 
 def _has_reply(future: asyncio.Future[Reply]) -> bool:
     return future.done() and not future.cancelled()
+
+
+def _kept(item: AnyItem, answer: AnyAnswer | JobFailure) -> Kept | None:
+    """What may be remembered: a number for each label, or the logit, that was asked for. Others may write anything."""
+    match answer:
+        case LabelLogprobs(logprobs) if isinstance(item, EngineItem) and len(logprobs) == len(item.label_ids):
+            return answer
+        case Classified() if isinstance(item, ClassifyItem):
+            return answer
+    return None
 
 
 def _label_ids(item: AnyItem) -> tuple[int, ...]:

@@ -354,6 +354,22 @@ async def test_a_failure_is_not_remembered() -> None:
     assert (jobs, judged.cached_tokens) == (1, 0)
 
 
+@pytest.mark.parametrize("wrong", [LabelLogprobs((-0.1,), 5), LabelLogprobs((-0.1,) * 3, 5), Classified(0.5)])
+async def test_an_answer_to_another_question_is_neither_remembered_nor_believed(wrong: LabelLogprobs) -> None:
+    """Of a worker of another version, or found in the cache: an error once at most, then the item is judged."""
+    desk = Desk()
+    desk.answer = lambda _: wrong
+    _, (failed,) = await desk.ask(1)
+    del desk.answer
+    _, (judged,) = await desk.ask(1)
+    for name in list(desk.cache._entries):
+        await desk.cache.put({name: wrong})
+    jobs, (again,) = await desk.ask(1)
+
+    assert failed.code is ErrorCode.INFERENCE_FAILED
+    assert (jobs, again.judgement) == (1, judged.judgement)
+
+
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     """A service that remembers."""
