@@ -33,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 # Redis looks at the time-outs of blocked clients ten times a second: shorter waits are slept here.
 SHORT_WAIT_SECONDS = 0.1
+# How often a busy worker looks for jobs that were handed on.
+RELEASED_SECONDS = 0.1
 # How many lost jobs are looked at when one is claimed; other workers may be faster with the first of them.
 LOOK_COUNT = 16
 # How long an answer is offered to a Redis that is away; after that the lease has expired and the job is another's.
@@ -91,6 +93,7 @@ class RedisSource:
         self._held: dict[str, _Held] = {}
         self._progress = time.monotonic()
         self._next_claim = 0.0
+        self._next_released = 0.0
         self._claimed_last = False
         self._connected = True
         self._stop = threading.Event()
@@ -145,7 +148,7 @@ class RedisSource:
 
     def _take(self, max_jobs: int, timeout: float) -> list[Job]:
         wait = 0.0 if self._claimed_last else timeout
-        return self._claim_in_turn() or self._read_released(max_jobs) or self._read(max_jobs, wait)
+        return self._claim_in_turn() or self._released_in_turn(max_jobs, timeout) or self._read(max_jobs, wait)
 
     def _lost_connection(self, exc: Exception) -> None:
         if self._connected:
@@ -177,8 +180,16 @@ class RedisSource:
             if (job := self._hold(lanes[stream], entry, fields, attempt=1)) is not None
         ]
 
+    def _released_in_turn(self, max_jobs: int, timeout: float) -> list[Job]:
+        """Look for what other workers have handed on: before a long wait, and now and then while there is work."""
+        if timeout < SHORT_WAIT_SECONDS and self._progress < self._next_released:
+            return []
+        released = self._read_released(max_jobs)
+        if not released:
+            self._next_released = self._progress + RELEASED_SECONDS
+        return released
+
     def _read_released(self, max_jobs: int) -> list[Job]:
-        """What other workers have handed on."""
         args: list[Any] = [protocol.GROUP, self._me, scripts.RELEASED, max_jobs]
         found: Any = self._take_released(keys=self._keys.streams, args=args)
         jobs = [
@@ -309,6 +320,7 @@ class RedisSource:
         # Sending twice does no harm: an entry is deleted once, and a reply that nobody waits for is ignored.
         patience = time.monotonic() + REPLY_PATIENCE_SECONDS
         while True:
+            self._progress = time.monotonic()  # To wait for Redis is not to stand still.
             try:
                 self._finish(keys=self._keys.finish(api), args=args)
                 return
@@ -338,10 +350,14 @@ class RedisSource:
 
     def _keep(self, info: WorkerInfo) -> None:
         pause = min(self._timing.lease / 3, 2.0)
+        still, progress = 0.0, self._progress
         while not self._stop.is_set():
             with self._lock:
                 held = list(self._held.values())
-            if held and time.monotonic() - self._progress > self._timing.stall:
+            # Counted by looks: while this whole process is held up (SIGSTOP, a frozen container) nobody looks.
+            still = still + pause if held and self._progress == progress else 0.0
+            progress = self._progress
+            if still > self._timing.stall:
                 log.error("the worker stands still", jobs=len(held), seconds=self._timing.stall)
                 self._on_stall()
                 return

@@ -51,6 +51,8 @@ log = structlog.get_logger(__name__)
 DRAIN_POLL_SECONDS = 0.05
 # How often the worker is looked at.
 WATCH_SECONDS = 1.0
+# A look that comes so much too late was held up with all the rest.
+HELD_SECONDS = 5.0
 # What the end may take beyond the drain; with --drain-timeout as it is, less than the 40 s that Compose waits.
 END_SECONDS = 7.0
 
@@ -236,8 +238,13 @@ class Server(uvicorn.Server):
     async def _watch(self) -> None:
         """End the process when what every request needs stands still: its thread cannot be ended in any other way."""
         # Polled: what stands still sets no event.
-        while not (stuck := self._stuck()):  # noqa: ASYNC110
+        trusted = -math.inf
+        while not (stuck := self._stuck()) or time.monotonic() < trusted:
+            looked = time.monotonic()
             await asyncio.sleep(min(WATCH_SECONDS, self._stall_seconds))
+            if time.monotonic() - looked > WATCH_SECONDS + HELD_SECONDS:
+                # This whole process was held up (SIGSTOP, a frozen container): what it does has its full time again.
+                trusted = time.monotonic() + self._stall_seconds
         log.error(stuck, seconds=self._stall_seconds, waiting=self._service.queue.waiting())
         self.stalled = True
         await self._service.queue.close()

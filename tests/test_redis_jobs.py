@@ -219,6 +219,30 @@ async def test_a_worker_that_stands_still_is_given_up(server: RedisServer, keys:
     assert stalled == [True]
 
 
+async def test_waiting_for_redis_is_not_standing_still(keys: Keys) -> None:
+    """An answer is offered to a Redis that is away for longer than the stall time-out: the process lives."""
+    stalled: list[bool] = []
+    with running_redis() as away:
+        jobs = RedisJobs(away.url, keys, 100, 10_000)
+        await jobs.open()
+        (future,) = await jobs.submit([job("a")])
+        worker = RedisSource(
+            away.url, keys, Timing(lease=LEASE, stall=1.0), Metrics(), on_stall=lambda: stalled.append(True)
+        )
+        worker.attach(INFO)
+        await taken(worker)
+        away.kill()
+        reply = asyncio.create_task(asyncio.to_thread(worker.reply, [Reply("a", ANSWER)]))
+        await asyncio.sleep(3)
+        away.start()
+        await reply
+        await asyncio.wait_for(future, 5)
+        await asyncio.to_thread(worker.detach, INFO)
+        await jobs.close()
+
+    assert stalled == []
+
+
 async def test_a_job_that_costs_three_workers_is_given_up(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
     """It goes to the dead letters, and its caller is told with an error, not left waiting."""
     (future,) = await jobs.submit([job("poison")])

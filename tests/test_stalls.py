@@ -14,13 +14,15 @@ import pytest
 from service.batcher import Batcher
 from service.engine.contract import AnyItem, EngineItem
 from service.engine.fake import FakeEngine, fake_tokenizer
-from service.jobs import Job
+from service.jobs import Job, Lane
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
+from service.redis_protocol import GROUP, Keys
 from service.settings import Settings, WorkerSettings
 from service.worker import STALLED_STATUS, Worker
 from tests.fleet import Fleet
 from tests.live import live_service, wait_for
+from tests.redis_server import RedisServer
 
 # A character that is in no template, so that a text with it is the only one with its token.
 MARK = "~"
@@ -56,6 +58,23 @@ def test_a_model_that_hangs_for_callers_who_have_left_is_noticed_too(tmp_path: P
 
         assert answer.status_code == 504
         assert api.wait() == STALLED_STATUS
+
+
+def test_a_worker_that_is_held_as_a_whole_does_not_stand_still(redis_server: RedisServer, fleet: Fleet) -> None:
+    """SIGSTOP, or a frozen container, for longer than the stall time-out: it goes on, and answers what it holds."""
+    api = fleet.api()
+    worker = fleet.worker("--fake-delay", "1.5", "--stall-timeout", "2", "--lease-seconds", "1.5")
+    fleet.wait_ready()
+    with ThreadPoolExecutor(1) as pool, redis_server.client() as client:
+        asked = pool.submit(httpx.post, f"{api.url}/score", json={**HANGS, "response": "4"}, timeout=60)
+        stream = Keys("judge:{fake}").jobs(Lane.INTERACTIVE)
+        assert wait_for(lambda: client.xpending(stream, GROUP)["pending"] == 1, seconds=30)
+        worker.pause()
+        time.sleep(3)
+        worker.resume()
+
+        assert asked.result().status_code == 200
+    assert worker.alive
 
 
 def test_a_worker_that_waits_for_jobs_or_loads_does_not_stand_still() -> None:
