@@ -94,6 +94,7 @@ class RedisJobs:
     async def open(self) -> None:
         """Begin to read replies. Redis need not be there yet, nor answer: requests are refused until it does."""
         self._reader = asyncio.ensure_future(self._read_replies())
+        self._reader.add_done_callback(report)
 
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         if self._closed:
@@ -119,8 +120,9 @@ class RedisJobs:
         return [each.future for each in opened.values()]
 
     def _undo(self, adding: asyncio.Task[None], opened: Iterable[str]) -> None:
-        if not adding.cancelled():
-            adding.exception()  # nobody is left to be told
+        # A refusal has nobody left to be told.
+        if adding.cancelled() or not isinstance(adding.exception(), ServiceError):
+            report(adding)
         self.cancel(opened)
 
     async def _add(self, jobs: Sequence[Job], opened: dict[str, _Open]) -> None:
@@ -161,7 +163,8 @@ class RedisJobs:
         gone = [each for job_id in ids if (each := self._open.pop(job_id, None)) is not None]
         for each in gone:
             each.future.cancel()
-        self._spawn(self._delete(gone))
+        if gone:
+            self._spawn(self._delete(gone)).add_done_callback(report)
 
     async def _delete(self, jobs: Sequence[_Open]) -> None:
         """Take jobs out of the stream, so that no worker does what nobody waits for."""
@@ -191,6 +194,8 @@ class RedisJobs:
                 await self._keep_house()
         except _BROKEN as exc:
             raise ServiceError(ErrorCode.NOT_READY, trouble_of(exc), retry_after=2.0) from exc
+        if self._reader is None or self._reader.done():
+            raise ServiceError(ErrorCode.NOT_READY, "no replies are read", retry_after=5.0)
         for trouble in self._troubles.values():
             raise ServiceError(ErrorCode.NOT_READY, trouble, retry_after=2.0)
         if time.monotonic() < self._refused_until:
@@ -253,7 +258,8 @@ class RedisJobs:
             log.warning(trouble, reason=type(exc).__name__, detail=str(exc))
         self._troubles[step] = trouble
         # A master that has become a replica keeps its connections: only new ones find the new master.
-        await self._pool.disconnect(inuse_connections=False)
+        with suppress(*_BROKEN):  # over TLS a silent peer holds up the end of a connection too
+            await self._pool.disconnect(inuse_connections=False)
         await asyncio.sleep(protocol.RECONNECT_SECONDS)
 
     async def _receive(self, block: int | None = READ_BLOCK_MS) -> int:
@@ -342,7 +348,6 @@ class RedisJobs:
         task = asyncio.ensure_future(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        task.add_done_callback(report)
         return task
 
 

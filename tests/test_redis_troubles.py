@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from client.errors import ErrorCode
 from service.engine.contract import EngineItem, LabelLogprobs
@@ -270,6 +271,22 @@ async def test_a_password_that_changed_is_not_ready_until_it_is_right(
 
         assert "password" in said.message
         assert await answered(jobs, worker, "a")
+
+
+async def test_a_submission_that_fails_is_no_death(client: redis.Redis, jobs: RedisJobs) -> None:
+    """Who asked is told, also one who left meanwhile needs no more: the log has a warning, and no error."""
+    await eventually(lambda: jobs.submit([job("first")]))
+    client.config_set("maxmemory", "1")
+    with capture_logs() as said:
+        for name in "ab":
+            with pytest.raises(ServiceError):
+                await jobs.submit([job(name)])
+        left = asyncio.ensure_future(jobs.submit([job("c")]))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0.5)
+
+    assert {each["log_level"] for each in said} == {"warning"}
 
 
 async def test_scripts_that_were_flushed_are_sent_again(
