@@ -332,7 +332,10 @@ class RedisJobs:
             return  # Deleted at this very moment: the next look makes another one.
         if self._epoch and epoch != self._epoch:
             log.error("redis has lost the queue", jobs=len(self._open))
+            lost = list(self._open.values())
             self._fail(_LOST, list(self._open))
+            # Where the mark alone has gone, workers would go on with what nobody waits for, beside what is asked anew.
+            self._spawn(self._delete(lost))
         self._epoch = epoch
 
     def _fail(self, failure: JobFailure, names: Iterable[str]) -> None:

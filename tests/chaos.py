@@ -1,6 +1,6 @@
 """A fleet behind a bad network: what becomes of each judgement while connections, callers, keys and scripts vanish?
 
-    python -m tests.chaos --answers 12000 --seed 1
+    python -m tests.chaos --rounds 6 --seed 1
 
 Two API processes and three workers reach Redis through a proxy that delays and cuts. Prints the account as JSON; the
 status is 0 only if every judgement was answered once and rightly, and nothing is left in Redis or in the gauges.
@@ -34,6 +34,8 @@ from tests.redis_server import RedisServer, leftovers, running_redis
 WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # Seconds that a caller may take, its retries included: many times the longest silence.
 PATIENCE = 90.0
+# More at once would be a test of how long callers wait, since each lost queue sends them all to its end.
+MIX = Mix(batches=15, batch_size=100, singles=500, timeout=PATIENCE)
 # Chances for each chunk that passes.
 DELAYED, CUT = 0.01, 0.0005
 AT_REST = {"judge_requests_in_flight": 1, "judge_queue_jobs": 0, "judge_queue_tokens": 0}
@@ -170,11 +172,9 @@ def gauges_of(url: str) -> dict[str, float]:
     return {f"{url} {each.name}": each.value for each in samples if each.value != AT_REST.get(each.name, each.value)}
 
 
-def run(answers: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]:
-    """The account of so many judgements, and what else there is to say; what is left over is under `left`."""
+def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]:
+    """The account of so many times MIX, and what else there is to say; what is left over is under `left`."""
     rng = random.Random(seed)
-    batches = max(1, answers * 9 // 1000)
-    mix = Mix(batches=batches, batch_size=100, singles=max(0, answers - 100 * batches), timeout=PATIENCE)
     with (
         running_redis() as server,
         flaky(server.port, rng) as proxy,
@@ -185,27 +185,40 @@ def run(answers: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]
             fleet.worker(*WORKER)
         fleet.wait_ready()
         chaos = Chaos(server, proxy, urls, rng)
-        with RunningLoad(mix, urls) as load:
-            while not load.over:
-                time.sleep(rng.uniform(0.2, 1.0))
-                chaos.step()
+        loads = [_load_amid(chaos, urls, rng) for _ in range(rounds)]
         chaos.stop()
         wait_for(lambda: not any(map(gauges_of, urls)), seconds=30)
         left = leftovers(server, patience=30) | {name: value for url in urls for name, value in gauges_of(url).items()}
         alive = sum(program.alive for program in [*fleet.apis, *fleet.workers])
         errors = [line for line in fleet.output.splitlines() if "[error" in line]
-        done = {"chaos": chaos.done, "retried": load.retried, "left": left, "alive": alive, "errors": errors}
-        return load.tally(), done
+        retried = sum((load.retried for load in loads), Counter())
+        done = {"chaos": chaos.done, "retried": retried, "left": left, "alive": alive, "errors": errors}
+        return _sum([load.tally() for load in loads]), done
+
+
+def _load_amid(chaos: Chaos, urls: list[str], rng: random.Random) -> RunningLoad:
+    """MIX, sent while bad things happen; over when everybody has heard."""
+    with RunningLoad(MIX, urls) as load:
+        while not load.over:
+            time.sleep(rng.uniform(0.2, 1.0))
+            chaos.step()
+    return load
+
+
+def _sum(tallies: list[Tally]) -> Tally:
+    failed = sum((Counter(tally.failed) for tally in tallies), Counter())
+    names = ("sent", "once", "twice", "wrong", "hung")
+    return Tally(*(sum(getattr(tally, name) for tally in tallies) for name in names), failed=dict(failed))
 
 
 def main() -> int:
     """Run it; 1 where a judgement was lost, wrong or answered twice, or something was left over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=12_000, help="judgements asked for")
+    parser.add_argument("--rounds", type=int, default=6, help=f"of {MIX.sent} judgements each, one after the other")
     parser.add_argument("--seed", type=int, default=1, help="of what happens when")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tally, more = run(args.answers, args.seed, Path(folder))
+        tally, more = run(args.rounds, args.seed, Path(folder))
     json.dump({**asdict(tally), **more}, sys.stdout, indent=2)
     sys.stdout.write("\n")
     return int(tally != Tally(sent=tally.sent, once=tally.sent) or bool(more["left"]) or more["alive"] != 5)

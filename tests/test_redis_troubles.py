@@ -183,6 +183,21 @@ async def test_callers_of_jobs_that_redis_has_lost_are_told(keys: Keys, client: 
     assert not kept.done()
 
 
+async def test_jobs_whose_callers_are_told_that_the_queue_is_lost_are_not_judged(
+    keys: Keys, client: redis.Redis, jobs: RedisJobs
+) -> None:
+    """Where the mark alone has vanished, nothing is left for workers: callers ask again, and the queue would fill up."""
+    futures = await jobs.submit([job("a"), job("b")])
+    client.delete(keys.epoch)
+
+    for future in futures:
+        outcome = (await asyncio.wait_for(future, 10)).outcome
+        assert isinstance(outcome, JobFailure)
+        assert outcome.code is ErrorCode.QUEUE_UNAVAILABLE
+    while client.xlen(keys.jobs(LANE)):  # noqa: ASYNC110 Redis sets no event here
+        await asyncio.sleep(0.05)
+
+
 async def test_leases_are_renewed_when_redis_is_out_of_memory(
     server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
 ) -> None:
