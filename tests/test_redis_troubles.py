@@ -186,7 +186,7 @@ async def test_callers_of_jobs_that_redis_has_lost_are_told(keys: Keys, client: 
 async def test_jobs_whose_callers_are_told_that_the_queue_is_lost_are_not_judged(
     keys: Keys, client: redis.Redis, jobs: RedisJobs
 ) -> None:
-    """Where the mark alone has vanished, nothing is left for workers: callers ask again, and the queue would fill up."""
+    """Where the mark alone has vanished, nothing is left for workers: callers ask again, and the queue would fill."""
     futures = await jobs.submit([job("a"), job("b")])
     client.delete(keys.epoch)
 
