@@ -38,6 +38,8 @@ class GuardedHttp(HttpToolsProtocol):
     _in_body = False
     # Of a body whose length was declared: how many bytes are still to come.
     _body_left = 0
+    # Whether that body is not the parser's, which takes it for another protocol.
+    _unparsed_body = False
     # How many parts of a body have been parsed.
     _parts = 0
     _request_complete = False
@@ -82,7 +84,7 @@ class GuardedHttp(HttpToolsProtocol):
                 return
             else:
                 self._await_head()
-            super().data_received(self._data[start : self._at])
+            self._feed(self._data[start : self._at])
             if self._refuse_large_head():
                 return
         # The last bytes that were parsed stay: a blank line may be split over two reads.
@@ -90,6 +92,15 @@ class GuardedHttp(HttpToolsProtocol):
         self._data, self._at = self._data[self._at - kept :], kept
         if len(self._data) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
+
+    def _feed(self, part: bytes) -> None:
+        if not self._unparsed_body:
+            super().data_received(part)
+            return
+        self.on_body(part)
+        if not self._body_left:
+            self._unparsed_body = False
+            self.on_message_complete()
 
     def _is_answering(self) -> bool:
         return self._request_complete and self.cycle is not None and not self.cycle.response_complete
@@ -120,10 +131,13 @@ class GuardedHttp(HttpToolsProtocol):
         if not self.url.startswith(b"/"):
             self._take_host_of(httptools.parse_url(self.url).host)
         sizes = {name: value for name, value in self.headers if name in _BODY_HEADERS}
-        if sizes and self.parser.should_upgrade():
-            raise ValueError("the parser would take the body for the next request")
         self._in_body, self._head_size, self._parts = True, 0, 0
         self._body_left = int(sizes.get(b"content-length", 0))
+        if self.parser.should_upgrade():
+            # `curl --http2` and Java's client ask for HTTP/2 with every request, and go on in HTTP/1.1.
+            if b"transfer-encoding" in sizes:
+                raise ValueError("a chunked body that the parser would take for another protocol")
+            self._unparsed_body = self._body_left > 0
         super().on_headers_complete()
 
     def _take_host_of(self, target: bytes | None) -> None:
@@ -142,6 +156,8 @@ class GuardedHttp(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """What follows is another request."""
+        if self._unparsed_body:
+            return
         self._in_body, self._head_size, self._body_left = False, 0, 0
         self._request_complete = True
         super().on_message_complete()

@@ -136,12 +136,17 @@ def test_a_chunked_body_of_blank_lines_is_read_at_once() -> None:
 
 @pytest.mark.parametrize("protocol", [b"websocket", b"h2c"])
 def test_another_protocol_is_not_spoken(live: Live, protocol: bytes) -> None:
-    """The answer is HTTP/1.1, and a body is refused: the parser would take it for the next request."""
+    """The answer is HTTP/1.1, and what stands in a body is no request; Java's client and `curl --http2` send both."""
     upgrade = b"Host: localhost\r\nConnection: Upgrade\r\nUpgrade: %s\r\n" % protocol
-    hidden = b"POST /health HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n" % (upgrade, len(LAST))
+    asking = judged(100_000).replace(b"Host: localhost\r\n", upgrade)
+    hidden = b"POST /health HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n" % (upgrade, len(LAST)) + LAST
+    chunked = b"POST /health HTTP/1.1\r\n%sTransfer-Encoding: chunked\r\n\r\n" % upgrade
 
-    assert answers(live, b"GET /health HTTP/1.1\r\n%s\r\n" % upgrade + LAST) == [b"200", b"200"]
-    assert answers(live, hidden + LAST) == [b"400"]
+    for size in (b"", b"Content-Length: 0\r\n"):
+        assert answers(live, b"GET /health HTTP/1.1\r\n%s%s\r\n" % (upgrade, size) + LAST) == [b"200", b"200"]
+    assert answers(live, asking + asking[:-9], asking[-9:] + LAST) == [b"200", b"200", b"200"]
+    assert answers(live, hidden + hidden + LAST) == [b"405", b"405", b"200"]
+    assert answers(live, chunked + LAST) == [b"400"]
 
 
 def test_callers_who_never_read_are_dropped(live: Live) -> None:
