@@ -15,9 +15,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Final, NamedTuple
 
 STDERR: Final = 2
 # Texts that wait for a reader at most, some megabytes.
@@ -26,8 +25,7 @@ LIMIT: Final = 10_000
 CLOSE_SECONDS: Final = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
+class _Text(NamedTuple):  # not a dataclass: importing those takes as long as all else before signals are handled
     data: bytes
     lines: int
 
