@@ -139,6 +139,7 @@ class Chaos:
 
     def _delete_key(self) -> None:
         name = self._rng.choice(KEYS)
+        self.done[f"delete_key {name}"] += 1
         with self._server.client() as client:
             for key in client.scan_iter(f"judge:{{fake}}:{name}*"):
                 client.delete(key)
