@@ -337,6 +337,7 @@ def hidden(body: Any, **headers: str) -> Reply:
         [{"error": {"code": 429, "message": "no", "status": "RESOURCE_EXHAUSTED"}}],
         {"error": "Too many requests"},
         {"error": {"code": 503, "message": "no"}},
+        {"error": {"type": "requests", "message": "Rate limit reached: to raise it, see the page of billing"}},
         {"error": {"type": "overloaded_error"}},
         {"object": "error", "message": "no", "code": 429},
         {"choices": [{"error": {"code": 429, "message": "no"}, "finish_reason": "error", "text": ""}]},

@@ -42,8 +42,10 @@ _LENGTH_STATUSES: Final = frozenset({400, 413, 422})
 _NAMED_STATUSES: Final = tuple(
     (re.compile(pattern, re.IGNORECASE), status)
     for pattern, status in (
-        (r"insufficient[ _](quota|credits|funds|balance)|payment[ _]required|billing", 402),
-        (r"rate[ _-]?limit|too[ _]many[ _]requests|resource[ _]exhausted|quota", 429),
+        (r"insufficient[ _](quota|credits|funds|balance)|payment[ _]required", 402),
+        (r"rate[ _-]?limit|too[ _]many[ _]requests", 429),  # before what it may advise: a page of billing
+        (r"billing", 402),
+        (r"resource[ _]exhausted|quota", 429),
         (r"invalid[ _]api[ _]key|incorrect api key|authentication|unauthori[sz]ed|unauthenticated", 401),
         (r"permission|forbidden", 403),
         (r"not[ _]found|does not exist|no such model", 404),
