@@ -10,13 +10,18 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from client import program
+
+# Signals that come so close together, in seconds, are one: `timeout` sends it to its child and to the group, and Ctrl-C
+# comes from the terminal and from a program between.
+_ONE_SIGNAL: Final = 0.02
 
 
 class Stop:
@@ -28,7 +33,7 @@ class Stop:
         self._seconds: float | None = None
         # Signals, and None when the work is done. Its `put` takes no lock that a handler could find taken.
         self._heard: SimpleQueue[int | None] = SimpleQueue()
-        self._stopping = False
+        self._stopping_since: float | None = None
         self._status = 0
         self._error: BaseException | None = None
 
@@ -49,10 +54,11 @@ class Stop:
         return self._status
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self._stopping:
+        if self._stopping_since is None:
+            self._stopping_since = time.monotonic()
+            self._heard.put(number)
+        elif time.monotonic() - self._stopping_since > _ONE_SIGNAL:
             os._exit(128 + number)
-        self._stopping = True
-        self._heard.put(number)
 
     def _work(self, work: Callable[[Stop], int]) -> None:
         try:

@@ -343,3 +343,24 @@ def test_an_end_is_bounded_whatever_the_work_does(argument: str, signals: int, s
 
         assert process.wait(20) == status
         assert ("ended as it is" in process.stderr.read()) == (status == 1)
+
+
+DOUBLED = """
+import os, signal, threading
+from service import stopping
+
+def work(stop):
+    begun = threading.Event()
+    stop.in_good_order(begun.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    begun.wait()
+    return 0
+
+stopping.finish(lambda: stopping.run("doubled", work))
+"""
+
+
+def test_signals_that_come_together_are_one() -> None:
+    """What was accepted is not lost to `timeout`, which sends its signal twice."""
+    assert subprocess.run([sys.executable, "-c", DOUBLED], cwd=ROOT, timeout=60, check=False).returncode == 0
