@@ -368,6 +368,18 @@ def test_hub_that_cannot_be_reached_is_named(sandbox: Sandbox) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "http://hub..example"])
+def test_hub_at_no_address_is_named(sandbox: Sandbox, endpoint: str) -> None:
+    """In a line that says which variable to change."""
+    sandbox.environment["HF_ENDPOINT"] = endpoint
+
+    done = sandbox.run("fetch", HUB_ID)
+
+    assert done.returncode == 1
+    assert "HF_ENDPOINT is no URL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_offline_mode_asks_nobody(sandbox: Sandbox) -> None:
     """HF_HUB_OFFLINE is obeyed."""
     sandbox.environment["HF_HUB_OFFLINE"] = "1"

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from client.proxies import ProxySettingError, exempt_loopback, proxy_of
+from client.proxies import ProxySettingError, exempt_loopback, proxy_of, url_of
 from service.weights.digests import digests_of
 from service.weights.manifest import ModelError
 from service.weights.stages import Stages
@@ -48,7 +48,10 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
     """
     exempt_loopback()  # for the hub's own library
     try:
+        url_of(endpoint())  # before that library is imported, which fails at such a port
         _probe(name)
+    except httpx.InvalidURL as exc:
+        raise HubError(f"HF_ENDPOINT is no URL ({exc})") from exc
     except _UnreachableError as exc:
         cached = cached_snapshot(name)
         if cached is None:
