@@ -78,6 +78,8 @@ class RedisJobs:
         self._clock = RedisClock()
         self._gone = self._redis.register_script(scripts.GONE)
         self._open: dict[str, _Open] = {}
+        # Messages whose replies were handed out, still to be deleted.
+        self._heard: list[bytes] = []
         self._epoch = b""
         self._stats = QueueStats(0, 0)
         self._done: int | None = None
@@ -263,18 +265,21 @@ class RedisJobs:
         await asyncio.sleep(protocol.RECONNECT_SECONDS)
 
     async def _receive(self, block: int | None = READ_BLOCK_MS) -> int:
-        """Wait for messages, hand out their replies, and delete them; how many there were.
+        """Wait for messages, and hand out their replies; how many there were. They are deleted with the next call.
 
         Always from the stream's beginning: its ids are of Redis' clock, and go backwards when another machine takes
         over. What was read after a remembered one would then never be heard of.
         """
         stream = self._keys.replies(self._api)
-        found = await self._redis.xread({stream: b"0"}, count=READ_COUNT, block=block)
+        pipe = self._redis.pipeline(transaction=False)
+        if self._heard:
+            pipe.xdel(stream, *self._heard)
+        pipe.xread({stream: b"0"}, count=READ_COUNT, block=block)
+        *_, found = await pipe.execute()
         messages = [message for _, some in protocol.by_stream(found) for message in some]
+        self._heard = [entry for entry, _ in messages]
         for _, fields in messages:
             self._resolve(_replies(fields))
-        if messages:
-            await self._redis.xdel(stream, *(entry for entry, _ in messages))
         return len(messages)
 
     async def _find_lost(self) -> None:
