@@ -39,8 +39,10 @@ MIX = Mix(batches=15, batch_size=100, singles=500, timeout=PATIENCE)
 # Chances for each chunk that passes.
 DELAYED, CUT = 0.01, 0.0005
 AT_REST = {"judge_requests_in_flight": 1, "judge_queue_jobs": 0, "judge_queue_tokens": 0}
-# Of these keys each may vanish alone; `seen` and `replies` stand for all that begin so.
-KEYS = ("epoch", "seen", "tokens", "done", "workers", "workers:info")
+# Of these keys each may vanish alone; `seen`, `jobs` and `replies` stand for all that begin so.
+KEYS = ("epoch", "seen", "tokens", "done", "workers", "workers:info", "workers:variant", "jobs", "replies")
+# Seconds between two workers' kills: what a killed one held is judged by then. A job is given up after three of them.
+BETWEEN_KILLS = 10.0
 
 
 class FlakyProxy:
@@ -107,9 +109,10 @@ class FlakyProxy:
 class Chaos:
     """Does one bad thing after another; `done` counts them by name."""
 
-    def __init__(self, server: RedisServer, proxy: FlakyProxy, urls: list[str], rng: random.Random) -> None:
+    def __init__(self, server: RedisServer, proxy: FlakyProxy, fleet: Fleet, rng: random.Random) -> None:
         self.done: Counter[str] = Counter()
-        self._server, self._proxy, self._urls, self._rng = server, proxy, urls, rng
+        self._server, self._proxy, self._fleet, self._rng = server, proxy, fleet, rng
+        self._kill_again = 0.0
         self._callers: list[subprocess.Popen[bytes]] = []
         self._ways: list[Callable[[], None]] = [
             self._cut,
@@ -117,6 +120,8 @@ class Chaos:
             self._delete_key,
             self._flush_scripts,
             self._kill_callers,
+            self._replace_worker,
+            self._pause_process,
         ]
 
     def step(self) -> None:
@@ -151,9 +156,27 @@ class Chaos:
     def _kill_callers(self) -> None:
         """kill -9 of a program with requests under way; another begins."""
         self.stop()
-        url = self._rng.choice(self._urls)
+        url = self._rng.choice(self._fleet.apis).url
         command = [sys.executable, "-m", "client.load", "--judge-url", url, "--callers", "16", "--duration", "60"]
         self._callers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
+
+    def _replace_worker(self) -> None:
+        """kill -9 of one, or SIGTERM where the last kill was a moment ago; another begins."""
+        gone = self._fleet.workers.pop(self._rng.randrange(len(self._fleet.workers)))
+        if time.monotonic() > self._kill_again:
+            self._kill_again = time.monotonic() + BETWEEN_KILLS
+            gone.kill()
+        else:
+            gone.terminate()
+            gone.wait()
+        self._fleet.worker(*WORKER)
+
+    def _pause_process(self) -> None:
+        """For longer than a lease, perhaps."""
+        held = self._rng.choice([*self._fleet.apis, *self._fleet.workers])
+        held.pause()
+        time.sleep(self._rng.uniform(0.2, 3.0))
+        held.resume()
 
 
 @contextmanager
@@ -185,7 +208,7 @@ def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]
         for _ in range(3):
             fleet.worker(*WORKER)
         fleet.wait_ready()
-        chaos = Chaos(server, proxy, urls, rng)
+        chaos = Chaos(server, proxy, fleet, rng)
         loads = [_load_amid(chaos, urls, rng) for _ in range(rounds)]
         chaos.stop()
         wait_for(lambda: not any(map(gauges_of, urls)), seconds=30)
