@@ -131,11 +131,7 @@ class RedisJobs:
         try:
             answer = await self._ask_to_add(jobs)
             if answer[0] == -1:
-                # What is open is lost and told so; these are not: they have not been sent.
-                for job_id in opened:
-                    self._open.pop(job_id, None)
                 await self._keep_house()
-                self._open.update(opened)
                 answer = await self._ask_to_add(jobs)
         except _BROKEN as exc:
             self._refused_until = time.monotonic() + REFUSED_SECONDS
@@ -166,7 +162,10 @@ class RedisJobs:
         for each in gone:
             each.future.cancel()
         if gone:
-            self._spawn(self._delete(gone)).add_done_callback(report)
+            self._delete_soon(gone)
+
+    def _delete_soon(self, jobs: Iterable[_Open]) -> None:
+        self._spawn(self._delete(list(jobs))).add_done_callback(report)
 
     async def _delete(self, jobs: Sequence[_Open]) -> None:
         """Take jobs out of the stream, so that no worker does what nobody waits for."""
@@ -336,11 +335,12 @@ class RedisJobs:
         if epoch is None:
             return  # Deleted at this very moment: the next look makes another one.
         if self._epoch and epoch != self._epoch:
-            log.error("redis has lost the queue", jobs=len(self._open))
-            lost = list(self._open.values())
-            self._fail(_LOST, list(self._open))
+            # What has no place yet is being submitted, and hears of that itself.
+            lost = {name: job for name, job in self._open.items() if job.entry is not None}
+            log.error("redis has lost the queue", jobs=len(lost))
+            self._fail(_LOST, lost)
             # Where the mark alone has gone, workers would go on with what nobody waits for, beside what is asked anew.
-            self._spawn(self._delete(lost))
+            self._delete_soon(lost.values())
         self._epoch = epoch
 
     def _fail(self, failure: JobFailure, names: Iterable[str]) -> None:

@@ -198,6 +198,26 @@ async def test_jobs_whose_callers_are_told_that_the_queue_is_lost_are_not_judged
         await asyncio.sleep(0.05)
 
 
+async def test_who_submits_after_the_mark_has_gone_is_not_told_of_a_loss(
+    keys: Keys, client: redis.Redis, jobs: RedisJobs
+) -> None:
+    """Many at once, while the queue is being started again: each job is there once, and waits for its answer."""
+    (before,) = await jobs.submit([job("before")])
+    open_now: list[asyncio.Future[Reply]] = []
+
+    async def submit(number: int) -> None:
+        await asyncio.sleep(number * 3e-4)
+        open_now.extend(await jobs.submit([job(str(number))]))
+
+    client.delete(keys.epoch)
+    await asyncio.gather(*(submit(number) for number in range(90)))
+    await asyncio.sleep(1.5)
+
+    assert before.done()
+    assert [future for future in open_now if future.done()] == []
+    assert client.xlen(keys.jobs(LANE)) == 90
+
+
 async def test_leases_are_renewed_when_redis_is_out_of_memory(
     server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
 ) -> None:
