@@ -48,7 +48,7 @@ def run(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
 
 
 def _check_password(queue_url: str) -> None:
-    """Raises ValueError where Redis refuses whom the URL names; one that is not there, or silent, may come later."""
+    """Raises ValueError for a URL that is none, or whose user Redis refuses; one that is away may come later."""
     # Here: --help should not wait for it.
     import redis
     from redis.backoff import NoBackoff
@@ -60,5 +60,7 @@ def _check_password(queue_url: str) -> None:
             client.ping()
         except redis.AuthenticationError as exc:
             raise ValueError(f"Redis refuses the user or the password of --queue-url: {exc}") from exc
+        except TypeError as exc:
+            raise ValueError(f"the part of --queue-url behind the ? is not known: {exc}") from exc
         except (redis.RedisError, OSError):
             pass

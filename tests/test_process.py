@@ -115,6 +115,15 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
     assert model["workers"] == [{"engine": "torch", "dtype": "float32", "max_tokens": 2048}]
 
 
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+def test_an_unknown_parameter_of_the_queues_address_is_told_in_a_line(program: str) -> None:
+    """Where the client library for Redis raises a TypeError."""
+    ended = run(program, "--engine", "fake", "--queue-url", "redis://127.0.0.1:1?bogus=1")
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "--queue-url" in ended.stderr
+
+
 def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
     """Draining: the request in hand is answered, /ready and new requests say 503, then the process ends with 0."""
     with running_service("--engine", "fake", "--fake-delay", "3") as service, ThreadPoolExecutor(1) as pool:
