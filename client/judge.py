@@ -111,6 +111,7 @@ class Judge(_Client[httpx.BaseTransport]):
             idempotent. Waits grow from `backoff` and heed Retry-After; one that would pass the deadline is not
             begun, the last error is raised at once. `health` and `ready` ask once. Retries are logged at INFO.
         transport: As in httpx: `httpx.MockTransport(handler)` puts a function in the service's place.
+            It is used as it is: one with connections is not to be shared over a fork, and has to pickle itself.
         headers: Sent with every request, e.g. `traceparent`.
 
     Attributes:
