@@ -6,6 +6,7 @@ heard whatever the work is doing, and its handler only passes it on.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from client import program
 # Signals that come so close together, in seconds, are one: `timeout` sends it to its child and to the group, and Ctrl-C
 # comes from the terminal and from a program between.
 _ONE_SIGNAL: Final = 0.02
+_LOOK_SECONDS: Final = 0.5
 
 
 class Stop:
@@ -46,12 +48,23 @@ class Stop:
         """Do the work, and what signals ask for; its status. Raises what it raises."""
         program.on_signals(self._hear)
         threading.Thread(target=self._work, args=(work,), name="work", daemon=True).start()
-        number = self._heard.get()
+        number = self._next(math.inf)
         if number is not None:
             self._stop(number)
         if self._error is not None:
             raise self._error
         return self._status
+
+    def _next(self, seconds: float) -> int | None:
+        """What is heard next; raises Empty after so many seconds.
+
+        Waits in turns: a signal that comes just before a wait begins does not end it, and is handled when it is over.
+        """
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            with suppress(Empty):
+                return self._heard.get(timeout=min(left, _LOOK_SECONDS))
+        raise Empty
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         if self._stopping_since is None:
@@ -76,7 +89,7 @@ class Stop:
             program.leave(128 + number)
         self._begin()
         try:
-            self._heard.get(timeout=self._seconds)
+            self._next(math.inf if self._seconds is None else self._seconds)
         except Empty:
             sys.stderr.write(f"{self._name}: not done {self._seconds:g} s after {name}; ended as it is\n")
             program.leave(program.FAILED)

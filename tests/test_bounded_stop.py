@@ -22,7 +22,7 @@ from tests.redis_server import RedisServer, running_redis
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 # Between what a stop takes at most (some seconds after the drain, or the batch in hand) and the 53 s and more of one
 # that waits for Redis.
-SECONDS = 25
+SECONDS = 40
 
 
 def queue_on(server: RedisServer) -> RedisJobs:
