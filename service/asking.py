@@ -39,6 +39,11 @@ class Call:
     lane: Lane = Lane.INTERACTIVE
     traceparent: str | None = None
 
+    @property
+    def seconds_left(self) -> float:
+        """How long to wait for what has the deadline itself: a little longer, for its own answer to arrive."""
+        return max(0.0, self.deadline - time.monotonic()) + GRACE_SECONDS
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -253,12 +258,12 @@ class Asker:
     async def _submit(self, jobs: Sequence[Job], call: Call) -> list[Reply | None]:
         try:
             # Redis may be silent: a submission ends with its request.
-            async with asyncio.timeout(_left(call)):
+            async with asyncio.timeout(call.seconds_left):
                 futures = await self._queue.submit(jobs)
         except TimeoutError:
             return [None] * len(jobs)
         try:
-            await _all_done(futures, _left(call))
+            await _all_done(futures, call.seconds_left)
             return [future.result() if _has_reply(future) else None for future in futures]
         finally:
             # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
@@ -267,10 +272,6 @@ class Asker:
     def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
         return Job(name, item, call.deadline, time.monotonic(), call.lane, traceparent=traceparent or call.traceparent)
-
-
-def _left(call: Call) -> float:
-    return max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS
 
 
 async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) -> None:

@@ -29,7 +29,7 @@ from client.schema import (
     Timing,
     Usage,
 )
-from service.asking import GRACE_SECONDS, Asker, Call, Judged, Meter
+from service.asking import Asker, Call, Judged, Meter
 from service.errors import ServiceError
 from service.judges import REWARD_TEMPLATE, YES_NO, Judge
 from service.prompt import JudgePrompt, PromptBuilder, Wanted
@@ -171,7 +171,7 @@ class Judging:
 
     async def _plan_in_time(self, requests: Sequence[AnyRequest], call: Call) -> list[Plan | ServiceError]:
         try:
-            async with asyncio.timeout(max(0.0, call.deadline - time.monotonic()) + GRACE_SECONDS):
+            async with asyncio.timeout(call.seconds_left):
                 return await self._plan_all(requests)
         except TimeoutError:
             return [ServiceError(ErrorCode.DEADLINE_EXCEEDED, "not tokenised before the deadline") for _ in requests]

@@ -73,7 +73,7 @@ async def working(server: RedisServer, keys: Keys) -> AsyncIterator[RedisSource]
 
 
 def job(name: str) -> Job:
-    now = time.time()
+    now = time.monotonic()
     return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 
