@@ -62,7 +62,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --target /o
 FROM worker-cpu-deps AS native
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=code /opt/judge /opt/judge
-RUN JUDGE_NATIVE_DIR=/opt/native python -m service.engine.native_decoder
+RUN JUDGE_NATIVE_DIR=/opt/native python -m service.engine.torch.cpu.kernel
 
 # What every image ends with: a user without rights, and nothing to be written outside /tmp, /models and /runs, so that the
 # root file system can be read-only. HOME is /tmp because libraries keep caches there. What Hugging Face's libraries

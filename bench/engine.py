@@ -42,9 +42,9 @@ from bench.process import cpu_seconds, family_of
 from bench.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem
-from service.engine.torch_engine import TorchEngine
-from service.engine.torch_loading import DType, choose_dtype
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.torch.loading import DType, choose_dtype
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
@@ -119,7 +119,7 @@ class Way:
         self.cpu_seconds.append(cpu_seconds(family) - cpu)
 
 
-def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
+def texts(folder: Path, args: argparse.Namespace) -> list[ScoreItem]:
     """The service's prompts for seeded pairs; `--compare` answers of each prompt one after the other."""
     prompts = PromptBuilder(load_tokenizer(folder), MAX_TOKENS)
     library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
@@ -132,7 +132,7 @@ def texts(folder: Path, args: argparse.Namespace) -> list[EngineItem]:
         others = [rng.choice(rng.choice(rows)[1]) for _ in range(args.compare)]
         for answer in rng.sample([*answers, *others][: max(2, args.compare)], args.compare):
             built = prompts.build(library.default("pointwise"), prompt, [answer], "response_middle")
-            items.append(EngineItem(built.token_ids, built.label_ids, built.boundaries))
+            items.append(ScoreItem(built.token_ids, built.label_ids, built.boundaries))
     return items[: args.pairs]
 
 
@@ -158,7 +158,7 @@ def settings_of(folder: Path, args: argparse.Namespace) -> Settings:
     return Settings(folder, cast(DType, dtype), args.device, args.threads, llama=args.llama, vllm_args=args.vllm_args)
 
 
-def compared(settings: Settings, items: list[EngineItem], args: argparse.Namespace) -> list[Way]:
+def compared(settings: Settings, items: list[ScoreItem], args: argparse.Namespace) -> list[Way]:
     """All ways, round by round; the first is the peak."""
     console, done = Console(stderr=True), 0
     names = ["one at a time", "padded", "engine"]
@@ -188,7 +188,7 @@ def compared(settings: Settings, items: list[EngineItem], args: argparse.Namespa
     return ways
 
 
-def measure_memory(ways: Sequence[Way], settings: Settings, items: Sequence[EngineItem], console: Console) -> None:
+def measure_memory(ways: Sequence[Way], settings: Settings, items: Sequence[ScoreItem], console: Console) -> None:
     """Find `megabytes` of each way; a way that fails here, and those behind Ctrl-C, keep None."""
     longest = sorted(items, key=lambda item: -len(item.token_ids))[:MEMORY_TEXTS]
     try:
@@ -228,7 +228,7 @@ def useful_flop(model: Any, lengths: Sequence[int]) -> float:
     return sum(2.0 * linear * n + 2.0 * attention * n * n + 2.0 * head for n in lengths)
 
 
-def table(rows: list[dict[str, Any]], items: Sequence[EngineItem], args: argparse.Namespace) -> Table:
+def table(rows: list[dict[str, Any]], items: Sequence[ScoreItem], args: argparse.Namespace) -> Table:
     """Medians."""
     tokens = sum(len(item.token_ids) for item in items)
     shape = f"{len(items)} texts of {tokens / len(items):.0f} tokens, {args.compare} to a prompt"
@@ -255,7 +255,7 @@ def growth(folder: Path, args: argparse.Namespace) -> list[dict[str, float]]:
     for threads in (1, 2):
         with closing(TorchEngine.load(folder, dtype=args.dtype, device="cpu", threads=threads)) as engine:
             for length, batch in track(shapes, f"{threads} threads", console=Console(stderr=True)):
-                work = [EngineItem([rng.randrange(3, 256) for _ in range(length)], (5, 9)) for _ in range(batch)]
+                work = [ScoreItem([rng.randrange(3, 256) for _ in range(length)], (5, 9)) for _ in range(batch)]
                 way = Way("engine", 0.0)
                 for _ in range(args.rounds):
                     way.run(partial(by_engine, engine, work))

@@ -33,11 +33,11 @@ from client import Judge, JudgeError
 from client.schema import ScoreRequest
 from service.batcher import Batcher
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.fake import fake_tokenizer
-from service.engine.torch_engine import TorchEngine
-from service.engine.vllm_engine import VllmEngine
-from service.engine.vllm_loading import VllmOptions, engine_arguments, prepare_environment
+from service.engine.torch.engine import TorchEngine
+from service.engine.vllm.config import VllmOptions, engine_arguments, prepare_environment
+from service.engine.vllm.engine import VllmEngine
 from service.jobs import Job, Lane
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
@@ -129,7 +129,7 @@ class Round:
     """The same work as it is sent over HTTP, and as an engine gets it."""
 
     texts: list[ScoreRequest]
-    items: list[EngineItem]
+    items: list[ScoreItem]
 
 
 Run = Callable[[Round], None]
@@ -170,7 +170,7 @@ def make_round(args: argparse.Namespace, seed: int) -> Round:
         for _ in range(args.prompts)
     ]
     prompts = [builder.build(template, str(text.prompt), [text.response], "error") for text in texts]
-    return Round(texts, [EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts])
+    return Round(texts, [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts])
 
 
 def _work(model: Path) -> Callable[[int], float]:
@@ -236,7 +236,7 @@ def through_worker(args: argparse.Namespace) -> Iterator[Run]:
             runner.run(queue.close())
 
 
-async def _through_queue(queue: MemoryJobs, work: Sequence[EngineItem]) -> None:
+async def _through_queue(queue: MemoryJobs, work: Sequence[ScoreItem]) -> None:
     now = time.monotonic()
     jobs = [Job(f"{now}-{number}", item, now + 3600, now, Lane.BULK) for number, item in enumerate(work)]
     replies = await asyncio.gather(*await queue.submit(jobs))

@@ -21,8 +21,8 @@ from rich.progress import track
 
 from bench.vllm_agreement import DATA, MAX_TOKENS, answers, judge_prompts
 from service import models
-from service.engine.contract import EngineItem
-from service.engine.torch_engine import TorchEngine
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
 
 MOST_IN_A_CALL: Final = 48
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = models.resolve(args.model).path
     prompts = judge_prompts(folder, answers(args.data, args.pairs))
-    items = [EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
+    items = [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
     native = not args.no_native_kernels
     engine = TorchEngine.load(
         folder, dtype=args.dtype, max_tokens=MAX_TOKENS, threads=args.threads, native_kernels=native
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if moved else 0
 
 
-def differences(engine: TorchEngine, items: Sequence[EngineItem], compositions: int) -> tuple[int, float]:
+def differences(engine: TorchEngine, items: Sequence[ScoreItem], compositions: int) -> tuple[int, float]:
     """How many judgements are not, to the last bit, what the item got alone; the largest difference of log-odds."""
     console, rng = Console(stderr=True), random.Random(0)
     alone = [engine.label_logprobs([item])[0].logprobs for item in track(items, "alone", console=console)]

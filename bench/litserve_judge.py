@@ -11,7 +11,7 @@ from typing import Any
 import litserve
 
 from client.schema import ScoreRequest
-from service.engine.contract import EngineItem
+from service.engine.contract import ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.prompt import JudgePrompt, PromptBuilder
 from service.scoring import judgement
@@ -42,7 +42,7 @@ class JudgeAPI(litserve.LitAPI):
 
     def predict(self, prompts: list[JudgePrompt]) -> list[dict[str, Any]]:
         """One call of the engine."""
-        items = [EngineItem(p.token_ids, p.yes_ids + p.no_ids, p.boundaries) for p in prompts]
+        items = [ScoreItem(p.token_ids, p.yes_ids + p.no_ids, p.boundaries) for p in prompts]
         answers = self.engine.label_logprobs(items)
         verdicts = [judgement(a, p.yes_ids, p.no_ids) for a, p in zip(answers, prompts, strict=True)]
         return [

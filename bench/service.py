@@ -28,8 +28,8 @@ from client._traffic import Load
 from client.schema import ScoreRequest
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem
-from service.engine.torch_engine import TorchEngine
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
@@ -76,7 +76,7 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
     prompts = PromptBuilder(load_tokenizer(files.path), engine.max_tokens)
     library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
     built = [prompts.build(library.default("pointwise"), item.prompt, [item.response], "error") for item in items]
-    work = [EngineItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries) for prompt in built]
+    work = [ScoreItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries) for prompt in built]
     tokens = sum(len(item.token_ids) for item in work)
     with (
         running_service("--model", str(files.path), "--cache-entries", "0") as service,

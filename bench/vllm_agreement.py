@@ -30,10 +30,10 @@ from client.benchmarks.run import Progress
 from client.jsonl import appending, read_lines
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem, LabelEngine, LabelLogprobs
-from service.engine.torch_engine import TorchEngine
-from service.engine.vllm_engine import VllmEngine
-from service.engine.vllm_loading import VllmOptions
+from service.engine.contract import LabelEngine, LabelLogprobs, ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.vllm.config import VllmOptions
+from service.engine.vllm.engine import VllmEngine
 from service.prompt import JudgePrompt, PromptBuilder
 from service.scoring import judgement
 from service.templates import TemplateLibrary
@@ -201,7 +201,7 @@ def _key(prompt: JudgePrompt) -> str:
 
 def _judge(prompts: Sequence[JudgePrompt], engine: LabelEngine) -> list[Answered]:
     """One call. Raises RuntimeError where an item has no answer."""
-    items = [EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
+    items = [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
     started = time.perf_counter()
     found = engine.label_logprobs(items)
     pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in items)

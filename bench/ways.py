@@ -2,9 +2,9 @@
 
 - one at a time: model(ids) for each text, logits at every position, as published code does it
 - padded: the same model, texts sorted by length, padded batches, the last position's logits only
-- engine: service.engine.torch_engine, in calls of its own `batch_tokens`
+- engine: service.engine.torch.engine, in calls of its own `batch_tokens`
 - engine, torch's operations: the same without compiled kernels
-- vllm: service.engine.vllm_engine on the same cores, its prefix cache empty at the start of each reading
+- vllm: service.engine.vllm.engine on the same cores, its prefix cache empty at the start of each reading
 - llama.cpp: one text after the other from a GGUF file, all threads on each
 """
 
@@ -23,16 +23,16 @@ from transformers import AutoModelForCausalLM
 
 from bench.calls import in_calls
 from bench.process import family_of, peak_memory, reset_peak_memory
-from service.engine.contract import EngineItem, LabelEngine
-from service.engine.torch_engine import TorchEngine
-from service.engine.torch_loading import DType
-from service.engine.vllm_engine import VllmEngine
-from service.engine.vllm_loading import VllmOptions
+from service.engine.contract import LabelEngine, ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.torch.loading import DType
+from service.engine.vllm.config import VllmOptions
+from service.engine.vllm.engine import VllmEngine
 
 PADDED_TOKENS = {"cpu": 1024, "cuda": 16_384}
 MAX_TOKENS = 4096
 
-Read = Callable[[Sequence[EngineItem]], object]
+Read = Callable[[Sequence[ScoreItem]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Ways(ExitStack):
         return self.enter_context(closing(model))
 
 
-def peak_alone(settings: Settings, name: str, items: Sequence[EngineItem]) -> int:
+def peak_alone(settings: Settings, name: str, items: Sequence[ScoreItem]) -> int:
     """The most resident bytes while `items` are read this way: for a process in which nothing else was loaded."""
     with Ways(settings) as ways:
         read = ways.load(name)
@@ -119,7 +119,7 @@ def peak_alone(settings: Settings, name: str, items: Sequence[EngineItem]) -> in
 
 
 @torch.inference_mode()
-def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
+def one_at_a_time(model: Any, items: Sequence[ScoreItem]) -> list[float]:
     """The published loop: a forward for each text, in full, and the softmax of its last row."""
     found = []
     for item in items:
@@ -129,9 +129,9 @@ def one_at_a_time(model: Any, items: Sequence[EngineItem]) -> list[float]:
 
 
 @torch.inference_mode()
-def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
+def padded(model: Any, items: Sequence[ScoreItem]) -> list[float]:
     """Texts of similar length together, padded on the left, with the mask that this needs."""
-    found, group, most = [], list[EngineItem](), PADDED_TOKENS[model.device.type]
+    found, group, most = [], list[ScoreItem](), PADDED_TOKENS[model.device.type]
     for item in [*sorted(items, key=lambda item: -len(item.token_ids)), None]:
         if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > most):
             width = len(group[0].token_ids)
@@ -149,19 +149,19 @@ def padded(model: Any, items: Sequence[EngineItem]) -> list[float]:
     return found
 
 
-def by_engine(engine: LabelEngine, items: Sequence[EngineItem]) -> None:
+def by_engine(engine: LabelEngine, items: Sequence[ScoreItem]) -> None:
     """As the worker asks: in calls of about `batch_tokens`."""
     for call in in_calls(items, engine.batch_tokens):
         engine.label_logprobs(call)
 
 
-def by_vllm(engine: VllmEngine, items: Sequence[EngineItem]) -> None:
+def by_vllm(engine: VllmEngine, items: Sequence[ScoreItem]) -> None:
     """The same, with nothing left from the round before."""
     engine.forget()
     by_engine(engine, items)
 
 
-def by_llama(model: Any, items: Sequence[EngineItem]) -> list[float]:
+def by_llama(model: Any, items: Sequence[ScoreItem]) -> list[float]:
     """Each text by itself; the logit of its first label behind its last token."""
     found = []
     for item in items:

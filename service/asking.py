@@ -16,7 +16,7 @@ import structlog
 from client.errors import ErrorCode
 from service.background import report
 from service.cache import Kept, ScoreCache, item_key, variant_key
-from service.engine.contract import AnyAnswer, AnyItem, Classified, ClassifyItem, EngineItem, Generated, LabelLogprobs
+from service.engine.contract import AnyAnswer, AnyItem, Classified, ClassifyItem, Generated, LabelLogprobs, ScoreItem
 from service.errors import ServiceError
 from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply, tokens_of
 from service.judges import LabelReader, Reader
@@ -293,7 +293,7 @@ def _has_reply(future: asyncio.Future[Reply]) -> bool:
 def _kept(item: AnyItem, answer: AnyAnswer | JobFailure) -> Kept | None:
     """What may be remembered: a number for each label, or the logit, that was asked for. Others may write anything."""
     match answer:
-        case LabelLogprobs(logprobs) if isinstance(item, EngineItem) and len(logprobs) == len(item.label_ids):
+        case LabelLogprobs(logprobs) if isinstance(item, ScoreItem) and len(logprobs) == len(item.label_ids):
             return answer
         case Classified() if isinstance(item, ClassifyItem):
             return answer
@@ -301,7 +301,7 @@ def _kept(item: AnyItem, answer: AnyAnswer | JobFailure) -> Kept | None:
 
 
 def _label_ids(item: AnyItem) -> tuple[int, ...]:
-    return item.label_ids if isinstance(item, EngineItem) else ()
+    return item.label_ids if isinstance(item, ScoreItem) else ()
 
 
 def _answered(reply: Reply | None) -> _Answered:

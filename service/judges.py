@@ -22,10 +22,10 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    EngineItem,
     Generated,
     GenerateItem,
     LabelLogprobs,
+    ScoreItem,
     Task,
 )
 from service.errors import ServiceError
@@ -82,7 +82,7 @@ class LabelReader:
 
     def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
         """One item."""
-        return (EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries),)
+        return (ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries),)
 
     def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """The scoring rule."""

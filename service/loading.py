@@ -147,8 +147,8 @@ def _load_engine(settings: EngineSettings, model: Model) -> Engine:
     if settings.engine == "vllm":
         return _load_vllm(settings, model.folder, model.max_tokens)
     # Imported only now: a process whose workers are elsewhere has no torch.
-    from service.engine.torch_classify import TorchClassifier
-    from service.engine.torch_engine import TorchEngine
+    from service.engine.torch.classify import TorchClassifier
+    from service.engine.torch.engine import TorchEngine
 
     started = time.monotonic()
     kind: type[TorchEngine | TorchClassifier] = TorchClassifier if settings.task == "classify" else TorchEngine
@@ -166,8 +166,8 @@ def _load_engine(settings: EngineSettings, model: Model) -> Engine:
 
 
 def _load_vllm(settings: EngineSettings, folder: Path, max_tokens: int) -> Engine:
-    from service.engine.vllm_engine import VllmEngine
-    from service.engine.vllm_loading import Lora, VllmOptions
+    from service.engine.vllm.config import Lora, VllmOptions
+    from service.engine.vllm.engine import VllmEngine
 
     if settings.device != "auto":
         raise ValueError("--device is the torch engine's: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")

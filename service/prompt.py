@@ -53,7 +53,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class JudgePrompt:
-    """What an engine reads for one judgement; see EngineItem.
+    """What an engine reads for one judgement; see ScoreItem.
 
     `label_ids` are distinct, `weights` what each counts as, from 0 (No) to 1 (Yes). Both are empty where the judge
     reads no labels.

@@ -29,10 +29,10 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    EngineItem,
     Generated,
     GenerateItem,
     LabelLogprobs,
+    ScoreItem,
     Task,
 )
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
@@ -164,7 +164,7 @@ def encode_job(job: Job, api: str, offset: float = 0.0) -> bytes:
     task, and what else it needs.
     """
     item = job.item
-    labels = item.label_ids if isinstance(item, EngineItem) else ()
+    labels = item.label_ids if isinstance(item, ScoreItem) else ()
     times = (job.deadline + offset, job.submitted + offset)
     header = [job.id, api, *times, labels, item.boundaries, job.traceparent, *_task(item)]
     head = json.dumps(header, separators=(",", ":")).encode()
@@ -218,7 +218,7 @@ def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, 
 def _item(tokens: tuple[int, ...], labels: tuple[int, ...], boundaries: tuple[int, ...], task: list[Any]) -> AnyItem:
     match task:
         case [] if labels:
-            return EngineItem(tokens, labels, boundaries)
+            return ScoreItem(tokens, labels, boundaries)
         case ["classify"]:
             return ClassifyItem(tokens, boundaries)
         case ["generate", limit, stop, temperature, seed]:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, SecretStr, field_validator, model_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.engine.contract import Task
-from service.engine.openai_api import base_url
+from service.engine.upstream.openai_client import base_url
 from service.hosts import checked_pattern
 from service.tracing import checked_endpoint
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final, Literal
 from client.errors import ErrorCode
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem, GenerateItem, Task
-from service.engine.openai_api import Access, Served, find_served
-from service.engine.upstream import UpstreamEngine
-from service.engine.upstream_dialects import Chat, Completions, Question
-from service.engine.upstream_text import digest, text_tokenizer
+from service.engine.contract import GenerateItem, ScoreItem, Task
+from service.engine.upstream.dialects import Chat, Completions, Question
+from service.engine.upstream.engine import UpstreamEngine
+from service.engine.upstream.openai_client import Access, Served, find_served
+from service.engine.upstream.text import digest, text_tokenizer
 from service.errors import ServiceError
 from service.loading import Model, context_length
 from service.prompt import PromptBuilder
@@ -106,7 +106,7 @@ def _fingerprint(settings: CommonSettings, served: Served, tokenizer: str) -> st
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _probe(model: Model, task: Task) -> EngineItem | GenerateItem:
+def _probe(model: Model, task: Task) -> ScoreItem | GenerateItem:
     prompts = PromptBuilder(model.tokenizer, model.max_tokens)
     template = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw").default("pointwise")
     try:
@@ -115,4 +115,4 @@ def _probe(model: Model, task: Task) -> EngineItem | GenerateItem:
         raise ServiceError(ErrorCode.NOT_READY, f"no probe can be built for this model: {exc.message}") from exc
     if task == "generate":
         return GenerateItem(prompt.token_ids, PROBE_TOKENS, ())
-    return EngineItem(prompt.token_ids, prompt.label_ids, prompt.boundaries)
+    return ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries)

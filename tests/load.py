@@ -14,7 +14,7 @@ from typing import Self
 from client import AsyncJudge, JudgeAPIError, JudgeError
 from client.errors import RETRYABLE_STATUS, JudgeTimeoutError
 from client.schema import ScoreRequest, ScoreResult
-from service.engine.contract import EngineItem
+from service.engine.contract import ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.prompt import PromptBuilder
 from service.scoring import judgement
@@ -77,7 +77,7 @@ class Alone:
     def log_odds(self, response: str) -> float:
         """What the judge says of this response to PROMPT."""
         built = self._prompts.build(self._template, PROMPT, [response], "error")
-        item = EngineItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries)
+        item = ScoreItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries)
         return judgement(self._engine.label_logprobs([item])[0], built.yes_ids, built.no_ids).log_odds
 
 

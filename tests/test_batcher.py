@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.batcher import Batcher, split_expired
-from service.engine.contract import EngineItem
+from service.engine.contract import ScoreItem
 from service.jobs import Job, Lane
 
 
 def job(name: str, tokens: int, *, prefix: int = 0, start: int = 0, **more: Any) -> Job:
     boundaries = (prefix,) if prefix else ()
     ids = (start,) * prefix + tuple(range(tokens - prefix))
-    return Job(name, EngineItem(ids, (1, 2), boundaries), more.pop("deadline", 1e9), 0.0, **more)
+    return Job(name, ScoreItem(ids, (1, 2), boundaries), more.pop("deadline", 1e9), 0.0, **more)
 
 
 def names(jobs: list[Job]) -> list[str]:

@@ -11,7 +11,7 @@ import httpx
 
 from client.errors import ErrorCode
 from service.cache import redis_cache
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.jobs import Job, JobFailure
 from service.redis_jobs import RedisJobs
 from service.redis_protocol import Keys
@@ -31,7 +31,7 @@ def queue_on(server: RedisServer) -> RedisJobs:
 
 def job(name: str) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((1, 2), (1, 2)), now + 60, now)
+    return Job(name, ScoreItem((1, 2), (1, 2)), now + 60, now)
 
 
 async def test_the_queue_opens_while_redis_is_silent() -> None:

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from client.errors import ErrorCode
 from service.asking import Asker, Call, Scores
 from service.cache import REDIS_LIMIT, REDIS_PAUSE, MemoryCache, RedisCache, ScoreCache, cache_key, redis_cache
-from service.engine.contract import Classified, EngineItem, LabelLogprobs
+from service.engine.contract import Classified, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from service.jobs import JobFailure, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
@@ -249,7 +249,7 @@ class Desk:
         self.queue.reply([Reply(job.id, self.answer(job.item), 1.0, 2.0, self.variant) for job in jobs])
         return len(jobs), await asked
 
-    def answer(self, item: EngineItem) -> LabelLogprobs:
+    def answer(self, item: ScoreItem) -> LabelLogprobs:
         return FakeEngine().label_logprobs([item])[0]
 
 

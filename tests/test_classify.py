@@ -11,10 +11,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from service.engine.contract import Classified, ClassifyEngine, ClassifyItem
-from service.engine.torch_batches import MicroBatches
-from service.engine.torch_classify import TorchClassifier
-from service.engine.torch_engine import TorchEngine
-from service.engine.torch_loading import EngineLoadError
+from service.engine.torch.batches import MicroBatches
+from service.engine.torch.classify import TorchClassifier
+from service.engine.torch.engine import TorchEngine
+from service.engine.torch.loading import EngineLoadError
 from tests.tiny import make_tiny_model
 
 PADDING = 0

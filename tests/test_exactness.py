@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.codec import load_tokenizer
-from service.engine.contract import EngineItem, LabelLogprobs
-from service.engine.torch_engine import TorchEngine
+from service.engine.contract import LabelLogprobs, ScoreItem
+from service.engine.torch.engine import TorchEngine
 from service.models import resolve
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
@@ -50,20 +50,20 @@ def expected(reference: Reference, texts: list[str]) -> list[Judgement]:
 
 
 @pytest.fixture(scope="module")
-def items(reference: Reference, texts: list[str]) -> list[EngineItem]:
+def items(reference: Reference, texts: list[str]) -> list[ScoreItem]:
     """The prompts as the engine takes them."""
     return [to_item(reference, text) for text in texts]
 
 
 @pytest.fixture(scope="module")
-def alone(engine: TorchEngine, items: list[EngineItem]) -> list[LabelLogprobs]:
+def alone(engine: TorchEngine, items: list[ScoreItem]) -> list[LabelLogprobs]:
     """The answers to the first 32 items, each judged in a call of its own."""
     return [engine.label_logprobs([item])[0] for item in items[:32]]
 
 
-def to_item(reference: Reference, text: str) -> EngineItem:
+def to_item(reference: Reference, text: str) -> ScoreItem:
     """The text as an engine's item that asks for " Yes" and " No"."""
-    return EngineItem(reference.tokenizer(text).input_ids, (reference.label_id(" Yes"), reference.label_id(" No")))
+    return ScoreItem(reference.tokenizer(text).input_ids, (reference.label_id(" Yes"), reference.label_id(" No")))
 
 
 def judgement(answer: LabelLogprobs) -> Judgement:
@@ -82,7 +82,7 @@ def assert_same(ours: list[LabelLogprobs], theirs: list[Judgement], factor: floa
 
 
 def test_a_hundred_prompts_get_the_papers_number(
-    engine: TorchEngine, items: list[EngineItem], expected: list[Judgement]
+    engine: TorchEngine, items: list[ScoreItem], expected: list[Judgement]
 ) -> None:
     """In one call, every prompt gets the score that the paper's rule gives it alone."""
     answers = engine.label_logprobs(items)
@@ -101,7 +101,7 @@ def test_the_prompts_of_this_file_tell_a_wrong_rule_apart(expected: list[Judgeme
 @given(order=st.permutations(range(32)), calls=st.sampled_from([1, 2, 5, 16, 32]))
 @settings(max_examples=15, deadline=None)
 def test_neighbours_do_not_change_a_number(
-    engine: TorchEngine, items: list[EngineItem], alone: list[LabelLogprobs], order: list[int], calls: int
+    engine: TorchEngine, items: list[ScoreItem], alone: list[LabelLogprobs], order: list[int], calls: int
 ) -> None:
     """In any order, and cut into calls of any size, an item gets the number it gets alone."""
     answers: list[LabelLogprobs] = []
@@ -120,7 +120,7 @@ def test_the_services_prompts_get_the_papers_number(
 
     prompts = [builder.build(template, prompt, [response], "error") for prompt, response in generated_pairs(100)]
 
-    items = [EngineItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
+    items = [ScoreItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
     assert_same(engine.label_logprobs(items), expected)
 
 
@@ -137,7 +137,7 @@ def test_a_hundred_real_pairs_get_the_papers_number_from_smollm2(tmp_path: Path)
     expected = [reference.judge(paper_text(*pair)) for pair in pairs]
 
     prompts = [builder.build(template, prompt, [response], "error") for prompt, response in pairs]
-    items = [EngineItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
+    items = [ScoreItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
     for native, factor in ((False, 1.0), (True, NATIVE_FACTOR)):
         with closing(
             TorchEngine.load(folder, dtype="float32", threads=os.cpu_count(), native_kernels=native)

@@ -21,7 +21,7 @@ import trainer
 from client import Judge, JudgeAPIError, JudgeConnectionError, RateLimitError
 from client.errors import ErrorCode
 from client.schema import ScoreRequest
-from service.engine.openai_api import RefusalError
+from service.engine.upstream.openai_client import RefusalError
 from service.errors import ServiceError
 
 PACKAGES = (client, service, trainer)

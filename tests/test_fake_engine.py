@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from service.engine.contract import ClassifyEngine, ClassifyItem, EngineItem, GenerateEngine, GenerateItem, LabelEngine
+from service.engine.contract import ClassifyEngine, ClassifyItem, GenerateEngine, GenerateItem, LabelEngine, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.grades import parse_grade
 
 items = st.builds(
-    EngineItem,
+    ScoreItem,
     token_ids=st.lists(st.integers(0, 2000), min_size=1, max_size=40),
     label_ids=st.lists(st.integers(0, 2047), min_size=1, max_size=16, unique=True).map(tuple),
 )
@@ -30,14 +30,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_numbers_are_the_same_on_every_machine() -> None:
     """A known item has known numbers."""
-    (answer,) = FakeEngine().label_logprobs([EngineItem([1, 2, 3], (10, 20))])
+    (answer,) = FakeEngine().label_logprobs([ScoreItem([1, 2, 3], (10, 20))])
 
     assert answer.logprobs == pytest.approx((-0.303804709673019, -4.095858379258262))
     assert answer.argmax_id == 10
 
 
 @given(st.lists(items, min_size=1, max_size=8))
-def test_an_item_does_not_see_its_neighbours(batch: list[EngineItem]) -> None:
+def test_an_item_does_not_see_its_neighbours(batch: list[ScoreItem]) -> None:
     """Items judged together get the same numbers as one by one."""
     engine: LabelEngine = FakeEngine()
 
@@ -45,7 +45,7 @@ def test_an_item_does_not_see_its_neighbours(batch: list[EngineItem]) -> None:
 
 
 @given(items)
-def test_labels_take_part_of_the_probability(item: EngineItem) -> None:
+def test_labels_take_part_of_the_probability(item: ScoreItem) -> None:
     """The labels' probabilities sum to between 0.5 and 0.99."""
     (answer,) = FakeEngine().label_logprobs([item])
 
@@ -53,7 +53,7 @@ def test_labels_take_part_of_the_probability(item: EngineItem) -> None:
 
 
 @given(items)
-def test_the_likeliest_token_is_a_label_only_if_it_outweighs_the_rest(item: EngineItem) -> None:
+def test_the_likeliest_token_is_a_label_only_if_it_outweighs_the_rest(item: ScoreItem) -> None:
     """`argmax_id` is the best label exactly when its probability is no less than what the labels leave over."""
     (answer,) = FakeEngine().label_logprobs([item])
 
@@ -67,8 +67,8 @@ def test_the_order_of_labels_is_kept() -> None:
     """Labels asked for in the other order get the same numbers in the other order."""
     engine = FakeEngine()
 
-    (there,) = engine.label_logprobs([EngineItem([5, 6], (1, 2))])
-    (back,) = engine.label_logprobs([EngineItem([5, 6], (2, 1))])
+    (there,) = engine.label_logprobs([ScoreItem([5, 6], (1, 2))])
+    (back,) = engine.label_logprobs([ScoreItem([5, 6], (2, 1))])
 
     assert there.logprobs == pytest.approx(back.logprobs[::-1])
 
@@ -78,7 +78,7 @@ def test_different_prompts_get_different_numbers() -> None:
     engine = FakeEngine()
     prompts = [[1, 2], [2, 1], [1, 2, 0], [1], [1, 3]]
 
-    answers = engine.label_logprobs([EngineItem(prompt, (7, 8)) for prompt in prompts])
+    answers = engine.label_logprobs([ScoreItem(prompt, (7, 8)) for prompt in prompts])
 
     assert len({answer.logprobs for answer in answers}) == len(prompts)
 
@@ -86,19 +86,19 @@ def test_different_prompts_get_different_numbers() -> None:
 def test_a_poison_token_fails_the_whole_call() -> None:
     """A call with an item that holds the poison token raises, and one without it does not."""
     engine = FakeEngine(poison_token=13)
-    clean = EngineItem([1, 2], (7,))
+    clean = ScoreItem([1, 2], (7,))
 
     with pytest.raises(RuntimeError, match="poison token 13"):
-        engine.label_logprobs([clean, EngineItem([13], (7,))])
+        engine.label_logprobs([clean, ScoreItem([13], (7,))])
 
     assert len(engine.label_logprobs([clean])) == 1
 
 
 def test_a_nan_token_spoils_its_own_item_only() -> None:
     """An item that holds the NaN token gets NaN; its neighbour gets what it always gets."""
-    clean = EngineItem([1, 2], (7,))
+    clean = ScoreItem([1, 2], (7,))
 
-    spoiled, fine = FakeEngine(nan_token=14).label_logprobs([EngineItem([14], (7,)), clean])
+    spoiled, fine = FakeEngine(nan_token=14).label_logprobs([ScoreItem([14], (7,)), clean])
 
     assert math.isnan(spoiled.logprobs[0])
     assert [fine] == FakeEngine().label_logprobs([clean])
@@ -142,8 +142,8 @@ def test_a_share_of_texts_states_none(tokenizer: PreTrainedTokenizerFast) -> Non
     assert 30 < missing < 90
 
 
-@pytest.mark.parametrize("bad", [EngineItem([], (1,)), EngineItem([1] * 9, (1,)), EngineItem([1], ())])
-def test_an_item_outside_the_contract_is_refused(bad: EngineItem) -> None:
+@pytest.mark.parametrize("bad", [ScoreItem([], (1,)), ScoreItem([1] * 9, (1,)), ScoreItem([1], ())])
+def test_an_item_outside_the_contract_is_refused(bad: ScoreItem) -> None:
     """No tokens, too many tokens or no labels raise ValueError."""
     with pytest.raises(ValueError, match="1 to 8 tokens"):
         FakeEngine(max_tokens=8).label_logprobs([bad])

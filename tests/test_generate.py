@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from service.engine.contract import EngineItem, Generated, GenerateEngine, GenerateItem
-from service.engine.torch_engine import TorchEngine
-from service.engine.torch_generate import Writer
+from service.engine.contract import Generated, GenerateEngine, GenerateItem, ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.torch.generate import Writer
 from tests.tiny import make_tiny_model
 from tests.training import with_nan
 
@@ -162,7 +162,7 @@ def test_an_item_that_leaves_no_room_is_refused(engine: TorchEngine) -> None:
 
 def test_labels_are_as_before_after_writing(engine: TorchEngine) -> None:
     """Writing and judging share the model and its output layer, and do not disturb each other."""
-    items = [EngineItem(prompt, (5, 9)) for prompt in prompts(3, seed=6)]
+    items = [ScoreItem(prompt, (5, 9)) for prompt in prompts(3, seed=6)]
     before = engine.label_logprobs(items)
     engine.generate([greedy(items[0].token_ids)])
 

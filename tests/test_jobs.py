@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
 from service.jobs import DrainRate, Job, JobFailure, JobQueue, JobSource, Lane, QueueStats, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
@@ -71,7 +71,7 @@ async def eventually(condition: Callable[[], bool]) -> bool:
 def job(name: str, tokens: int = 10, *, deadline: float = 60.0, lane: Lane = Lane.INTERACTIVE) -> Job:
     now = time.monotonic()
     return Job(
-        name, EngineItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, lane, traceparent="00-ab-cd-01"
+        name, ScoreItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, lane, traceparent="00-ab-cd-01"
     )
 
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from client.stats import sigmoid
-from service.engine.contract import EngineItem, ItemFailure, LabelLogprobs
+from service.engine.contract import ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.errors import ServiceError
 from service.loading import find_model, load_engine
@@ -75,7 +75,7 @@ class Digits(FakeEngine):
 
     chances = (0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """See FakeEngine."""
         return [LabelLogprobs(tuple(map(math.log, self.chances)), item.label_ids[5]) for item in items]
 
@@ -335,11 +335,11 @@ def test_an_engine_that_cannot_do_it_is_refused_at_start(monkeypatch: pytest.Mon
 class Refusing(FakeEngine):
     """An API that refuses long prompts, and does not return every label."""
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """See FakeEngine."""
         return [self._answer(item) for item in items]
 
-    def _answer(self, item: EngineItem) -> LabelLogprobs | ItemFailure:
+    def _answer(self, item: ScoreItem) -> LabelLogprobs | ItemFailure:
         if len(item.token_ids) > 500:
             return ItemFailure("inference_failed", "the API refused this one")
         return LabelLogprobs((-0.1, -20.0), item.label_ids[0], floored=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from service.engine.torch_classify import TorchClassifier
-from service.engine.torch_engine import TorchEngine
+from service.engine.torch.classify import TorchClassifier
+from service.engine.torch.engine import TorchEngine
 from tests.live import live_service
 from tests.tiny import make_tiny_model, tiny_tokenizer
 

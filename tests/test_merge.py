@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from service.engine.contract import EngineItem
-from service.engine.torch_engine import TorchEngine
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
 from tests.tiny import CHAT_TEMPLATE
 from tests.training import toy_preferences, toy_settings, with_nan
 from trainer.dpo import train_dpo
@@ -96,7 +96,7 @@ def test_the_service_loads_it(adapter: Path, expected: torch.Tensor, tmp_path: P
     """The judge's engine reads the labels' log-probabilities that base and adapter give."""
     engine = TorchEngine.load(merge(adapter, tmp_path / "merged", dtype="float32"), dtype="float32", device="cpu")
 
-    answer = engine.label_logprobs([EngineItem(tuple(IDS[0].tolist()), (5, 6))])[0]
+    answer = engine.label_logprobs([ScoreItem(tuple(IDS[0].tolist()), (5, 6))])[0]
 
     assert answer.logprobs == pytest.approx(expected[0, -1].log_softmax(0)[[5, 6]].tolist(), abs=1e-4)
 

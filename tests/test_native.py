@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine import native, native_decoder
+from service.engine.torch.cpu import build, kernel
 
 # As the processor reads it: palette 1, 8 tiles of 16 rows with 64 bytes each.
 TILE_CONFIGURATION = bytes([1]) + bytes(15) + b"\x40\0" * 8 + bytes(16) + b"\x10" * 8 + bytes(8)
@@ -23,13 +23,13 @@ def test_a_library_is_compiled_once(tmp_path: Path, library_folder: Path, monkey
     """What lies in the cache is used, and other flags or another source are another library."""
     source = tmp_path / "two.cpp"
     source.write_text('extern "C" int two() { return NUMBER; }\n', encoding="utf-8")
-    first = native.library(source, ("-DNUMBER=2",))
+    first = build.library(source, ("-DNUMBER=2",))
     monkeypatch.setenv("CXX", "false")
-    again = native.library(source, ("-DNUMBER=2",))
+    again = build.library(source, ("-DNUMBER=2",))
 
     assert first.two() == again.two() == 2
-    with pytest.raises(native.NativeUnavailableError, match="false failed"):
-        native.library(source, ("-DNUMBER=3",))
+    with pytest.raises(build.NativeUnavailableError, match="false failed"):
+        build.library(source, ("-DNUMBER=3",))
     assert [file.suffix for file in library_folder.iterdir()] == [".so"]
 
 
@@ -39,8 +39,8 @@ def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
     source = tmp_path / "broken.cpp"
     source.write_text("int two() { return two_of_them; }\n", encoding="utf-8")
 
-    with pytest.raises(native.NativeUnavailableError, match="two_of_them"):
-        native.library(source, ())
+    with pytest.raises(build.NativeUnavailableError, match="two_of_them"):
+        build.library(source, ())
 
 
 @pytest.mark.usefixtures("library_folder")
@@ -52,8 +52,8 @@ def test_a_library_that_cannot_be_loaded_is_told(tmp_path: Path, monkeypatch: py
     source.write_text('extern "C" int two() { return 2; }\n', encoding="utf-8")
     monkeypatch.setenv("CXX", str(compiler))
 
-    with pytest.raises(native.NativeUnavailableError, match="cannot be compiled or loaded"):
-        native.library(source, ())
+    with pytest.raises(build.NativeUnavailableError, match="cannot be compiled or loaded"):
+        build.library(source, ())
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "another byte", "no library"])
@@ -64,7 +64,7 @@ def test_a_damaged_library_is_compiled_anew(
     caplog.set_level("INFO")
     source = tmp_path / "two.cpp"
     source.write_text('extern "C" int two() { return 2; }\n', encoding="utf-8")
-    native.library(source, ())
+    build.library(source, ())
     (file,) = library_folder.iterdir()
     whole = file.read_bytes()
     at = len(whole) // 2
@@ -77,14 +77,14 @@ def test_a_damaged_library_is_compiled_anew(
     file.unlink()  # never in place: it is mapped here
     file.write_bytes(damaged[damage])
 
-    assert native.library(source, ()).two() == 2
+    assert build.library(source, ()).two() == 2
     assert file.read_bytes() == whole
     assert file.name in caplog.text
 
 
 def test_the_tile_unit_gets_all_of_its_configuration(library_folder: Path) -> None:
     """In the compiled code every configuration that is loaded is constant and whole, whatever the compiler removed."""
-    native_decoder.compiled(amx=True)
+    kernel.compiled(amx=True)
     (file,) = library_folder.iterdir()
     code = disassembled(file, "--disassemble", "--no-show-raw-insn")
     loads = re.findall(r"ldtilecfg (.*)", code)

@@ -20,13 +20,13 @@ import torch
 import transformers
 from torch import nn
 
-from service.engine import native, native_decoder
-from service.engine.contract import EngineItem, GenerateItem
-from service.engine.decoder_layers import read_decoder
-from service.engine.native_decoder import NativeDecoder, _library
-from service.engine.native_panels import PanelLinear, PanelMlp, in_turn, panels_of
-from service.engine.torch_engine import DType, TorchEngine
-from service.engine.torch_head import LastTokenHead
+from service.engine.contract import GenerateItem, ScoreItem
+from service.engine.torch.cpu import build, kernel
+from service.engine.torch.cpu.kernel import NativeDecoder, _library
+from service.engine.torch.cpu.panels import PanelLinear, PanelMlp, in_turn, panels_of
+from service.engine.torch.engine import DType, TorchEngine
+from service.engine.torch.families import read_decoder
+from service.engine.torch.heads import LastTokenHead
 from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
 
 needs_bf16 = pytest.mark.skipif(
@@ -41,7 +41,7 @@ MEMORY_OF = """
 import json, sys
 from pathlib import Path
 import psutil
-from service.engine.torch_engine import TorchEngine
+from service.engine.torch.engine import TorchEngine
 
 def load():
     return TorchEngine.load(Path(sys.argv[1]), dtype="float32", device="cpu")
@@ -62,8 +62,8 @@ def amx_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUDGE_NATIVE_DIR", str(tmp_path_factory.mktemp("emulated")))
         header = Path(__file__).with_name("amx_emulation.h")
-        flags = (f"-m{flag}" for flag in native_decoder._AVX512)
-        return native.library(native_decoder._SOURCE, (*flags, "-include", str(header)))
+        flags = (f"-m{flag}" for flag in kernel._AVX512)
+        return build.library(kernel._SOURCE, (*flags, "-include", str(header)))
 
 
 @pytest.fixture(params=["this CPU's", "AMX emulated"])
@@ -71,7 +71,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Which of the compiled code's two forms is tried."""
     if request.param == "AMX emulated":
         library = request.getfixturevalue("amx_library")
-        monkeypatch.setattr(native_decoder, "compiled", lambda **_: library)
+        monkeypatch.setattr(kernel, "compiled", lambda **_: library)
 
 
 @pytest.fixture(params=["bfloat16", "float32"])
@@ -82,7 +82,7 @@ def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[TorchEngi
         yield engine
 
 
-def log_odds(engine: TorchEngine, items: list[EngineItem]) -> torch.Tensor:
+def log_odds(engine: TorchEngine, items: list[ScoreItem]) -> torch.Tensor:
     """Of each item's two labels."""
     return torch.tensor([answer.logprobs[0] - answer.logprobs[1] for answer in engine.label_logprobs(items)])
 
@@ -177,7 +177,7 @@ def test_long_prompts_behind_shared_ones(kind: str, dtype: DType, tolerance: flo
     exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     rng = random.Random(3)
     shared = [rng.randrange(3, 128) for _ in range(701)]
-    items = [EngineItem(shared + [rng.randrange(3, 128) for _ in range(n)], (5, 9), (17, 701)) for n in (499, 1, 33)]
+    items = [ScoreItem(shared + [rng.randrange(3, 128) for _ in range(n)], (5, 9), (17, 701)) for n in (499, 1, 33)]
 
     with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu")) as engine:
         together, alone = log_odds(engine, items), torch.cat([log_odds(engine, [item]) for item in items])
@@ -280,8 +280,8 @@ def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tm
     """One text, and answers to one prompt, are divided among threads; one, two and five give the same bits."""
     make_model(tmp_path, kind, rounded=True)
     rng = random.Random(3)
-    long = EngineItem([rng.randrange(3, 128) for _ in range(331)], (5, 9), (7, 150))
-    answers = [EngineItem([*long.token_ids[:150], 5 + n], (5, 9), (7, 150)) for n in range(40)]
+    long = ScoreItem([rng.randrange(3, 128) for _ in range(331)], (5, 9), (7, 150))
+    answers = [ScoreItem([*long.token_ids[:150], 5 + n], (5, 9), (7, 150)) for n in range(40)]
     found = []
     for threads in (1, 2, 5):
         with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu", threads=threads)) as engine:
@@ -349,7 +349,7 @@ def test_an_item_with_broken_embeddings_spoils_itself_only(dtype: DType, tmp_pat
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.get_input_embeddings().weight.data[100] = float("nan")
     model.save_pretrained(tmp_path)
-    fine, broken = EngineItem([9, 7, 8, 10], (5, 6), (2,)), EngineItem([9, 7, 100, 8], (5, 6), (2,))
+    fine, broken = ScoreItem([9, 7, 8, 10], (5, 6), (2,)), ScoreItem([9, 7, 100, 8], (5, 6), (2,))
 
     with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu")) as engine:
         spoiled, beside = engine.label_logprobs([broken, fine])

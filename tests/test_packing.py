@@ -5,18 +5,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.contract import EngineItem
-from service.engine.packing import Pack, cut, plan
+from service.engine.contract import ScoreItem
+from service.engine.torch.packing import Pack, cut, plan
 
 MOST_ROWS = 24
 
 
 @st.composite
-def prompts(draw: st.DrawFn) -> EngineItem:
+def prompts(draw: st.DrawFn) -> ScoreItem:
     """An item of 1 to 12 tokens out of two, so that equal prefixes are common, with boundaries anywhere."""
     tokens = draw(st.lists(st.integers(0, 1), min_size=1, max_size=12))
     places = draw(st.sets(st.integers(0, 14), max_size=3))
-    return EngineItem(tokens, (0,), tuple(sorted(places)))
+    return ScoreItem(tokens, (0,), tuple(sorted(places)))
 
 
 batches = st.lists(prompts(), max_size=12)
@@ -29,7 +29,7 @@ def read_back(pack: Pack, index: int) -> list[int]:
 
 
 @given(batches, st.integers(1, 4))
-def test_every_items_tokens_are_in_its_chain(items: list[EngineItem], workers: int) -> None:
+def test_every_items_tokens_are_in_its_chain(items: list[ScoreItem], workers: int) -> None:
     """Each item is in one pack, and its last token sees its own tokens in their order."""
     packs = plan(items, MOST_ROWS, workers)
 
@@ -39,7 +39,7 @@ def test_every_items_tokens_are_in_its_chain(items: list[EngineItem], workers: i
 
 
 @given(batches)
-def test_rows_are_filled_without_gaps(items: list[EngineItem]) -> None:
+def test_rows_are_filled_without_gaps(items: list[ScoreItem]) -> None:
     """Segments stand one behind the other, each after what it sees, at the position that it has in its item."""
     for pack in plan(items, MOST_ROWS):
         rows = [row for s in pack.segments for row in range(s.row, s.row + len(s.tokens))]
@@ -52,7 +52,7 @@ def test_rows_are_filled_without_gaps(items: list[EngineItem]) -> None:
 
 
 @given(batches)
-def test_prefixes_are_shared_exactly_when_they_are_equal(items: list[EngineItem]) -> None:
+def test_prefixes_are_shared_exactly_when_they_are_equal(items: list[ScoreItem]) -> None:
     """In one pack there are as many segments as there are different prefixes up to a cut."""
     pack = Pack()
     counted = pack.added_rows(items)
@@ -67,7 +67,7 @@ def test_prefixes_are_shared_exactly_when_they_are_equal(items: list[EngineItem]
 
 
 @given(batches, prompts())
-def test_neighbours_do_not_move_the_cuts(items: list[EngineItem], item: EngineItem) -> None:
+def test_neighbours_do_not_move_the_cuts(items: list[ScoreItem], item: ScoreItem) -> None:
     """An item's chain has the same pieces beside any others as alone."""
     packs = plan([*items, item], MOST_ROWS)
 
@@ -77,14 +77,14 @@ def test_neighbours_do_not_move_the_cuts(items: list[EngineItem], item: EngineIt
 
 
 @given(batches, st.integers(1, 4))
-def test_packs_stay_in_their_size(items: list[EngineItem], workers: int) -> None:
+def test_packs_stay_in_their_size(items: list[ScoreItem], workers: int) -> None:
     """No pack is over the limit, as no item is."""
     assert all(pack.rows <= MOST_ROWS for pack in plan(items, MOST_ROWS, workers))
 
 
 def test_a_prompt_with_two_answers_is_read_once() -> None:
     """What two items have before the last boundary is laid out once, and counted as not computed again."""
-    items = [EngineItem([1, 2, 3, 4], (0,), (1, 3)), EngineItem([1, 2, 3, 5, 6], (0,), (1, 3))]
+    items = [ScoreItem([1, 2, 3, 4], (0,), (1, 3)), ScoreItem([1, 2, 3, 5, 6], (0,), (1, 3))]
 
     (pack,) = plan(items, MOST_ROWS)
 
@@ -94,15 +94,15 @@ def test_a_prompt_with_two_answers_is_read_once() -> None:
 
 def test_work_is_spread_over_the_workers() -> None:
     """Eight items make four packs for four workers, two for two, and one for one."""
-    items = [EngineItem([index] * 3, (0,)) for index in range(8)]
+    items = [ScoreItem([index] * 3, (0,)) for index in range(8)]
 
     assert [len(plan(items, MOST_ROWS, workers)) for workers in (1, 2, 4)] == [1, 2, 4]
 
 
 def test_answers_to_one_prompt_are_divided_only_where_that_is_asked_for() -> None:
     """For workers that can read one pack together they are one; beside others each prompt's stay together."""
-    alike = [EngineItem([1, 2, 3, index], (0,), (3,)) for index in range(8)]
-    others = [EngineItem([7, 8, index], (0,), (2,)) for index in range(8)]
+    alike = [ScoreItem([1, 2, 3, index], (0,), (3,)) for index in range(8)]
+    others = [ScoreItem([7, 8, index], (0,), (2,)) for index in range(8)]
 
     assert len(plan(alike, MOST_ROWS, 4)) == 4
     assert len(plan(alike, MOST_ROWS, 4, divided=False)) == 1

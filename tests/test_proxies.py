@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from client import AsyncJudge, Judge, JudgeAPIError, JudgeConnectionError
 from client.proxies import ProxySettingError, exempt_loopback, is_loopback, proxy_of
 from service import tracing
-from service.engine.openai_api import Access, UpstreamError, base_url, find_served
+from service.engine.upstream.openai_client import Access, UpstreamError, base_url, find_served
 from service.weights.hub import HubError, fetch_snapshot
 from tests.otlp import collector
 from tests.scoring_server import ScoringServer, scoring_server

@@ -15,10 +15,10 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    EngineItem,
     Generated,
     GenerateItem,
     LabelLogprobs,
+    ScoreItem,
 )
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
@@ -68,7 +68,7 @@ def source(server: RedisServer, keys: Keys, metrics: Metrics | None = None, **ti
 
 def job(name: str, *, lane: Lane = Lane.INTERACTIVE) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now, lane)
+    return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now, lane)
 
 
 async def taken(worker: RedisSource, seconds: float = 5.0) -> list[Job]:
@@ -89,7 +89,7 @@ async def eventually(condition: Callable[[], bool]) -> bool:
 
 
 ITEMS = [
-    EngineItem((0, 5, 2**32 - 1), (7, 9), (1, 2)),
+    ScoreItem((0, 5, 2**32 - 1), (7, 9), (1, 2)),
     ClassifyItem((0, 5, 2**32 - 1), (1, 2)),
     GenerateItem((0, 5, 2**32 - 1), 256, (2, 7), 0.7, 2**63 - 1, (1, 2)),
     GenerateItem((5,), 8, ()),

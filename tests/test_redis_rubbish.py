@@ -15,7 +15,7 @@ import pytest
 
 from client.errors import ErrorCode
 from service.background import start_thread
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
@@ -113,7 +113,7 @@ def worker(server: RedisServer, keys: Keys) -> RedisSource:
 
 def job(name: str) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
+    return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 
 async def taken(worker: RedisSource) -> list[Job]:

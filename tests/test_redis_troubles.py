@@ -13,7 +13,7 @@ import redis
 from structlog.testing import capture_logs
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 from service.metrics import Metrics
@@ -74,7 +74,7 @@ async def working(server: RedisServer, keys: Keys) -> AsyncIterator[RedisSource]
 
 def job(name: str) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
+    return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 
 async def taken(worker: RedisSource, seconds: float = 5.0) -> list[Job]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.process import running_service
 from client import Judge
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from tests.killed_loop import POINTS
 from tests.live import Live, live_service
@@ -164,7 +164,7 @@ class Mortal(FakeEngine):
     services: ClassVar[list[Live]] = []
     calls: ClassVar[list[int]] = []
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """See FakeEngine."""
         self.calls.append(len(items))
         for live in self.services[: len(self.calls) // 3]:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.batcher import Batcher
-from service.engine.contract import AnyItem, EngineItem
+from service.engine.contract import AnyItem, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.jobs import Job, Lane
 from service.memory_jobs import MemoryJobs
@@ -103,7 +103,7 @@ async def test_items_that_are_tried_one_by_one_are_progress() -> None:
 
     queue, seen = MemoryJobs(100, 10_000, 1.0), []
     now = time.monotonic()
-    await queue.submit([Job(str(n), EngineItem((n, 5, 6), (1, 2)), now + 60, now) for n in range(5)])
+    await queue.submit([Job(str(n), ScoreItem((n, 5, 6), (1, 2)), now + 60, now) for n in range(5)])
     Worker(Slow(), queue, Batcher(1000, 16, 0.0), Metrics()).step()
 
     assert seen == [False] * 6

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from service.engine.contract import Engine, EngineItem, variant_of
-from service.engine.torch_engine import DType, EngineLoadError, TorchEngine
+from service.engine.contract import Engine, ScoreItem, variant_of
+from service.engine.torch.engine import DType, EngineLoadError, TorchEngine
 
 VOCABULARY = 128
 SMALL = {
@@ -69,16 +69,16 @@ def make_model(folder: Path, config: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def random_items(count: int, longest: int = 60) -> list[EngineItem]:
+def random_items(count: int, longest: int = 60) -> list[ScoreItem]:
     """Items of 1 to `longest` random tokens that ask for two labels."""
     rng = random.Random(1)
     return [
-        EngineItem([rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, longest))], (5, 9)) for _ in range(count)
+        ScoreItem([rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, longest))], (5, 9)) for _ in range(count)
     ]
 
 
 @torch.no_grad()
-def own_logprobs(model: Any, item: EngineItem) -> list[float]:
+def own_logprobs(model: Any, item: ScoreItem) -> list[float]:
     """What the model itself says of one item's labels."""
     logprobs = model(torch.tensor([item.token_ids])).logits[0, -1].float().log_softmax(-1)
     return [logprobs[label].item() for label in item.label_ids]
@@ -136,7 +136,7 @@ def test_probabilities_cover_the_whole_vocabulary(engine: TorchEngine, tiny_mode
     """Asked for every token, the probabilities sum to 1, and `argmax_id` names the likeliest."""
     size = transformers.AutoConfig.from_pretrained(tiny_model).vocab_size
 
-    (answer,) = engine.label_logprobs([EngineItem([7, 8, 9], tuple(range(size)))])
+    (answer,) = engine.label_logprobs([ScoreItem([7, 8, 9], tuple(range(size)))])
 
     assert torch.tensor(answer.logprobs).exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert answer.logprobs[answer.argmax_id] == max(answer.logprobs)
@@ -146,7 +146,7 @@ def test_items_at_the_limits_are_read(tiny_model: Path) -> None:
     """One token and `max_tokens` tokens both get an answer, in a call larger than `batch_tokens`."""
     engine: Engine = TorchEngine.load(tiny_model, dtype="float32", max_tokens=64, batch_tokens=32)
 
-    answers = engine.label_logprobs([EngineItem([7], (5,)), EngineItem([7] * 64, (5,))])
+    answers = engine.label_logprobs([ScoreItem([7], (5,)), ScoreItem([7] * 64, (5,))])
 
     assert len(answers) == 2
     assert engine.label_logprobs([]) == []
@@ -155,17 +155,17 @@ def test_items_at_the_limits_are_read(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (EngineItem([], (5,)), "0 tokens"),
-        (EngineItem([7] * 2049, (5,)), "2049 tokens"),
-        (EngineItem([7], ()), "no label ids"),
-        (EngineItem([10**6], (5,)), "outside the model's vocabulary"),
-        (EngineItem([7], (-1,)), "outside the model's vocabulary"),
+        (ScoreItem([], (5,)), "0 tokens"),
+        (ScoreItem([7] * 2049, (5,)), "2049 tokens"),
+        (ScoreItem([7], ()), "no label ids"),
+        (ScoreItem([10**6], (5,)), "outside the model's vocabulary"),
+        (ScoreItem([7], (-1,)), "outside the model's vocabulary"),
     ],
 )
-def test_an_item_outside_the_contract_is_refused(engine: TorchEngine, bad: EngineItem, message: str) -> None:
+def test_an_item_outside_the_contract_is_refused(engine: TorchEngine, bad: ScoreItem, message: str) -> None:
     """Wrong lengths and ids raise ValueError that says which."""
     with pytest.raises(ValueError, match=message):
-        engine.label_logprobs([EngineItem([7], (5,)), bad])
+        engine.label_logprobs([ScoreItem([7], (5,)), bad])
 
 
 def test_micro_batches_hold_every_item_once_and_stay_in_budget(engine: TorchEngine) -> None:
@@ -185,7 +185,7 @@ def test_a_closed_engine_says_so(engine: TorchEngine) -> None:
     engine.close()
 
     with pytest.raises(RuntimeError, match="closed"):
-        engine.label_logprobs([EngineItem([7], (5,))])
+        engine.label_logprobs([ScoreItem([7], (5,))])
 
 
 def test_broken_weights_are_refused_at_load(tiny_model: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     engine = TorchEngine.load(tmp_path, dtype="float32")
 
-    spoiled, fine = engine.label_logprobs([EngineItem([300, 7, 8], (5,)), EngineItem([9, 7, 8], (5,))])
+    spoiled, fine = engine.label_logprobs([ScoreItem([300, 7, 8], (5,)), ScoreItem([9, 7, 8], (5,))])
 
     assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
     assert torch.isfinite(torch.tensor(fine.logprobs)).all()

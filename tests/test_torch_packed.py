@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from service.engine.contract import EngineItem, LabelLogprobs
-from service.engine.torch_engine import DType, TorchEngine
+from service.engine.contract import LabelLogprobs, ScoreItem
+from service.engine.torch.engine import DType, TorchEngine
 
 VOCABULARY = 128
 SMALL: dict[str, Any] = {
@@ -60,7 +60,7 @@ def make_model(folder: Path, kind: str, *, rounded: bool = False, **shape: int) 
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def some_items(prompts: int = 4, answers: int = 3, seed: int = 0) -> list[EngineItem]:
+def some_items(prompts: int = 4, answers: int = 3, seed: int = 0) -> list[ScoreItem]:
     """Prompts behind one head, each with some answers: 10 to 170 tokens, cut after the head and after the prompt."""
     rng = random.Random(seed)
 
@@ -69,7 +69,7 @@ def some_items(prompts: int = 4, answers: int = 3, seed: int = 0) -> list[Engine
 
     head = tokens(7, 7)
     shared = [head + tokens(1, 80) for _ in range(prompts)]
-    return [EngineItem(p + tokens(2, 83), (5, 9), (7, len(p))) for p in shared for _ in range(answers)]
+    return [ScoreItem(p + tokens(2, 83), (5, 9), (7, len(p))) for p in shared for _ in range(answers)]
 
 
 def bits(answers: list[LabelLogprobs]) -> list[tuple[float, ...]]:
@@ -85,7 +85,7 @@ def engine(tiny_model: Path) -> Iterator[TorchEngine]:
 
 
 @torch.no_grad()
-def own_logprobs(model: Any, item: EngineItem) -> list[float]:
+def own_logprobs(model: Any, item: ScoreItem) -> list[float]:
     """What the model itself says of one item's labels."""
     logprobs = model(torch.tensor([item.token_ids])).logits[0, -1].float().log_softmax(-1)
     return [logprobs[label].item() for label in item.label_ids]
@@ -141,7 +141,7 @@ def test_a_long_prompt_behind_a_shared_head_gets_its_own_number(engine: TorchEng
     """A segment longer than one call of masked attention takes gives what the model's own forward gives."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     rng = random.Random(2)
-    item = EngineItem([rng.randrange(3, VOCABULARY) for _ in range(1200)], (5, 9), (7,))
+    item = ScoreItem([rng.randrange(3, VOCABULARY) for _ in range(1200)], (5, 9), (7,))
 
     (answer,) = engine.label_logprobs([item])
 
@@ -165,8 +165,8 @@ def test_shared_tokens_are_counted(tiny_model: Path) -> None:
 
     On one thread: with more of them torch's operations read a family in several packs, each with its own copy.
     """
-    first = EngineItem([7] * 30, (5,), (10, 20))
-    second = EngineItem([7] * 20 + [8] * 4, (5,), (10, 20))
+    first = ScoreItem([7] * 30, (5,), (10, 20))
+    second = ScoreItem([7] * 20 + [8] * 4, (5,), (10, 20))
 
     with closing(TorchEngine.load(tiny_model, device="cpu", threads=1)) as engine:
         answers = engine.label_logprobs([first, second, first])
@@ -181,10 +181,10 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.get_input_embeddings().weight.data[300] = float("nan")
     model.save_pretrained(tmp_path)
-    fine = EngineItem([9, 7, 8, 10], (5,), (2,))
+    fine = ScoreItem([9, 7, 8, 10], (5,), (2,))
 
     with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu")) as engine:
-        spoiled, beside = engine.label_logprobs([EngineItem([9, 7, 300, 8], (5,), (2,)), fine])
+        spoiled, beside = engine.label_logprobs([ScoreItem([9, 7, 300, 8], (5,), (2,)), fine])
         (alone,) = engine.label_logprobs([fine])
 
     assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
@@ -221,7 +221,7 @@ def test_packed_numbers_that_are_not_the_models_own_are_not_used(
     tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the probe finds another result the padded way is taken, with a warning."""
-    monkeypatch.setattr("service.engine.tiled_decoder._rotate", lambda x, _: x)
+    monkeypatch.setattr("service.engine.torch.tiled._rotate", lambda x, _: x)
 
     engine = TorchEngine.load(tiny_model, dtype="float32", device="cpu")
 

@@ -13,7 +13,7 @@ import pytest
 
 from bench.process import running_service
 from service import tracing
-from service.engine.contract import EngineItem
+from service.engine.contract import ScoreItem
 from service.jobs import Job
 from tests.fleet import Fleet
 from tests.otlp import Collector, attributes, collector
@@ -136,7 +136,7 @@ def test_the_trace_goes_through_redis(fleet: Fleet) -> None:
 
 def job(name: str, traceparent: str | None) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((1, 2, 3), (1, 2), ()), now + 9, now - 1, traceparent=traceparent)
+    return Job(name, ScoreItem((1, 2, 3), (1, 2), ()), now + 9, now - 1, traceparent=traceparent)
 
 
 def test_a_batch_of_several_callers_is_linked_to_each() -> None:

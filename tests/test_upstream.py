@@ -18,18 +18,18 @@ from transformers import PreTrainedTokenizerFast
 
 from client.errors import ErrorCode
 from service.engine.contract import (
-    EngineItem,
     Generated,
     GenerateEngine,
     GenerateItem,
     ItemFailure,
     LabelEngine,
     LabelLogprobs,
+    ScoreItem,
 )
-from service.engine.openai_api import Access, UpstreamError, base_url, find_served
-from service.engine.upstream import UpstreamEngine
-from service.engine.upstream_dialects import Chat, Completions, Question
-from service.engine.upstream_text import text_tokenizer
+from service.engine.upstream.dialects import Chat, Completions, Question
+from service.engine.upstream.engine import UpstreamEngine
+from service.engine.upstream.openai_client import Access, UpstreamError, base_url, find_served
+from service.engine.upstream.text import text_tokenizer
 from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, columns_answer, error, ids_answer, openai_server
 from tests.tiny import tiny_tokenizer
 
@@ -86,15 +86,15 @@ def _engine(
         engine.close()
 
 
-def item(*token_ids: int) -> EngineItem:
+def item(*token_ids: int) -> ScoreItem:
     """An item that asks for YES and NO."""
-    return EngineItem(token_ids or (1, 2, 3), (YES, NO))
+    return ScoreItem(token_ids or (1, 2, 3), (YES, NO))
 
 
-def message(text: PreTrainedTokenizerFast, content: str, *labels: str) -> EngineItem:
+def message(text: PreTrainedTokenizerFast, content: str, *labels: str) -> ScoreItem:
     """A chat message that asks for these labels, else for Yes and No."""
     encode: Callable[[str], list[int]] = lambda part: text.backend_tokenizer.encode(part, add_special_tokens=False).ids  # noqa: E731
-    return EngineItem([*encode(content), 0], tuple(encode(label)[0] for label in labels or ("Yes", "No")))
+    return ScoreItem([*encode(content), 0], tuple(encode(label)[0] for label in labels or ("Yes", "No")))
 
 
 def failed(answer: object) -> ErrorCode | None:
@@ -127,7 +127,7 @@ def test_ids_give_the_servers_own_numbers(style: Style) -> None:
 def test_labels_far_down_are_exact_where_the_server_takes_their_ids() -> None:
     """They need not be among the likeliest."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
-        (answer,) = engine.label_logprobs([EngineItem((1, 2), (500, 501))])
+        (answer,) = engine.label_logprobs([ScoreItem((1, 2), (500, 501))])
 
     assert isinstance(answer, LabelLogprobs)
     assert answer.logprobs == (spread((1, 2))[500], spread((1, 2))[501])
@@ -145,7 +145,7 @@ def test_tokens_named_by_text_are_matched_letter_by_letter() -> None:
     name = tokenizer.backend_tokenizer.decode
     served = openai_server(ids=likely, style="sglang", name=lambda t: str(name([t])))
     with served as upstream, completions(upstream) as engine:
-        answers = engine.label_logprobs([EngineItem((1, 2), (no, yes))])
+        answers = engine.label_logprobs([ScoreItem((1, 2), (no, yes))])
 
     assert answers == [LabelLogprobs((-2.0, -1.0), yes)]
 
@@ -720,7 +720,7 @@ def replayed(way: str) -> Iterator[Upstream]:
 def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_ids() -> None:
     """What vLLM's server really answered, against what the torch engine gave for the same tokens; both in fp32."""
     said = CONVERSATION["completions"]
-    items = [EngineItem(s["request"]["prompt"], tuple(s["request"]["logprob_token_ids"])) for s in said]
+    items = [ScoreItem(s["request"]["prompt"], tuple(s["request"]["logprob_token_ids"])) for s in said]
     dialect = Completions(Question(model=said[0]["request"]["model"]), tiny_tokenizer())
     with replayed("completions") as upstream, _engine(upstream, dialect) as engine:
         answers = engine.label_logprobs(items)

@@ -17,10 +17,10 @@ import torch
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.engine.contract import EngineItem
-from service.engine.openai_api import UpstreamError
-from service.engine.torch_engine import TorchEngine
-from service.engine.upstream import UpstreamEngine
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.upstream.engine import UpstreamEngine
+from service.engine.upstream.openai_client import UpstreamError
 from service.loading import find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
@@ -94,7 +94,7 @@ def test_ids_give_the_torch_engines_numbers(tiny_model: Path) -> None:
     with openai_server(ids=TinyModel(tiny_model).ids) as upstream, served(upstream, model=str(tiny_model)) as http:
         results = http.post("/score/batch", json={"items": [ask(*pair) for pair in PAIRS]}).json()["results"]
 
-    sent = [EngineItem(s.body["prompt"], tuple(s.body["logprob_token_ids"])) for s in upstream.asked[1:]]
+    sent = [ScoreItem(s.body["prompt"], tuple(s.body["logprob_token_ids"])) for s in upstream.asked[1:]]
     torch_engine = TorchEngine.load(tiny_model, dtype="float32")
     own = [answer.logprobs[0] - answer.logprobs[1] for answer in torch_engine.label_logprobs(sent)]
     assert sorted(r["result"]["log_odds"] for r in results) == pytest.approx(sorted(own), abs=1e-4)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from service.engine.openai_api import UpstreamError
-from service.engine.upstream_answers import UNSEEN, Answer, Token, by_id, by_word, read
-from service.engine.upstream_text import REPLY, digest, text_of, text_tokenizer
+from service.engine.upstream.logprobs import UNSEEN, Answer, Token, by_id, by_word, read
+from service.engine.upstream.openai_client import UpstreamError
+from service.engine.upstream.text import REPLY, digest, text_of, text_tokenizer
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 from tests.openai_server import chat_answer, columns_answer

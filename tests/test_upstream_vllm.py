@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from service.engine.contract import EngineItem, Generated, GenerateItem, ItemFailure, LabelLogprobs
-from service.engine.torch_engine import TorchEngine
-from service.engine.upstream import UpstreamEngine
+from service.engine.contract import Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
+from service.engine.torch.engine import TorchEngine
+from service.engine.upstream.engine import UpstreamEngine
 from service.models import resolve
 from service.prompt import JudgePrompt, PromptBuilder
 from service.settings import Settings
@@ -99,7 +99,7 @@ def started(config: Settings) -> tuple[UpstreamEngine, list[JudgePrompt]]:
 def test_ids_give_the_torch_engines_probabilities(url: str, folder: Path, torch_engine: TorchEngine) -> None:
     """Of labels however unlikely, in fp32 to 1e-3, without a floor; and the same likeliest token."""
     engine, prompts = started(settings(url, model=str(folder)))
-    items = [EngineItem(prompt.token_ids, (*prompt.label_ids, 500, 20_000)) for prompt in prompts]
+    items = [ScoreItem(prompt.token_ids, (*prompt.label_ids, 500, 20_000)) for prompt in prompts]
 
     answers = engine.label_logprobs(items)
     engine.close()
@@ -138,7 +138,7 @@ def test_one_token_of_the_chat_api_is_not_both_labels(url: str) -> None:
     """The missing one is an error, or the floor where there is one."""
     strict, prompts = started(settings(url, upstream_top_logprobs=1))
     lenient, _ = started(settings(url, upstream_top_logprobs=1, floor=-20.0))
-    items = [EngineItem(prompt.token_ids, prompt.label_ids) for prompt in prompts]
+    items = [ScoreItem(prompt.token_ids, prompt.label_ids) for prompt in prompts]
 
     missing, floored = strict.label_logprobs(items), lenient.label_logprobs(items)
     for engine in (strict, lenient):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.vllm_agreement import Side, compare, judge_prompts, side
-from service.engine.contract import EngineItem, ItemFailure, LabelLogprobs
+from service.engine.contract import ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from service.prompt import JudgePrompt
 
@@ -28,7 +28,7 @@ class Counting(FakeEngine):
         self.asked: list[int] = []
         self._last = last
 
-    def label_logprobs(self, items: list[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
+    def label_logprobs(self, items: list[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """The fake engine's."""
         self.asked.append(len(items))
         if sum(self.asked) > self._last:

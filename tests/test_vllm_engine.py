@@ -24,11 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
-from service.engine.contract import ClassifyItem, EngineItem, Generated, GenerateItem, ItemFailure, LabelLogprobs
-from service.engine.torch_classify import TorchClassifier
-from service.engine.torch_engine import TorchEngine
-from service.engine.vllm_engine import VllmEngine
-from service.engine.vllm_loading import Lora, VllmOptions, VllmStartError
+from service.engine.contract import ClassifyItem, Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
+from service.engine.torch.classify import TorchClassifier
+from service.engine.torch.engine import TorchEngine
+from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
+from service.engine.vllm.engine import VllmEngine
 from service.models import resolve
 from service.scoring import judgement
 from service.worker import STALLED_STATUS
@@ -99,11 +99,11 @@ def torch_engine(vllm_model: Path) -> TorchEngine:
     return TorchEngine.load(vllm_model, dtype="float32", max_tokens=255)
 
 
-def items(count: int, longest: int = 255) -> list[EngineItem]:
+def items(count: int, longest: int = 255) -> list[ScoreItem]:
     """Prompts of different lengths up to the longest, with one to three labels."""
     lengths = [1 + (longest - 1) * number // max(1, count - 1) for number in range(count)]
     return [
-        EngineItem([(7 * place + 13 * number) % VOCABULARY for place in range(length)], (5, 0, 77)[: 1 + number % 3])
+        ScoreItem([(7 * place + 13 * number) % VOCABULARY for place in range(length)], (5, 0, 77)[: 1 + number % 3])
         for number, length in enumerate(lengths)
     ]
 
@@ -128,7 +128,7 @@ def answered(answers: list[LabelLogprobs | ItemFailure]) -> list[LabelLogprobs]:
 
 def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
     """And the answer says so; the numbers stay."""
-    item = EngineItem([3, 1, *range(200, 450)], (5, 6))
+    item = ScoreItem([3, 1, *range(200, 450)], (5, 6))
 
     first, second = answered(engine.label_logprobs([item]) + engine.label_logprobs([item]))
 
@@ -144,7 +144,7 @@ def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
 def test_items_outside_the_contract_are_refused(engine: VllmEngine, ids: list[int]) -> None:
     """Before vLLM sees them: empty, longer than the limit, no token of the vocabulary."""
     with pytest.raises(ValueError, match=r"reads 1 to|vocabulary"):
-        engine.label_logprobs([EngineItem(ids, (5,))])
+        engine.label_logprobs([ScoreItem(ids, (5,))])
 
 
 def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
@@ -348,7 +348,7 @@ def test_the_whole_service_judges_with_vllm(stack: Stack, vllm_model: Path, torc
     worker.terminate()
 
     assert info["engine"] == "vllm"
-    (own,) = torch_engine.label_logprobs([EngineItem(prompt.token_ids, prompt.label_ids)])
+    (own,) = torch_engine.label_logprobs([ScoreItem(prompt.token_ids, prompt.label_ids)])
     expected = judgement(own, prompt.yes_ids, prompt.no_ids).log_odds
     assert answer["log_odds"] == pytest.approx(expected, abs=1e-3)
     assert worker.wait(60) == 0

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from service.batcher import Batcher
-from service.engine.contract import AnyItem, EngineItem
+from service.engine.contract import AnyItem, ScoreItem
 from service.engine.fake import FakeEngine
-from service.engine.orphans import OrphanGuard
 from service.engine.remote_core import EngineLostError, RemoteCore
-from service.engine.vllm_loading import Lora, VllmOptions, VllmStartError, engine_arguments
+from service.engine.vllm.config import Lora, VllmOptions, VllmStartError, engine_arguments
+from service.engine.vllm.process_guard import OrphanGuard
 from service.jobs import Job
 from service.loading import find_model
 from service.memory_jobs import MemoryJobs
@@ -128,7 +128,7 @@ def test_arguments_come_as_json() -> None:
 
 GUARDING = """
 import subprocess, sys, time
-from service.engine.orphans import OrphanGuard
+from service.engine.vllm.process_guard import OrphanGuard
 guard = OrphanGuard()
 child = subprocess.Popen(["/bin/sh", "-c", "sleep 600 & echo $$ $!; wait"], stdout=subprocess.PIPE, text=True)
 print(child.stdout.readline(), flush=True)
@@ -193,7 +193,7 @@ async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
     """Its jobs are for another worker: no failure is sent, and the items are not tried one by one."""
     queue = MemoryJobs(10, 10_000)
     await queue.open()
-    jobs = [Job(name, EngineItem([1, 2], (3,)), deadline=1e12, submitted=0.0) for name in "ab"]
+    jobs = [Job(name, ScoreItem([1, 2], (3,)), deadline=1e12, submitted=0.0) for name in "ab"]
     futures = await queue.submit(jobs)
     engine = LostEngine()
     worker = Worker(engine, queue, Batcher(1000, 10, 0.0), Metrics())
@@ -219,7 +219,7 @@ def test_a_machine_without_a_gpu_is_named(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     asked = (
-        "from pathlib import Path; from service.engine.vllm_loading import *; "
+        "from pathlib import Path; from service.engine.vllm.config import *; "
         "make_config(Path('m'), VllmOptions(task='labels', max_tokens=9))"
     )
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])

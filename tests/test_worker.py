@@ -12,7 +12,7 @@ import pytest
 
 from client.errors import ErrorCode
 from service.batcher import Batcher
-from service.engine.contract import EngineItem, LabelLogprobs
+from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from service.jobs import Job, JobFailure, Reply
 from service.memory_jobs import MemoryJobs
@@ -26,7 +26,7 @@ class Scripted:
     name, executor, dtype, max_tokens, batch_tokens = "scripted", "by hand", "float64", 1000, 1000
     tasks = frozenset({"labels"})
 
-    def __init__(self, answer: Callable[[Sequence[EngineItem]], list[LabelLogprobs]]) -> None:
+    def __init__(self, answer: Callable[[Sequence[ScoreItem]], list[LabelLogprobs]]) -> None:
         self.label_logprobs = answer
         self.calls: list[int] = []
 
@@ -36,7 +36,7 @@ class Scripted:
 
 def job(name: str, *, deadline: float = 60.0, first: int = 0) -> Job:
     now = time.monotonic()
-    return Job(name, EngineItem((first, 5, 6), (1, 2)), now + deadline, now)
+    return Job(name, ScoreItem((first, 5, 6), (1, 2)), now + deadline, now)
 
 
 def worker(engine: object, queue: MemoryJobs, *, max_jobs: int = 16, metrics: Metrics | None = None) -> Worker:
@@ -90,7 +90,7 @@ async def test_a_number_that_is_none_is_an_error(value: float) -> None:
 async def test_the_message_of_an_engine_error_stays_inside() -> None:
     """What an engine says may hold a caller's text: the reply names the kind of error alone."""
 
-    def fail(_: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def fail(_: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         raise RuntimeError("secret text")
 
     (reply,) = await outcomes(Scripted(fail), [job("a")])
@@ -103,7 +103,7 @@ async def test_a_job_past_its_deadline_is_answered_unscored() -> None:
     """Nobody waits for it any more: it does not reach the engine."""
     seen: list[int] = []
 
-    def count(items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def count(items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         seen.append(len(items))
         return [LabelLogprobs((-1.0, -2.0), 0) for _ in items]
 
@@ -119,7 +119,7 @@ async def test_a_job_whose_caller_left_does_not_reach_the_engine() -> None:
     metrics = Metrics()
     batches: list[int] = []
 
-    def count(items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def count(items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         batches.append(len(items))
         queue.cancel(["c"])
         return [LabelLogprobs((-1.0, -2.0), 0) for _ in items]
@@ -138,7 +138,7 @@ async def test_a_stopped_worker_finishes_its_batch_and_detaches() -> None:
     queue = MemoryJobs(100, 10_000)
     stop = threading.Event()
 
-    def stop_meanwhile(items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def stop_meanwhile(items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         stop.set()
         return [LabelLogprobs((-1.0, -2.0), 0) for _ in items]
 

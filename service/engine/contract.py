@@ -1,6 +1,6 @@
 """What an engine is: the only seam between the service and a model runtime.
 
-An engine answers items of one kind, by the judge it was loaded for: labels' probabilities (`EngineItem`), a
+An engine answers items of one kind, by the judge it was loaded for: labels' probabilities (`ScoreItem`), a
 classification head's logit (`ClassifyItem`), or generated text (`GenerateItem`). `tasks` says which it can do.
 """
 
@@ -17,7 +17,7 @@ Task: TypeAlias = Literal["labels", "classify", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
-class EngineItem:
+class ScoreItem:
     """One prompt to be read.
 
     `token_ids` is the whole prompt, special tokens included. `label_ids` are the distinct ids whose log-probability
@@ -47,7 +47,7 @@ class LabelLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyItem:
-    """One text to be read by a classification head with one output. `token_ids` and `boundaries` as in EngineItem."""
+    """One text to be read by a classification head with one output. `token_ids` and `boundaries` as in ScoreItem."""
 
     token_ids: Sequence[int]
     boundaries: tuple[int, ...] = ()
@@ -63,7 +63,7 @@ class Classified:
 
 @dataclass(frozen=True, slots=True)
 class GenerateItem:
-    """One prompt to be continued. `token_ids` and `boundaries` as in EngineItem.
+    """One prompt to be continued. `token_ids` and `boundaries` as in ScoreItem.
 
     At most `max_new_tokens` are written; one of `stop_ids` (the model's end-of-sequence ids) ends the text.
     `temperature` 0 takes the likeliest token each time; else `seed` (0 to 2**63 - 1) alone decides the draws, whatever
@@ -95,7 +95,7 @@ class ItemFailure:
     message: str
 
 
-AnyItem: TypeAlias = EngineItem | ClassifyItem | GenerateItem
+AnyItem: TypeAlias = ScoreItem | ClassifyItem | GenerateItem
 AnyAnswer: TypeAlias = LabelLogprobs | Classified | Generated
 
 
@@ -138,7 +138,7 @@ class Engine(Protocol):
 class LabelEngine(Engine, Protocol):
     """An engine whose tasks hold `labels`."""
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> Sequence[LabelLogprobs | ItemFailure]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> Sequence[LabelLogprobs | ItemFailure]:
         """The labels' log-probabilities for each item."""
 
 
@@ -157,7 +157,7 @@ class GenerateEngine(Engine, Protocol):
 
 
 _TASK_OF: Final[dict[type[AnyItem], Task]] = {
-    EngineItem: "labels",
+    ScoreItem: "labels",
     ClassifyItem: "classify",
     GenerateItem: "generate",
 }
@@ -176,7 +176,7 @@ def answers_to(engine: Engine, items: Sequence[AnyItem]) -> Sequence[AnyAnswer |
     some: Any = engine
     match kinds.pop():
         case "labels":
-            return cast(LabelEngine, some).label_logprobs(cast(Sequence[EngineItem], items))
+            return cast(LabelEngine, some).label_logprobs(cast(Sequence[ScoreItem], items))
         case "classify":
             return cast(ClassifyEngine, some).classify(cast(Sequence[ClassifyItem], items))
         case "generate":

@@ -20,10 +20,10 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    EngineItem,
     Generated,
     GenerateItem,
     LabelLogprobs,
+    ScoreItem,
     Task,
 )
 
@@ -80,7 +80,7 @@ class FakeEngine:
     dtype: str = "float32"
     tasks: frozenset[Task] = frozenset({"labels", "classify", "generate"})
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """One answer per item, in order. Raises ValueError for an item outside the contract."""
         if not all(item.label_ids for item in items):
             raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens")
@@ -134,7 +134,7 @@ class FakeEngine:
         while self.hang_token is not None and any(self.hang_token in item.token_ids for item in items):
             time.sleep(60)
 
-    def _judge(self, item: EngineItem) -> LabelLogprobs:
+    def _judge(self, item: ScoreItem) -> LabelLogprobs:
         key = _digest(item.token_ids)
         low, high = _LABEL_MASS
         mass = low + (high - low) * _uniform(key, b"mass")
@@ -145,7 +145,7 @@ class FakeEngine:
         logprobs = tuple(logit + total for logit in logits)
         return LabelLogprobs(logprobs, self._likeliest(item, logprobs, 1 - mass))
 
-    def _likeliest(self, item: EngineItem, logprobs: Sequence[float], rest: float) -> int:
+    def _likeliest(self, item: ScoreItem, logprobs: Sequence[float], rest: float) -> int:
         """The likeliest label, or a token that is no label where the rest of the vocabulary weighs more."""
         best = max(range(len(logprobs)), key=logprobs.__getitem__)
         if math.exp(logprobs[best]) >= rest:

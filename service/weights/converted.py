@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from client.files import sync, sync_all
-from service.engine.orphans import no_orphans
+from service.engine.vllm.process_guard import no_orphans
 from service.weights.digests import CACHE_VARIABLE, cache_root, digests_of, sha256_of
 from service.weights.manifest import KnownModel, ModelError
 from service.weights.packages import bytes_below, fetch_gguf

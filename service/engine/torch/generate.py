@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from service.engine.contract import Generated, GenerateItem
-from service.engine.torch_batches import MAX_ROWS
-from service.engine.torch_head import LastTokenHead
+from service.engine.torch.batches import MAX_ROWS
+from service.engine.torch.heads import LastTokenHead
 
 # The batch is made smaller when this share of its rows has ended; for fewer, copying the cache is not worth it.
 _LEAVE_SHARE: Final = 0.125

@@ -1,4 +1,4 @@
-"""The packed forward in C++ (native_decoder.cpp), on CPUs with AMX, or with AVX-512's bfloat16 alone.
+"""The packed forward in C++ (prefill.cpp), on CPUs with AMX, or with AVX-512's bfloat16 alone.
 
 It does what tiled_decoder.py does with torch's operations, three times as fast, and rounds less often. In bfloat16, or
 in float32 where the weights are bfloat16 numbers, as published ones mostly are: what they are multiplied by is then the
@@ -18,17 +18,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from service.engine import native
-from service.engine.decoder_layers import (
-    Decoder,
-    DecoderLayer,
-    UnsupportedModelError,
-    bias_of,
-    is_gelu,
-    norm_eps,
-    norm_weight,
-)
-from service.engine.native_panels import (
+from service.engine.torch.cpu import build
+from service.engine.torch.cpu.panels import (
     BLOCK,
     PARTS,
     PanelLinear,
@@ -39,10 +30,19 @@ from service.engine.native_panels import (
     panels_of,
     shared_out,
 )
-from service.engine.packing import Pack
-from service.engine.torch_head import LastTokenHead, in_parts
+from service.engine.torch.families import (
+    Decoder,
+    DecoderLayer,
+    UnsupportedModelError,
+    bias_of,
+    is_gelu,
+    norm_eps,
+    norm_weight,
+)
+from service.engine.torch.heads import LastTokenHead, in_parts
+from service.engine.torch.packing import Pack
 
-_SOURCE: Final = Path(__file__).with_suffix(".cpp")
+_SOURCE: Final = Path(__file__).with_name("prefill.cpp")
 # What the library is compiled for: the compiler's flags, and what torch calls them.
 _AVX512: Final = {
     "avx512f": "avx512_f",
@@ -54,16 +54,16 @@ _AVX512: Final = {
 }
 _AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
 _HEAD_STATES: Final = 20  # that the output layer's weight is read for at once: with AMX, two panels of kStates
-_MOST_HEAD_WIDTH: Final = 1024  # of rotate in native_decoder.cpp
+_MOST_HEAD_WIDTH: Final = 1024  # of rotate in prefill.cpp
 
 
 def compiled(*, amx: bool) -> ctypes.CDLL:
     """The library as it is, compiled where that has not been done yet. Raises NativeUnavailableError."""
-    return native.library(_SOURCE, tuple(f"-m{flag}" for flag in (_AVX512 | _AMX if amx else _AVX512)))
+    return build.library(_SOURCE, tuple(f"-m{flag}" for flag in (_AVX512 | _AMX if amx else _AVX512)))
 
 
 class _Layer(ctypes.Structure):
-    """Layer in native_decoder.cpp."""
+    """Layer in prefill.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("before_norm", "qkv_bias", "q_norm", "k_norm", "output_bias")),
@@ -76,7 +76,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    """Model in native_decoder.cpp."""
+    """Model in prefill.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "kv_heads")),
@@ -88,7 +88,7 @@ class _Model(ctypes.Structure):
 
 
 class _Segment(ctypes.Structure):
-    """Segment in native_decoder.cpp."""
+    """Segment in prefill.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("row", "length", "position", "links")),
@@ -278,7 +278,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
         raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
     try:
         found = compiled(amx=_has_amx())
-    except native.NativeUnavailableError as reason:
+    except build.NativeUnavailableError as reason:
         raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
     if found.native_request():
         raise UnsupportedModelError("as the system does not give AMX to this process")

@@ -22,19 +22,17 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    EngineItem,
     Generated,
     GenerateItem,
     ItemFailure,
     LabelLogprobs,
+    ScoreItem,
     Task,
     answers_to,
     check_ids,
 )
-from service.engine.loop_thread import LoopThread
-from service.engine.orphans import OrphanGuard
 from service.engine.remote_core import EngineLostError
-from service.engine.vllm_loading import (
+from service.engine.vllm.config import (
     VllmOptions,
     VllmStartError,
     executor,
@@ -43,6 +41,8 @@ from service.engine.vllm_loading import (
     prepare_environment,
     start,
 )
+from service.engine.vllm.loop_thread import LoopThread
+from service.engine.vllm.process_guard import OrphanGuard
 
 Item = TypeVar("Item", bound=AnyItem)
 Answer = TypeVar("Answer")
@@ -98,7 +98,7 @@ class VllmEngine:
             raise
         return engine
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """One answer per item, in order. Raises EngineLostError; ValueError for an item outside the contract."""
         for item in items:
             check_ids(item.token_ids, self.max_tokens, self._vocabulary)
@@ -151,7 +151,7 @@ class VllmEngine:
     def _probe(self) -> None:
         """Some kernels find out only at their first prompt that they cannot run this model."""
         ids = range(min(_PROBE_TOKENS, self.max_tokens, self._vocabulary))
-        item = ClassifyItem(ids) if "classify" in self.tasks else EngineItem(ids, (0,))
+        item = ClassifyItem(ids) if "classify" in self.tasks else ScoreItem(ids, (0,))
         try:
             (answer,) = answers_to(self, [item])
         except EngineLostError as exc:
@@ -167,7 +167,7 @@ class VllmEngine:
         self.check()
         return self._loop.run(_gather([_in_time(ask(item), when) for item, when in zip(items, deadlines, strict=True)]))
 
-    async def _read_labels(self, item: EngineItem) -> LabelLogprobs:
+    async def _read_labels(self, item: ScoreItem) -> LabelLogprobs:
         params = _sampling(max_tokens=1, temperature=0.0, logprob_token_ids=list(item.label_ids), flat_logprobs=True)
         output = await self._last_output(item, params)
         (completion,) = output.outputs

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from service.engine.contract import Classified, ClassifyItem, Task, check_ids
-from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
-from service.engine.torch_loading import (
+from service.engine.torch.batches import MicroBatches, probe_prompts, right_padded
+from service.engine.torch.loading import (
     EngineLoadError,
     LoadOptions,
     described,

@@ -21,12 +21,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from service.engine.contract import EngineItem
-from service.engine.decoder_layers import Decoder, UnsupportedModelError, read_decoder
-from service.engine.native_decoder import NativeDecoder
-from service.engine.packing import PACK_ROWS, Pack, plan
-from service.engine.tiled_decoder import TiledDecoder
-from service.engine.torch_head import LastTokenHead
+from service.engine.contract import ScoreItem
+from service.engine.torch.cpu.kernel import NativeDecoder
+from service.engine.torch.families import Decoder, UnsupportedModelError, read_decoder
+from service.engine.torch.heads import LastTokenHead
+from service.engine.torch.packing import PACK_ROWS, Pack, plan
+from service.engine.torch.tiled import TiledDecoder
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class PackedDecoder:
         if isinstance(self._reader, NativeDecoder):
             self._reader.take_over()
 
-    def last_logits(self, items: Sequence[EngineItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
+    def last_logits(self, items: Sequence[ScoreItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
         """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
 
         With them it gets how many tokens of each item, by its index, were read for another one.

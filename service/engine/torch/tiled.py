@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from service.engine.decoder_layers import Decoder, DecoderLayer, merged
-from service.engine.packing import Pack, Segment
-from service.engine.torch_head import HEAD_ROWS, LastTokenHead
+from service.engine.torch.families import Decoder, DecoderLayer, merged
+from service.engine.torch.heads import HEAD_ROWS, LastTokenHead
+from service.engine.torch.packing import Pack, Segment
 
 # Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
 _TILE_ROWS: Final = {torch.float32: 128}

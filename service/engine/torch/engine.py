@@ -25,12 +25,12 @@ from typing import Any, Final, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from service.engine.contract import EngineItem, Generated, GenerateItem, LabelLogprobs, Task, check_ids
-from service.engine.decoder_layers import UnsupportedModelError
-from service.engine.torch_batches import MicroBatches, probe_prompts, right_padded
-from service.engine.torch_generate import Writer, can_write
-from service.engine.torch_head import LastTokenHead
-from service.engine.torch_loading import (
+from service.engine.contract import Generated, GenerateItem, LabelLogprobs, ScoreItem, Task, check_ids
+from service.engine.torch.batches import MicroBatches, probe_prompts, right_padded
+from service.engine.torch.families import UnsupportedModelError
+from service.engine.torch.generate import Writer, can_write
+from service.engine.torch.heads import LastTokenHead
+from service.engine.torch.loading import (
     DType,
     EngineLoadError,
     LoadOptions,
@@ -39,7 +39,7 @@ from service.engine.torch_loading import (
     load_model,
     longrope_threshold,
 )
-from service.engine.torch_packed import PackedDecoder
+from service.engine.torch.packed_forward import PackedDecoder
 
 __all__ = ["DType", "EngineLoadError", "TorchEngine"]
 
@@ -90,7 +90,7 @@ class TorchEngine:
             native_kernels=options.get("native_kernels", True),
         )
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """One answer per item, in order; any number of items and tokens.
 
         Raises ValueError for an item outside the contract, before anything is computed.
@@ -122,13 +122,13 @@ class TorchEngine:
         self._model = self._head = self._writer = self._packed = None
         free_memory()
 
-    def _check(self, item: EngineItem) -> None:
+    def _check(self, item: ScoreItem) -> None:
         if not item.label_ids:
             raise ValueError("an item has no label ids")
         check_ids(item.token_ids, self.max_tokens, self._vocabulary)
         check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
 
-    def _read_packed(self, packed: PackedDecoder, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+    def _read_packed(self, packed: PackedDecoder, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         def read(logits: Tensor, cached: dict[int, int]) -> list[LabelLogprobs]:
             answers = _read_labels(logits, [items[index] for index in cached])
             return [
@@ -138,7 +138,7 @@ class TorchEngine:
         return [answer for part in packed.last_logits(items, read) for answer in part]
 
     @torch.inference_mode()
-    def _last_logits(self, items: Sequence[EngineItem]) -> Tensor:
+    def _last_logits(self, items: Sequence[ScoreItem]) -> Tensor:
         """Next-token logits after each item, [items, vocabulary], in fp32."""
         if self._model is None:
             raise RuntimeError("the engine is closed")
@@ -167,7 +167,7 @@ class TorchEngine:
             model.set_output_embeddings(output)
         logger.warning("the fp32 output layer does not fit %s: using the model's own, unbatched", type(model).__name__)
 
-    def _install_packed(self, head: LastTokenHead, probes: Sequence[EngineItem], own: Tensor) -> None:
+    def _install_packed(self, head: LastTokenHead, probes: Sequence[ScoreItem], own: Tensor) -> None:
         """Read labels packed where the model can be, and where that gives what the model gives by itself."""
         for native in (True, False) if self._native_kernels else (False,):
             try:
@@ -189,7 +189,7 @@ class TorchEngine:
         logger.warning("labels are read in padded batches")
 
 
-def _probes(vocabulary: int, max_tokens: int) -> list[EngineItem]:
+def _probes(vocabulary: int, max_tokens: int) -> list[ScoreItem]:
     """Items to try a model on: of different lengths, with a prefix that all of three share and one that two share.
 
     There are several because 16-bit models have inputs whose logits any rounding moves by a tenth of their spread.
@@ -197,10 +197,10 @@ def _probes(vocabulary: int, max_tokens: int) -> list[EngineItem]:
     short, long = probe_prompts(vocabulary, max_tokens)
     other = [*short[:-1], (short[-1] + 1) % vocabulary]
     places = (len(short) // 3, len(short) - 1)
-    shared = [EngineItem(ids, (0,), places) for ids in (short, long, other)]
+    shared = [ScoreItem(ids, (0,), places) for ids in (short, long, other)]
     lengths = [min(length, max_tokens) for length in _PROBE_LENGTHS]
     alone = [[short[(place * place + length) % len(short)] for place in range(length)] for length in lengths]
-    return [*shared, *(EngineItem(ids, (0,), (len(ids) // 3,)) for ids in alone)]
+    return [*shared, *(ScoreItem(ids, (0,), (len(ids) // 3,)) for ids in alone)]
 
 
 def _own_logits(model: Any, ids: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
     return cast(Tensor, model(input_ids=ids, use_cache=False, **keep).logits)[:, -1].float()
 
 
-def _read_labels(logits: Tensor, items: Sequence[EngineItem]) -> list[LabelLogprobs]:
+def _read_labels(logits: Tensor, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
     """Log-probability of each item's labels, from [items, vocabulary] logits in fp32."""
     most = max(len(item.label_ids) for item in items)
     padded = [[*item.label_ids, *[0] * (most - len(item.label_ids))] for item in items]

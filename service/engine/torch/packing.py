@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
-from service.engine.contract import EngineItem
+from service.engine.contract import ScoreItem
 
 # Rows of a pack: in bf16 its last tile, half empty on average, is one of eight.
 PACK_ROWS: Final = 2048
@@ -46,7 +46,7 @@ class Pack:
     rows: int = 0
     _numbers: dict[tuple[int | None, tuple[int, ...]], int] = field(default_factory=dict)
 
-    def added_rows(self, items: Iterable[EngineItem]) -> int:
+    def added_rows(self, items: Iterable[ScoreItem]) -> int:
         """Rows that these items would add; what they share among themselves counts once."""
         new: set[tuple[tuple[int, ...], ...]] = set()
         count = 0
@@ -62,7 +62,7 @@ class Pack:
                 parent = known
         return count
 
-    def add(self, index: int, item: EngineItem) -> None:
+    def add(self, index: int, item: ScoreItem) -> None:
         """Lay out what is not in the pack yet."""
         chain: tuple[int, ...] = ()
         position = cached = 0
@@ -81,14 +81,14 @@ class Pack:
         self.cached[index] = cached
 
 
-def cut(item: EngineItem) -> list[tuple[int, ...]]:
+def cut(item: ScoreItem) -> list[tuple[int, ...]]:
     """The item's tokens, cut at its boundaries; no piece is empty."""
     ids = tuple(item.token_ids)
     places = [0, *(place for place in sorted(set(item.boundaries)) if 0 < place < len(ids)), len(ids)]
     return [ids[start:end] for start, end in pairwise(places)]
 
 
-def plan(items: Sequence[EngineItem], most_rows: int, workers: int = 1, *, divided: bool = True) -> list[Pack]:
+def plan(items: Sequence[ScoreItem], most_rows: int, workers: int = 1, *, divided: bool = True) -> list[Pack]:
     """Every item in one pack, in packs of at most `most_rows` rows (an item that is longer has one for itself).
 
     There is work for `workers` in packs of about equal size: the largest groups of items that share all but their last
@@ -113,7 +113,7 @@ def plan(items: Sequence[EngineItem], most_rows: int, workers: int = 1, *, divid
     return [pack for pack in packs if pack.rows]
 
 
-def _split(items: Sequence[EngineItem], family: Sequence[int], most_rows: int) -> list[tuple[int, list[int]]]:
+def _split(items: Sequence[ScoreItem], family: Sequence[int], most_rows: int) -> list[tuple[int, list[int]]]:
     """Groups of at most `most_rows` rows, or of one item, each with its number of rows."""
     groups: list[tuple[int, list[int]]] = []
     pack = Pack()

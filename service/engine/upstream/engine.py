@@ -22,18 +22,18 @@ import structlog
 
 from client.errors import ErrorCode
 from service.engine.contract import (
-    EngineItem,
     Generated,
     GenerateItem,
     ItemFailure,
     LabelLogprobs,
+    ScoreItem,
     Task,
 )
-from service.engine.openai_api import Access, OpenAIServer, RefusalError, UpstreamError
-from service.engine.upstream_answers import Answer, read, read_text
-from service.engine.upstream_dialects import Dialect
+from service.engine.upstream.dialects import Dialect
+from service.engine.upstream.logprobs import Answer, read, read_text
+from service.engine.upstream.openai_client import Access, OpenAIServer, RefusalError, UpstreamError
 
-Item = TypeVar("Item", EngineItem, GenerateItem)
+Item = TypeVar("Item", ScoreItem, GenerateItem)
 Result = TypeVar("Result")
 
 log = structlog.get_logger(__name__)
@@ -73,11 +73,11 @@ class UpstreamEngine:
         self._runner = asyncio.Runner()
         self._server = OpenAIServer(access)
 
-    def probe(self, item: EngineItem | GenerateItem) -> None:
+    def probe(self, item: ScoreItem | GenerateItem) -> None:
         """Ask for an item whose text is no secret, and find out what this server takes. Raises UpstreamError."""
         self._runner.run(self._probe(item))
 
-    def label_logprobs(self, items: Sequence[EngineItem]) -> list[LabelLogprobs | ItemFailure]:
+    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """One answer per item, in order. Raises ValueError for an item outside the contract."""
         for item in items:
             if not 1 <= len(item.token_ids) <= self.max_tokens or not item.label_ids:
@@ -126,7 +126,7 @@ class UpstreamEngine:
         cached = min(text.cached_tokens, len(item.token_ids))
         return Generated(self._dialect.ids(text.text), text.ended, cached)
 
-    async def _judge(self, item: EngineItem, deadline: float) -> LabelLogprobs:
+    async def _judge(self, item: ScoreItem, deadline: float) -> LabelLogprobs:
         answer = read(await self._server.post(self._dialect.path, self._dialect.body(item), deadline))
         found, argmax = self._dialect.find(answer, item)
         if None in found and answer.collapsed:
@@ -134,11 +134,11 @@ class UpstreamEngine:
         logprobs, floored = _complete(found, answer, self._floor)
         return LabelLogprobs(logprobs, argmax, min(answer.cached_tokens, len(item.token_ids)), floored)
 
-    async def _probe(self, item: EngineItem | GenerateItem) -> None:
+    async def _probe(self, item: ScoreItem | GenerateItem) -> None:
         while True:
             deadline = time.monotonic() + self._access.timeout
             try:
-                await (self._judge(item, deadline) if isinstance(item, EngineItem) else self._write(item, deadline))
+                await (self._judge(item, deadline) if isinstance(item, ScoreItem) else self._write(item, deadline))
             except RefusalError as refusal:
                 if refusal.status in _FIELD_REFUSED and self._dialect.adapt(refusal):
                     continue

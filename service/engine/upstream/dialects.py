@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from client.errors import ErrorCode
-from service.engine.contract import EngineItem, GenerateItem
-from service.engine.openai_api import RefusalError, UpstreamError
-from service.engine.upstream_answers import Answer, by_id, by_text, by_word, owner
-from service.engine.upstream_text import text_of
+from service.engine.contract import GenerateItem, ScoreItem
+from service.engine.upstream.logprobs import Answer, by_id, by_text, by_word, owner
+from service.engine.upstream.openai_client import RefusalError, UpstreamError
+from service.engine.upstream.text import text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +35,10 @@ class Dialect(Protocol):
 
     path: str
 
-    def body(self, item: EngineItem) -> dict[str, Any]:
+    def body(self, item: ScoreItem) -> dict[str, Any]:
         """The request's body."""
 
-    def find(self, answer: Answer, item: EngineItem) -> tuple[list[float | None], int]:
+    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
         """The label's log-probabilities, None for one that was not returned, and the id of the likeliest token."""
 
     def text_body(self, item: GenerateItem) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Completions:
         self._tokenizer = tokenizer
         self._extended = True
 
-    def body(self, item: EngineItem) -> dict[str, Any]:
+    def body(self, item: ScoreItem) -> dict[str, Any]:
         """Temperature 0, so that the chosen token is the likeliest one, which is not listed otherwise."""
         extensions: dict[str, Any] = {
             "logprob_token_ids": list(item.label_ids),
@@ -79,7 +79,7 @@ class Completions:
             **self._question.extra,
         }
 
-    def find(self, answer: Answer, item: EngineItem) -> tuple[list[float | None], int]:
+    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
         """By id; by text from a server that names tokens by their text."""
         likeliest = answer.likeliest
         if likeliest.id is not None:
@@ -144,7 +144,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._limit = "max_tokens"
 
-    def body(self, item: EngineItem) -> dict[str, Any]:
+    def body(self, item: ScoreItem) -> dict[str, Any]:
         """Temperature and top_p 1: servers that apply them to what they report then report the model's own."""
         return {
             "model": self._question.model,
@@ -157,7 +157,7 @@ class Chat:
             **self._question.extra,
         }
 
-    def find(self, answer: Answer, item: EngineItem) -> tuple[list[float | None], int]:
+    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
         """By word: see `by_word`."""
         labels = [text_of(self._tokenizer, [label]) for label in item.label_ids]
         return by_word(answer.tokens, labels), _argmax(item, owner(answer.likeliest.text, labels))
@@ -193,7 +193,7 @@ def _sampling(item: GenerateItem) -> dict[str, Any]:
     return {"temperature": item.temperature, "top_p": 1, **seed}
 
 
-def _argmax(item: EngineItem, label: int | None) -> int:
+def _argmax(item: ScoreItem, label: int | None) -> int:
     """The id of the label of this index; for a token that is none, an id that no label has."""
     if label is not None:
         return item.label_ids[label]

@@ -1,4 +1,4 @@
-"""Weights in panels of 32 outputs, as native_decoder.cpp reads them, and layers that multiply by them.
+"""Weights in panels of 32 outputs, as prefill.cpp reads them, and layers that multiply by them.
 
 The layers take the place of a model's own, whose weights are held in panels only.
 """
@@ -16,12 +16,12 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
-from service.engine.decoder_layers import UnsupportedModelError
-from service.engine.torch_head import in_parts
+from service.engine.torch.families import UnsupportedModelError
+from service.engine.torch.heads import in_parts
 
 T = TypeVar("T")
 
-BLOCK: Final = 32  # kBlock in native_decoder.cpp
+BLOCK: Final = 32  # kBlock in prefill.cpp
 # Numbers in bfloat16 that a number which is multiplied by a weight is the sum of.
 PARTS: Final = {torch.bfloat16: 1, torch.float32: 2}
 # Multiplications that take as long as two threads need to divide a product, some 0.2 ms; and the rows below which

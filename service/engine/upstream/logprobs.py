@@ -14,7 +14,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
-from service.engine.openai_api import UpstreamError
+from service.engine.upstream.openai_client import UpstreamError
 from service.scoring import logsumexp
 
 UNSEEN: Final = -9999.0

@@ -1,0 +1,1 @@
+"""The engine that runs transformers' models with torch, in this process."""

@@ -1,0 +1,1 @@
+"""The engine that asks another server."""
