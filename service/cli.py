@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import getdoc
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource
 
 from service import logs
 from service.errors import ServiceError
-from service.settings import MEMORY_URL, CommonSettings
+from service.settings import MEMORY_URL, CommonSettings, SettingsGroup
 from service.weights.manifest import ModelError
+
+if TYPE_CHECKING:
+    from argparse import _ArgumentGroup
 
 # How long a start waits for a silent Redis to say whether the password is right.
 PING_SECONDS = 1.0
@@ -21,18 +29,48 @@ SomeSettings = TypeVar("SomeSettings", bound=CommonSettings)
 
 
 def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSettings:
-    """The settings from flags and environment; ends the process with status 2 and a line each for what is wrong."""
+    """The settings from flags and environment; ends the process with status 2 and a line for each mistake."""
+    parser = ArgumentParser(
+        prog=cls.model_config["cli_prog_name"],
+        usage="%(prog)s [flags]",
+        description=getdoc(cls),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = CliSettingsSource[ArgumentParser](
+        cls,
+        cli_parse_args=list(sys.argv[1:] if argv is None else argv),
+        root_parser=parser,
+        add_argument_method=partial(_add_flag, _groups_by_field(parser, cls)),
+    )
     try:
-        return cls(_cli_parse_args=list(sys.argv[1:] if argv is None else argv))
+        return cls(_cli_settings_source=source)
     except ValidationError as exc:
         # Never the values: one of them may be a key.
         errors = exc.errors(include_url=False, include_input=False)
-        found = [
-            (str(error["loc"][0] if error["loc"] else "settings").replace("_", "-"), error["msg"]) for error in errors
-        ]
-        for flag, message in dict.fromkeys(found):
-            sys.stderr.write(f"{cls.model_config.get('cli_prog_name')}: --{flag}: {message}\n")
+        mistakes = [(f"--{error['loc'][0]}: " if error["loc"] else "", error["msg"]) for error in errors]
+        for flag, message in dict.fromkeys(mistakes):
+            sys.stderr.write(f"{parser.prog}: {flag.replace('_', '-')}{message}\n")
         raise SystemExit(2) from None
+
+
+def _groups_by_field(parser: ArgumentParser, cls: type[CommonSettings]) -> dict[str, _ArgumentGroup]:
+    """A titled group of --help for each class of settings, by the fields that the class adds."""
+    groups: dict[str, _ArgumentGroup] = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, SettingsGroup):
+            group = parser.add_argument_group(base.model_config.get("title"))
+            for name in base.model_fields:
+                groups.setdefault(name, group)
+    return groups
+
+
+def _add_flag(groups: Mapping[str, _ArgumentGroup], _: ArgumentParser, *flags: str, dest: str, **options: Any) -> None:
+    """ArgumentParser.add_argument, into the field's group; descriptions say themselves what "unset" means."""
+    if "[" in (options.get("metavar") or ""):
+        options["metavar"] = "JSON" if options["metavar"].startswith("dict") else "LIST"
+    options["help"] = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])
+    groups[dest].add_argument(*flags, dest=dest, **options)
 
 
 def run(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:

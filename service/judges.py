@@ -32,7 +32,7 @@ from service.errors import ServiceError
 from service.grades import parse_grade
 from service.prompt import JudgePrompt
 from service.scoring import Judgement, graded_judgement, logit_judgement, parsed_judgement, weighted_judgement
-from service.settings import CommonSettings
+from service.settings import ModelSettings
 from service.templates import Mode
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def written_grade(writing: Writing, text_of: Callable[[Sequence[int]], str]) -> 
     return Judge("self-reward", TextReader(writing, text_of), {"pointwise": "rubric"})
 
 
-def judge_of(settings: CommonSettings, model: Model, text_of: Callable[[Sequence[int]], str]) -> Judge:
+def judge_of(settings: ModelSettings, model: Model, text_of: Callable[[Sequence[int]], str]) -> Judge:
     """The judge that the settings ask for; `text_of` makes text of the model's tokens, for one that writes."""
     if settings.task == "generate":
         stops = stop_ids_of(model.tokenizer, model.folder), turn_end(model.tokenizer).texts

@@ -18,7 +18,7 @@ from service.batcher import Batcher
 from service.codec import load_tokenizer
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
-from service.settings import CommonSettings, EngineSettings
+from service.settings import CommonSettings, ModelSettings, VllmSettings
 from service.weights.manifest import ModelError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Model:
     note: str | None = None
 
 
-def check_engine(settings: EngineSettings) -> None:
+def check_engine(settings: ModelSettings) -> None:
     """Raises ValueError where the package that runs the model is missing: before the model is fetched."""
     if settings.engine in ("torch", "vllm") and find_spec(settings.engine) is None:
         raise ValueError(
@@ -113,7 +113,7 @@ def _unserved(config: Mapping[str, Any]) -> list[str]:
     return found + (["bias"] if config.get("bias", "none") != "none" else [])
 
 
-def load_engine(settings: EngineSettings, model: Model) -> Engine:
+def load_engine(settings: CommonSettings, model: Model) -> Engine:
     """Load the model's weights into the engine that the settings name.
 
     Raises ValueError for an engine that cannot do what the judge needs.
@@ -130,7 +130,7 @@ def load_engine(settings: EngineSettings, model: Model) -> Engine:
     )
 
 
-def _load_engine(settings: EngineSettings, model: Model) -> Engine:
+def _load_engine(settings: CommonSettings, model: Model) -> Engine:
     if settings.engine == "upstream":
         from service.upstreams import load_upstream
 
@@ -145,6 +145,8 @@ def _load_engine(settings: EngineSettings, model: Model) -> Engine:
             hang_token=settings.fake_hang_token,
         )
     if settings.engine == "vllm":
+        if settings.device != "auto":
+            raise ValueError("--device is the torch engine's: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
         return _load_vllm(settings, model.folder, model.max_tokens)
     # Imported only now: a process whose workers are elsewhere has no torch.
     from service.engine.torch.classify import TorchClassifier
@@ -165,12 +167,10 @@ def _load_engine(settings: EngineSettings, model: Model) -> Engine:
     return engine
 
 
-def _load_vllm(settings: EngineSettings, folder: Path, max_tokens: int) -> Engine:
+def _load_vllm(settings: VllmSettings, folder: Path, max_tokens: int) -> Engine:
     from service.engine.vllm.config import Lora, VllmOptions
     from service.engine.vllm.engine import VllmEngine
 
-    if settings.device != "auto":
-        raise ValueError("--device is the torch engine's: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
     name, _, adapter = (settings.lora or "").partition("=")
     options = VllmOptions(
         task=settings.task,
@@ -192,7 +192,7 @@ def _load_vllm(settings: EngineSettings, folder: Path, max_tokens: int) -> Engin
     return engine
 
 
-def make_batcher(settings: EngineSettings, engine: Engine) -> Batcher:
+def make_batcher(settings: CommonSettings, engine: Engine) -> Batcher:
     """The batching policy that the settings ask for, else what suits the engine."""
     jobs = settings.batch_jobs
     if settings.engine == "upstream":

@@ -17,7 +17,7 @@ from service.engine.upstream.text import digest, text_tokenizer
 from service.errors import ServiceError
 from service.loading import Model, context_length
 from service.prompt import PromptBuilder
-from service.settings import CommonSettings, EngineSettings, UpstreamKey
+from service.settings import UpstreamKey, UpstreamSettings
 from service.templates import REQUIRED_SLOTS, TemplateLibrary
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TEXT_MAX_TOKENS: Final = 131_072 * TEXT_TOKENS
 PROBE_TOKENS: Final = 16
 
 
-def find_upstream(settings: CommonSettings) -> Model:
+def find_upstream(settings: UpstreamSettings) -> Model:
     """What the HTTP side has to know of the server's model.
 
     Raises ValueError where a setting is missing, UpstreamError where the server cannot be asked or has another model.
@@ -51,7 +51,7 @@ def find_upstream(settings: CommonSettings) -> Model:
     return Model(served.id, fingerprint, tokenizer, max_tokens, files.path, files.note)
 
 
-def load_upstream(settings: EngineSettings, model: Model) -> UpstreamEngine:
+def load_upstream(settings: UpstreamSettings, model: Model) -> UpstreamEngine:
     """The engine, after one judgement that shows that the server answers. Raises UpstreamError, ValueError."""
     access = _access(settings)
     question = Question(model=model.id, top=settings.upstream_top_logprobs, extra=settings.upstream_body)
@@ -71,28 +71,26 @@ def load_upstream(settings: EngineSettings, model: Model) -> UpstreamEngine:
     return engine
 
 
-def _access(settings: CommonSettings) -> Access:
+def _access(settings: UpstreamSettings) -> Access:
     if settings.upstream_url is None:
         raise ValueError("--engine upstream needs --upstream-url, as http://localhost:8000/v1")
     key = UpstreamKey().upstream_api_key
-    if isinstance(settings, EngineSettings):
-        timeout, retries = settings.upstream_timeout, settings.upstream_retries
-        return Access(url=settings.upstream_url, key=key, timeout=timeout, retries=retries)
-    return Access(url=settings.upstream_url, key=key)
+    timeout, retries = settings.upstream_timeout, settings.upstream_retries
+    return Access(url=settings.upstream_url, key=key, timeout=timeout, retries=retries)
 
 
-def _api(settings: CommonSettings) -> Literal["completions", "chat"]:
+def _api(settings: UpstreamSettings) -> Literal["completions", "chat"]:
     if settings.upstream_api != "auto":
         return settings.upstream_api
     return "completions" if settings.model is not None else "chat"
 
 
-def _labels(settings: CommonSettings) -> set[str]:
+def _labels(settings: UpstreamSettings) -> set[str]:
     templates = TemplateLibrary.load("chat", settings.template_file, tuple(REQUIRED_SLOTS)).all()
     return {label for template in templates for side in template.labels for label in side.labels}
 
 
-def _fingerprint(settings: CommonSettings, served: Served, tokenizer: str) -> str:
+def _fingerprint(settings: UpstreamSettings, served: Served, tokenizer: str) -> str:
     """All that the numbers, and the meaning of the ids, depend on: queues and caches of others must not mix with it."""
     parts = [
         settings.upstream_url,

@@ -1,0 +1,258 @@
+"""The settings of both programs: names and defaults, the groups of --help, what each engine's settings refuse."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.cli import settings_from
+from service.settings import (
+    CommonSettings,
+    EngineSettings,
+    FakeSettings,
+    LocalSettings,
+    Settings,
+    TorchSettings,
+    UpstreamSettings,
+    VllmSettings,
+    WorkerSettings,
+)
+
+# By name: the default, and another value as a flag or a variable has it. None of these may change unannounced.
+COMMON: dict[str, tuple[object, str]] = {
+    "model": (None, "smollm2-135m-instruct"),
+    "engine": ("torch", "upstream"),
+    "judge": ("yes-no", "pairwise"),
+    "self_reward_mode": ("expectation", "parsed"),
+    "self_reward_samples": (1, "3"),
+    "self_reward_tokens": (256, "64"),
+    "max_tokens": (None, "512"),
+    "template_file": ([], "a.toml,b.json"),
+    "batch_tokens": (None, "1000"),
+    "batch_jobs": (256, "8"),
+    "linger_ms": (1.0, "0"),
+    "stall_timeout": (None, "3.5"),
+    "dtype": ("auto", "float32"),
+    "threads": (None, "2"),
+    "device": ("auto", "cpu"),
+    "native_kernels": (True, "false"),
+    "lora": (None, "mine=folder"),
+    "tensor_parallel_size": (1, "2"),
+    "data_parallel_size": (1, "2"),
+    "quantization": (None, "fp8"),
+    "gpu_memory_utilization": (None, "0.5"),
+    "deterministic": (False, "true"),
+    "vllm_args": ({}, '{"enforce_eager": true}'),
+    "upstream_url": (None, "http://localhost:8000/v1"),
+    "upstream_model": (None, "gpt-oss"),
+    "upstream_api": ("auto", "chat"),
+    "upstream_top_logprobs": (20, "5"),
+    "upstream_body": ({}, '{"seed": 1}'),
+    "floor": (None, "-20"),
+    "upstream_concurrency": (32, "4"),
+    "upstream_timeout": (30.0, "5"),
+    "upstream_retries": (5, "0"),
+    "fake_delay": (0.0, "0.5"),
+    "fake_unparseable": (0.0, "0.5"),
+    "fake_crash_token": (None, "7"),
+    "fake_hang_token": (None, "7"),
+    "queue_url": ("memory://", "redis://localhost"),
+    "key_prefix": ("judge", "other"),
+    "log_format": ("console", "json"),
+    "log_level": ("info", "debug"),
+    "otel_endpoint": (None, "http://localhost:4318"),
+}
+OF_WORKERS: dict[str, tuple[object, str]] = {
+    "lease_seconds": (10.0, "5"),
+    "metrics_port": (None, "9000"),
+    "metrics_host": ("127.0.0.1", "0.0.0.0"),
+}
+OF_HTTP: dict[str, tuple[object, str]] = {
+    "host": ("127.0.0.1", "0.0.0.0"),
+    "port": (8000, "0"),
+    "allowed_hosts": ([], "judge.example.com,*.lan"),
+    "api_key": ([], "first,second"),
+    "playground": (True, "false"),
+    "max_queue_jobs": (16_384, "100"),
+    "max_queue_tokens": (8_000_000, "1000"),
+    "max_batch_items": (1024, "10"),
+    "max_body_bytes": (2**24, "2048"),
+    "body_timeout": (30.0, "5"),
+    "request_timeout": (300.0, "5"),
+    "drain_timeout": (30.0, "0"),
+    "rate_limit": (None, "60"),
+    "chat_date": (None, "2025-01-31"),
+    "tokenizer_threads": (2, "4"),
+    "calibration_file": ([], "a.json,b.json"),
+    "cache_entries": (100_000, "0"),
+    "cache_ttl": (86_400.0, "60"),
+}
+PROGRAMS: dict[type[CommonSettings], dict[str, tuple[object, str]]] = {
+    Settings: COMMON | OF_HTTP,
+    WorkerSettings: COMMON | OF_WORKERS,
+}
+EVERY = [(cls, name, text) for cls, settings in PROGRAMS.items() for name, (_, text) in settings.items()]
+ENGINES = ["torch and vllm engines", "torch engine", "vllm engine", "upstream engine"]
+GROUPS = {
+    Settings: [
+        *("model and judge", "batching", *ENGINES, "queue", "logging and tracing"),
+        *("HTTP", "limits", "prompts and scores"),
+    ],
+    WorkerSettings: ["model and judge", "batching", *ENGINES, "queue", "logging and tracing", "worker"],
+}
+
+
+def flag(name: str, text: str) -> list[str]:
+    """The setting as words of a command line."""
+    kebab = name.replace("_", "-")
+    return {"true": [f"--{kebab}"], "false": [f"--no-{kebab}"]}.get(text, [f"--{kebab}", text])
+
+
+def groups(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The groups of --help by their titles."""
+    with pytest.raises(SystemExit) as ended:
+        settings_from(cls, ["--help"])
+    assert ended.value.code == 0
+    _, *parts = re.split(r"^(\w[^:\n]*):\n", capsys.readouterr().out, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+@pytest.mark.parametrize("cls", PROGRAMS)
+def test_names_and_defaults_are_those_that_deployments_rely_on(cls: type[CommonSettings]) -> None:
+    """A flag or a variable that is renamed breaks somebody's command."""
+    read = settings_from(cls, [])
+
+    assert read.model_dump() == {name: default for name, (default, _) in PROGRAMS[cls].items()}
+
+
+@pytest.mark.parametrize(("cls", "name", "text"), EVERY)
+def test_a_flag_and_its_variable_set_the_same(
+    cls: type[CommonSettings], name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--max-tokens and JUDGE_MAX_TOKENS, and so on: one setting changes, whichever engine is chosen."""
+    usual, by_flag = settings_from(cls, []), settings_from(cls, flag(name, text))
+    monkeypatch.setenv(f"JUDGE_{name.upper()}", text)
+    by_variable = settings_from(cls, [])
+
+    assert by_flag == by_variable
+    assert {key for key, value in by_flag if value != getattr(usual, key)} == {name}
+
+
+def test_a_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is typed counts more than what was set up before."""
+    monkeypatch.setenv("JUDGE_MAX_TOKENS", "512")
+
+    assert settings_from(Settings, ["--max-tokens", "256"]).max_tokens == 256
+
+
+@pytest.mark.parametrize("cls", PROGRAMS)
+def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag once, but for the fake engine's, which are for tests."""
+    shown = groups(cls, capsys)
+
+    assert list(shown) == ["options", *GROUPS[cls]]
+    listed = re.findall(r"^  --([\w-]+)", "".join(shown.values()), flags=re.M)
+    expected = [name.replace("_", "-") for name in PROGRAMS[cls] if not name.startswith("fake_")]
+    assert sorted(listed) == sorted(expected)
+    assert "--fake" not in "".join(shown.values())
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("model and judge", "--judge"),
+        ("batching", "--linger-ms"),
+        ("torch and vllm engines", "--dtype"),
+        ("torch engine", "--native-kernels"),
+        ("vllm engine", "--lora"),
+        ("upstream engine", "--floor"),
+        ("queue", "--key-prefix"),
+        ("logging and tracing", "--otel-endpoint"),
+        ("HTTP", "--api-key"),
+        ("limits", "--rate-limit"),
+        ("prompts and scores", "--cache-ttl"),
+    ],
+)
+def test_a_flag_is_in_the_group_that_it_belongs_to(title: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The title says which engine a flag is for."""
+    assert f"  {name}" in groups(Settings, capsys)[title]
+
+
+def test_an_unknown_flag_is_told_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mistake does not drown in a usage of sixty flags."""
+    with pytest.raises(SystemExit) as ended:
+        settings_from(Settings, ["--enginge", "fake"])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "usage: python -m service [flags]\npython -m service: error: unrecognized arguments: --enginge fake\n"
+    )
+
+
+def test_every_mistake_has_a_line_that_names_the_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those in the environment as well."""
+    monkeypatch.setenv("JUDGE_MAX_TOKENS", "many")
+    with pytest.raises(SystemExit) as ended:
+        settings_from(WorkerSettings, ["--lease-seconds", "0"])
+
+    assert ended.value.code == 2
+    starts = [line.split(": ")[:2] for line in capsys.readouterr().err.splitlines()]
+    assert starts == [["python -m service.worker", "--max-tokens"], ["python -m service.worker", "--lease-seconds"]]
+
+
+def test_settings_that_contradict_each_other_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """It names both flags, and no third."""
+    parsed = ["--judge", "self-reward", "--self-reward-mode", "parsed", "--self-reward-samples", "4"]
+    with pytest.raises(SystemExit):
+        settings_from(Settings, [*parsed, "--max-queue-jobs", "3"])
+
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "max-queue-jobs must be at least self-reward-samples" in said
+    assert "--" not in said
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong"),
+    [
+        (EngineSettings, {"engine": "abacus"}),
+        (EngineSettings, {"self_reward_samples": 65}),
+        (EngineSettings, {"batch_jobs": 0}),
+        (EngineSettings, {"linger_ms": 1001}),
+        (LocalSettings, {"dtype": "int8"}),
+        (TorchSettings, {"threads": 0}),
+        (TorchSettings, {"lora": "mine=folder"}),
+        (VllmSettings, {"lora": "no-name"}),
+        (VllmSettings, {"gpu_memory_utilization": 1.1}),
+        (VllmSettings, {"vllm_args": "{"}),
+        (VllmSettings, {"device": "cuda"}),
+        (UpstreamSettings, {"upstream_url": "ftp://localhost"}),
+        (UpstreamSettings, {"upstream_url": "http://user:secret@localhost"}),
+        (UpstreamSettings, {"upstream_body": "[1]"}),
+        (UpstreamSettings, {"floor": 0.0}),
+        (UpstreamSettings, {"upstream_timeout": 0}),
+        (FakeSettings, {"fake_unparseable": 1.1}),
+    ],
+    ids=str,
+)
+def test_an_engines_settings_refuse_what_it_cannot_be_loaded_with(cls: type[EngineSettings], wrong: Any) -> None:
+    """Values out of range, and settings of other engines."""
+    with pytest.raises(ValidationError, match=next(iter(wrong))) as refused:
+        cls(**wrong)
+
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("cls", [TorchSettings, VllmSettings, UpstreamSettings, FakeSettings])
+def test_the_settings_of_a_program_are_those_of_each_engine(cls: type[EngineSettings]) -> None:
+    """An engine is loaded from either program's settings, or from its own, which read the same variables."""
+    own = cls(batch_jobs=8)
+
+    assert issubclass(Settings, cls)
+    assert issubclass(WorkerSettings, cls)
+    assert own.model_dump() == Settings(batch_jobs=8).model_dump(include=set(cls.model_fields))
