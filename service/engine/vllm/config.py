@@ -1,6 +1,6 @@
 """From options to a running vLLM: its environment, its arguments, and what a failed start says.
 
-Nothing here is imported by the HTTP side. vLLM is written against 0.32; what else it needs is in constraints/vllm.txt.
+Nothing here is imported by the HTTP side. Written against vLLM 0.32; constraints/vllm.txt has all that goes with it.
 """
 
 from __future__ import annotations
