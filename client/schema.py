@@ -337,11 +337,19 @@ class TemplatesResult(Result):
 
 
 class WorkerStatus(Result):
-    """A worker that takes jobs now: what runs the model, in which number format, up to which prompt length."""
+    """A worker that takes jobs now: what runs the model, in which number format, up to which prompt length.
+
+    `rung` names the code that computes its numbers, `digest` stands for all that their last digits depend on besides
+    the model and the prompt: two workers of the same digest give the same bits. `stable`: an item was found to have the
+    same bits in any company when the model was loaded; null where that was not checked. Older workers tell none of it.
+    """
 
     engine: str
     dtype: str
     max_tokens: int
+    rung: str | None = None
+    digest: str | None = None
+    stable: bool | None = None
 
 
 class ModelInfo(Result):

@@ -42,7 +42,7 @@ from service import documentation, http_errors, playground
 from service.asking import Call
 from service.errors import ServiceError
 from service.hosts import AllowedHosts
-from service.jobs import JobQueue, Lane
+from service.jobs import JobQueue, Lane, WorkerInfo
 from service.judging import AnyRequest, Judging
 from service.limits import RateLimiter
 from service.metrics import Metrics
@@ -136,6 +136,12 @@ def _seconds(header: str) -> float:
 
 
 Caller = Annotated[Call, Depends(_call)]
+
+
+def _status(worker: WorkerInfo) -> WorkerStatus:
+    run = worker.executor
+    told = {} if run is None else {"rung": run.rung, "digest": run.digest, "stable": run.stable}
+    return WorkerStatus(engine=worker.engine, dtype=worker.dtype, max_tokens=worker.max_tokens, **told)
 
 
 def _errors(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
@@ -328,10 +334,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=_errors(*_GUARDED), tags=["information"])
     async def models() -> ModelsResult:
         """The model behind this service, and the workers that run it now."""
-        workers = [
-            WorkerStatus(engine=worker.engine, dtype=worker.dtype, max_tokens=worker.max_tokens)
-            for worker in service.queue.workers()
-        ]
+        workers = [_status(worker) for worker in service.queue.workers()]
         return ModelsResult(data=[service.model.model_copy(update={"workers": workers})])
 
     @app.get("/health", responses=_errors(*_EVERYWHERE), tags=["operation"])

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from client.errors import ErrorCode
-from service.engine.contract import AnyAnswer, AnyItem, GenerateItem
+from service.engine.contract import AnyAnswer, AnyItem, Executor, GenerateItem
 from service.errors import ServiceError
 
 
@@ -86,13 +86,15 @@ class QueueStats:
 class WorkerInfo:
     """What a worker says of itself when it starts to take jobs.
 
-    `variant` is all that its answers depend on besides the model's files and the item; None where it does not tell.
+    `variant` is all that its answers depend on besides the model's files and the item, `executor` the part of it that
+    computes them; None where it does not tell, as earlier versions do not.
     """
 
     engine: str
     dtype: str
     max_tokens: int
     variant: str | None = None
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True, slots=True)

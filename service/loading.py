@@ -18,7 +18,7 @@ from service.batcher import Batcher
 from service.codec import load_tokenizer
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
-from service.settings import CommonSettings, ModelSettings, VllmSettings
+from service.settings import CommonSettings, FakeSettings, ModelSettings, TorchSettings, VllmSettings
 from service.weights.manifest import ModelError
 
 if TYPE_CHECKING:
@@ -114,20 +114,24 @@ def _unserved(config: Mapping[str, Any]) -> list[str]:
 
 
 def load_engine(settings: CommonSettings, model: Model) -> Engine:
-    """Load the model's weights into the engine that the settings name.
+    """Load the model's weights into the engine that the settings name, for the judge's task.
 
     Raises ValueError for an engine that cannot do what the judge needs.
     """
+    started = time.monotonic()
     engine = _load_engine(settings, model)
-    if settings.task in engine.tasks:
-        return engine
-    engine.close()
-    able = {"labels": "read labels' probabilities", "classify": "run a classification head", "generate": "write text"}
-    raise ValueError(
-        f"the engine {engine.name} cannot {able[settings.task]} with this model, which --judge {settings.judge} needs: "
-        "take another --engine, --model or --judge"
-        + (", or --self-reward-mode expectation" if settings.task == "generate" else "")
+    info = engine.info
+    log.info(
+        "model loaded",
+        model=model.id,
+        engine=info.engine,
+        dtype=info.dtype,
+        rung=info.executor.rung,
+        digest=info.executor.digest,
+        stable="not checked" if info.executor.stable is None else info.executor.stable,
+        seconds=round(time.monotonic() - started, 1),
     )
+    return engine
 
 
 def _load_engine(settings: CommonSettings, model: Model) -> Engine:
@@ -136,35 +140,43 @@ def _load_engine(settings: CommonSettings, model: Model) -> Engine:
 
         return load_upstream(settings, model)
     if settings.engine == "fake" or model.folder is None:
-        return FakeEngine(
-            max_tokens=model.max_tokens,
-            delay=settings.fake_delay,
-            unparseable=settings.fake_unparseable,
-            encode=lambda text: model.tokenizer(text, add_special_tokens=False).input_ids,
-            crash_token=settings.fake_crash_token,
-            hang_token=settings.fake_hang_token,
-        )
+        return _load_fake(settings, model)
     if settings.engine == "vllm":
         if settings.device != "auto":
             raise ValueError("--device is the torch engine's: vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names")
         return _load_vllm(settings, model.folder, model.max_tokens)
-    # Imported only now: a process whose workers are elsewhere has no torch.
-    from service.engine.torch.classify import TorchClassifier
-    from service.engine.torch.engine import TorchEngine
+    return _load_torch(settings, model.folder, model.max_tokens)
 
-    started = time.monotonic()
-    kind: type[TorchEngine | TorchClassifier] = TorchClassifier if settings.task == "classify" else TorchEngine
-    engine = kind.load(
-        model.folder,
+
+def _load_fake(settings: FakeSettings, model: Model) -> Engine:
+    return FakeEngine(
+        task=settings.task,
+        max_tokens=model.max_tokens,
+        delay=settings.fake_delay,
+        unparseable=settings.fake_unparseable,
+        encode=lambda text: model.tokenizer(text, add_special_tokens=False).input_ids,
+        crash_token=settings.fake_crash_token,
+        hang_token=settings.fake_hang_token,
+    )
+
+
+def _load_torch(settings: TorchSettings, folder: Path, max_tokens: int) -> Engine:
+    # Imported only now: a process whose workers are elsewhere has no torch.
+    from service.engine.torch.engine import TorchEngine
+    from service.engine.torch.generate import TorchGenerator
+    from service.engine.torch.loading import LoadOptions
+
+    options = LoadOptions(
         dtype=settings.dtype,
         device=settings.device,
-        max_tokens=model.max_tokens,
+        max_tokens=max_tokens,
         batch_tokens=settings.batch_tokens,
         threads=settings.threads,
         native_kernels=settings.native_kernels,
     )
-    log.info("model loaded", model=model.id, dtype=engine.dtype, seconds=round(time.monotonic() - started, 1))
-    return engine
+    if settings.task == "generate":
+        return TorchGenerator.load(folder, **options)
+    return TorchEngine.load(folder, settings.task, **options)
 
 
 def _load_vllm(settings: VllmSettings, folder: Path, max_tokens: int) -> Engine:
@@ -186,10 +198,7 @@ def _load_vllm(settings: VllmSettings, folder: Path, max_tokens: int) -> Engine:
         lora=Lora(name, Path(adapter).expanduser().resolve()) if settings.lora else None,
         extra=settings.vllm_args,
     )
-    started = time.monotonic()
-    engine = VllmEngine.load(folder, options)
-    log.info("model loaded", model=folder.name, dtype=engine.dtype, seconds=round(time.monotonic() - started, 1))
-    return engine
+    return VllmEngine.load(folder, options)
 
 
 def make_batcher(settings: CommonSettings, engine: Engine) -> Batcher:
@@ -197,7 +206,7 @@ def make_batcher(settings: CommonSettings, engine: Engine) -> Batcher:
     jobs = settings.batch_jobs
     if settings.engine == "upstream":
         jobs = min(jobs, UPSTREAM_WAVES * settings.upstream_concurrency)
-    suits = engine.batch_tokens * (WRITING_FACTOR if settings.task == "generate" else 1)
+    suits = engine.info.batch_tokens * (WRITING_FACTOR if settings.task == "generate" else 1)
     return Batcher(settings.batch_tokens or suits, jobs, settings.linger_ms / 1e3)
 
 

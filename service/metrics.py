@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from client.errors import ErrorCode
+from service.engine.contract import EngineInfo
 from service.jobs import QueueStats
 
 # Why a job that was taken is not judged.
@@ -43,6 +44,12 @@ class Metrics:
         self._inference = Histogram("judge_inference_seconds", "Time for a batch", buckets=_SECONDS, registry=reg)
         self._queue_jobs = Gauge("judge_queue_jobs", "Jobs accepted and not yet answered", registry=reg)
         self._queue_tokens = Gauge("judge_queue_tokens", "Their tokens", registry=reg)
+        self._engine = Gauge(
+            "judge_engine_info",
+            "The engine that is loaded, and what computes its numbers",
+            ["engine", "task", "dtype", "rung", "digest", "stable"],
+            registry=reg,
+        )
         # From 0 on: a rate does not see the first one of a series that begins with it.
         for code in ErrorCode:
             self._errors.labels(code.value)
@@ -53,6 +60,12 @@ class Metrics:
         """Read the queue's fill whenever the metrics are read."""
         self._queue_jobs.set_function(lambda: stats().jobs)
         self._queue_tokens.set_function(lambda: stats().tokens)
+
+    def loaded(self, info: EngineInfo) -> None:
+        """An engine begins to work."""
+        run = info.executor
+        stable = "unchecked" if run.stable is None else str(run.stable).lower()
+        self._engine.labels(info.engine, info.task, info.dtype, run.rung, run.digest, stable).set(1)
 
     def request_started(self) -> None:
         """A request has come."""

@@ -29,6 +29,7 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
+    Executor,
     Generated,
     GenerateItem,
     LabelLogprobs,
@@ -301,17 +302,25 @@ def _id(value: Any) -> int:
 
 def encode_info(info: WorkerInfo) -> str:
     """What a worker says of itself."""
-    return json.dumps([info.engine, info.dtype, info.max_tokens])
+    run = info.executor
+    return json.dumps([info.engine, info.dtype, info.max_tokens, *([run.rung, run.digest, run.stable] if run else [])])
 
 
 def decode_info(text: bytes, variant: bytes = b"") -> WorkerInfo | None:
     """The same, read, with what it says of its answers; None for what another version says that has no such fields."""
     try:
         match strict_json.parse(text):
-            case [str(engine), str(dtype), int(max_tokens), *_]:
-                return WorkerInfo(engine, dtype, max_tokens, decode_variant(variant))
+            case [str(engine), str(dtype), int(max_tokens), *more]:
+                return WorkerInfo(engine, dtype, max_tokens, decode_variant(variant), _executor(more))
     except ValueError:
         pass
+    return None
+
+
+def _executor(plain: list[Any]) -> Executor | None:
+    match plain:
+        case [str(rung), str(digest), bool() | None as stable, *_]:
+            return Executor(rung, digest, stable)
     return None
 
 

@@ -53,6 +53,8 @@ def find_upstream(settings: UpstreamSettings) -> Model:
 
 def load_upstream(settings: UpstreamSettings, model: Model) -> UpstreamEngine:
     """The engine, after one judgement that shows that the server answers. Raises UpstreamError, ValueError."""
+    if settings.task == "classify":
+        raise ValueError("--judge reward-model needs an engine that runs a classification head: torch or vllm")
     access = _access(settings)
     question = Question(model=model.id, top=settings.upstream_top_logprobs, extra=settings.upstream_body)
     dialect = (Chat if _api(settings) == "chat" else Completions)(question, model.tokenizer)
@@ -60,6 +62,7 @@ def load_upstream(settings: UpstreamSettings, model: Model) -> UpstreamEngine:
         access,
         dialect,
         max_tokens=model.max_tokens,
+        task=settings.task,
         concurrency=settings.upstream_concurrency,
         floor=settings.floor,
     )

@@ -24,7 +24,7 @@ from client.program import leave
 from service import cli, stopping
 from service.background import start_thread
 from service.batcher import Batcher, split_expired
-from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, answers_to, variant_of
+from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs
 from service.engine.remote_core import EngineLostError, RemoteCore
 from service.hosts import AllowedHosts, answering_known_hosts, is_loopback
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
@@ -69,7 +69,9 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._tracing = tracing
-        self._info = WorkerInfo(engine.name, engine.dtype, engine.max_tokens, variant_of(engine))
+        info = engine.info
+        self._info = WorkerInfo(info.engine, info.dtype, info.max_tokens, info.variant, info.executor)
+        metrics.loaded(info)
         self._stop = threading.Event()
         self._rests = threading.Event()
         self._rests.set()
@@ -142,7 +144,7 @@ class Worker:
         try:
             if self._core:
                 self._core.set_deadlines([job.deadline for job in jobs])
-            answers = answers_to(self._engine, [job.item for job in jobs])
+            answers = self._engine.run([job.item for job in jobs])
             if len(answers) != len(jobs):
                 raise RuntimeError(f"the engine gave {len(answers)} answers to {len(jobs)} items")
         except EngineLostError:
@@ -228,7 +230,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
             leave(0)
 
     stop.in_good_order(finish, CLOSE_SECONDS)
-    log.info("working", model=model.id, engine=engine.name, dtype=engine.dtype)
+    log.info("working", model=model.id, engine=engine.info.engine, dtype=engine.info.dtype)
     try:
         worker.run(stopping_now)
     except EngineLostError as exc:

@@ -8,11 +8,11 @@ from random import Random
 
 import pytest
 import torch
+from service.engine.torch.batches import MicroBatches
+from service.engine.torch.classify import TorchClassifier
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from service.engine.contract import Classified, ClassifyEngine, ClassifyItem
-from service.engine.torch.batches import MicroBatches
-from service.engine.torch.classify import TorchClassifier
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import EngineLoadError
 from tests.tiny import make_tiny_model

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from service.engine.torch.classify import TorchClassifier
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from service.engine.torch.classify import TorchClassifier
 from service.engine.torch.engine import TorchEngine
 from tests.live import live_service
 from tests.tiny import make_tiny_model, tiny_tokenizer

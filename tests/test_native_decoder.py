@@ -18,12 +18,12 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
+from service.engine.torch.cpu.panels import PanelLinear, PanelMlp, in_turn, panels_of
 from torch import nn
 
 from service.engine.contract import GenerateItem, ScoreItem
 from service.engine.torch.cpu import build, kernel
 from service.engine.torch.cpu.kernel import NativeDecoder, _library
-from service.engine.torch.cpu.panels import PanelLinear, PanelMlp, in_turn, panels_of
 from service.engine.torch.engine import DType, TorchEngine
 from service.engine.torch.families import read_decoder
 from service.engine.torch.heads import LastTokenHead

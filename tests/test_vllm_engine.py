@@ -20,12 +20,12 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from service.engine.torch.classify import TorchClassifier
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
 from service.engine.contract import ClassifyItem, Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
-from service.engine.torch.classify import TorchClassifier
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
 from service.engine.vllm.engine import VllmEngine

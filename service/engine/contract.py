@@ -1,15 +1,16 @@
 """What an engine is: the only seam between the service and a model runtime.
 
-An engine answers items of one kind, by the judge it was loaded for: labels' probabilities (`ScoreItem`), a
-classification head's logit (`ClassifyItem`), or generated text (`GenerateItem`). `tasks` says which it can do.
+An engine is loaded for one task and has one method, `run`: labels' probabilities for `ScoreItem`s, a classification
+head's logit for `ClassifyItem`s, or generated text for `GenerateItem`s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
-from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 from client.errors import ErrorCode
 
@@ -18,7 +19,7 @@ Task: TypeAlias = Literal["labels", "classify", "generate"]
 
 @dataclass(frozen=True, slots=True)
 class ScoreItem:
-    """One prompt to be read.
+    """One prompt whose next token is asked about.
 
     `token_ids` is the whole prompt, special tokens included. `label_ids` are the distinct ids whose log-probability
     is asked for. `boundaries` are rising offsets into `token_ids` at which the prompt's content changes (after the
@@ -47,7 +48,7 @@ class LabelLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyItem:
-    """One text to be read by a classification head with one output. `token_ids` and `boundaries` as in ScoreItem."""
+    """One text for a classification head with one output. `token_ids` and `boundaries` as in ScoreItem."""
 
     token_ids: Sequence[int]
     boundaries: tuple[int, ...] = ()
@@ -65,7 +66,7 @@ class Classified:
 class GenerateItem:
     """One prompt to be continued. `token_ids` and `boundaries` as in ScoreItem.
 
-    At most `max_new_tokens` are written; one of `stop_ids` (the model's end-of-sequence ids) ends the text.
+    At most `max_new_tokens` are generated; one of `stop_ids` (the model's end-of-sequence ids) ends the text.
     `temperature` 0 takes the likeliest token each time; else `seed` (0 to 2**63 - 1) alone decides the draws, whatever
     stands beside the item, but for the rounding of a batch of another shape.
     """
@@ -97,90 +98,74 @@ class ItemFailure:
 
 AnyItem: TypeAlias = ScoreItem | ClassifyItem | GenerateItem
 AnyAnswer: TypeAlias = LabelLogprobs | Classified | Generated
+Item = TypeVar("Item", ScoreItem, ClassifyItem, GenerateItem)
+
+
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """The code and the hardware that compute an engine's numbers.
+
+    `rung` names the way (`compiled-amx`, `packed`, …), `digest` stands for all that the last digits depend on besides
+    the model's files and the item. `stable` says whether an item was found to have the same bits in any company: True
+    or False where that was checked when the model was loaded, None where it was not.
+    """
+
+    rung: str
+    digest: str
+    stable: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself once it is loaded.
+
+    `engine` is its kind (`torch`, `vllm`, …), `dtype` the number format of the weights, `max_tokens` the longest prompt
+    in tokens, `batch_tokens` the number of tokens that fill one call well: the worker forms batches of about that many.
+    """
+
+    engine: str
+    task: Task
+    dtype: str
+    max_tokens: int
+    batch_tokens: int
+    executor: Executor
+
+    @property
+    def variant(self) -> str:
+        """All that an answer depends on besides the model's files and the item, our release included."""
+        return f"{version('judge-as-api')} {self.engine} {self.executor.rung} {self.executor.digest} {self.dtype}"
 
 
 class Engine(Protocol):
-    """A loaded model. One thread calls it; it need not be safe for more.
-
-    It has the methods of its `tasks`: `LabelEngine`, `ClassifyEngine`, `GenerateEngine`. Each of these gives one answer
-    for each item, in order. Every item has 1 to `max_tokens` tokens. They raise whatever the runtime raises when it
-    fails as a whole; the worker then tries the items one by one.
-    """
+    """A loaded model. One thread calls it; it need not be safe for more."""
 
     @property
-    def name(self) -> str:
-        """`torch`, `fake`, …"""
+    def info(self) -> EngineInfo:
+        """What it is; the same from load to close."""
 
-    @property
-    def tasks(self) -> frozenset[Task]:
-        """What this engine, as it is loaded, can be asked for."""
+    def run(self, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:
+        """One answer for each item, in order.
 
-    @property
-    def max_tokens(self) -> int:
-        """The longest prompt, in tokens, that the model reads."""
-
-    @property
-    def batch_tokens(self) -> int:
-        """The number of tokens that fill one call well; the worker forms batches of about this many."""
-
-    @property
-    def dtype(self) -> str:
-        """The number format of the weights: `bfloat16`, `float32`, …"""
-
-    @property
-    def executor(self) -> str:
-        """The code and the hardware that compute the numbers: what else they depend on, in their last digits."""
+        Every item has 1 to `info.max_tokens` tokens, those that may be generated included. Raises ValueError for an
+        item of another task or outside these bounds, before anything is computed, and whatever the runtime raises when
+        it fails as a whole; the worker then tries the items one by one.
+        """
 
     def close(self) -> None:
         """Free the model."""
 
 
-class LabelEngine(Engine, Protocol):
-    """An engine whose tasks hold `labels`."""
-
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> Sequence[LabelLogprobs | ItemFailure]:
-        """The labels' log-probabilities for each item."""
-
-
-class ClassifyEngine(Engine, Protocol):
-    """An engine whose tasks hold `classify`."""
-
-    def classify(self, items: Sequence[ClassifyItem]) -> Sequence[Classified | ItemFailure]:
-        """The head's logit for each item."""
+def items_of(kind: type[Item], items: Sequence[AnyItem]) -> list[Item]:
+    """The items, all of this kind; raises ValueError for another task's."""
+    found = [item for item in items if isinstance(item, kind)]
+    if len(found) != len(items):
+        raise ValueError(f"this engine answers {kind.__name__} only: it was loaded for one task")
+    return found
 
 
-class GenerateEngine(Engine, Protocol):
-    """An engine whose tasks hold `generate`."""
-
-    def generate(self, items: Sequence[GenerateItem]) -> Sequence[Generated | ItemFailure]:
-        """A continuation of each item; its tokens and `max_new_tokens` together are at most `max_tokens`."""
-
-
-_TASK_OF: Final[dict[type[AnyItem], Task]] = {
-    ScoreItem: "labels",
-    ClassifyItem: "classify",
-    GenerateItem: "generate",
-}
-
-
-def variant_of(engine: Engine) -> str:
-    """All that an answer depends on besides the model's files and the item: our release, and what the engine says."""
-    return f"{version('judge-as-api')} {engine.name} {engine.executor} {engine.dtype}"
-
-
-def answers_to(engine: Engine, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:
-    """Ask the engine for what the items, all of one kind, want; raises ValueError where it cannot do that."""
-    kinds = {_TASK_OF[type(item)] for item in items}
-    if len(kinds) != 1 or not kinds <= engine.tasks:
-        raise ValueError(f"the engine {engine.name} does {', '.join(sorted(engine.tasks))}, not {', '.join(kinds)}")
-    some: Any = engine
-    match kinds.pop():
-        case "labels":
-            return cast(LabelEngine, some).label_logprobs(cast(Sequence[ScoreItem], items))
-        case "classify":
-            return cast(ClassifyEngine, some).classify(cast(Sequence[ClassifyItem], items))
-        case "generate":
-            return cast(GenerateEngine, some).generate(cast(Sequence[GenerateItem], items))
+def digest_of(*parts: str) -> str:
+    """12 hexadecimal digits that stand for these texts."""
+    return sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:

@@ -20,6 +20,8 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
+    EngineInfo,
+    Executor,
     Generated,
     GenerateItem,
     LabelLogprobs,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CRASH_STATUS: Final = 70
+_KINDS: Final[dict[Task, type[AnyItem]]] = {"labels": ScoreItem, "classify": ClassifyItem, "generate": GenerateItem}
 _SPREAD: Final = 4.0
 _GRADES: Final = 6
 _WRITTEN: Final = "A fake judge reads nothing."
@@ -75,27 +78,21 @@ class FakeEngine:
     hang_token: int | None = None
     unparseable: float = 0.0
     encode: Callable[[str], Sequence[int]] | None = None
+    task: Task = "labels"
     name: str = "fake"
-    executor: str = "made-up"
+    digest: str = "made-up"
     dtype: str = "float32"
-    tasks: frozenset[Task] = frozenset({"labels", "classify", "generate"})
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
+    @property
+    def info(self) -> EngineInfo:
+        """Made up like the numbers, which depend on the item alone."""
+        executor = Executor("fake", self.digest, stable=True)
+        return EngineInfo(self.name, self.task, self.dtype, self.max_tokens, self.batch_tokens, executor)
+
+    def run(self, items: Sequence[AnyItem]) -> list[LabelLogprobs | Classified | Generated]:
         """One answer per item, in order. Raises ValueError for an item outside the contract."""
-        if not all(item.label_ids for item in items):
-            raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens")
         self._read(items)
-        return [self._judge(item) for item in items]
-
-    def classify(self, items: Sequence[ClassifyItem]) -> list[Classified]:
-        """See `label_logprobs`."""
-        self._read(items)
-        return [Classified(self._logit(item)) for item in items]
-
-    def generate(self, items: Sequence[GenerateItem]) -> list[Generated]:
-        """See `label_logprobs`."""
-        self._read(items)
-        return [self._written(item) for item in items]
+        return [self._answer(item) for item in items]
 
     def close(self) -> None:
         """Nothing is held."""
@@ -104,6 +101,10 @@ class FakeEngine:
         """What befalls a call whatever it asks for."""
         tokens = 0
         for item in items:
+            if not isinstance(item, _KINDS[self.task]):
+                raise ValueError(f"this engine was loaded for {self.task}, not for {type(item).__name__}")
+            if isinstance(item, ScoreItem) and not item.label_ids:
+                raise ValueError("an item has no label ids")
             if not 1 <= len(item.token_ids) <= self.max_tokens:
                 raise ValueError(f"an item needs 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
             tokens += len(item.token_ids) + (item.max_new_tokens if isinstance(item, GenerateItem) else 0)
@@ -113,6 +114,15 @@ class FakeEngine:
         self._rehearse_disaster(items)
         if any(self.poison_token in item.token_ids for item in items):
             raise RuntimeError(f"an item holds the poison token {self.poison_token}")
+
+    def _answer(self, item: AnyItem) -> LabelLogprobs | Classified | Generated:
+        match item:
+            case ScoreItem():
+                return self._judge(item)
+            case ClassifyItem():
+                return Classified(self._logit(item))
+            case GenerateItem():
+                return self._written(item)
 
     def _logit(self, item: ClassifyItem) -> float:
         if self.nan_token in item.token_ids:

@@ -1,234 +1,187 @@
-"""The engine that runs a causal transformers model with torch in this process. For labels: prefill only, one head row
-per prompt. torch_generate.py writes text with the same model, torch_classify.py is the engine for reward models.
+"""The engine that judges with a transformers model, run with torch in this process: labels, and reward models.
 
-    items ──> packs ──> torch_packed.py: no padding, shared prefixes once ────────────────────────> output layer in fp32
-          └─> micro-batches, padded on the right ──> the model's own forward ──> its output layer, replaced:
-              last real position of each row only, in fp32 ──> log-softmax over the whole vocabulary in fp32
-
-Models of the families that torch_packed.py knows are read packed: an item then gets the same bits whatever is beside
-it. Others are padded.
-
-A causal model's real tokens never see what stands on their right, so no attention mask is passed and attention takes
-its fast causal path. The model's own forward stays in charge of what comes after the output layer (soft-capping,
-logit scales). A probe at load compares all ways; where they disagree the model's own layer and no padding are used.
+items ──> the rung of the ladder that held ──> outputs in fp32 ──> labels: log-softmax over the whole vocabulary
+                                                               ──> classify: the head's logit
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Unpack, cast
+from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from service.engine.contract import Generated, GenerateItem, LabelLogprobs, ScoreItem, Task, check_ids
-from service.engine.torch.batches import MicroBatches, probe_prompts, right_padded
-from service.engine.torch.families import UnsupportedModelError
-from service.engine.torch.generate import Writer, can_write
-from service.engine.torch.heads import LastTokenHead
-from service.engine.torch.loading import (
-    DType,
-    EngineLoadError,
-    LoadOptions,
-    described,
-    free_memory,
-    load_model,
-    longrope_threshold,
+from service.engine.contract import (
+    AnyItem,
+    Classified,
+    ClassifyItem,
+    EngineInfo,
+    LabelLogprobs,
+    ScoreItem,
+    Task,
+    check_ids,
+    items_of,
 )
-from service.engine.torch.packed_forward import PackedDecoder
-
-__all__ = ["DType", "EngineLoadError", "TorchEngine"]
+from service.engine.torch import ladder
+from service.engine.torch.cpu import kernel
+from service.engine.torch.executors import PackedExecutor, SingleExecutor, TorchExecutor
+from service.engine.torch.families import decoder_of
+from service.engine.torch.ladder import CheckError, Reference, Rung, Verdict
+from service.engine.torch.loading import EngineLoadError, Loaded, LoadOptions, free_memory, hardware_of, load_model
+from service.engine.torch.packed_forward import PackedPrefill
+from service.engine.torch.tasks import NextToken, Outputs, RewardLogit
 
 logger = logging.getLogger(__name__)
 
-# Of the items that a model is tried on: how many share a prefix and fit one padded batch, and the others' tokens.
-_SHARING: Final = 3
-_PROBE_LENGTHS: Final = (16, 24, 40, 70)
-# Share of the logits' spread by which two ways of computing them may differ.
-_PROBE_TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-
 
 class TorchEngine:
-    """A causal language model in this process. See `Engine` for the contract; `load` makes one.
+    """A language model that judges, in this process. See `Engine` for the contract; `load` makes one.
 
-    A log-probability that is not finite (fp16 overflow, broken weights) is returned as it is: the caller checks each
-    item, so that one such item does not fail its neighbours.
+    A number that is not finite (fp16 overflow, broken weights) is returned as it is: the caller checks each item, so
+    that one such item does not fail its neighbours.
     """
 
-    name = "torch"
-
-    def __init__(
-        self, model: Any, *, max_tokens: int, batch_tokens: int, micro_tokens: int, native_kernels: bool = True
-    ) -> None:
-        self.max_tokens = max_tokens
-        self.batch_tokens = batch_tokens
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self._model = model  # Any: what transformers says of its own types is not enough for strict checks
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
-        self._native_kernels = native_kernels
-        self._head: LastTokenHead | None = None
-        self._packed: PackedDecoder | None = None
-        self._install_head()
-        self._batches = MicroBatches(micro_tokens, longrope_threshold(model.config), alone=self._head is None)
-        self.executor = described(self._packed.name if self._packed else "padded", model.device)
-        self._writer = Writer(model, self._head) if can_write(model) else None
-        self.tasks: frozenset[Task] = frozenset({"labels", "generate"} if self._writer else {"labels"})
+    def __init__(self, loaded: Loaded, task: Task, *, native_kernels: bool = True) -> None:
+        """Nothing of `loaded.model` is kept but what the rung that held needs. Raises EngineLoadError."""
+        model = loaded.model
+        self._threads = torch.get_num_threads()
+        self._padding_id: int | None = model.config.get_text_config().pad_token_id
+        outputs = _outputs_of(model, task)
+        reference = reference_of(outputs, loaded.max_tokens)
+        rungs = rungs_of(outputs, self._threads, native_kernels=native_kernels)
+        self._vocabulary = model.get_input_embeddings().num_embeddings
+        if task == "labels":
+            self._vocabulary = min(self._vocabulary, reference.outputs.shape[1])
+        try:
+            found = ladder.climb_down(rungs, reference, self._threads, hardware_of(model.device), _log)
+        except CheckError as problem:
+            raise EngineLoadError(f"{type(model).__name__} cannot be run here: its own forward {problem}") from problem
+        self._executor: TorchExecutor | None = found[0]
+        self.info = EngineInfo("torch", task, _name(model.dtype), loaded.max_tokens, loaded.batch_tokens, found[1])
 
     @classmethod
-    def load(cls, folder: Path, **options: Unpack[LoadOptions]) -> TorchEngine:
+    def load(cls, folder: Path, task: Task = "labels", **options: Unpack[LoadOptions]) -> TorchEngine:
         """Load the model in `folder`; nothing is fetched. See LoadOptions. Raises EngineLoadError."""
-        found = load_model(folder, "causal", options)
-        return cls(
-            found.model,
-            max_tokens=found.max_tokens,
-            batch_tokens=found.batch_tokens,
-            micro_tokens=found.micro_tokens,
-            native_kernels=options.get("native_kernels", True),
-        )
+        engine = cls(load_model(folder, task, options), task, native_kernels=options.get("native_kernels", True))
+        free_memory()
+        return engine
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
-        """One answer per item, in order; any number of items and tokens.
-
-        Raises ValueError for an item outside the contract, before anything is computed.
-        """
-        for item in items:
-            self._check(item)
-        if self._model is None:
+    def run(self, items: Sequence[AnyItem]) -> list[LabelLogprobs] | list[Classified]:
+        """One answer per item, in order; any number of items and tokens. Raises ValueError as `Engine` says."""
+        if self._executor is None:
             raise RuntimeError("the engine is closed")
-        if self._packed is not None:
-            return self._read_packed(self._packed, items)
-        found: dict[int, LabelLogprobs] = {}
-        for rows in self._batches.of([len(item.token_ids) for item in items]):
-            batch = [items[row] for row in rows]
-            found.update(zip(rows, _read_labels(self._last_logits(batch), batch), strict=True))
-        return [found[index] for index in range(len(items))]
-
-    def generate(self, items: Sequence[GenerateItem]) -> list[Generated]:
-        """A continuation of each item, in order. Raises ValueError as `label_logprobs` does."""
         for item in items:
-            check_ids(item.token_ids, self.max_tokens - item.max_new_tokens, self._vocabulary)
-        if self._model is None or self._writer is None:
-            raise RuntimeError("the engine is closed")
-        return self._writer.write(items)
+            check_ids(item.token_ids, self.info.max_tokens, self._vocabulary)
+        if self.info.task == "classify":
+            texts = [self._unpadded(item) for item in items_of(ClassifyItem, items)]
+            return self._executor.run(texts, _classified, self._threads)
+        prompts = items_of(ScoreItem, items)
+        for prompt in prompts:
+            if not prompt.label_ids:
+                raise ValueError("an item has no label ids")
+            check_ids(prompt.label_ids, len(prompt.label_ids), self._vocabulary)
+        return self._executor.run(prompts, partial(_label_logprobs, prompts), self._threads)
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards."""
-        if self._packed is not None:
-            self._packed.close()
-        self._model = self._head = self._writer = self._packed = None
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None
         free_memory()
 
-    def _check(self, item: ScoreItem) -> None:
-        if not item.label_ids:
-            raise ValueError("an item has no label ids")
-        check_ids(item.token_ids, self.max_tokens, self._vocabulary)
-        check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
-
-    def _read_packed(self, packed: PackedDecoder, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
-        def read(logits: Tensor, cached: dict[int, int]) -> list[LabelLogprobs]:
-            answers = _read_labels(logits, [items[index] for index in cached])
-            return [
-                replace(answer, cached_tokens=count) for answer, count in zip(answers, cached.values(), strict=True)
-            ]
-
-        return [answer for part in packed.last_logits(items, read) for answer in part]
-
-    @torch.inference_mode()
-    def _last_logits(self, items: Sequence[ScoreItem]) -> Tensor:
-        """Next-token logits after each item, [items, vocabulary], in fp32."""
-        if self._model is None:
-            raise RuntimeError("the engine is closed")
-        ids = right_padded([item.token_ids for item in items]).to(self._model.device)
-        if self._head is None:
-            return _own_logits(self._model, ids)
-        self._head.last = torch.tensor([len(item.token_ids) - 1 for item in items], device=ids.device)
-        return cast(Tensor, self._model(input_ids=ids, use_cache=False).logits)[:, 0].float()
-
-    def _install_head(self) -> None:
-        """Put the fp32 last-position layer in place where it gives what the model gives by itself, padding included."""
-        model = self._model
-        output = model.get_output_embeddings()
-        probes = _probes(self._vocabulary, self.max_tokens)
-        own = torch.cat([self._last_logits([probe]) for probe in probes])
-        self._vocabulary = min(self._vocabulary, own.shape[1])
-        if not bool(torch.isfinite(own).all()):
-            raise EngineLoadError(f"the model gives values that are not finite in {self.dtype}; use another dtype")
-        if type(output) is nn.Linear:
-            self._head = LastTokenHead(output)
-            model.set_output_embeddings(self._head)
-            if _alike(own[:_SHARING], self._last_logits(probes[:_SHARING]), _PROBE_TOLERANCE[model.dtype]):
-                self._install_packed(self._head, probes, own)
-                return
-            self._head = None
-            model.set_output_embeddings(output)
-        logger.warning("the fp32 output layer does not fit %s: using the model's own, unbatched", type(model).__name__)
-
-    def _install_packed(self, head: LastTokenHead, probes: Sequence[ScoreItem], own: Tensor) -> None:
-        """Read labels packed where the model can be, and where that gives what the model gives by itself."""
-        for native in (True, False) if self._native_kernels else (False,):
-            try:
-                packed = PackedDecoder(self._model, head, torch.get_num_threads(), native=native)
-            except UnsupportedModelError as reason:
-                logger.info("labels are read in padded batches: packed ones are not made %s", reason)
-                return
-            ours = torch.cat(list(packed.last_logits(probes, lambda logits, _: logits)))
-            if _alike(own, ours, _PROBE_TOLERANCE[self._model.dtype]):
-                packed.take_over()
-                free_memory()
-                self._packed = packed
-                return
-            packed.close()
-            kernels = "compiled kernels" if packed.compiled else "torch's operations"
-            logger.warning("packs as %s read them do not fit %s", kernels, type(self._model).__name__)
-            if not packed.compiled:
-                break
-        logger.warning("labels are read in padded batches")
+    def _unpadded(self, item: ClassifyItem) -> ClassifyItem:
+        """The text up to its last token that is not padding: transformers' classifiers read the state there."""
+        last = len(item.token_ids) - 1
+        while last > 0 and item.token_ids[last] == self._padding_id:
+            last -= 1
+        return replace(item, token_ids=item.token_ids[: last + 1])
 
 
-def _probes(vocabulary: int, max_tokens: int) -> list[ScoreItem]:
-    """Items to try a model on: of different lengths, with a prefix that all of three share and one that two share.
-
-    There are several because 16-bit models have inputs whose logits any rounding moves by a tenth of their spread.
-    """
-    short, long = probe_prompts(vocabulary, max_tokens)
-    other = [*short[:-1], (short[-1] + 1) % vocabulary]
-    places = (len(short) // 3, len(short) - 1)
-    shared = [ScoreItem(ids, (0,), places) for ids in (short, long, other)]
-    lengths = [min(length, max_tokens) for length in _PROBE_LENGTHS]
-    alone = [[short[(place * place + length) % len(short)] for place in range(length)] for length in lengths]
-    return [*shared, *(ScoreItem(ids, (0,), (len(ids) // 3,)) for ids in alone)]
+def check_all(folder: Path, task: Task, **options: Unpack[LoadOptions]) -> list[Verdict]:
+    """Every rung tried on the model in `folder`, those below one that holds as well. Raises EngineLoadError."""
+    loaded = load_model(folder, task, options)
+    outputs, threads = _outputs_of(loaded.model, task), torch.get_num_threads()
+    reference, found = reference_of(outputs, loaded.max_tokens), list[Verdict]()
+    for rung in rungs_of(outputs, threads, native_kernels=True):
+        with suppress(CheckError):  # it is among what was found
+            ladder.climb_down([rung], reference, threads, hardware_of(loaded.model.device), found.append)[0].close()
+    return found
 
 
-def _own_logits(model: Any, ids: Tensor) -> Tensor:
-    """The model's own logits at the last position of unpadded rows, [rows, vocabulary], cast to fp32."""
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return cast(Tensor, model(input_ids=ids, use_cache=False, **keep).logits)[:, -1].float()
+def reference_of(outputs: Outputs, max_tokens: int) -> Reference:
+    """What the model's own forward gives for the prompts of the ladder's check. Raises EngineLoadError."""
+    model = outputs.model
+    prompts = ladder.probe_prompts(model.get_input_embeddings().num_embeddings, max_tokens)
+    started = time.monotonic()
+    own = ladder.outputs_of(SingleExecutor(outputs.own, model.device), prompts, 1)
+    seconds = time.monotonic() - started
+    if not bool(torch.isfinite(own).all()):
+        dtype = _name(model.dtype)
+        raise EngineLoadError(f"the model gives values that are not finite in {dtype}; use another dtype")
+    with torch.inference_mode():
+        return Reference(prompts, own, outputs.sizes(prompts, own), ladder.TOLERANCE[model.dtype], seconds)
 
 
-def _read_labels(logits: Tensor, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
-    """Log-probability of each item's labels, from [items, vocabulary] logits in fp32."""
-    most = max(len(item.label_ids) for item in items)
-    padded = [[*item.label_ids, *[0] * (most - len(item.label_ids))] for item in items]
-    values = logits.gather(1, torch.tensor(padded, device=logits.device)).tolist()
+def rungs_of(outputs: Outputs, threads: int, *, native_kernels: bool) -> list[Rung]:
+    """The ways to compute the outputs, fastest first; compiled code only where it is wanted."""
+    model = outputs.model
+    # Torch may sum up in another order on another number of threads.
+    divided = f"{threads} threads"
+
+    def compiled() -> TorchExecutor:
+        decoder, library = decoder_of(model), kernel.library(model.dtype)
+        prefill = kernel.CompiledPrefill(decoder, library)
+        return PackedExecutor(prefill, outputs.head(library), threads, code=library.digest)
+
+    def packed() -> TorchExecutor:
+        return PackedExecutor(PackedPrefill(decoder_of(model)), outputs.head(None), threads)
+
+    def single() -> TorchExecutor:
+        outputs.head(None)  # raises where there is none in fp32
+        return SingleExecutor(outputs.single, model.device, code=divided)
+
+    def own() -> TorchExecutor:
+        return SingleExecutor(outputs.own, model.device, code=divided)
+
+    found = [Rung("packed", packed), Rung("single", single), Rung("own", own)]
+    return [Rung(f"compiled-{kernel.isa() or 'none'}", compiled, isolated=True), *found] if native_kernels else found
+
+
+def _outputs_of(model: object, task: Task) -> Outputs:
+    return RewardLogit(model) if task == "classify" else NextToken(model)
+
+
+def _classified(logits: Tensor, cached: Mapping[int, int]) -> list[Classified]:
+    return [Classified(logit, count) for logit, count in zip(logits[:, 0].tolist(), cached.values(), strict=True)]
+
+
+def _label_logprobs(items: Sequence[ScoreItem], logits: Tensor, cached: Mapping[int, int]) -> list[LabelLogprobs]:
+    """Log-probability of the labels of some items, from [some, vocabulary] logits in fp32."""
+    some = [items[index] for index in cached]
+    most = max(len(item.label_ids) for item in some)
+    padded = [[*item.label_ids, *[0] * (most - len(item.label_ids))] for item in some]
+    values = logits.gather(1, torch.tensor(padded)).tolist()
     totals, argmax_ids = torch.logsumexp(logits, dim=1).tolist(), logits.argmax(dim=1).tolist()
-    rows = zip(items, values, totals, argmax_ids, strict=True)
+    rows = zip(some, values, totals, argmax_ids, cached.values(), strict=True)
     return [
-        LabelLogprobs(tuple(value - total for value in row[: len(item.label_ids)]), argmax)
-        for item, row, total, argmax in rows
+        LabelLogprobs(tuple(value - total for value in row[: len(item.label_ids)]), argmax, count)
+        for item, row, total, argmax, count in rows
     ]
 
 
-def _alike(own: Tensor, ours: Tensor, tolerance: float) -> bool:
-    """Whether two ways of computing the same rows of logits differ by no more than rounding does.
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    Each row's difference counts as a share of its spread. One row may be much off: 16-bit models have inputs at which
-    any two ways to compute them are.
-    """
-    if ours.shape != own.shape:
-        return False
-    errors = (ours - own).square().mean(dim=1).sqrt() / own.std(dim=1)
-    return bool(errors.median() <= tolerance and errors.max() <= 3 * tolerance)
+
+def _log(verdict: Verdict) -> None:
+    if verdict.executor is None:
+        logger.warning("%s %s; the next rung is tried", verdict.rung, verdict.problem)
+    elif not verdict.executor.stable:
+        logger.warning("%s is used, and gives a prompt other bits in other company", verdict.rung)

@@ -1,6 +1,6 @@
-"""What the decoders that can be read packed are made of: the parts of each layer, by family, and rotary positions.
+"""The families whose prefill can be packed: the parts of each of their layers, and rotary positions.
 
-All known families have Llama's parts; some add norms, windows or caps, which are None where a family lacks them.
+All of them have Llama's parts; some add norms, windows or softcaps, which are None where a family lacks them.
 """
 
 from __future__ import annotations
@@ -31,32 +31,30 @@ _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 class UnsupportedModelError(ValueError):
-    """The model cannot be run this way; the message says why, so that it can follow "not made"."""
+    """The model cannot be run this way; the message says why: "for GPT2Block", "with biases in its MLP"."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """A decoder layer's parts: `attention` is the module that its projections belong to, `layer` has all of them."""
+    """A decoder layer's parts. `window` is how many keys a query sees, itself included; None: all before it."""
 
-    layer: nn.Module
-    attention: nn.Module
-    before: nn.Module
+    input_norm: nn.Module
     qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
     q_norm: nn.Module | None
     k_norm: nn.Module | None
-    output: nn.Linear
-    after_attention: nn.Module | None
-    before_mlp: nn.Module
+    o_proj: nn.Linear
+    post_attention_norm: nn.Module | None
+    pre_mlp_norm: nn.Module
     gate: nn.Linear
     up: nn.Linear
     activation: nn.Module
     down: nn.Linear
-    after_mlp: nn.Module | None
-    kind: str | None
-    head_width: int
+    post_mlp_norm: nn.Module | None
+    layer_type: str | None
+    head_dim: int
     scaling: float
     window: int | None
-    cap: float | None
+    softcap: float | None
 
 
 class Rope:
@@ -80,7 +78,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model's decoder: what stands before, between and behind its layers."""
+    """A model's decoder: the embedding, the layers, the last norm, and the rotary positions that all layers share."""
 
     embed: nn.Module
     layers: Sequence[DecoderLayer]
@@ -91,11 +89,11 @@ class Decoder:
     def ropes(self, dtype: torch.dtype) -> dict[str | None, Rope]:
         """Tables by the kinds of layers that have frequencies of their own; None is for all others."""
         by_kind = "layer_type" in inspect.signature(self.rotary.forward).parameters
-        kinds = {layer.kind for layer in self.layers} if by_kind else {None}
+        kinds = {layer.layer_type for layer in self.layers} if by_kind else {None}
         return {kind: Rope(self.rotary, kind, dtype) for kind in kinds}
 
 
-def read_decoder(model: Any) -> Decoder:
+def decoder_of(model: Any) -> Decoder:
     """The model's decoder; UnsupportedModelError where it is of no known family, or not on a CPU."""
     if model.device.type != "cpu":
         raise UnsupportedModelError(f"on {model.device.type}")
@@ -159,26 +157,24 @@ def _read_layer(layer: Any) -> DecoderLayer:
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     has_kind = hasattr(attention, "sliding_window")
     found = DecoderLayer(
-        layer=layer,
-        attention=attention,
-        before=layer.input_layernorm,
+        input_norm=layer.input_layernorm,
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         q_norm=getattr(attention, "q_norm", None),
         k_norm=getattr(attention, "k_norm", None),
-        output=attention.o_proj,
-        after_attention=layer.post_attention_layernorm if sandwich else None,
-        before_mlp=layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm,
+        o_proj=attention.o_proj,
+        post_attention_norm=layer.post_attention_layernorm if sandwich else None,
+        pre_mlp_norm=layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm,
         gate=mlp.gate_proj,
         up=mlp.up_proj,
         activation=mlp.act_fn,
         down=mlp.down_proj,
-        after_mlp=layer.post_feedforward_layernorm if sandwich else None,
-        kind=getattr(attention, "layer_type", None),
-        head_width=attention.head_dim,
+        post_mlp_norm=layer.post_feedforward_layernorm if sandwich else None,
+        layer_type=getattr(attention, "layer_type", None),
+        head_dim=attention.head_dim,
         scaling=attention.scaling,
         window=attention.sliding_window if has_kind else getattr(attention.config, "sliding_window", None),
-        cap=getattr(attention, "attn_logit_softcapping", None),
+        softcap=getattr(attention, "attn_logit_softcapping", None),
     )
-    if any(type(part) is not nn.Linear for part in (*found.qkv, found.output, found.gate, found.up, found.down)):
+    if any(type(part) is not nn.Linear for part in (*found.qkv, found.o_proj, found.gate, found.up, found.down)):
         raise UnsupportedModelError("with linear layers of another kind")
     return found

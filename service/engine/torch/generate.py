@@ -1,4 +1,4 @@
-"""Text of a causal model, for judges that answer in text: in batches, each row with random numbers of its own.
+"""The engine for judges that answer in text: a causal model's own layers, in batches, each row with its own seed.
 
     prompts, each once, padded on the left ── one forward ──> cache, a row for each item
     ── one token for each row at a time ──> rows that ended leave the batch ──> texts
@@ -11,48 +11,93 @@ item's seed alone, so a text does not depend on what stands beside it, but for t
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Unpack
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from service.engine.contract import Generated, GenerateItem
-from service.engine.torch.batches import MAX_ROWS
-from service.engine.torch.heads import LastTokenHead
+from service.engine.contract import (
+    AnyItem,
+    EngineInfo,
+    Executor,
+    Generated,
+    GenerateItem,
+    check_ids,
+    digest_of,
+    items_of,
+)
+from service.engine.torch import ladder
+from service.engine.torch.engine import reference_of
+from service.engine.torch.executors import SingleExecutor
+from service.engine.torch.families import UnsupportedModelError
+from service.engine.torch.ladder import CheckError
+from service.engine.torch.loading import EngineLoadError, Loaded, LoadOptions, free_memory, hardware_of, load_model
+from service.engine.torch.tasks import NextToken
 
+logger = logging.getLogger(__name__)
+
+# Rows per forward: bounds the logits, rows x vocabulary in fp32 (39 MB for 64 rows of 152k).
+_MAX_ROWS: Final = 64
 # The batch is made smaller when this share of its rows has ended; for fewer, copying the cache is not worth it.
 _LEAVE_SHARE: Final = 0.125
 # Just under 1: u times the sum of the probabilities must stay below that sum in fp32.
 _MAX_UNIFORM: Final = 1 - 1e-6
 
 
-def can_write(model: Any) -> bool:
-    """Whether the model goes on from a cache of keys and values; some recurrent ones keep their past in another way."""
-    return "past_key_values" in inspect.signature(model.forward).parameters
+class TorchGenerator:
+    """A causal model that continues prompts. See `Engine` for the contract; `load` makes one."""
 
-
-class Writer:
-    """Continues prompts with one model. `head` is the layer in place of its output layer, None where it has its own."""
-
-    def __init__(self, model: Any, head: LastTokenHead | None) -> None:
-        self._model = model
-        self._head = head
+    def __init__(self, loaded: Loaded) -> None:
+        """Raises EngineLoadError for a model that cannot go on from a cache of keys and values."""
+        model = loaded.model
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            # Some recurrent models keep their past in another way.
+            raise EngineLoadError(
+                f"{type(model).__name__} cannot generate text here: take another --engine or --model, or "
+                "--self-reward-mode expectation"
+            )
+        self._model: Any = model
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        fits = has_fp32_head(model, loaded.max_tokens)
         # States of linear attention can be neither padded, nor repeated, nor taken apart by row.
-        self._alone = head is None or any(DynamicCache(config=model.config).is_linear)
+        self._alone = not fits or any(DynamicCache(config=model.config).is_linear)
+        rung = "generate-single" if self._alone else "generate"
+        code = digest_of(rung, torch.__version__, hardware_of(model.device), f"{torch.get_num_threads()} threads")
+        # A text alone has the same rounding each time; in a batch of another shape it has another.
+        executor = Executor(rung, code, stable=None if self._alone else False)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.info = EngineInfo("torch", "generate", dtype, loaded.max_tokens, loaded.batch_tokens, executor)
 
-    def write(self, items: Sequence[GenerateItem]) -> list[Generated]:
-        """One text for each item, in order."""
+    @classmethod
+    def load(cls, folder: Path, **options: Unpack[LoadOptions]) -> TorchGenerator:
+        """Load the model in `folder`; nothing is fetched. See LoadOptions. Raises EngineLoadError."""
+        return cls(load_model(folder, "generate", options))
+
+    def run(self, items: Sequence[AnyItem]) -> list[Generated]:
+        """One text for each item, in order. Raises ValueError as `Engine` says."""
+        prompts = items_of(GenerateItem, items)
+        for prompt in prompts:
+            check_ids(prompt.token_ids, self.info.max_tokens - prompt.max_new_tokens, self._vocabulary)
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
         found: dict[int, Generated] = {}
-        for rows in self._groups(items):
-            found.update(zip(rows, self._write([items[row] for row in rows]), strict=True))
-        return [found[index] for index in range(len(items))]
+        for rows in self._groups(prompts):
+            found.update(zip(rows, self._generate([prompts[row] for row in rows]), strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    def close(self) -> None:
+        """Free the model; the engine cannot be used afterwards."""
+        self._model = None
+        free_memory()
 
     def _groups(self, items: Sequence[GenerateItem]) -> Iterator[list[int]]:
         """Indices of items of the same settings, longest first; equal prompts stand side by side."""
-        size = 1 if self._alone else MAX_ROWS
+        size = 1 if self._alone else _MAX_ROWS
         groups: dict[_How, list[int]] = {}
         for index, item in enumerate(items):
             groups.setdefault(_How(item.max_new_tokens, item.stop_ids, item.temperature), []).append(index)
@@ -61,15 +106,28 @@ class Writer:
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
-    def _write(self, items: Sequence[GenerateItem]) -> list[Generated]:
+    def _generate(self, items: Sequence[GenerateItem]) -> list[Generated]:
         try:
             with torch.inference_mode():
-                return _Batch(self._model, self._head, items).run()
+                return _Batch(self._model, items).run()
         except torch.OutOfMemoryError:
             if len(items) == 1:
                 raise
         half = len(items) // 2
-        return self._write(items[:half]) + self._write(items[half:])
+        return self._generate(items[:half]) + self._generate(items[half:])
+
+
+def has_fp32_head(model: Any, max_tokens: int) -> bool:
+    """Put an output layer in fp32 into the model, for the last position alone, where that gives the model's numbers."""
+    outputs = NextToken(model)
+    reference = reference_of(outputs, max_tokens)
+    try:
+        ladder.check(SingleExecutor(outputs.single, model.device), reference, 1)
+    except (UnsupportedModelError, CheckError) as reason:
+        logger.warning("text is generated one at a time, with the model's own output layer: %s", reason)
+        outputs.own(torch.tensor([[0]], device=model.device))  # puts it back
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +145,12 @@ class _Batch:
     A row that has ended stays until enough others have too; what is drawn for it meanwhile is not looked at.
     """
 
-    def __init__(self, model: Any, head: LastTokenHead | None, items: Sequence[GenerateItem]) -> None:
-        self._model, self._head, self._items = model, head, items
+    def __init__(self, model: Any, items: Sequence[GenerateItem]) -> None:
+        self._model, self._items = model, items
         self._how = _How(items[0].max_new_tokens, items[0].stop_ids, items[0].temperature)
         device = model.device
         accepted = inspect.signature(model.forward).parameters
-        self._keep = {"logits_to_keep": 1} if head is None and "logits_to_keep" in accepted else {}
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
         self._stop = torch.tensor(self._how.stop_ids, dtype=torch.long, device=device)
         self._cache = DynamicCache(config=model.config)
@@ -160,8 +218,6 @@ class _Batch:
 
     def _forward(self, ids: Tensor) -> Tensor:
         """The logits after the last token of each row, [rows, vocabulary], in fp32."""
-        if self._head is not None:
-            self._head.last = torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(
             input_ids=ids,

@@ -1,59 +1,92 @@
-"""The output layer of a causal model, replaced by one that computes a single position, in fp32."""
+"""From the last hidden state of a prompt to its outputs, in fp32: the output layer, or a reward model's head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Rows of every product where the bits must not depend on how many items there are; packed items are padded to these.
-HEAD_ROWS: Final = 16
-# Floats of output-layer weights held in fp32 at a time: 4 MB stays in a CPU's cache, four times as fast as 64 MB.
-_HEAD_CHUNK: Final = {"cpu": 1 << 20}
-_HEAD_CHUNK_ELSEWHERE: Final = 1 << 26
+# Rows of each product of the output layer: its bits must not depend on how many prompts there are.
+_ROWS: Final = 16
+# Floats of a 16-bit weight that are held in fp32 at a time: 4 MB stays in a CPU's cache, four times as fast as 64 MB.
+_CHUNK: Final = {"cpu": 1 << 20}
+_CHUNK_ELSEWHERE: Final = 1 << 26
 
 
-class LastTokenHead(nn.Module):
-    """An output layer computed in fp32, and only at position `last[row]` of each row.
+class OutputLayer:
+    """Next-token logits, for at most `most_states` states at a time, always computed as that many.
 
-    [rows, tokens, width] -> [rows, 1, vocabulary]. 16-bit weights are cast chunk by chunk: memory stays bounded.
+    `softcap` is the family's cap of logits: `cap * tanh(logit / cap)`.
+    """
+
+    most_states: Final = _ROWS
+
+    def __init__(self, linear: nn.Linear, softcap: float | None) -> None:
+        self._linear, self._softcap = linear, softcap
+
+    def __call__(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - torch's own threads divide it
+        """[prompts, hidden_size] in fp32 -> [prompts, vocabulary] in fp32."""
+        padded = functional.pad(states, (0, 0, 0, _ROWS - len(states)))
+        return softcapped(in_fp32(self._linear, padded)[: len(states)], self._softcap)
+
+
+class RewardHead:
+    """The one logit of a reward model. The sum is exact, rounded once: it depends on no order and on no neighbour."""
+
+    most_states: Final = 1024
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._weight = linear.weight.data[0].double()
+        self._bias = 0.0 if linear.bias is None else float(linear.bias.data[0])
+
+    def __call__(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - it takes no time
+        """[prompts, hidden_size] -> [prompts, 1] in fp32. A product of two fp32 numbers is exact in fp64."""
+        products = (states.to(self._weight.device).double() * self._weight).tolist()
+        return torch.tensor([[_exact_sum(row) + self._bias] for row in products], dtype=torch.float32)
+
+
+class LastTokenLayer(nn.Module):
+    """In place of a model's output layer: in fp32, and for the last position alone.
+
+    [rows, tokens, hidden_size] -> [rows, 1, vocabulary]. What the model does behind its output layer, such as scaling
+    or capping logits, it still does.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.last = torch.zeros(1, dtype=torch.long)
-        # [rows, width] in fp32 -> [rows, vocabulary], for any number of rows, where there is a faster way.
-        self.compiled: Callable[[Tensor], Tensor] | None = None
-        floats = _HEAD_CHUNK.get(linear.weight.device.type, _HEAD_CHUNK_ELSEWHERE)
-        self._chunk = max(1, floats // linear.in_features)
+        self.linear = linear
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = torch.arange(len(hidden), device=hidden.device)
-        states = hidden[rows, self.last].float()
-        return (self._own_product(states) if self.compiled is None else self.compiled(states))[:, None]
-
-    def of_rows(self, states: Tensor) -> Tensor:
-        """[items, width] -> [items, vocabulary], for at most HEAD_ROWS items, always computed as that many."""
-        return self._own_product(functional.pad(states.float(), (0, 0, 0, HEAD_ROWS - len(states))))[: len(states)]
-
-    def _own_product(self, rows: Tensor) -> Tensor:
-        """[rows, width] in fp32 -> [rows, vocabulary]."""
-        bias = None if self.bias is None else self.bias.float()
-        if self.weight.dtype == torch.float32:
-            return functional.linear(rows, self.weight, bias)
-        logits = torch.cat([rows @ part.float().T for part in torch.split(self.weight, self._chunk)], dim=1)
-        return logits if bias is None else logits + bias
+        return in_fp32(self.linear, hidden[:, -1].float())[:, None]
 
 
-def in_parts(states: Tensor, count: int) -> list[Tensor]:
+def in_fp32(linear: nn.Linear, rows: Tensor) -> Tensor:
+    """[rows, inputs] in fp32 -> [rows, outputs]; 16-bit weights are cast chunk by chunk, so memory stays bounded."""
+    weight, bias = linear.weight, None if linear.bias is None else linear.bias.float()
+    if weight.dtype == torch.float32:
+        return functional.linear(rows, weight, bias)
+    chunk = max(1, _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE) // linear.in_features)
+    logits = torch.cat([rows @ part.float().T for part in torch.split(weight, chunk)], dim=1)
+    return logits if bias is None else logits + bias
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`; the logits themselves without a cap."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def in_terms(states: Tensor, count: int) -> list[Tensor]:
     """Tensors in bfloat16 whose sum is `states`, fp32: to 2^-9 of it for each of them, so that three are all of it."""
-    parts: list[Tensor] = []
+    terms: list[Tensor] = []
     for _ in range(count):
-        parts.append(states.bfloat16())
-        states = states - parts[-1].float()
-    return parts
+        terms.append(states.bfloat16())
+        states = states - terms[-1].float()
+    return terms
+
+
+def _exact_sum(numbers: list[float]) -> float:
+    """NaN where one of them is no number: fsum raises for sums of both infinities."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else math.nan

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, cast
 
 import torch
 
+from service.engine.contract import Task
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
-Kind = Literal["causal", "classifier"]
 
-# Padded tokens per forward. On a CPU 512 to 2048 are alike; 4096 loses a fifth (SmolLM2, time of one core), as
-# does one item at a time, which pays for the output layer each time.
-_MICRO_TOKENS: Final = {"cpu": 1024}
-_MICRO_TOKENS_ELSEWHERE: Final = 16_384
 _BATCH_TOKENS: Final = {"cpu": 4096}
 _BATCH_TOKENS_ELSEWHERE: Final = 32_768
 # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes, and M_ARENA_MAX: blocks that threads free are there for all of them.
@@ -50,15 +47,14 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model in evaluation mode, and how much it reads: at most, in a call, in a forward."""
+    """A model in evaluation mode, the longest prompt that it reads, and how many tokens fill a call well."""
 
     model: Any  # what transformers says of its own types is not enough for strict checks
     max_tokens: int
     batch_tokens: int
-    micro_tokens: int
 
 
-def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
+def load_model(folder: Path, task: Task, options: LoadOptions) -> Loaded:
     """Load the model in `folder`; nothing is fetched. Raises EngineLoadError."""
     threads = options.get("threads")
     if threads is not None:
@@ -68,21 +64,20 @@ def load_model(folder: Path, kind: Kind, options: LoadOptions) -> Loaded:
     what = choose_dtype(options.get("dtype", "auto"), where)
     if where.type == "cpu":
         _keep_blocks()
-    model = _read_model(folder, kind, what, where)
+    model = _read_model(folder, task, what, where)
     return Loaded(
         model,
         max_tokens=_choose_max_tokens(model.config, options.get("max_tokens")),
         batch_tokens=options.get("batch_tokens") or _BATCH_TOKENS.get(where.type, _BATCH_TOKENS_ELSEWHERE),
-        micro_tokens=_MICRO_TOKENS.get(where.type, _MICRO_TOKENS_ELSEWHERE),
     )
 
 
-def described(way: str, device: torch.device) -> str:
-    """An engine's `executor`: the way that it computes, torch's version, and the kind of hardware."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if device.type == "cpu":
-        hardware = torch.backends.cpu.get_cpu_capability()
-    return f"{way} torch-{torch.__version__} {hardware}"
+def hardware_of(device: torch.device) -> str:
+    """The hardware and what torch uses of it: what the last digits depend on besides the code."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    able = [name for name, there in sorted(torch.cpu.get_capabilities().items()) if there is True]
+    return " ".join([device.type, torch.backends.cpu.get_cpu_capability(), *able])
 
 
 def free_memory() -> None:
@@ -137,15 +132,7 @@ def _choose_max_tokens(config: PreTrainedConfig, asked: int | None) -> int:
     return asked
 
 
-def longrope_threshold(config: PreTrainedConfig) -> int | None:
-    """The padded length over which a LongRoPE model reads *all* rows of a batch with its other frequencies."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
-    limits = [part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"]
-    return min(limits, default=None)
-
-
-def _read_model(folder: Path, kind: Kind, dtype: torch.dtype, device: torch.device) -> Any:
+def _read_model(folder: Path, task: Task, dtype: torch.dtype, device: torch.device) -> Any:
     """The folder's model on `device`, every weight of it read from the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -153,10 +140,10 @@ def _read_model(folder: Path, kind: Kind, dtype: torch.dtype, device: torch.devi
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise EngineLoadError(f"{folder} holds no model that transformers can read: {error}") from error
-    (_require_causal if kind == "causal" else _require_classifier)(config)
+    (_require_classifier if task == "classify" else _require_causal)(config)
     _require_memory(folder, dtype, device)
     try:
-        auto: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+        auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
         model, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
         model = model.eval().to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:

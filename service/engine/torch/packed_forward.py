@@ -1,147 +1,191 @@
-"""The packed forward of a causal model: no padding, shared prefixes once, and the same bits whatever is beside an item.
+"""The packed prefill in torch's operations: the readable specification of every executor that packs.
 
-    items ──> packs (packing.py) ──> a reader: one thread for each pack, or several ──> the states behind the last
-          tokens ──> the fp32 output layer
+    packed batch ──> embedding ──> layer after layer, in tiles of a fixed number of rows ──> last norm ──> last rows
 
-Two readers, for CPUs: native_decoder.py, in C++, where CPU and model allow it, else tiled_decoder.py, in torch's
-operations. In both what becomes of an item depends on the item alone, and no sum is divided among threads, so that
-neither neighbours nor the number of threads change a bit. Models whose layers are not known (decoder_layers.py), and
-other devices, keep the padded way.
+A matrix product gives a row the same bits wherever it stands and whatever is beside it, but not in products of another
+number of rows: hence the tiles, which also stay in a core's cache from one operation to the next. Attention works by
+segment, its queries against the keys of its prefix chain, on tensors whose shape the prompt alone decides.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Barrier
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from service.engine.contract import ScoreItem
-from service.engine.torch.cpu.kernel import NativeDecoder
-from service.engine.torch.families import Decoder, UnsupportedModelError, read_decoder
-from service.engine.torch.heads import LastTokenHead
-from service.engine.torch.packing import PACK_ROWS, Pack, plan
-from service.engine.torch.tiled import TiledDecoder
+from service.engine.torch.families import Decoder, DecoderLayer, merged
+from service.engine.torch.packing import PackedBatch, Segment
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+# Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
+_TILE_ROWS: Final = {torch.float32: 64}
+_TILE_ROWS_16_BIT: Final = 256
+# Queries of one call of attention that needs a mask: bounds the mask, and skips keys that none of them sees.
+_QUERY_ROWS: Final = 512
 
 
-class Reader(Protocol):
-    """What reads packs."""
-
-    @property
-    def name(self) -> str:
-        """`tiled`, `amx`, …"""
+class Prefill(Protocol):
+    """Runs packed batches through a decoder. What becomes of a prompt depends on that prompt alone, to the last bit."""
 
     @property
-    def head_states(self) -> int:
-        """The most states that `logits` takes."""
-
-    @property
-    def divides_packs(self) -> bool:
-        """Whether one pack can keep all threads busy."""
+    def divides_batches(self) -> bool:
+        """Whether one batch keeps all threads busy; else a batch takes one, whatever it is given."""
 
     def prepare(self, longest: int) -> None:
-        """Before packs with items of so many tokens."""
+        """Before batches with prompts of up to so many tokens."""
 
-    def read(self, pack: Pack, threads: int) -> dict[int, Tensor]:
-        """The state behind each item's last token, [width], by the item's index; `threads` are there for it."""
-
-    def logits(self, states: Tensor, threads: int) -> Tensor:
-        """[items, width] -> [items, vocabulary] in fp32, for at most `head_states` items, by so many threads."""
+    def last_hidden_states(self, batch: PackedBatch, threads: int) -> Tensor:
+        """Behind the last norm: [prompts, hidden_size] in fp32, in the order of `batch.last_row`."""
 
 
-class PackedDecoder:
-    """Runs packs through the model's weights, `threads` packs at a time; compiled code reads them where it can and
-    `native` is true. Raises UnsupportedModelError."""
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """One product for layers with the same input, their weights one below the other, [outputs, inputs]."""
 
-    def __init__(self, model: Any, head: LastTokenHead, threads: int = 1, *, native: bool = True) -> None:
-        self._reader = _reader(read_decoder(model), head, native=native)
-        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._threads = threads
-        self._pool = _single_threads(self._threads)
+    weight: Tensor
+    bias: Tensor | None
+    sizes: list[int]
 
-    @property
-    def compiled(self) -> bool:
-        """Whether compiled code reads the packs."""
-        return not isinstance(self._reader, TiledDecoder)
+    @classmethod
+    def of(cls, *layers: nn.Linear) -> _Linear:
+        """The product of these layers together."""
+        return cls(*merged(*layers), [layer.out_features for layer in layers])
 
-    @property
-    def name(self) -> str:
-        """`packed-` and the reader's name."""
-        return f"packed-{self._reader.name}"
-
-    def take_over(self) -> None:
-        """Let the model use this decoder's weights where they are copies of its own, and free those."""
-        if isinstance(self._reader, NativeDecoder):
-            self._reader.take_over()
-
-    def last_logits(self, items: Sequence[ScoreItem], use: Callable[[Tensor, dict[int, int]], T]) -> Iterator[T]:
-        """What `use` makes of the logits after some items, [some, vocabulary] in fp32: in order, in several threads.
-
-        With them it gets how many tokens of each item, by its index, were read for another one.
-        """
-        self._reader.prepare(max((len(item.token_ids) for item in items), default=0))
-        packs = plan(items, PACK_ROWS, self._threads, divided=not self._reader.divides_packs)
-        read = partial(self._reader.read, threads=self._for_each_of(len(packs)))
-        states = dict(pair for found in self._pool.map(read, packs) for pair in found.items())
-        size = self._reader.head_states
-        starts = range(0, len(items), size)
-        threads = self._for_each_of(len(starts))
-        cached = {index: count for pack in packs for index, count in pack.cached.items()}
-
-        def group(start: int) -> T:
-            some = range(start, min(start + size, len(items)))
-            logits = self._logits(torch.stack([states[index] for index in some]), threads)
-            return use(logits, {index: cached[index] for index in some})
-
-        return self._pool.map(group, starts)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-    def _for_each_of(self, parts: int) -> int:
-        """Threads for each, where so many are worked on side by side."""
-        return max(1, self._threads // max(1, parts))
-
-    def _logits(self, states: Tensor, threads: int) -> Tensor:
-        logits = self._reader.logits(states, threads)
-        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+    def __call__(self, rows: Tensor) -> Sequence[Tensor]:
+        """[rows, inputs] -> [rows, outputs] for each layer."""
+        return torch.split(functional.linear(rows, self.weight, self.bias), self.sizes, dim=1)
 
 
-def _reader(decoder: Decoder, head: LastTokenHead, *, native: bool) -> Reader:
-    if native:
-        try:
-            return NativeDecoder(decoder, head)
-        except UnsupportedModelError as reason:
-            logger.info("packs are read by torch's operations: compiled ones are not made %s", reason)
-    return TiledDecoder(decoder, head)
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's parts, and its products."""
+
+    parts: DecoderLayer
+    qkv: _Linear
+    o_proj: _Linear
+    gate_up: _Linear
+    down: _Linear
 
 
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """Threads that do not divide torch's work any further.
+class PackedPrefill:
+    """`Prefill` with torch's operations. Raises UnsupportedModelError.
 
-    They are started here, all of them, because torch takes the number that any thread sets for the default of threads
-    that come later, which has to be put back.
+    The weights of merged layers move into one tensor; the model's own layers go on using theirs, as views of it.
     """
-    own = torch.get_num_threads()
-    pool = ThreadPoolExecutor(count, "packed", initializer=_stay_single)
-    started = Barrier(count + 1)
-    for _ in range(count):
-        pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(own)
-    return pool
+
+    divides_batches = False
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._tile = _TILE_ROWS.get(decoder.dtype, _TILE_ROWS_16_BIT)
+        self._layers = [
+            _Layer(
+                part,
+                _Linear.of(*part.qkv),
+                _Linear.of(part.o_proj),
+                _Linear.of(part.gate, part.up),
+                _Linear.of(part.down),
+            )
+            for part in decoder.layers
+        ]
+        self._ropes = decoder.ropes(decoder.dtype)
+
+    def prepare(self, longest: int) -> None:
+        """See Prefill."""
+        for rope in self._ropes.values():
+            rope.grow(longest)
+
+    @torch.inference_mode()
+    def last_hidden_states(self, batch: PackedBatch, threads: int = 1) -> Tensor:  # noqa: ARG002 - it takes one
+        """See Prefill."""
+        rows = -(-batch.rows // self._tile) * self._tile
+        ids, positions = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+        for segment in batch.segments:
+            place = slice(segment.row, segment.row + len(segment.tokens))
+            ids[place] = torch.tensor(segment.tokens)
+            positions[place] = torch.arange(segment.position, segment.position + len(segment.tokens))
+        ropes = {
+            layer_type: [(rope.cos[part, None], rope.sin[part, None]) for part in torch.split(positions, self._tile)]
+            for layer_type, rope in self._ropes.items()
+        }
+        hidden = [self._decoder.embed(part) for part in torch.split(ids, self._tile)]
+        for layer in self._layers:
+            rope = ropes[layer.parts.layer_type if layer.parts.layer_type in ropes else None]
+            parts = [_before_attention(layer, *tile) for tile in zip(hidden, rope, strict=True)]
+            q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
+            attended = torch.split(_attend(layer.parts, (q, k, v), batch.segments), self._tile)
+            hidden = [_after_attention(layer, *tile) for tile in zip(hidden, attended, strict=True)]
+        return torch.cat([self._decoder.norm(tile) for tile in hidden])[list(batch.last_row.values())].float()
 
 
-def _stay_single() -> None:
-    """Torch looks up the default once in each thread: what is set before that is lost."""
-    torch.get_num_threads()
-    torch.set_num_threads(1)
+def _before_attention(layer: _Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a tile, [rows, heads, head_dim]."""
+    q, k, v = (part.view(len(part), -1, layer.parts.head_dim) for part in layer.qkv(layer.parts.input_norm(hidden)))
+    q = _rotate(q if layer.parts.q_norm is None else layer.parts.q_norm(q), rope)
+    k = _rotate(k if layer.parts.k_norm is None else layer.parts.k_norm(k), rope)
+    return q, k, v
+
+
+def _after_attention(layer: _Layer, hidden: Tensor, attended: Tensor) -> Tensor:
+    """The rest of the layer for a tile: its input, [rows, hidden_size], and what attention gave."""
+    (mixed,) = layer.o_proj(attended)
+    parts = layer.parts
+    hidden = hidden + (mixed if parts.post_attention_norm is None else parts.post_attention_norm(mixed))
+    gate, up = layer.gate_up(parts.pre_mlp_norm(hidden))
+    (mixed,) = layer.down(parts.activation(gate) * up)
+    return hidden + (mixed if parts.post_mlp_norm is None else parts.post_mlp_norm(mixed))
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions on [rows, heads, head_dim]: the first half of each head is paired with the second."""
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+def _attend(layer: DecoderLayer, qkv: tuple[Tensor, Tensor, Tensor], segments: Sequence[Segment]) -> Tensor:
+    """Causal attention of each segment to its chain; [rows, heads, head_dim] each -> [rows, heads * head_dim]."""
+    q, k, v = qkv
+    out = torch.zeros_like(q)  # rows behind the last segment must be numbers too
+    for segment in segments:
+        chain = [slice(s.row, s.row + len(s.tokens)) for s in (segments[number] for number in segment.chain)]
+        own = [q[chain[-1]]], [k[rows] for rows in chain], [v[rows] for rows in chain]
+        # New tensors: the order in which a product sums up may depend on where in memory its operands begin.
+        query, key, value = (torch.cat(parts).transpose(0, 1)[None].contiguous() for parts in own)
+        out[chain[-1]] = _attention(layer, query, key, value)[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+def _attention(layer: DecoderLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The last keys are the queries' own. [1, heads, queries or keys, head_dim] -> [1, heads, queries, head_dim]."""
+    queries, keys = query.shape[2], key.shape[2]
+    window = layer.window if layer.window is not None and layer.window < keys else keys
+    if queries == keys == window and layer.softcap is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=layer.scaling, enable_gqa=True
+        )
+    parts = []
+    for start in range(0, queries, _QUERY_ROWS):
+        rows = torch.arange(start, min(start + _QUERY_ROWS, queries)) + keys - queries
+        seen = slice(max(0, int(rows[0]) - window + 1), int(rows[-1]) + 1)
+        distance = rows[:, None] - torch.arange(seen.start, seen.stop)
+        mask = (distance >= 0) & (distance < window)
+        some = query[:, :, start : start + _QUERY_ROWS]
+        parts.append(_masked_attention(layer, (some, key[:, :, seen], value[:, :, seen]), mask))
+    return torch.cat(parts, dim=2)
+
+
+def _masked_attention(layer: DecoderLayer, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor) -> Tensor:
+    """Attention where `mask`, [queries, keys], says so, its scores soft-capped where the family does that, in fp32."""
+    query, key, value = qkv
+    if layer.softcap is None:
+        return functional.scaled_dot_product_attention(query, key, value, mask, scale=layer.scaling, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1).float(), value.repeat_interleave(groups, 1).float()
+    scores = query.float() @ key.transpose(2, 3) * layer.scaling
+    scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).to(query.dtype)

@@ -22,12 +22,16 @@ import structlog
 
 from client.errors import ErrorCode
 from service.engine.contract import (
+    AnyItem,
+    EngineInfo,
+    Executor,
     Generated,
     GenerateItem,
     ItemFailure,
     LabelLogprobs,
     ScoreItem,
     Task,
+    items_of,
 )
 from service.engine.upstream.dialects import Dialect
 from service.engine.upstream.logprobs import Answer, read, read_text
@@ -54,18 +58,19 @@ class UpstreamEngine:
     was; it is lowered to that of the least likely token returned. Without it such an item fails.
     """
 
-    name = "upstream"
-    dtype = "remote"
-    # Server and model are in the fingerprint.
-    executor = "openai"
-    tasks: frozenset[Task] = frozenset({"labels", "generate"})
-    batch_tokens = _BATCH_TOKENS
-
     def __init__(
-        self, access: Access, dialect: Dialect, *, max_tokens: int, concurrency: int = 32, floor: float | None = None
+        self,
+        access: Access,
+        dialect: Dialect,
+        *,
+        max_tokens: int,
+        task: Task = "labels",
+        concurrency: int = 32,
+        floor: float | None = None,
     ) -> None:
         """`max_tokens` is the longest item that is taken, `concurrency` how many requests are under way at most."""
-        self.max_tokens = max_tokens
+        # Server and model are in the fingerprint. What computes there, nobody here can say.
+        self.info = EngineInfo("upstream", task, "remote", max_tokens, _BATCH_TOKENS, Executor("remote", "none", None))
         self._access = access
         self._dialect = dialect
         self._concurrency = concurrency
@@ -77,16 +82,19 @@ class UpstreamEngine:
         """Ask for an item whose text is no secret, and find out what this server takes. Raises UpstreamError."""
         self._runner.run(self._probe(item))
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
-        """One answer per item, in order. Raises ValueError for an item outside the contract."""
-        for item in items:
-            if not 1 <= len(item.token_ids) <= self.max_tokens or not item.label_ids:
-                raise ValueError(f"an item needs labels and 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
-        return self._ask_all(items, self._judge)
+    def run(self, items: Sequence[AnyItem]) -> Sequence[LabelLogprobs | Generated | ItemFailure]:
+        """One answer per item, in order. A text's seed goes to the server, which keeps to it or not.
 
-    def generate(self, items: Sequence[GenerateItem]) -> list[Generated | ItemFailure]:
-        """One text per item, in order. The seed goes to the server, which keeps to it or not."""
-        return self._ask_all(items, self._write)
+        Raises ValueError for an item outside the contract.
+        """
+        if self.info.task == "generate":
+            return self._ask_all(items_of(GenerateItem, items), self._write)
+        most = self.info.max_tokens
+        found = items_of(ScoreItem, items)
+        for item in found:
+            if not 1 <= len(item.token_ids) <= most or not item.label_ids:
+                raise ValueError(f"an item needs labels and 1 to {most} tokens, has {len(item.token_ids)}")
+        return self._ask_all(found, self._judge)
 
     def close(self) -> None:
         """Close the connections."""

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from service.engine.contract import Task
+from service.engine.contract import Executor, Task, digest_of
 
 # Of the KV cache on a CPU, where vLLM would otherwise take nearly all of the machine's memory.
 _CPU_CACHE_GIB: Final = "4"
@@ -194,12 +194,17 @@ def number_format(config: Any, options: VllmOptions) -> str:
     return "+".join(parts)
 
 
-def executor(config: Any) -> str:
-    """vLLM's version, the hardware, and over how many parts each layer's sums are divided."""
+def executor(config: Any, *, deterministic: bool) -> Executor:
+    """vLLM's version, the hardware, and over how many parts each layer's sums are divided.
+
+    Whether bits are stable is not checked: what vLLM batches together is its own affair.
+    """
     from vllm import __version__
     from vllm.platforms import current_platform
 
-    return f"{__version__} {current_platform.get_device_name()} x{config.parallel_config.tensor_parallel_size}"
+    parts = config.parallel_config.tensor_parallel_size
+    rung = "vllm-deterministic" if deterministic else "vllm"
+    return Executor(rung, digest_of(__version__, current_platform.get_device_name(), str(parts)), stable=None)
 
 
 def _cores(count: int | None) -> Sequence[int]:

@@ -19,17 +19,18 @@ from typing import Any, Final, TypeVar
 
 from client.errors import ErrorCode
 from service.engine.contract import (
+    AnyAnswer,
     AnyItem,
     Classified,
     ClassifyItem,
+    EngineInfo,
     Generated,
     GenerateItem,
     ItemFailure,
     LabelLogprobs,
     ScoreItem,
-    Task,
-    answers_to,
     check_ids,
+    items_of,
 )
 from service.engine.remote_core import EngineLostError
 from service.engine.vllm.config import (
@@ -61,16 +62,17 @@ class VllmEngine:
     Items are independent inside vLLM: what befalls one of them is its own ItemFailure.
     """
 
-    name = "vllm"
-
     def __init__(self, llm: Any, loop: LoopThread, guard: OrphanGuard, options: VllmOptions) -> None:
         """`llm` is an AsyncLLM that was made on `loop` after `guard`; all are closed with this engine."""
         config = llm.vllm_config
-        self.max_tokens = options.max_tokens
-        self.batch_tokens: int = options.batch_tokens or _STEPS * config.scheduler_config.max_num_batched_tokens
-        self.dtype = number_format(config, options)
-        self.executor = executor(config)
-        self.tasks: frozenset[Task] = frozenset({"classify"} if options.task == "classify" else {"labels", "generate"})
+        self.info = EngineInfo(
+            "vllm",
+            options.task,
+            number_format(config, options),
+            options.max_tokens,
+            options.batch_tokens or _STEPS * config.scheduler_config.max_num_batched_tokens,
+            executor(config, deterministic=options.deterministic),
+        )
         self._llm = llm
         self._loop = loop
         self._guard = guard
@@ -98,29 +100,20 @@ class VllmEngine:
             raise
         return engine
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
+    def run(self, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:
         """One answer per item, in order. Raises EngineLostError; ValueError for an item outside the contract."""
-        for item in items:
-            check_ids(item.token_ids, self.max_tokens, self._vocabulary)
-            check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
-        return self._answer(items, self._read_labels)
+        match self.info.task:
+            case "labels":
+                return self._answer(items_of(ScoreItem, items), self._read_labels)
+            case "classify":
+                return self._answer(items_of(ClassifyItem, items), self._read_logit)
+            case "generate":
+                return self._answer(items_of(GenerateItem, items), self._write)
 
     def forget(self) -> None:
         """Empty the prefix cache: nothing that comes is spared work by what was read before."""
         if not self._loop.run(self._llm.reset_prefix_cache()):
             raise RuntimeError("vLLM's prefix cache is in use")
-
-    def classify(self, items: Sequence[ClassifyItem]) -> list[Classified | ItemFailure]:
-        """See `label_logprobs`."""
-        for item in items:
-            check_ids(item.token_ids, self.max_tokens, self._vocabulary)
-        return self._answer(items, self._read_logit)
-
-    def generate(self, items: Sequence[GenerateItem]) -> list[Generated | ItemFailure]:
-        """See `label_logprobs`."""
-        for item in items:
-            check_ids(item.token_ids, self.max_tokens - item.max_new_tokens, self._vocabulary)
-        return self._answer(items, self._write)
 
     def check(self) -> None:
         """Raises EngineLostError when vLLM's processes are gone."""
@@ -150,10 +143,17 @@ class VllmEngine:
 
     def _probe(self) -> None:
         """Some kernels find out only at their first prompt that they cannot run this model."""
-        ids = range(min(_PROBE_TOKENS, self.max_tokens, self._vocabulary))
-        item = ClassifyItem(ids) if "classify" in self.tasks else ScoreItem(ids, (0,))
+        ids = range(min(_PROBE_TOKENS, self.info.max_tokens - 1, self._vocabulary))
+        item: AnyItem
+        match self.info.task:
+            case "labels":
+                item = ScoreItem(ids, (0,))
+            case "classify":
+                item = ClassifyItem(ids)
+            case "generate":
+                item = GenerateItem(ids, 1, ())
         try:
-            (answer,) = answers_to(self, [item])
+            (answer,) = self.run([item])
         except EngineLostError as exc:
             raise VllmStartError("vLLM died of the first prompt: its own messages above name the cause") from exc
         if isinstance(answer, ItemFailure):
@@ -162,6 +162,11 @@ class VllmEngine:
     def _answer(
         self, items: Sequence[Item], ask: Callable[[Item], Coroutine[Any, Any, Answer]]
     ) -> list[Answer | ItemFailure]:
+        for item in items:
+            written = item.max_new_tokens if isinstance(item, GenerateItem) else 0
+            check_ids(item.token_ids, self.info.max_tokens - written, self._vocabulary)
+            if isinstance(item, ScoreItem):
+                check_ids(item.label_ids, len(item.label_ids), self._vocabulary)
         deadlines = self._deadlines if len(self._deadlines) == len(items) else [math.inf] * len(items)
         self._deadlines = ()
         self.check()

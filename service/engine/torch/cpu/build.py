@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -26,7 +25,7 @@ class NativeUnavailableError(RuntimeError):
     """There is no library; the message says why."""
 
 
-def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+def library(source: Path, flags: tuple[str, ...]) -> Path:
     """The library made of `source`; one that another process compiled is used if it is whole, and else compiled anew.
 
     It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default in the folder where models are
@@ -38,9 +37,9 @@ def library(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     try:
         if not _is_whole(file):
             _compile(source, flags, file)
-        return ctypes.CDLL(str(file))
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailableError(f"{file} cannot be compiled or loaded: {error}") from error
+        raise NativeUnavailableError(f"{file} cannot be compiled: {error}") from error
+    return file
 
 
 def _folder() -> Path:
