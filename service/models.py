@@ -15,8 +15,10 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from service.engine.contract import Task
 from service.weights.converted import (
     PROVENANCE,
     cache_root,
@@ -269,6 +271,27 @@ def _path(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    """Every rung of the torch engine's ladder on this machine; 0 if one holds that gives the same bits in any company.
+
+    Raises ModelError for a model that cannot be loaded.
+    """
+    if find_spec("torch") is None:
+        raise ModelError("the torch engine is not installed: pip install 'judge-as-api[torch]'")
+    # Imported only now: the other commands need no torch.
+    from service.engine.torch import report
+    from service.engine.torch.loading import EngineLoadError
+
+    task: Task = "classify" if arguments.judge == "reward-model" else "labels"
+    files = resolve(arguments.name)
+    try:
+        lines, holds = report.of(files, task, dtype=arguments.dtype, device=arguments.device, threads=arguments.threads)
+    except EngineLoadError as exc:
+        raise ModelError(str(exc)) from exc
+    print("\n".join(lines))
+    return 0 if holds else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m service.models",
@@ -290,6 +313,21 @@ def _parser() -> argparse.ArgumentParser:
     path = commands.add_parser("path", help="print the folder of a model that is on this machine")
     path.add_argument("name", metavar="NAME", help="a known name, a hub id or a folder")
     path.set_defaults(run=_path)
+    check = commands.add_parser(
+        "check",
+        help="try every way in which the torch engine can run a model on this machine, and say which one it takes",
+        description="Try every rung of the torch engine's ladder on a model: does it agree with the model's own "
+        "forward, does a prompt have the same bits in any company, how long does the check take? Compiled code is "
+        "tried in a child process. A bug report should hold the output. Exit status 1 where no rung's bits are stable.",
+    )
+    check.add_argument("name", metavar="NAME", help="a known name, a hub id or a folder")
+    check.add_argument("--judge", default="yes-no", choices=["yes-no", "reward-model"], help="what reads it (yes-no)")
+    check.add_argument(
+        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="number format (auto)"
+    )
+    check.add_argument("--device", default="auto", help="torch device (auto)")
+    check.add_argument("--threads", type=int, help="CPU threads (one for each core)")
+    check.set_defaults(run=_check)
     return parser
 
 

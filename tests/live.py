@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 
@@ -41,12 +41,14 @@ def live_service(engine: Engine | None = None, *, worker: bool = True, **setting
     """Start a service with these settings over `engine` (a FakeEngine by default); with no worker nothing is judged."""
     config = Settings(engine="fake", host="127.0.0.1", port=0, **settings)
     judge = engine or FakeEngine()
+    if isinstance(judge, FakeEngine):
+        judge = replace(judge, task=config.task)
     metrics = Metrics()
     queue = MemoryJobs(config.max_queue_jobs, config.max_queue_tokens)
 
     def work(stop: threading.Event) -> None:
         if worker:
-            Worker(judge, queue, Batcher(judge.batch_tokens, 256, 0.002), metrics).run(stop)
+            Worker(judge, queue, Batcher(judge.info.batch_tokens, 256, 0.002), metrics).run(stop)
 
     with ThreadPoolExecutor(2) as executor:
         service = compose(config, find_model(config), queue, metrics, executor)

@@ -78,7 +78,7 @@ class Alone:
         """What the judge says of this response to PROMPT."""
         built = self._prompts.build(self._template, PROMPT, [response], "error")
         item = ScoreItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries)
-        return judgement(self._engine.label_logprobs([item])[0], built.yes_ids, built.no_ids).log_odds
+        return judgement(self._engine.run([item])[0], built.yes_ids, built.no_ids).log_odds
 
 
 class RunningLoad:

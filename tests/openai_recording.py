@@ -82,7 +82,7 @@ def _exchanges(base: str, folder: Path, more: dict[str, Any], torch_engine: Torc
         builder = PromptBuilder(found.tokenizer, 1000)
         for prompt, response in asked:
             built = builder.build(from_inline(TEMPLATE), prompt, [response], "error")
-            engine.label_logprobs([ScoreItem(built.token_ids, built.label_ids)])
+            engine.run([ScoreItem(built.token_ids, built.label_ids)])
         engine.close()
     own = _torch_numbers(torch_engine, folder, asked, spellings=not by_ids)
     return [
@@ -108,7 +108,7 @@ def _torch_numbers(
     ]
     builder = PromptBuilder(AutoTokenizer.from_pretrained(folder), 1000)
     prompts = [builder.build(from_inline(TEMPLATE), prompt, [response], "error") for prompt, response in asked]
-    answers = engine.label_logprobs([ScoreItem(prompt.token_ids, tuple(ids)) for prompt in prompts])
+    answers = engine.run([ScoreItem(prompt.token_ids, tuple(ids)) for prompt in prompts])
     return [
         {
             "logprobs": dict(zip((texts[token] for token in ids), answer.logprobs, strict=True)),

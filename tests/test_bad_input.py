@@ -328,7 +328,7 @@ def test_a_worker_that_dies_takes_the_service_with_it() -> None:
     """Nobody is left waiting for an answer that cannot come: open requests fail, and the process ends."""
 
     class Broken(FakeEngine):
-        def label_logprobs(self, _: object) -> list[object]:
+        def run(self, _: object) -> list[object]:
             raise SystemExit("the driver is gone")
 
     with live_service(Broken()) as live:
@@ -343,7 +343,7 @@ def test_an_engine_that_fails_on_one_item_is_a_500_with_its_own_code() -> None:
     """What the model could not judge is an error, never a score."""
 
     class Failing(FakeEngine):
-        def label_logprobs(self, _: object) -> list[object]:
+        def run(self, _: object) -> list[object]:
             raise RuntimeError("CUDA error")
 
     with live_service(Failing()) as live:

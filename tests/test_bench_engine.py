@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench import engine, ways
-from service.engine.contract import LabelEngine, ScoreItem
+from service.engine.contract import Engine, ScoreItem
 
 WAYS = ["one at a time", "padded", "engine"]
 
@@ -26,7 +26,7 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """Press Ctrl-C in the engine's so many-th turn; the first is not counted."""
     turns, by_engine = [0], ways.by_engine
 
-    def read(reader: LabelEngine, items: Sequence[ScoreItem]) -> None:
+    def read(reader: Engine, items: Sequence[ScoreItem]) -> None:
         turns[0] += 1
         if turns[0] == call:
             raise KeyboardInterrupt

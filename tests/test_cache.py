@@ -250,7 +250,7 @@ class Desk:
         return len(jobs), await asked
 
     def answer(self, item: ScoreItem) -> LabelLogprobs:
-        return FakeEngine().label_logprobs([item])[0]
+        return FakeEngine().run([item])[0]
 
 
 async def test_the_second_time_nothing_is_judged() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
-from service.engine.torch.batches import MicroBatches
-from service.engine.torch.classify import TorchClassifier
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from service.engine.contract import Classified, ClassifyEngine, ClassifyItem
+from service.engine.contract import Classified, ClassifyItem, ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.torch.loading import EngineLoadError
+from service.engine.torch.loading import DType, EngineLoadError
 from tests.tiny import make_tiny_model
 
 PADDING = 0
@@ -48,9 +47,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[TorchClassifier]:
+def engine(folder: Path) -> Iterator[TorchEngine]:
     """The engine in fp32."""
-    engine = TorchClassifier.load(folder, dtype="float32", device="cpu")
+    engine = TorchEngine.load(folder, "classify", dtype="float32", device="cpu")
     yield engine
     engine.close()
 
@@ -74,57 +73,74 @@ def logits(answers: Sequence[Classified]) -> list[float]:
     return [answer.logit for answer in answers]
 
 
-def test_logits_are_the_models_own(engine: TorchClassifier, folder: Path) -> None:
-    """A padded batch gives what transformers gives for each text alone, wherever the padding token stands."""
+def test_logits_are_the_models_own(engine: TorchEngine, folder: Path) -> None:
+    """A packed batch gives what transformers gives for each text alone, wherever the padding token stands."""
     texts = items(12)
 
-    answers = engine.classify(texts)
+    answers = engine.run(texts)
 
     assert logits(answers) == pytest.approx(own_logits(folder, texts), abs=1e-5)
     assert len({round(value, 4) for value in logits(answers)}) == len(texts)
 
 
-def test_a_text_does_not_see_its_neighbours(engine: TorchClassifier) -> None:
+def test_a_text_does_not_see_its_neighbours(engine: TorchEngine) -> None:
     """One by one, together and backwards the logits are the same."""
     texts = items(8)
-    alone = [engine.classify([text])[0].logit for text in texts]
+    alone = [engine.run([text])[0].logit for text in texts]
 
-    assert logits(engine.classify(texts)) == pytest.approx(alone, abs=1e-5)
-    assert logits(engine.classify(texts[::-1])) == pytest.approx(alone[::-1], abs=1e-5)
+    assert logits(engine.run(texts)) == alone
+    assert logits(engine.run(texts[::-1])) == alone[::-1]
 
 
-def test_texts_are_read_together(engine: TorchClassifier) -> None:
-    """The fast way is taken: several texts go through one forward."""
-    assert engine._batches == MicroBatches(1024)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("native", [True, False])
+def test_neighbours_do_not_move_a_bit(dtype: DType, native: bool, tmp_path: Path) -> None:
+    """In 20 calls of other sizes and orders, behind prefixes that others share or none, a text keeps its bits."""
+    rng = Random(5)
+    heads = [[rng.randrange(1, 600) for _ in range(rng.randint(5, 60))] for _ in range(4)]
+    texts = [
+        ClassifyItem([*head, *(rng.randrange(1, 600) for _ in range(rng.randint(1, 90)))], (len(head),))
+        for head in heads
+        for _ in range(4)
+    ]
+    llama(tmp_path)
+    with closing(TorchEngine.load(tmp_path, "classify", dtype=dtype, device="cpu", native_kernels=native)) as engine:
+        alone = [engine.run([text])[0].logit for text in texts]
+        calls = [rng.sample(range(len(texts)), rng.randint(1, len(texts))) for _ in range(20)]
+        found = [logits(engine.run([texts[index] for index in call])) for call in calls]
+
+    assert found == [[alone[index] for index in call] for call in calls]
+    assert len(set(alone)) == len(texts)
 
 
 def test_bfloat16_is_near(folder: Path) -> None:
     """In bf16 the head is still computed in fp32, and the logits are those of fp32 but for the rounding."""
     texts = items(6)
-    engine = TorchClassifier.load(folder, dtype="bfloat16", device="cpu")
+    engine = TorchEngine.load(folder, "classify", dtype="bfloat16", device="cpu")
 
-    answers = engine.classify(texts)
+    answers = engine.run(texts)
 
     exact = own_logits(folder, texts)
     assert logits(answers) == pytest.approx(exact, abs=0.1 * max(map(abs, exact)))
-    assert engine.dtype == "bfloat16"
+    assert engine.info.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [([], "0 tokens"), ([5] * 257, r"257 tokens; .* 1 to 256"), ([600], "vocabulary"), ([-1], "voc")],
 )
-def test_an_item_outside_the_contract_is_refused(engine: TorchClassifier, text: list[int], message: str) -> None:
+def test_an_item_outside_the_contract_is_refused(engine: TorchEngine, text: list[int], message: str) -> None:
     """Before anything is computed."""
     with pytest.raises(ValueError, match=message):
-        engine.classify([ClassifyItem([5]), ClassifyItem(text)])
+        engine.run([ClassifyItem([5]), ClassifyItem(text)])
 
 
-def test_a_reward_engine_does_nothing_else(engine: TorchClassifier) -> None:
-    """Its only task is its own."""
-    reward: ClassifyEngine = engine
+def test_a_reward_engine_does_nothing_else(engine: TorchEngine) -> None:
+    """An item that asks for labels is refused; the texts are packed."""
+    with pytest.raises(ValueError, match="answers ClassifyItem only"):
+        engine.run([ScoreItem([5, 6], (7,))])
 
-    assert reward.tasks == {"classify"}
+    assert engine.info.executor.rung in {"compiled-amx", "compiled-avx512", "packed"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -144,7 +160,7 @@ def test_a_model_that_looks_both_ways_is_run_by_its_own_forward(tmp_path: Path) 
     model.save_pretrained(tmp_path)
     texts = items(5)
 
-    answers = TorchClassifier.load(tmp_path, dtype="float32", device="cpu").classify(texts)
+    answers = TorchEngine.load(tmp_path, "classify", dtype="float32", device="cpu").run(texts)
 
     with torch.inference_mode():
         own = [float(model(input_ids=torch.tensor([list(text.token_ids)])).logits[0, 0]) for text in texts]
@@ -181,7 +197,7 @@ def headless(folder: Path) -> Path:
 def test_what_is_no_reward_model_is_refused(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     """The message says what the folder holds, and what to do."""
     with pytest.raises(EngineLoadError, match=message):
-        TorchClassifier.load(make(tmp_path), device="cpu")
+        TorchEngine.load(make(tmp_path), "classify", device="cpu")
 
 
 def test_a_reward_model_is_no_language_model(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def items(reference: Reference, texts: list[str]) -> list[ScoreItem]:
 @pytest.fixture(scope="module")
 def alone(engine: TorchEngine, items: list[ScoreItem]) -> list[LabelLogprobs]:
     """The answers to the first 32 items, each judged in a call of its own."""
-    return [engine.label_logprobs([item])[0] for item in items[:32]]
+    return [engine.run([item])[0] for item in items[:32]]
 
 
 def to_item(reference: Reference, text: str) -> ScoreItem:
@@ -85,7 +85,7 @@ def test_a_hundred_prompts_get_the_papers_number(
     engine: TorchEngine, items: list[ScoreItem], expected: list[Judgement]
 ) -> None:
     """In one call, every prompt gets the score that the paper's rule gives it alone."""
-    answers = engine.label_logprobs(items)
+    answers = engine.run(items)
 
     assert_same(answers, expected)
 
@@ -106,7 +106,7 @@ def test_neighbours_do_not_change_a_number(
     """In any order, and cut into calls of any size, an item gets the number it gets alone."""
     answers: list[LabelLogprobs] = []
     for start in range(0, len(order), calls):
-        answers += engine.label_logprobs([items[index] for index in order[start : start + calls]])
+        answers += engine.run([items[index] for index in order[start : start + calls]])
 
     assert_same(answers, [judgement(alone[index]) for index in order])
 
@@ -116,12 +116,12 @@ def test_the_services_prompts_get_the_papers_number(
 ) -> None:
     """Rendered and tokenised by the service from a template in the paper's form, every pair gets the same score."""
     template = TemplateLibrary.load("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
-    builder = PromptBuilder(reference.tokenizer, engine.max_tokens)
+    builder = PromptBuilder(reference.tokenizer, engine.info.max_tokens)
 
     prompts = [builder.build(template, prompt, [response], "error") for prompt, response in generated_pairs(100)]
 
     items = [ScoreItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
-    assert_same(engine.label_logprobs(items), expected)
+    assert_same(engine.run(items), expected)
 
 
 @pytest.mark.models
@@ -142,5 +142,5 @@ def test_a_hundred_real_pairs_get_the_papers_number_from_smollm2(tmp_path: Path)
         with closing(
             TorchEngine.load(folder, dtype="float32", threads=os.cpu_count(), native_kernels=native)
         ) as engine:
-            answers = [a for start in range(0, 100, 32) for a in engine.label_logprobs(items[start : start + 32])]
+            answers = [a for start in range(0, 100, 32) for a in engine.run(items[start : start + 32])]
         assert_same(answers, expected, factor)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from service.engine.contract import ClassifyEngine, ClassifyItem, GenerateEngine, GenerateItem, LabelEngine, ScoreItem
+from service.engine.contract import AnyItem, ClassifyItem, Engine, GenerateItem, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.grades import parse_grade
 
@@ -30,7 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_numbers_are_the_same_on_every_machine() -> None:
     """A known item has known numbers."""
-    (answer,) = FakeEngine().label_logprobs([ScoreItem([1, 2, 3], (10, 20))])
+    (answer,) = FakeEngine().run([ScoreItem([1, 2, 3], (10, 20))])
 
     assert answer.logprobs == pytest.approx((-0.303804709673019, -4.095858379258262))
     assert answer.argmax_id == 10
@@ -39,15 +39,15 @@ def test_numbers_are_the_same_on_every_machine() -> None:
 @given(st.lists(items, min_size=1, max_size=8))
 def test_an_item_does_not_see_its_neighbours(batch: list[ScoreItem]) -> None:
     """Items judged together get the same numbers as one by one."""
-    engine: LabelEngine = FakeEngine()
+    engine: Engine = FakeEngine()
 
-    assert engine.label_logprobs(batch) == [engine.label_logprobs([item])[0] for item in batch]
+    assert engine.run(batch) == [engine.run([item])[0] for item in batch]
 
 
 @given(items)
 def test_labels_take_part_of_the_probability(item: ScoreItem) -> None:
     """The labels' probabilities sum to between 0.5 and 0.99."""
-    (answer,) = FakeEngine().label_logprobs([item])
+    (answer,) = FakeEngine().run([item])
 
     assert 0.5 <= math.fsum(map(math.exp, answer.logprobs)) < 0.9901
 
@@ -55,7 +55,7 @@ def test_labels_take_part_of_the_probability(item: ScoreItem) -> None:
 @given(items)
 def test_the_likeliest_token_is_a_label_only_if_it_outweighs_the_rest(item: ScoreItem) -> None:
     """`argmax_id` is the best label exactly when its probability is no less than what the labels leave over."""
-    (answer,) = FakeEngine().label_logprobs([item])
+    (answer,) = FakeEngine().run([item])
 
     best = max(answer.logprobs)
     rest = 1 - math.fsum(map(math.exp, answer.logprobs))
@@ -67,8 +67,8 @@ def test_the_order_of_labels_is_kept() -> None:
     """Labels asked for in the other order get the same numbers in the other order."""
     engine = FakeEngine()
 
-    (there,) = engine.label_logprobs([ScoreItem([5, 6], (1, 2))])
-    (back,) = engine.label_logprobs([ScoreItem([5, 6], (2, 1))])
+    (there,) = engine.run([ScoreItem([5, 6], (1, 2))])
+    (back,) = engine.run([ScoreItem([5, 6], (2, 1))])
 
     assert there.logprobs == pytest.approx(back.logprobs[::-1])
 
@@ -78,7 +78,7 @@ def test_different_prompts_get_different_numbers() -> None:
     engine = FakeEngine()
     prompts = [[1, 2], [2, 1], [1, 2, 0], [1], [1, 3]]
 
-    answers = engine.label_logprobs([ScoreItem(prompt, (7, 8)) for prompt in prompts])
+    answers = engine.run([ScoreItem(prompt, (7, 8)) for prompt in prompts])
 
     assert len({answer.logprobs for answer in answers}) == len(prompts)
 
@@ -89,27 +89,27 @@ def test_a_poison_token_fails_the_whole_call() -> None:
     clean = ScoreItem([1, 2], (7,))
 
     with pytest.raises(RuntimeError, match="poison token 13"):
-        engine.label_logprobs([clean, ScoreItem([13], (7,))])
+        engine.run([clean, ScoreItem([13], (7,))])
 
-    assert len(engine.label_logprobs([clean])) == 1
+    assert len(engine.run([clean])) == 1
 
 
 def test_a_nan_token_spoils_its_own_item_only() -> None:
     """An item that holds the NaN token gets NaN; its neighbour gets what it always gets."""
     clean = ScoreItem([1, 2], (7,))
 
-    spoiled, fine = FakeEngine(nan_token=14).label_logprobs([ScoreItem([14], (7,)), clean])
+    spoiled, fine = FakeEngine(nan_token=14).run([ScoreItem([14], (7,)), clean])
 
     assert math.isnan(spoiled.logprobs[0])
-    assert [fine] == FakeEngine().label_logprobs([clean])
+    assert [fine] == FakeEngine().run([clean])
 
 
 def test_a_logit_is_a_function_of_the_text() -> None:
     """Rewards lie within ±8, differ by text, and are NaN for a text that holds the NaN token."""
-    engine: ClassifyEngine = FakeEngine(nan_token=14)
+    engine = FakeEngine(task="classify", nan_token=14)
     texts = [ClassifyItem([5, number]) for number in range(20)]
 
-    logits = [answer.logit for answer in engine.classify(texts)]
+    logits = [answer.logit for answer in engine.run(texts)]
 
     assert math.isnan(logits[14])
     assert len(set(logits)) == 20
@@ -118,9 +118,9 @@ def test_a_logit_is_a_function_of_the_text() -> None:
 
 def test_a_text_states_a_grade(tokenizer: PreTrainedTokenizerFast) -> None:
     """Written texts end in each of the grades, differ by seed, and not by seed where the likeliest token is taken."""
-    engine: GenerateEngine = FakeEngine()
-    drawn = engine.generate([GenerateItem([5], 256, (2,), 0.7, seed) for seed in range(40)])
-    greedy = engine.generate([GenerateItem([5], 256, (2,), 0.0, seed) for seed in range(9)])
+    engine = FakeEngine(task="generate")
+    drawn = engine.run([GenerateItem([5], 256, (2,), 0.7, seed) for seed in range(40)])
+    greedy = engine.run([GenerateItem([5], 256, (2,), 0.0, seed) for seed in range(9)])
 
     assert {parse_grade(tokenizer.decode(text.token_ids)) for text in drawn} == set(range(6))
     assert all(text.ended for text in drawn)
@@ -129,24 +129,32 @@ def test_a_text_states_a_grade(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_a_text_is_cut_off_at_its_length() -> None:
     """The limit holds, and the answer says that the text had not ended."""
-    (text,) = FakeEngine().generate([GenerateItem([5], 3, (2,))])
+    (text,) = FakeEngine(task="generate").run([GenerateItem([5], 3, (2,))])
 
     assert (len(text.token_ids), text.ended) == (3, False)
 
 
 def test_a_share_of_texts_states_none(tokenizer: PreTrainedTokenizerFast) -> None:
     """As many texts as asked for have no grade to be read."""
-    texts = FakeEngine(unparseable=0.3).generate([GenerateItem([n], 256, (2,), 0.7, n) for n in range(200)])
+    texts = FakeEngine(task="generate", unparseable=0.3).run([GenerateItem([n], 256, (2,), 0.7, n) for n in range(200)])
 
     missing = sum(parse_grade(tokenizer.decode(text.token_ids)) is None for text in texts)
     assert 30 < missing < 90
 
 
-@pytest.mark.parametrize("bad", [ScoreItem([], (1,)), ScoreItem([1] * 9, (1,)), ScoreItem([1], ())])
-def test_an_item_outside_the_contract_is_refused(bad: ScoreItem) -> None:
-    """No tokens, too many tokens or no labels raise ValueError."""
-    with pytest.raises(ValueError, match="1 to 8 tokens"):
-        FakeEngine(max_tokens=8).label_logprobs([bad])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (ScoreItem([], (1,)), "1 to 8 tokens"),
+        (ScoreItem([1] * 9, (1,)), "1 to 8 tokens"),
+        (ScoreItem([1], ()), "no label ids"),
+        (ClassifyItem([1]), "loaded for labels, not for ClassifyItem"),
+    ],
+)
+def test_an_item_outside_the_contract_is_refused(bad: AnyItem, message: str) -> None:
+    """No tokens, too many tokens, no labels, or another task raise ValueError."""
+    with pytest.raises(ValueError, match=message):
+        FakeEngine(max_tokens=8).run([bad])
 
 
 @pytest.mark.parametrize("label", ["Yes", "No", " Yes", " No", "A", "B", " A", " B"])

@@ -14,7 +14,7 @@ from client.stats import sigmoid
 from service.engine.contract import ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.errors import ServiceError
-from service.loading import find_model, load_engine
+from service.loading import find_model
 from service.memory_jobs import MemoryJobs
 from service.metrics import Metrics
 from service.server import compose
@@ -75,7 +75,7 @@ class Digits(FakeEngine):
 
     chances = (0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
+    def run(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """See FakeEngine."""
         return [LabelLogprobs(tuple(map(math.log, self.chances)), item.label_ids[5]) for item in items]
 
@@ -321,21 +321,10 @@ def test_its_fingerprint_is_its_own() -> None:
 # What engines cannot do, and what befalls one item
 
 
-def test_an_engine_that_cannot_do_it_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says what is missing, which flag needs it, and what else there is."""
-    monkeypatch.setattr("service.loading.FakeEngine", lambda **_: FakeEngine(tasks=frozenset({"labels"})))
-    settings = Settings(engine="fake", **PARSED)
-
-    with pytest.raises(
-        ValueError, match=r"fake cannot write text .*--judge self-reward .*--self-reward-mode expectation"
-    ):
-        load_engine(settings, find_model(settings))
-
-
 class Refusing(FakeEngine):
     """An API that refuses long prompts, and does not return every label."""
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
+    def run(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """See FakeEngine."""
         return [self._answer(item) for item in items]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from service.engine.torch.classify import TorchClassifier
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from service.engine.torch.engine import TorchEngine
+from service.engine.torch.generate import TorchGenerator
 from tests.live import live_service
 from tests.tiny import make_tiny_model, tiny_tokenizer
 
@@ -57,7 +57,9 @@ def scored(engine: Any, folder: Path, **settings: Any) -> Any:
 
 def test_a_reward_is_what_the_model_cards_usage_gives(reward: Path) -> None:
     """The logit is that of transformers, fed with the tokenizer's own chat template."""
-    result = scored(TorchClassifier.load(reward, dtype="float32", device="cpu"), reward, judge="reward-model").json()
+    result = scored(
+        TorchEngine.load(reward, "classify", dtype="float32", device="cpu"), reward, judge="reward-model"
+    ).json()
 
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSE}]
     ids = AutoTokenizer.from_pretrained(reward).apply_chat_template(messages, return_tensors="pt", return_dict=False)
@@ -92,7 +94,7 @@ def test_an_expected_grade_is_what_the_whole_softmax_gives(causal: Path) -> None
 
 def test_a_model_that_writes_nonsense_states_no_grade(causal: Path) -> None:
     """Random weights write random text, which is an error and never a score."""
-    engine = TorchEngine.load(causal, dtype="float32", device="cpu")
+    engine = TorchGenerator.load(causal, dtype="float32", device="cpu")
 
     answer = scored(
         engine, causal, judge="self-reward", self_reward_mode="parsed", self_reward_tokens=16, self_reward_samples=2

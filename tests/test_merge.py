@@ -96,7 +96,7 @@ def test_the_service_loads_it(adapter: Path, expected: torch.Tensor, tmp_path: P
     """The judge's engine reads the labels' log-probabilities that base and adapter give."""
     engine = TorchEngine.load(merge(adapter, tmp_path / "merged", dtype="float32"), dtype="float32", device="cpu")
 
-    answer = engine.label_logprobs([ScoreItem(tuple(IDS[0].tolist()), (5, 6))])[0]
+    answer = engine.run([ScoreItem(tuple(IDS[0].tolist()), (5, 6))])[0]
 
     assert answer.logprobs == pytest.approx(expected[0, -1].log_softmax(0)[[5, 6]].tolist(), abs=1e-4)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.contract import ScoreItem
-from service.engine.torch.packing import Pack, cut, plan
+from service.engine.torch.packing import PackedBatch, cut, plan
 
 MOST_ROWS = 24
 
@@ -22,7 +22,7 @@ def prompts(draw: st.DrawFn) -> ScoreItem:
 batches = st.lists(prompts(), max_size=12)
 
 
-def read_back(pack: Pack, index: int) -> list[int]:
+def read_back(pack: PackedBatch, index: int) -> list[int]:
     """The tokens that the item's last token sees, by the pack's own account."""
     (last,) = (s for s in pack.segments if s.row + len(s.tokens) - 1 == pack.last_row[index])
     return [token for number in last.chain for token in pack.segments[number].tokens]
@@ -54,7 +54,7 @@ def test_rows_are_filled_without_gaps(items: list[ScoreItem]) -> None:
 @given(batches)
 def test_prefixes_are_shared_exactly_when_they_are_equal(items: list[ScoreItem]) -> None:
     """In one pack there are as many segments as there are different prefixes up to a cut."""
-    pack = Pack()
+    pack = PackedBatch()
     counted = pack.added_rows(items)
 
     for index, item in enumerate(items):

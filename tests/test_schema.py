@@ -122,7 +122,16 @@ MODEL = {
     "max_tokens": 32768,
     "default_format": "chat",
     "note": None,
-    "workers": [{"engine": "torch", "dtype": "bfloat16", "max_tokens": 32768}],
+    "workers": [
+        {
+            "engine": "torch",
+            "dtype": "bfloat16",
+            "max_tokens": 32768,
+            "rung": "compiled-amx",
+            "digest": "0123456789ab",
+            "stable": True,
+        }
+    ],
 }
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ScoreRequest, SCORE_FULL),

@@ -164,13 +164,13 @@ class Mortal(FakeEngine):
     services: ClassVar[list[Live]] = []
     calls: ClassVar[list[int]] = []
 
-    def label_logprobs(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
+    def run(self, items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
         """See FakeEngine."""
         self.calls.append(len(items))
         for live in self.services[: len(self.calls) // 3]:
             live.server.should_exit = live.server.force_exit = True
             time.sleep(1)
-        return super().label_logprobs(items)
+        return super().run(items)
 
 
 def test_a_judge_that_dies_stops_the_run_resumably(

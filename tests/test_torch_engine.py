@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from service.engine.contract import Engine, ScoreItem, variant_of
+from service.engine.contract import Engine, GenerateItem, ScoreItem
 from service.engine.torch.engine import DType, EngineLoadError, TorchEngine
 
 VOCABULARY = 128
@@ -89,10 +88,9 @@ def test_every_kind_of_model_gives_its_own_numbers(kind: str, tmp_path: Path) ->
     """Forty items of mixed length in one call get what the model's own forward gives each alone."""
     model = make_model(tmp_path, CONFIGS[kind]())
     engine = TorchEngine.load(tmp_path, dtype="float32")
-    engine._batches = replace(engine._batches, tokens=200)
     items = random_items(40)
 
-    answers = engine.label_logprobs(items)
+    answers = engine.run(items)
 
     expected = [own_logprobs(model, item) for item in items]
     assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=2e-5) for row in expected]
@@ -100,32 +98,40 @@ def test_every_kind_of_model_gives_its_own_numbers(kind: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_only_a_model_that_is_not_causal_is_read_one_by_one(
-    kind: str, dtype: DType, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The fp32 output layer fits every causal kind, and the log says so where it does not."""
+def test_every_kind_of_model_has_its_rung(kind: str, dtype: DType, tmp_path: Path) -> None:
+    """Families that are known are packed; the fp32 output layer fits every other causal kind, one prompt at a time."""
     make_model(tmp_path, CONFIGS[kind]())
 
-    TorchEngine.load(tmp_path, dtype=dtype)
+    executor = TorchEngine.load(tmp_path, dtype=dtype, native_kernels=False).info.executor
 
-    assert ("using the model's own, unbatched" in caplog.text) == (kind == "not causal")
+    packed = {"untied", "soft-capped logits", "sliding window"}
+    assert executor.rung == ("packed" if kind in packed else "single")
+    assert executor.stable
 
 
-def test_what_computes_the_numbers_has_a_name_of_its_own(tiny_model: Path, own_threads: None) -> None:  # noqa: ARG001
-    """The code, torch's version and the dtype tell two engines' scores apart; the number of threads does not."""
+@pytest.mark.usefixtures("own_threads")
+def test_what_computes_the_numbers_has_a_name_of_its_own(tiny_model: Path) -> None:
+    """The code and the dtype tell two engines' scores apart; the number of threads does not."""
     one, other = (TorchEngine.load(tiny_model, dtype="float32", native_kernels=False, threads=n) for n in (1, 2))
     coarse = TorchEngine.load(tiny_model, dtype="bfloat16", native_kernels=False)
 
-    assert one.executor.startswith(f"packed-tiled torch-{torch.__version__} ")
-    assert variant_of(one) == variant_of(other) != variant_of(coarse)
+    assert one.info.executor == other.info.executor
+    assert one.info.variant == other.info.variant != coarse.info.variant
+    assert one.info.executor.digest != coarse.info.executor.digest
+
+
+def test_another_tasks_item_is_refused(engine: TorchEngine) -> None:
+    """An engine is loaded for one task."""
+    with pytest.raises(ValueError, match="answers ScoreItem only"):
+        engine.run([GenerateItem([7], 3, ())])
 
 
 def test_bfloat16_weights_meet_an_fp32_output_layer(tiny_model: Path) -> None:
     """In bf16 the log-probabilities are finer than bf16 can hold, and near the fp32 ones."""
     items = random_items(20)
 
-    coarse = TorchEngine.load(tiny_model, dtype="bfloat16").label_logprobs(items)
-    fine = TorchEngine.load(tiny_model, dtype="float32").label_logprobs(items)
+    coarse = TorchEngine.load(tiny_model, dtype="bfloat16").run(items)
+    fine = TorchEngine.load(tiny_model, dtype="float32").run(items)
 
     values = torch.tensor([answer.logprobs for answer in coarse])
     assert (values != values.bfloat16().float()).float().mean() > 0.9
@@ -136,7 +142,7 @@ def test_probabilities_cover_the_whole_vocabulary(engine: TorchEngine, tiny_mode
     """Asked for every token, the probabilities sum to 1, and `argmax_id` names the likeliest."""
     size = transformers.AutoConfig.from_pretrained(tiny_model).vocab_size
 
-    (answer,) = engine.label_logprobs([ScoreItem([7, 8, 9], tuple(range(size)))])
+    (answer,) = engine.run([ScoreItem([7, 8, 9], tuple(range(size)))])
 
     assert torch.tensor(answer.logprobs).exp().sum().item() == pytest.approx(1, abs=1e-5)
     assert answer.logprobs[answer.argmax_id] == max(answer.logprobs)
@@ -146,10 +152,10 @@ def test_items_at_the_limits_are_read(tiny_model: Path) -> None:
     """One token and `max_tokens` tokens both get an answer, in a call larger than `batch_tokens`."""
     engine: Engine = TorchEngine.load(tiny_model, dtype="float32", max_tokens=64, batch_tokens=32)
 
-    answers = engine.label_logprobs([ScoreItem([7], (5,)), ScoreItem([7] * 64, (5,))])
+    answers = engine.run([ScoreItem([7], (5,)), ScoreItem([7] * 64, (5,))])
 
     assert len(answers) == 2
-    assert engine.label_logprobs([]) == []
+    assert engine.run([]) == []
 
 
 @pytest.mark.parametrize(
@@ -165,19 +171,7 @@ def test_items_at_the_limits_are_read(tiny_model: Path) -> None:
 def test_an_item_outside_the_contract_is_refused(engine: TorchEngine, bad: ScoreItem, message: str) -> None:
     """Wrong lengths and ids raise ValueError that says which."""
     with pytest.raises(ValueError, match=message):
-        engine.label_logprobs([ScoreItem([7], (5,)), bad])
-
-
-def test_micro_batches_hold_every_item_once_and_stay_in_budget(engine: TorchEngine) -> None:
-    """Every index comes once, no padded group is over the budget, and padding is at most a quarter."""
-    lengths = [len(item.token_ids) for item in random_items(200, longest=600)]
-
-    groups = list(engine._batches.of(lengths))
-
-    sizes = [[lengths[index] for index in group] for group in groups]
-    assert sorted(index for group in groups for index in group) == list(range(200))
-    assert all(len(size) * max(size) <= engine._batches.tokens for size in sizes)
-    assert all(min(size) >= 0.75 * max(size) for size in sizes)
+        engine.run([ScoreItem([7], (5,)), bad])
 
 
 def test_a_closed_engine_says_so(engine: TorchEngine) -> None:
@@ -185,7 +179,7 @@ def test_a_closed_engine_says_so(engine: TorchEngine) -> None:
     engine.close()
 
     with pytest.raises(RuntimeError, match="closed"):
-        engine.label_logprobs([ScoreItem([7], (5,))])
+        engine.run([ScoreItem([7], (5,))])
 
 
 def test_broken_weights_are_refused_at_load(tiny_model: Path, tmp_path: Path) -> None:
@@ -208,7 +202,7 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     model.save_pretrained(tmp_path)
     engine = TorchEngine.load(tmp_path, dtype="float32")
 
-    spoiled, fine = engine.label_logprobs([ScoreItem([300, 7, 8], (5,)), ScoreItem([9, 7, 8], (5,))])
+    spoiled, fine = engine.run([ScoreItem([300, 7, 8], (5,)), ScoreItem([9, 7, 8], (5,))])
 
     assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
     assert torch.isfinite(torch.tensor(fine.logprobs)).all()
@@ -244,12 +238,12 @@ def test_more_tokens_than_the_model_reads_are_refused(tiny_model: Path) -> None:
     with pytest.raises(EngineLoadError, match="the model reads 1 to 2048"):
         TorchEngine.load(tiny_model, max_tokens=4096)
 
-    assert TorchEngine.load(tiny_model, max_tokens=100).max_tokens == 100
-    assert TorchEngine.load(tiny_model).max_tokens == 2048
+    assert TorchEngine.load(tiny_model, max_tokens=100).info.max_tokens == 100
+    assert TorchEngine.load(tiny_model).info.max_tokens == 2048
 
 
 def test_the_number_format_can_be_asked_for(tiny_model: Path) -> None:
     """`dtype` says what the weights are in, whatever the file holds."""
-    assert TorchEngine.load(tiny_model, dtype="bfloat16").dtype == "bfloat16"
-    assert TorchEngine.load(tiny_model, dtype="float32").dtype == "float32"
-    assert TorchEngine.load(tiny_model).dtype in {"bfloat16", "float32"}
+    assert TorchEngine.load(tiny_model, dtype="bfloat16").info.dtype == "bfloat16"
+    assert TorchEngine.load(tiny_model, dtype="float32").info.dtype == "float32"
+    assert TorchEngine.load(tiny_model).info.dtype in {"bfloat16", "float32"}

@@ -117,7 +117,7 @@ def test_ids_give_the_servers_own_numbers(style: Style) -> None:
     """Exactly those of the labels' ids, and the likeliest token."""
     items = [item(7, 8, n) for n in range(5)]
     with openai_server(ids=spread, style=style) as upstream, completions(upstream) as engine:
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
 
     for asked, answer in zip(items, answers, strict=True):
         logprobs = spread(asked.token_ids)
@@ -127,7 +127,7 @@ def test_ids_give_the_servers_own_numbers(style: Style) -> None:
 def test_labels_far_down_are_exact_where_the_server_takes_their_ids() -> None:
     """They need not be among the likeliest."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
-        (answer,) = engine.label_logprobs([ScoreItem((1, 2), (500, 501))])
+        (answer,) = engine.run([ScoreItem((1, 2), (500, 501))])
 
     assert isinstance(answer, LabelLogprobs)
     assert answer.logprobs == (spread((1, 2))[500], spread((1, 2))[501])
@@ -145,7 +145,7 @@ def test_tokens_named_by_text_are_matched_letter_by_letter() -> None:
     name = tokenizer.backend_tokenizer.decode
     served = openai_server(ids=likely, style="sglang", name=lambda t: str(name([t])))
     with served as upstream, completions(upstream) as engine:
-        answers = engine.label_logprobs([ScoreItem((1, 2), (no, yes))])
+        answers = engine.run([ScoreItem((1, 2), (no, yes))])
 
     assert answers == [LabelLogprobs((-2.0, -1.0), yes)]
 
@@ -155,7 +155,7 @@ def test_a_strict_server_is_asked_without_extensions() -> None:
     served = openai_server(ids=spread, style="strict", name=lambda token: f"token_id:{token}")
     with served as upstream, completions(upstream) as engine:
         engine.probe(item(9))
-        (answer,) = engine.label_logprobs([item(7)])
+        (answer,) = engine.run([item(7)])
 
     assert isinstance(answer, LabelLogprobs)
     assert len(upstream.asked) == 3
@@ -165,7 +165,7 @@ def test_a_strict_server_is_asked_without_extensions() -> None:
 def test_chat_finds_labels_by_their_spelling(text: PreTrainedTokenizerFast) -> None:
     """Both spellings of Yes count for it, and the message arrives as it was written."""
     with openai_server(words=words) as upstream, chat(upstream, text) as engine:
-        (answer,) = engine.label_logprobs([message(text, "Is 2+2=4?\n\tgrüße 好")])
+        (answer,) = engine.run([message(text, "Is 2+2=4?\n\tgrüße 好")])
 
     said = dict(words("Is 2+2=4?\n\tgrüße 好"))
     assert isinstance(answer, LabelLogprobs)
@@ -179,7 +179,7 @@ def test_chat_says_whether_a_label_was_likeliest(text: PreTrainedTokenizerFast) 
     served = openai_server(words=lambda m: [("Yes", -1.0), ("No", -2.0), (m, -1.5 if m == "b" else -0.5)])
     items = [message(text, "a"), message(text, "b")]
     with served as upstream, chat(upstream, text) as engine:
-        other, yes = engine.label_logprobs(items)
+        other, yes = engine.run(items)
 
     assert isinstance(other, LabelLogprobs)
     assert isinstance(yes, LabelLogprobs)
@@ -193,7 +193,7 @@ def test_newer_models_get_the_newer_name_of_the_limit(text: PreTrainedTokenizerF
     with openai_server(words=words) as upstream, chat(upstream, text) as engine:
         upstream.always = lambda seen: refusal if "max_tokens" in seen.body else None
         engine.probe(message(text, "probe"))
-        (answer,) = engine.label_logprobs([message(text, "x")])
+        (answer,) = engine.run([message(text, "x")])
 
     assert failed(answer) is None
     assert upstream.asked[-1].body["max_completion_tokens"] == 1
@@ -204,7 +204,7 @@ def test_answers_keep_their_order_under_concurrency() -> None:
     items = [item(5, n) for n in range(40)]
     with openai_server(ids=spread) as upstream, completions(upstream, concurrency=7) as engine:
         upstream.always = lambda seen: time.sleep(random.Random(str(seen.body)).uniform(0, 0.03))
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
 
     expected = [spread(each.token_ids) for each in items]
     assert [a.logprobs for a in answers if isinstance(a, LabelLogprobs)] == [(e[YES], e[NO]) for e in expected]
@@ -214,7 +214,7 @@ def test_a_missing_label_is_an_error_of_its_item(text: PreTrainedTokenizerFast) 
     """Its neighbours have their numbers."""
     replies = {"full": [("Yes", -1.0), ("No", -2.0)], "half": [("Yes", -1.0), ("Maybe", -2.0)]}
     with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text) as engine:
-        full, half = engine.label_logprobs([message(text, "full"), message(text, "half")])
+        full, half = engine.run([message(text, "full"), message(text, "half")])
 
     assert isinstance(full, LabelLogprobs)
     assert isinstance(half, ItemFailure)
@@ -230,7 +230,7 @@ def test_a_floor_stands_in_for_a_missing_label_and_says_so(text: PreTrainedToken
         "none": [("Maybe", -1.0)],
     }
     with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text, floor=-20.0) as engine:
-        half, deep, none = engine.label_logprobs([message(text, content) for content in replies])
+        half, deep, none = engine.run([message(text, content) for content in replies])
 
     assert isinstance(half, LabelLogprobs)
     assert (half.logprobs, half.floored) == ((-1.0, -20.0), True)
@@ -243,7 +243,7 @@ def test_a_list_that_was_left_out_is_no_reason_for_a_floor(text: PreTrainedToken
     """vLLM does so beside requests for exact ids: the label may be likely all the same; the error is a passing one."""
     served = openai_server(words=lambda _: [("Yes", -0.7), ("<|endoftext|>", -9999.0)])
     with served as upstream, chat(upstream, text, floor=-20.0) as engine:
-        (answer,) = engine.label_logprobs([message(text, "x")])
+        (answer,) = engine.run([message(text, "x")])
 
     assert failed(answer) is ErrorCode.INFERENCE_FAILED
 
@@ -251,7 +251,7 @@ def test_a_list_that_was_left_out_is_no_reason_for_a_floor(text: PreTrainedToken
 def test_an_answer_without_a_missing_label_is_not_floored(text: PreTrainedTokenizerFast) -> None:
     """A floor changes nothing where nothing is missing."""
     with openai_server(words=words) as upstream, chat(upstream, text, floor=-1.0) as engine:
-        (answer,) = engine.label_logprobs([message(text, "x")])
+        (answer,) = engine.run([message(text, "x")])
 
     assert isinstance(answer, LabelLogprobs)
     assert not answer.floored
@@ -262,7 +262,7 @@ def test_what_may_pass_is_asked_again(status: int) -> None:
     """Twice refused, then answered."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.extend([error(status), error(status)])
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, LabelLogprobs)
     assert len(upstream.asked) == 3
@@ -274,7 +274,7 @@ def test_retry_after_is_waited_off() -> None:
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda _: times.append(time.monotonic())
         upstream.scripts.append(lambda _: times.append(time.monotonic()) or error(429, headers={"Retry-After": "0.4"}))
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, LabelLogprobs)
     assert times[1] - times[0] >= 0.4
@@ -285,7 +285,7 @@ def test_a_date_to_wait_for_is_counted_from_the_answers_own() -> None:
     dates = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 08:28:00 GMT"}
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(error(429, headers=dates))
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert failed(answer) is ErrorCode.OVERLOADED
     assert len(upstream.asked) == 1
@@ -295,7 +295,7 @@ def test_a_wait_beyond_the_deadline_is_not_begun() -> None:
     """The caller is told to come back instead."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(error(429, headers={"Retry-After": "3600"}))
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert failed(answer) is ErrorCode.OVERLOADED
     assert len(upstream.asked) == 1
@@ -305,7 +305,7 @@ def test_a_server_that_keeps_failing_is_given_up() -> None:
     """After the first request and the retries that are allowed."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda _: error(500)
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert answer == ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server answered 500")
     assert len(upstream.asked) == 6
@@ -315,7 +315,7 @@ def test_an_account_without_quota_is_not_asked_again() -> None:
     """That does not pass by waiting."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda _: error(429, code="insufficient_quota")
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert answer == ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server's account has no quota left (429)")
     assert len(upstream.asked) == 1
@@ -349,7 +349,7 @@ def test_a_rate_limit_sent_as_a_success_is_waited_off(body: Any) -> None:
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(hidden(body))
         upstream.always = lambda seen: hidden(body) if seen.body["prompt"] == [66] else None
-        passed, busy = *engine.label_logprobs([item(1)]), *engine.label_logprobs([item(66)])
+        passed, busy = *engine.run([item(1)]), *engine.run([item(66)])
 
     assert isinstance(passed, LabelLogprobs)
     assert failed(busy) is ErrorCode.OVERLOADED
@@ -360,7 +360,7 @@ def test_retry_after_of_an_error_sent_as_a_success_is_waited_off() -> None:
     """The server is not asked before the time that it names."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(hidden({"error": {"code": 429}}, **{"Retry-After": "3600"}))
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert failed(answer) is ErrorCode.OVERLOADED
     assert len(upstream.asked) == 1
@@ -388,7 +388,7 @@ def test_a_refusal_sent_as_a_success_is_that_refusal(body: Any, code: ErrorCode,
     """It is not asked again, and its item fails as if the server had sent the status."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda _: hidden(body)
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, ItemFailure)
     assert (answer.code, words in answer.message) == (code, True)
@@ -409,7 +409,7 @@ def test_a_failure_sent_as_a_success_is_asked_again(body: Any) -> None:
     """A provider that failed, or an error that says nothing of its kind, may pass."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(hidden(body))
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, LabelLogprobs)
     assert len(upstream.asked) == 2
@@ -419,7 +419,7 @@ def test_a_key_in_an_error_sent_as_a_success_is_said_nowhere() -> None:
     """The server's words are for the start-up check alone, and the key is blotted out of them."""
     with openai_server(ids=spread) as upstream, completions(upstream, key=KEY) as engine, capture_logs() as logs:
         upstream.always = lambda _: hidden({"error": {"code": 400, "message": f"the key {KEY} is odd"}})
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, ItemFailure)
     assert KEY not in answer.message + str(logs)
@@ -433,7 +433,7 @@ def test_an_error_that_is_null_is_none() -> None:
 
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = always
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, LabelLogprobs)
 
@@ -466,7 +466,7 @@ def test_an_answer_without_a_judgement_says_what_it_lacks(body: Any, words: str)
     """Once, as an error of its item: never as a score."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda _: hidden(body)
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert isinstance(answer, ItemFailure)
     assert (answer.code, words in answer.message) == (ErrorCode.INFERENCE_FAILED, True)
@@ -477,7 +477,7 @@ def test_a_slow_item_costs_only_itself() -> None:
     """The others of its batch are answered."""
     with openai_server(ids=spread) as upstream, completions(upstream, timeout=1.0) as engine:
         upstream.always = lambda seen: Reply(after=3.0) if seen.body["prompt"] == [66] else None
-        first, slow, last = engine.label_logprobs([item(1), item(66), item(2)])
+        first, slow, last = engine.run([item(1), item(66), item(2)])
 
     assert isinstance(first, LabelLogprobs)
     assert isinstance(last, LabelLogprobs)
@@ -497,7 +497,7 @@ def test_a_prompt_that_the_server_finds_too_long_is_the_callers(refusal: Reply) 
     """With the code that such prompts have everywhere."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.scripts.append(refusal)
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
 
     assert failed(answer) is ErrorCode.CONTEXT_LENGTH_EXCEEDED
     assert len(upstream.asked) == 1
@@ -507,7 +507,7 @@ def test_an_unreadable_answer_is_an_error_of_its_item() -> None:
     """A proxy's page is no judgement."""
     with openai_server(ids=spread) as upstream, completions(upstream) as engine:
         upstream.always = lambda seen: Reply(body=b"<html>") if seen.body["prompt"] == [66] else None
-        good, bad = engine.label_logprobs([item(1), item(66)])
+        good, bad = engine.run([item(1), item(66)])
 
     assert isinstance(good, LabelLogprobs)
     assert failed(bad) is ErrorCode.INFERENCE_FAILED
@@ -520,7 +520,7 @@ def test_an_item_outside_the_contract_is_refused() -> None:
         completions(upstream) as engine,
         pytest.raises(ValueError, match="1001"),
     ):
-        engine.label_logprobs([item(*range(1001))])
+        engine.run([item(*range(1001))])
 
     assert not upstream.seen
 
@@ -529,7 +529,7 @@ def test_the_key_is_sent_and_said_nowhere(capfd: pytest.CaptureFixture[str]) -> 
     """Not where it is refused by a server that repeats it, nor in the engine's own words."""
     with openai_server(ids=spread) as upstream, capture_logs() as logs, completions(upstream, key=KEY) as engine:
         upstream.key = "another"
-        (answer,) = engine.label_logprobs([item()])
+        (answer,) = engine.run([item()])
         with pytest.raises(UpstreamError) as refused:
             engine.probe(item())
 
@@ -637,8 +637,8 @@ def test_the_seen_request_is_what_servers_take(text: PreTrainedTokenizerFast) ->
     """Golden bodies of both ways of asking."""
     served = openai_server(ids=spread, words=words)
     with served as upstream, completions(upstream) as by_ids, chat(upstream, text) as by_text:
-        by_ids.label_logprobs([item(5, 6)])
-        by_text.label_logprobs([message(text, "Hi")])
+        by_ids.run([item(5, 6)])
+        by_text.run([message(text, "Hi")])
 
     first, second = (Seen(seen.path, {}, seen.body) for seen in upstream.asked)
     assert first.path == "/v1/completions"
@@ -676,7 +676,7 @@ def test_a_reply_is_written(text: PreTrainedTokenizerFast) -> None:
     items = [GenerateItem(prompt, 8, (0,)), GenerateItem(prompt, 8, (0,), temperature=0.7, seed=2**40 + 5)]
     with openai_server() as upstream, chat(upstream, text, concurrency=1) as engine:
         upstream.scripts.extend([written("Score: 3"), written("Score: ", "length")])
-        whole, cut = engine.generate(items)
+        whole, cut = engine.run(items)
 
     assert whole == Generated(tuple(text.backend_tokenizer.encode("Score: 3").ids), True)
     assert isinstance(cut, Generated)
@@ -692,7 +692,7 @@ def test_ids_are_continued() -> None:
     """With the ids that end the text."""
     with openai_server() as upstream, completions(upstream) as engine:
         upstream.scripts.append(written(" Yes"))
-        (answer,) = engine.generate([GenerateItem((5, 6), 4, (2,))])
+        (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])
 
     assert answer == Generated(tuple(tiny_tokenizer().backend_tokenizer.encode(" Yes").ids), True)
     assert upstream.asked[0].body["stop_token_ids"] == [2]
@@ -703,7 +703,7 @@ def test_a_reply_that_was_withheld_is_an_error() -> None:
     """A filter's stop is no end."""
     with openai_server() as upstream, completions(upstream) as engine:
         upstream.scripts.append(written("", "content_filter"))
-        (answer,) = engine.generate([GenerateItem((5, 6), 4, (2,))])
+        (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])
 
     assert failed(answer) is ErrorCode.INFERENCE_FAILED
 
@@ -723,7 +723,7 @@ def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_ids() -> None:
     items = [ScoreItem(s["request"]["prompt"], tuple(s["request"]["logprob_token_ids"])) for s in said]
     dialect = Completions(Question(model=said[0]["request"]["model"]), tiny_tokenizer())
     with replayed("completions") as upstream, _engine(upstream, dialect) as engine:
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
 
     for answer, exchange in zip(answers, said, strict=True):
         assert isinstance(answer, LabelLogprobs)
@@ -738,7 +738,7 @@ def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_text(text: PreTraine
     items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
     dialect = Chat(Question(model=said[0]["request"]["model"]), text)
     with replayed("chat") as upstream, _engine(upstream, dialect) as engine:
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
 
     for answer, exchange in zip(answers, said, strict=True):
         assert isinstance(answer, LabelLogprobs)
@@ -762,7 +762,7 @@ def test_a_recorded_answer_without_one_label_is_an_error_or_floored(
     items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
     dialect = Chat(Question(model=said[0]["request"]["model"], top=1), text)
     with replayed("chat, one token") as upstream, _engine(upstream, dialect, floor=floor) as engine:
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
 
     has_one = [exchange["answer"]["choices"][0]["message"]["content"].strip() in {"Yes", "No"} for exchange in said]
     floored = [isinstance(answer, LabelLogprobs) and answer.floored for answer in answers]

@@ -96,7 +96,7 @@ def test_ids_give_the_torch_engines_numbers(tiny_model: Path) -> None:
 
     sent = [ScoreItem(s.body["prompt"], tuple(s.body["logprob_token_ids"])) for s in upstream.asked[1:]]
     torch_engine = TorchEngine.load(tiny_model, dtype="float32")
-    own = [answer.logprobs[0] - answer.logprobs[1] for answer in torch_engine.label_logprobs(sent)]
+    own = [answer.logprobs[0] - answer.logprobs[1] for answer in torch_engine.run(sent)]
     assert sorted(r["result"]["log_odds"] for r in results) == pytest.approx(sorted(own), abs=1e-4)
     assert [r["index"] for r in results] == [0, 1, 2, 3]
 

@@ -101,10 +101,10 @@ def test_ids_give_the_torch_engines_probabilities(url: str, folder: Path, torch_
     engine, prompts = started(settings(url, model=str(folder)))
     items = [ScoreItem(prompt.token_ids, (*prompt.label_ids, 500, 20_000)) for prompt in prompts]
 
-    answers = engine.label_logprobs(items)
+    answers = engine.run(items)
     engine.close()
 
-    for answer, own in zip(answers, torch_engine.label_logprobs(items), strict=True):
+    for answer, own in zip(answers, torch_engine.run(items), strict=True):
         assert isinstance(answer, LabelLogprobs)
         assert answer.logprobs == pytest.approx(own.logprobs, abs=1e-3)
         assert answer.argmax_id == own.argmax_id
@@ -140,7 +140,7 @@ def test_one_token_of_the_chat_api_is_not_both_labels(url: str) -> None:
     lenient, _ = started(settings(url, upstream_top_logprobs=1, floor=-20.0))
     items = [ScoreItem(prompt.token_ids, prompt.label_ids) for prompt in prompts]
 
-    missing, floored = strict.label_logprobs(items), lenient.label_logprobs(items)
+    missing, floored = strict.run(items), lenient.run(items)
     for engine in (strict, lenient):
         engine.close()
 
@@ -155,8 +155,8 @@ def test_greedy_texts_are_the_torch_engines(url: str, folder: Path, torch_engine
     engine, prompts = started(settings(url, upstream_api=api, model=str(folder) if api == "completions" else None))
     stop = torch_engine_stop(folder)
 
-    answers = engine.generate([GenerateItem(prompt.token_ids, 12, stop) for prompt in prompts[:3]])
-    own = torch_engine.generate([GenerateItem(prompt.token_ids, 12, stop) for prompt in own_prompts[:3]])
+    answers = engine.run([GenerateItem(prompt.token_ids, 12, stop) for prompt in prompts[:3]])
+    own = torch_engine.run([GenerateItem(prompt.token_ids, 12, stop) for prompt in own_prompts[:3]])
     tokenizers = [find_upstream(settings(url, model=str(folder))).tokenizer, find_upstream(settings(url)).tokenizer]
     theirs = tokenizers[api == "chat"]
     engine.close()

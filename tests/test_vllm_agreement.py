@@ -28,12 +28,12 @@ class Counting(FakeEngine):
         self.asked: list[int] = []
         self._last = last
 
-    def label_logprobs(self, items: list[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
+    def run(self, items: list[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
         """The fake engine's."""
         self.asked.append(len(items))
         if sum(self.asked) > self._last:
             raise RuntimeError("enough")
-        return list(super().label_logprobs(items))
+        return list(super().run(items))
 
 
 def test_an_interrupted_side_goes_on(prompts: list[JudgePrompt], tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from service.engine.torch.classify import TorchClassifier
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
 from service.engine.contract import ClassifyItem, Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
+from service.engine.torch.generate import TorchGenerator
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
 from service.engine.vllm.engine import VllmEngine
 from service.models import resolve
@@ -94,6 +94,14 @@ def engine(vllm_model: Path) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
+def writer(vllm_model: Path) -> Iterator[VllmEngine]:
+    """The same for text; prompt and text together have up to 255 tokens."""
+    engine = VllmEngine.load(vllm_model, VllmOptions(task="generate", max_tokens=255, dtype="float32", extra=EAGER))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
 def torch_engine(vllm_model: Path) -> TorchEngine:
     """The torch engine with the same."""
     return TorchEngine.load(vllm_model, dtype="float32", max_tokens=255)
@@ -112,7 +120,7 @@ def test_labels_have_the_torch_engines_probabilities(engine: VllmEngine, torch_e
     """In fp32 to 1e-3, the longest prompt included; the likeliest token is the same."""
     work = items(17)
 
-    ours, theirs = engine.label_logprobs(work), torch_engine.label_logprobs(work)
+    ours, theirs = engine.run(work), torch_engine.run(work)
 
     assert [answer.argmax_id for answer in answered(ours)] == [answer.argmax_id for answer in theirs]
     for one, other in zip(answered(ours), theirs, strict=True):
@@ -130,13 +138,13 @@ def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
     """And the answer says so; the numbers stay."""
     item = ScoreItem([3, 1, *range(200, 450)], (5, 6))
 
-    first, second = answered(engine.label_logprobs([item]) + engine.label_logprobs([item]))
+    first, second = answered(engine.run([item]) + engine.run([item]))
 
     assert (first.cached_tokens, second.cached_tokens) == (0, 128)
     assert second.logprobs == pytest.approx(first.logprobs, abs=1e-4)
 
     engine.forget()
-    (third,) = answered(engine.label_logprobs([item]))
+    (third,) = answered(engine.run([item]))
     assert third.cached_tokens == 0
 
 
@@ -144,7 +152,7 @@ def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
 def test_items_outside_the_contract_are_refused(engine: VllmEngine, ids: list[int]) -> None:
     """Before vLLM sees them: empty, longer than the limit, no token of the vocabulary."""
     with pytest.raises(ValueError, match=r"reads 1 to|vocabulary"):
-        engine.label_logprobs([ScoreItem(ids, (5,))])
+        engine.run([ScoreItem(ids, (5,))])
 
 
 def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
@@ -152,45 +160,54 @@ def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
     work = items(3)
     engine.set_deadlines([time.monotonic() + 60, time.monotonic() - 1, time.monotonic() + 60])
 
-    one, late, other = engine.label_logprobs(work)
+    one, late, other = engine.run(work)
 
     assert isinstance(late, ItemFailure)
     assert late.code is ErrorCode.DEADLINE_EXCEEDED
     assert len(answered([one, other])) == 2
-    assert len(answered(engine.label_logprobs(work))) == 3
+    assert len(answered(engine.run(work))) == 3
 
 
-def test_a_text_is_stopped_at_its_deadline(engine: VllmEngine) -> None:
+def test_a_text_is_stopped_at_its_deadline(writer: VllmEngine) -> None:
     """vLLM gives up the request, and the next call does not wait for it."""
     item = GenerateItem([1, 2, 3], 250, (), temperature=1.0)
-    engine.set_deadlines([time.monotonic() + 0.05])
+    writer.set_deadlines([time.monotonic() + 0.05])
 
-    (late,) = engine.generate([item])
+    (late,) = writer.run([item])
 
     assert isinstance(late, ItemFailure)
-    assert engine._llm.get_num_unfinished_requests() == 0
+    assert writer._llm.get_num_unfinished_requests() == 0
 
 
-def test_a_seed_decides_the_text(engine: VllmEngine) -> None:
+def test_a_seed_decides_the_text(writer: VllmEngine) -> None:
     """The same seed writes the same, another one something else."""
-    texts = engine.generate([GenerateItem([1, 2, 3], 20, (), temperature=1.0, seed=seed) for seed in (1, 1, 2**62)])
+    texts = writer.run([GenerateItem([1, 2, 3], 20, (), temperature=1.0, seed=seed) for seed in (1, 1, 2**62)])
 
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
 
-def test_greedy_texts_are_the_torch_engines(engine: VllmEngine, torch_engine: TorchEngine) -> None:
+def test_greedy_texts_are_the_torch_engines(writer: VllmEngine, vllm_model: Path) -> None:
     """Token by token, also where a stop token ends them: it is not part of the text."""
     long = GenerateItem([9, 8, 7, 6], 12, ())
-    (text,) = written(engine, long)
+    (text,) = written(writer, long)
     stopped = GenerateItem([9, 8, 7, 6], 12, (text.token_ids[3],))
+    generator = TorchGenerator.load(vllm_model, dtype="float32", max_tokens=255)
 
-    assert [text, *written(engine, stopped)] == torch_engine.generate([long, stopped])
+    assert [text, *written(writer, stopped)] == generator.run([long, stopped])
+
+
+def test_an_engine_does_its_own_task_alone(engine: VllmEngine, writer: VllmEngine) -> None:
+    """An item of another one is refused."""
+    with pytest.raises(ValueError, match="answers ScoreItem only"):
+        engine.run([GenerateItem([1, 2], 3, ())])
+    with pytest.raises(ValueError, match="answers GenerateItem only"):
+        writer.run([ScoreItem([1, 2], (5,))])
 
 
 def written(engine: VllmEngine, item: GenerateItem) -> list[Generated]:
     """The text, without the count of cached tokens, which is the engine's own."""
-    (text,) = engine.generate([item])
+    (text,) = engine.run([item])
     assert isinstance(text, Generated)
     return [Generated(text.token_ids, text.ended)]
 
@@ -202,9 +219,9 @@ def test_a_reward_models_logit_is_raw(tmp_path: Path) -> None:
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     work = [ClassifyItem(item.token_ids) for item in items(5, longest=200)]
 
-    theirs = TorchClassifier.load(tmp_path, dtype="float32", device="cpu").classify(work)
+    theirs = TorchEngine.load(tmp_path, "classify", dtype="float32", device="cpu").run(work)
     engine = VllmEngine.load(tmp_path, VllmOptions(task="classify", max_tokens=256, dtype="float32", extra=EAGER))
-    ours = engine.classify(work)
+    ours = engine.run(work)
     engine.close()
 
     assert [getattr(answer, "logit", None) for answer in ours] == [pytest.approx(a.logit, abs=1e-3) for a in theirs]
@@ -216,12 +233,12 @@ def test_an_adapter_changes_the_numbers_as_merged_weights_do(vllm_model: Path, t
     merged = write_adapter(vllm_model, tmp_path / "adapter", tmp_path / "merged")
     work = items(3)
 
-    bare, theirs = [TorchEngine.load(folder, dtype="float32").label_logprobs(work) for folder in (vllm_model, merged)]
+    bare, theirs = [TorchEngine.load(folder, dtype="float32").run(work) for folder in (vllm_model, merged)]
     lora = Lora("mine", tmp_path / "adapter")
     engine = VllmEngine.load(
         vllm_model, VllmOptions(task="labels", max_tokens=255, dtype="float32", lora=lora, extra=EAGER)
     )
-    ours = answered(engine.label_logprobs(work))
+    ours = answered(engine.run(work))
     engine.close()
 
     assert [a.logprobs for a in ours] == [pytest.approx(a.logprobs, abs=1e-3) for a in theirs]
@@ -348,7 +365,7 @@ def test_the_whole_service_judges_with_vllm(stack: Stack, vllm_model: Path, torc
     worker.terminate()
 
     assert info["engine"] == "vllm"
-    (own,) = torch_engine.label_logprobs([ScoreItem(prompt.token_ids, prompt.label_ids)])
+    (own,) = torch_engine.run([ScoreItem(prompt.token_ids, prompt.label_ids)])
     expected = judgement(own, prompt.yes_ids, prompt.no_ids).log_odds
     assert answer["log_odds"] == pytest.approx(expected, abs=1e-3)
     assert worker.wait(60) == 0

@@ -12,7 +12,7 @@ import pytest
 
 from client.errors import ErrorCode
 from service.batcher import Batcher
-from service.engine.contract import LabelLogprobs, ScoreItem
+from service.engine.contract import EngineInfo, Executor, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from service.jobs import Job, JobFailure, Reply
 from service.memory_jobs import MemoryJobs
@@ -23,11 +23,10 @@ from service.worker import Worker
 class Scripted:
     """An engine that answers with what a function says of the items."""
 
-    name, executor, dtype, max_tokens, batch_tokens = "scripted", "by hand", "float64", 1000, 1000
-    tasks = frozenset({"labels"})
+    info = EngineInfo("scripted", "labels", "float64", 1000, 1000, Executor("by hand", "0", stable=True))
 
     def __init__(self, answer: Callable[[Sequence[ScoreItem]], list[LabelLogprobs]]) -> None:
-        self.label_logprobs = answer
+        self.run = answer
         self.calls: list[int] = []
 
     def close(self) -> None:
@@ -62,7 +61,7 @@ async def test_each_job_gets_its_own_answer() -> None:
     replies = await outcomes(FakeEngine(), jobs)
 
     assert [reply.id for reply in replies] == ["a", "b", "c"]
-    assert [reply.outcome for reply in replies] == [FakeEngine().label_logprobs([each.item])[0] for each in jobs]
+    assert [reply.outcome for reply in replies] == [FakeEngine().run([each.item])[0] for each in jobs]
 
 
 async def test_an_item_that_breaks_the_call_breaks_only_its_own() -> None:

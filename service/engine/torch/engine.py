@@ -34,9 +34,19 @@ from service.engine.torch.cpu import kernel
 from service.engine.torch.executors import PackedExecutor, SingleExecutor, TorchExecutor
 from service.engine.torch.families import decoder_of
 from service.engine.torch.ladder import CheckError, Reference, Rung, Verdict
-from service.engine.torch.loading import EngineLoadError, Loaded, LoadOptions, free_memory, hardware_of, load_model
+from service.engine.torch.loading import (
+    DType,
+    EngineLoadError,
+    Loaded,
+    LoadOptions,
+    free_memory,
+    hardware_of,
+    load_model,
+)
 from service.engine.torch.packed_forward import PackedPrefill
 from service.engine.torch.tasks import NextToken, Outputs, RewardLogit
+
+__all__ = ["DType", "EngineLoadError", "TorchEngine", "check_all"]
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +192,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _log(verdict: Verdict) -> None:
     if verdict.executor is None:
-        logger.warning("%s %s; the next rung is tried", verdict.rung, verdict.problem)
+        level = logging.INFO if verdict.missing else logging.WARNING
+        logger.log(level, "%s %s; the next rung is tried", verdict.rung, verdict.problem)
     elif not verdict.executor.stable:
         logger.warning("%s is used, and gives a prompt other bits in other company", verdict.rung)

@@ -30,7 +30,7 @@ class OutputLayer:
     def __call__(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - torch's own threads divide it
         """[prompts, hidden_size] in fp32 -> [prompts, vocabulary] in fp32."""
         padded = functional.pad(states, (0, 0, 0, _ROWS - len(states)))
-        return softcapped(in_fp32(self._linear, padded)[: len(states)], self._softcap)
+        return softcapped(in_fp32(self._linear.weight, self._linear.bias, padded)[: len(states)], self._softcap)
 
 
 class RewardHead:
@@ -57,18 +57,21 @@ class LastTokenLayer(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.linear = linear
+        self.weight, self.bias = linear.weight, linear.bias  # by the names at which some models look
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return in_fp32(self.linear, hidden[:, -1].float())[:, None]
+        return in_fp32(self.weight, self.bias, hidden[:, -1].float())[:, None]
 
 
-def in_fp32(linear: nn.Linear, rows: Tensor) -> Tensor:
-    """[rows, inputs] in fp32 -> [rows, outputs]; 16-bit weights are cast chunk by chunk, so memory stays bounded."""
-    weight, bias = linear.weight, None if linear.bias is None else linear.bias.float()
+def in_fp32(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """A linear layer, [outputs, inputs], of [rows, inputs] in fp32 -> [rows, outputs].
+
+    16-bit weights are cast chunk by chunk, so memory stays bounded.
+    """
+    bias = None if bias is None else bias.float()
     if weight.dtype == torch.float32:
         return functional.linear(rows, weight, bias)
-    chunk = max(1, _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE) // linear.in_features)
+    chunk = max(1, _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE) // weight.shape[1])
     logits = torch.cat([rows @ part.float().T for part in torch.split(weight, chunk)], dim=1)
     return logits if bias is None else logits + bias
 

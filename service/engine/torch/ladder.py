@@ -72,12 +72,14 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a rung: `executor` describes it where it holds, `problem` says why it does not."""
+    """What came of a rung: `executor` describes it where it holds, `problem` says why it does not; `missing` where it
+    was not tried, as this model or this machine has no such rung."""
 
     rung: str
     seconds: float
     executor: Executor | None = None
     problem: str | None = None
+    missing: bool = False
 
 
 def probe_prompts(vocabulary: int, max_tokens: int) -> list[ClassifyItem]:
@@ -108,7 +110,7 @@ def climb_down(
         try:
             executor = rung.make()
         except UnsupportedModelError as reason:
-            told(Verdict(rung.name, time.monotonic() - started, problem=f"is not there {reason}"))
+            told(Verdict(rung.name, time.monotonic() - started, problem=f"is not there {reason}", missing=True))
             continue
         try:
             found = tried(rung, executor, reference, threads, hardware)

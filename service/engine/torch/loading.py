@@ -60,7 +60,7 @@ def load_model(folder: Path, task: Task, options: LoadOptions) -> Loaded:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 has to mean fp32
-    where = _choose_device(options.get("device", "auto"))
+    where = choose_device(options.get("device", "auto"))
     what = choose_dtype(options.get("dtype", "auto"), where)
     if where.type == "cpu":
         _keep_blocks()
@@ -98,7 +98,8 @@ def _keep_blocks() -> None:
             mallopt(*option)
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
+    """What `device` means on this machine (`LoadOptions`)."""
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():

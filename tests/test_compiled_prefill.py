@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 import transformers
-from service.engine.torch.cpu.panels import PanelLinear, PanelMlp, in_turn, panels_of
 from torch import nn
 
-from service.engine.contract import GenerateItem, ScoreItem
+from service.engine.contract import ScoreItem
 from service.engine.torch.cpu import build, kernel
-from service.engine.torch.cpu.kernel import NativeDecoder, _library
 from service.engine.torch.engine import DType, TorchEngine
-from service.engine.torch.families import read_decoder
-from service.engine.torch.heads import LastTokenHead
-from tests.test_torch_packed import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
+from tests.test_packed_forward import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
 
 needs_bf16 = pytest.mark.skipif(
     not torch.cpu.get_capabilities().get("avx512_bf16"), reason="this CPU has neither AMX nor AVX-512's bfloat16"
@@ -49,7 +41,7 @@ def load():
 load().close()  # what is imported at the first use
 before = psutil.Process().memory_info().rss
 engine = load()
-assert engine._packed.compiled
+assert engine.info.executor.rung.startswith("compiled")
 loaded = psutil.Process().memory_info().rss
 engine.close()
 print(json.dumps([loaded - before, psutil.Process().memory_info().rss - before]))
@@ -57,7 +49,7 @@ print(json.dumps([loaded - before, psutil.Process().memory_info().rss - before])
 
 
 @pytest.fixture(scope="session")
-def amx_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def amx_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The form for AMX, its tile instructions emulated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUDGE_NATIVE_DIR", str(tmp_path_factory.mktemp("emulated")))
@@ -71,20 +63,12 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Which of the compiled code's two forms is tried."""
     if request.param == "AMX emulated":
         library = request.getfixturevalue("amx_library")
-        monkeypatch.setattr(kernel, "compiled", lambda **_: library)
-
-
-@pytest.fixture(params=["bfloat16", "float32"])
-def engine(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[TorchEngine]:
-    """A small Llama."""
-    make_model(tmp_path, "llama", rounded=True)
-    with closing(TorchEngine.load(tmp_path, dtype=request.param, device="cpu")) as engine:
-        yield engine
+        monkeypatch.setattr(kernel, "compiled", lambda _: library)
 
 
 def log_odds(engine: TorchEngine, items: list[ScoreItem]) -> torch.Tensor:
     """Of each item's two labels."""
-    return torch.tensor([answer.logprobs[0] - answer.logprobs[1] for answer in engine.label_logprobs(items)])
+    return torch.tensor([answer.logprobs[0] - answer.logprobs[1] for answer in engine.run(items)])
 
 
 def linear_layers() -> int:
@@ -94,8 +78,7 @@ def linear_layers() -> int:
 
 def is_compiled(engine: TorchEngine) -> bool:
     """Whether compiled code reads this engine's packs."""
-    assert engine._packed is not None
-    return engine._packed.compiled
+    return engine.info.executor.rung.startswith("compiled")
 
 
 @needs_bf16
@@ -155,10 +138,10 @@ def test_float32_weights_that_are_no_bfloat16_numbers_are_left_to_torch(
     expected = [own_logprobs(model, item) for item in items]
 
     with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu")) as engine:
-        answers = engine.label_logprobs(items)
+        answers = engine.run(items)
         assert not is_compiled(engine)
 
-    assert "compiled ones are not made in float32 with weights that are no bfloat16 numbers" in caplog.text
+    assert "is not there in float32 with weights that are not bfloat16 numbers" in caplog.text
     assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=2e-5) for row in expected]
 
 
@@ -186,28 +169,6 @@ def test_long_prompts_behind_shared_ones(kind: str, dtype: DType, tolerance: flo
     expected = [a - b for a, b in (own_logprobs(exact, item) for item in items)]
     assert together.tolist() == alone.tolist()
     assert together.tolist() == pytest.approx(expected, abs=tolerance)
-
-
-@needs_bf16
-@both_forms
-@pytest.mark.parametrize("shape", [(1,), (33,), (2, 5)])
-def test_layers_in_panels_are_layers(shape: tuple[int, ...], engine: TorchEngine, tmp_path: Path) -> None:
-    """What takes the place of the model's projections and MLP gives their numbers, for any number of rows."""
-    dtype = engine._model.dtype
-    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).model.layers[0]
-    ours: Any = engine._model.model.layers[0]
-    x = torch.randn(*shape, 64).to(dtype)
-    bounds = [{"atol": 0.02, "rtol": 0.01}, {"atol": 0.05, "rtol": 0.02}]
-    if engine.dtype == "float32":
-        bounds = [{"atol": 1e-4}] * 2
-    linear_close, mlp_close = (partial(torch.allclose, **bound) for bound in bounds)
-
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        assert isinstance(getattr(ours.self_attn, name), PanelLinear)
-        assert linear_close(getattr(ours.self_attn, name)(x), getattr(own.self_attn, name)(x))
-    assert isinstance(ours.mlp, PanelMlp)
-    assert mlp_close(ours.mlp(x), own.mlp(x))
-    assert not any(isinstance(part, nn.Linear) for part in ours.modules())
 
 
 @needs_bf16
@@ -242,34 +203,20 @@ def test_the_memory_of_what_is_no_longer_held_is_given_back(tmp_path: Path) -> N
 @both_forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocabulary", [64, 1000, 7])
-def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype) -> None:
     """Logits of bfloat16 weights and float32 states are float32's, whatever the size of the vocabulary, with or
     without a bias, and a state's own whatever is beside it."""
     output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16().to(dtype)
     states = torch.randn(15, 64) * torch.tensor([1e-3, 1.0, 30.0, 1e3, 0.0]).repeat(3)[:, None]
-    decoder = read_decoder(make_model(tmp_path, "llama", rounded=True).to(dtype))
-    reader = NativeDecoder(decoder, LastTokenHead(output))
+    layer = kernel.CompiledOutputLayer(output, None, kernel.library(dtype))
 
-    found = reader.logits(states, 2)
-    alone = torch.cat([reader.logits(state[None], 1) for state in states])
+    found = layer(states, 2)
+    alone = torch.cat([layer(state[None], 1) for state in states])
 
     assert torch.equal(found, alone)
     expected = nn.functional.linear(states.double(), output.weight.double())
     error = (found - (0 if output.bias is None else output.bias.float()) - expected).abs().max(dim=1).values
     assert bool((error <= 1e-5 * states.abs().amax(dim=1) + 1e-6).all())
-
-
-@needs_bf16
-@both_forms
-def test_the_model_still_writes(engine: TorchEngine, tmp_path: Path) -> None:
-    """Text comes from the same weights: its first token is the most likely one of the model's own forward."""
-    own = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=engine._model.dtype).eval()
-    ids = [7, 8, 9, 10]
-    (text,) = engine.generate([GenerateItem(ids, 4, ())])
-
-    with torch.no_grad():
-        logits = own(torch.tensor([ids])).logits[0, -1].float()
-    assert logits.max() - logits[text.token_ids[0]] < (0.05 if engine.dtype == "bfloat16" else 1e-3)
 
 
 @needs_bf16
@@ -286,57 +233,11 @@ def test_threads_that_share_a_pack_do_not_move_a_bit(kind: str, dtype: DType, tm
     for threads in (1, 2, 5):
         with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu", threads=threads)) as engine:
             assert is_compiled(engine)
-            asked = [engine.label_logprobs([long]), engine.label_logprobs(answers), engine.label_logprobs(answers[:1])]
+            asked = [engine.run([long]), engine.run(answers), engine.run(answers[:1])]
             found.append([[answer.logprobs for answer in each] for each in asked])
 
     assert found[1:] == found[:1] * 2
     assert found[0][1][:1] == found[0][2]
-
-
-@needs_bf16
-@pytest.mark.usefixtures("own_threads", "form")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 17, 40])
-def test_threads_that_share_a_product_do_not_move_a_bit(rows: int, dtype: torch.dtype) -> None:
-    """Layers that are large enough to be divided for a single row; one, two and five threads give the same bits."""
-    library, shares = _library(dtype), []
-
-    def recorded(product: Callable[..., None]) -> Callable[..., None]:
-        def record(*read: Any) -> None:
-            shares.append(read[-2:])
-            product(*read)
-
-        return record
-
-    def fifths(blocks: int) -> list[tuple[int, int]]:
-        return [(start, blocks // 5) for start in range(0, blocks, blocks // 5)]
-
-    recording: Any = SimpleNamespace(
-        native_linear=recorded(library.native_linear), native_gated=recorded(library.native_gated)
-    )
-    torch.manual_seed(4)
-    x, bias = torch.randn(rows, 1024).to(dtype), torch.randn(2080)
-    weight, gate, up = ((torch.randn(outputs, 1024) / 32).bfloat16() for outputs in (2080, 2080, 2080))
-    down = (torch.randn(1024, 2080) / 32).bfloat16()
-    linear = PanelLinear(recording, panels_of(weight), bias)
-    mlp = PanelMlp(recording, panels_of(in_turn(gate, up)), PanelLinear(recording, panels_of(down), None), gelu=False)
-
-    found: list[list[torch.Tensor]] = []
-    for threads, expected_shares in [
-        (1, [(0, 65), (0, 130), (0, 32)]),
-        (2, [(0, 32), (32, 33), (0, 65), (65, 65), (0, 16), (16, 16)]),
-        (5, [*fifths(65), *fifths(130), (0, 6), (6, 6), (12, 7), (19, 6), (25, 7)]),
-    ]:
-        torch.set_num_threads(threads)
-        shares.clear()
-        found.append([linear(x), mlp(x)])
-        assert sorted(shares) == sorted(expected_shares)
-
-    assert all(torch.equal(ours, theirs) for others in found[1:] for ours, theirs in zip(found[0], others, strict=True))
-    x, weight, gate, up, down = (part.double() for part in (x, weight, gate, up, down))
-    inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
-    for ours, expected in zip(found[0], [x @ weight.T + bias, inner @ down.T], strict=True):
-        assert torch.allclose(ours.double(), expected, atol=1e-4 if dtype == torch.float32 else 0.03)
 
 
 @needs_bf16
@@ -352,8 +253,8 @@ def test_an_item_with_broken_embeddings_spoils_itself_only(dtype: DType, tmp_pat
     fine, broken = ScoreItem([9, 7, 8, 10], (5, 6), (2,)), ScoreItem([9, 7, 100, 8], (5, 6), (2,))
 
     with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu")) as engine:
-        spoiled, beside = engine.label_logprobs([broken, fine])
-        (alone,) = engine.label_logprobs([fine])
+        spoiled, beside = engine.run([broken, fine])
+        (alone,) = engine.run([fine])
         assert is_compiled(engine)
 
     assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
@@ -373,7 +274,7 @@ def test_shapes_that_it_does_not_know_are_left_to_torch(
     with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
         assert not is_compiled(engine)
 
-    assert "packs are read by torch's operations: compiled ones are not made with" in caplog.text
+    assert "is not there with" in caplog.text
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_packed_items_get_the_models_own_numbers(kind: str, native: bool, tolera
     items = some_items()
 
     with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu", native_kernels=native)) as engine:
-        answers = engine.label_logprobs(items)
-        assert engine._packed is not None
+        answers = engine.run(items)
+        assert engine.info.executor.rung.startswith("compiled" if native else "packed") or kind == "llama with biases"
 
     expected = [own_logprobs(model, item) for item in items]
     assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=tolerance) for row in expected]
@@ -116,9 +116,9 @@ def test_neighbours_do_not_move_a_bit(kind: str, dtype: DType, native: bool, tmp
     rng = random.Random(1)
 
     with closing(TorchEngine.load(tmp_path, dtype=dtype, device="cpu", native_kernels=native)) as engine:
-        alone = [bits(engine.label_logprobs([item]))[0] for item in items]
+        alone = [bits(engine.run([item]))[0] for item in items]
         calls = [rng.sample(range(len(items)), rng.randint(1, len(items))) for _ in range(20)]
-        found = [bits(engine.label_logprobs([items[index] for index in call])) for call in calls]
+        found = [bits(engine.run([items[index] for index in call])) for call in calls]
 
     assert found == [[alone[index] for index in call] for call in calls]
     assert len(set(alone)) == len(items)
@@ -132,7 +132,7 @@ def test_the_number_of_threads_does_not_move_a_bit(dtype: DType, tiny_model: Pat
     found = []
     for threads in (1, 3):
         with closing(TorchEngine.load(tiny_model, dtype=dtype, device="cpu", threads=threads)) as engine:
-            found.append(bits(engine.label_logprobs(items)))
+            found.append(bits(engine.run(items)))
 
     assert found[0] == found[1]
 
@@ -143,7 +143,7 @@ def test_a_long_prompt_behind_a_shared_head_gets_its_own_number(engine: TorchEng
     rng = random.Random(2)
     item = ScoreItem([rng.randrange(3, VOCABULARY) for _ in range(1200)], (5, 9), (7,))
 
-    (answer,) = engine.label_logprobs([item])
+    (answer,) = engine.run([item])
 
     assert list(answer.logprobs) == pytest.approx(own_logprobs(model, item), abs=2e-5)
 
@@ -152,11 +152,10 @@ def test_a_long_prompt_behind_a_shared_head_gets_its_own_number(engine: TorchEng
 def test_threads_that_come_later_divide_their_work_as_before(tiny_model: Path) -> None:
     """The engine's own threads are single ones, and all others have as many as were asked for."""
     with closing(TorchEngine.load(tiny_model, device="cpu", threads=2)) as engine, ThreadPoolExecutor(1) as later:
-        engine.label_logprobs(some_items(2, 2))
+        engine.run(some_items(2, 2))
 
         assert later.submit(torch.get_num_threads).result() == 2
-        assert engine._packed is not None
-        assert engine._packed._pool.submit(torch.get_num_threads).result() == 1
+        assert engine._executor._pool.submit(torch.get_num_threads).result() == 1
 
 
 @pytest.mark.usefixtures("own_threads")
@@ -169,7 +168,7 @@ def test_shared_tokens_are_counted(tiny_model: Path) -> None:
     second = ScoreItem([7] * 20 + [8] * 4, (5,), (10, 20))
 
     with closing(TorchEngine.load(tiny_model, device="cpu", threads=1)) as engine:
-        answers = engine.label_logprobs([first, second, first])
+        answers = engine.run([first, second, first])
 
     assert [answer.cached_tokens for answer in answers] == [0, 20, 30]
 
@@ -184,8 +183,8 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     fine = ScoreItem([9, 7, 8, 10], (5,), (2,))
 
     with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu")) as engine:
-        spoiled, beside = engine.label_logprobs([ScoreItem([9, 7, 300, 8], (5,), (2,)), fine])
-        (alone,) = engine.label_logprobs([fine])
+        spoiled, beside = engine.run([ScoreItem([9, 7, 300, 8], (5,), (2,)), fine])
+        (alone,) = engine.run([fine])
 
     assert not torch.isfinite(torch.tensor(spoiled.logprobs)).any()
     assert beside.logprobs == alone.logprobs
@@ -194,13 +193,16 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256), "GPT2"),
+        (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256), "for GPT2"),
         (transformers.GraniteConfig(**SMALL), "for GraniteDecoderLayer"),
-        (transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+        (
+            transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+            "with rotary positions of",
+        ),
     ],
     ids=["other parts", "other arithmetic", "frequencies by length"],
 )
-def test_a_model_that_cannot_be_packed_is_padded(
+def test_a_model_that_cannot_be_packed_is_run_one_prompt_at_a_time(
     config: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log says why, and the numbers are the model's own."""
@@ -212,19 +214,18 @@ def test_a_model_that_cannot_be_packed_is_padded(
     engine = TorchEngine.load(tmp_path, dtype="float32", device="cpu")
 
     expected = [own_logprobs(model, item) for item in items]
-    assert "labels are read in padded batches" in caplog.text
-    assert reason in caplog.text
-    assert [list(a.logprobs) for a in engine.label_logprobs(items)] == [pytest.approx(r, abs=2e-5) for r in expected]
+    assert engine.info.executor.rung == "single"
+    assert f"packed is not there {reason}" in caplog.text
+    assert [list(a.logprobs) for a in engine.run(items)] == [pytest.approx(r, abs=2e-5) for r in expected]
 
 
 def test_packed_numbers_that_are_not_the_models_own_are_not_used(
     tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the probe finds another result the padded way is taken, with a warning."""
-    monkeypatch.setattr("service.engine.torch.tiled._rotate", lambda x, _: x)
+    """Where the check finds another result the next rung is taken, with a warning."""
+    monkeypatch.setattr("service.engine.torch.packed_forward._rotate", lambda x, _: x)
 
-    engine = TorchEngine.load(tiny_model, dtype="float32", device="cpu")
+    engine = TorchEngine.load(tiny_model, dtype="float32", device="cpu", native_kernels=False)
 
-    assert engine._packed is None
-    assert "packs as torch's operations read them do not fit LlamaForCausalLM" in caplog.text
-    assert "labels are read in padded batches" in caplog.text
+    assert engine.info.executor.rung == "single"
+    assert "packed gives other numbers than the model's own forward" in caplog.text

@@ -1,0 +1,74 @@
+"""`python -m service.models check`: what each rung of the ladder does with a model on this machine, as text."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol, Unpack
+
+import torch
+
+from service.engine.contract import Task
+from service.engine.torch.engine import check_all
+from service.engine.torch.ladder import Verdict
+from service.engine.torch.loading import LoadOptions, choose_device, choose_dtype
+
+
+class Model(Protocol):
+    """A model that is on this machine; see `service.models.ModelFiles`."""
+
+    @property
+    def id(self) -> str:
+        """Its public name."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its files."""
+
+
+def of(model: Model, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[str], bool]:
+    """The lines of the report, and whether a rung holds whose bits are stable. Raises EngineLoadError."""
+    started = time.monotonic()
+    verdicts = check_all(model.path, task, **options)
+    seconds = time.monotonic() - started
+    holding = [verdict for verdict in verdicts if verdict.executor is not None]
+    taken = next((verdict for verdict in holding if verdict.executor and verdict.executor.stable), holding[-1])
+    return [
+        *_machine(model, task, options),
+        *map(_line, verdicts),
+        f"the service takes {taken.rung}; everything took {seconds:.1f} s",
+    ], bool(taken.executor and taken.executor.stable)
+
+
+def _machine(model: Model, task: Task, options: LoadOptions) -> Sequence[str]:
+    device = choose_device(options.get("device", "auto"))
+    dtype = str(choose_dtype(options.get("dtype", "auto"), device)).removeprefix("torch.")
+    able = [name for name, there in sorted(torch.cpu.get_capabilities().items()) if there is True]
+    return (
+        f"{model.id} ({model.fingerprint}), {task}, {dtype}, {device}, {torch.get_num_threads()} threads",
+        f"judge-as-api {version('judge-as-api')}, torch {torch.__version__}, transformers {version('transformers')}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}: {', '.join(able)}",
+    )
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def _line(verdict: Verdict) -> str:
+    run = verdict.executor
+    if run is None:
+        return f"  {verdict.rung:16}no: it {verdict.problem} ({verdict.seconds:.1f} s)"
+    bits = "the same bits in any company" if run.stable else "other bits in other company"
+    return f"  {verdict.rung:16}holds, {bits}, digest {run.digest} ({verdict.seconds:.1f} s)"
