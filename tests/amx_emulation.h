@@ -74,12 +74,14 @@ inline void dot_products(int sums, int rows, int columns) {
 }  // namespace emulated
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated::load_config
 #define _tile_release emulated::release
 #define _tile_loadd emulated::load
+#define _tile_stream_loadd emulated::load
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
 #define _tile_dpbf16ps emulated::dot_products

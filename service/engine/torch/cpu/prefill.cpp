@@ -30,6 +30,7 @@ namespace {
 
 const int64_t kBlock = 32;       // rows and outputs of one block of a product: two tiles by two
 const int64_t kCache = 1 << 20;   // bytes of a product's input that should stay in a core's cache
+const int64_t kResident = 512;    // depth of a panel that stays in the first-level cache beside streamed rows: 32 KiB of 48
 const int64_t kStates = 10;       // that share a panel in the output layer with AMX, three parts of each
 const int64_t kMostDepth = 1024;  // of one product into the residual stream; a deeper one is made in slices
 
@@ -142,6 +143,8 @@ inline __m512 activate(__m512 x, bool gelu) {
 // `fetch` and `beside` are done depth / 32 times on the way. Of the 32 rows only `rows` need be right.
 #ifdef __AMX_BF16__
 // Tiles 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the panel. The tile unit works beside the vector unit.
+// Four tiles a step from the second-level cache take longer than their products, two do not: rows, which are used once
+// for each panel, are loaded past the first-level cache, so that they do not push out the panel's first kResident inputs.
 template <int P, class Fetch, class Beside>
 inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, const bf16 *panel, int64_t depth, float *out,
                      int64_t out_stride, bool added, Fetch fetch, Beside beside) {
@@ -161,15 +164,20 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, cons
     _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += 32, panel += 1024) {
-    _tile_loadd(4, x + k, stride * 2);
-    _tile_loadd(6, panel, 64);
-    _tile_loadd(7, panel + 512, 64);
-    _tile_loadd(5, lower + k, stride * 2);
+    _tile_stream_loadd(4, x + k, stride * 2);
+    if (k < kResident) {
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + 512, 64);
+    } else {
+      _tile_stream_loadd(6, panel, 64);
+      _tile_stream_loadd(7, panel + 512, 64);
+    }
+    _tile_stream_loadd(5, lower + k, stride * 2);
 #pragma GCC unroll 2
     for (int part = 0; part < P; part++) {
       if (part) {
-        _tile_loadd(4, x + k + part * apart, stride * 2);
-        _tile_loadd(5, lower + k + part * apart, stride * 2);
+        _tile_stream_loadd(4, x + k + part * apart, stride * 2);
+        _tile_stream_loadd(5, lower + k + part * apart, stride * 2);
       }
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
@@ -235,9 +243,10 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t rows,
 // rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
 // results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
 // too, and what is stored for them means nothing. A panel is `panel` long, of which depth * 32 are read.
-template <int P, class Store>
+// fetch(row, output) asks for the memory that store will write, while the block is multiplied.
+template <int P, class Store, class Fetch>
 inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
-                    int64_t depth, int64_t outputs, Store store) {
+                    int64_t depth, int64_t outputs, Store store, Fetch fetch) {
   alignas(64) float sums[kBlock][kBlock] = {};
   const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps;
   const int64_t lines = (kBlock * kBlock + blocks(rows) - 1) / blocks(rows);
@@ -254,12 +263,23 @@ inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, 
       for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
     };
     for (int64_t row = 0; row < rows; row += kBlock) {
+      int64_t fetched = 0;
       multiply<P>(x + row * stride, stride, apart, rows - row, weight, depth, sums[0], kBlock, false, fetch_some,
-                  [&] { store_some(share); });
+                  [&] {
+                    for (int64_t end = fetched + share < kBlock ? fetched + share : kBlock; fetched < end; fetched++)
+                      fetch(row + fetched, output);
+                    store_some(share);
+                  });
       stored = 0, stored_row = row, stored_output = output;
     }
   }
   store_some(kBlock);
+}
+
+template <int P, class Store>
+inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
+                    int64_t depth, int64_t outputs, Store store) {
+  product<P>(x, stride, apart, rows, weight, panel, depth, outputs, store, [](int64_t, int64_t) {});
 }
 
 // At most 32 rows x depth times a panelled weight, as they are, into [32][outputs], or added to what is there.
@@ -495,6 +515,11 @@ void add_product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, con
                  float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
                  _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
                  _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
+               },
+               [&](int64_t row, int64_t output) {
+                 float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
+                 __builtin_prefetch(to, 1);
+                 __builtin_prefetch(to + 16, 1);
                });
   }
   for (int64_t row = 0; norm && row < rows; row++) {
@@ -511,7 +536,8 @@ void gated(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf1
   product<P>(x, stride, apart, rows, weight, depth * kBlock, depth, 2 * width,
              [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
                narrow<P>(out + row * out_stride + output / 2, out_apart, _mm512_mul_ps(activate(gate, gelu), up));
-             });
+             },
+             [&](int64_t row, int64_t output) { __builtin_prefetch(out + row * out_stride + output / 2, 1); });
 }
 
 // Threads that do one thing together and wait for each other in between. A thread that waits sleeps: on a busy machine
@@ -627,7 +653,8 @@ int64_t decode(const Model *model, const float *embedded, int64_t rows, const Se
                      add_bias(layer.qkv_bias, output, left, right);
                      narrow<P>(qkv.row(from + row) + output, heads * head, left);
                      narrow<P>(qkv.row(from + row) + output + 16, heads * head, right);
-                   });
+                   },
+                   [&](int64_t row, int64_t output) { __builtin_prefetch(qkv.row(from + row) + output, 1); });
       }
       for (int64_t s = 0; s < count; s++) {
         const int64_t before = begin - segments[s].row, after = end - segments[s].row;
@@ -776,31 +803,6 @@ int64_t native_request() {
 #else
   return 0;
 #endif
-}
-
-// The next three do panels [first, first + count) of their weights, so that several threads can share one product.
-
-// [rows, parts, depth] times a panelled weight, plus bias where there is one, into [rows, outputs] in float32; as
-// nn.Linear. Rows are rounded up to 32 in both.
-void native_linear(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, const bf16 *weight, const float *bias,
-                   int64_t outputs, float *out, int64_t first, int64_t count) {
-  const int64_t offset = first * kBlock;
-  Unit unit;
-  auto store = [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-    add_bias(bias, offset + output, left, right);
-    _mm512_storeu_ps(out + row * outputs + offset + output, left);
-    _mm512_storeu_ps(out + row * outputs + offset + output + 16, right);
-  };
-  auto work = parts == 1 ? product<1, decltype(store)> : product<2, decltype(store)>;
-  work(x, parts * depth, depth, rows, weight + offset * depth, depth * kBlock, depth, count * kBlock, store);
-}
-
-// activation(x times gate) * (x times up), as [rows, parts, width]; gate and up lie in turn in blocks of 16 outputs.
-void native_gated(const bf16 *x, int64_t rows, int64_t parts, int64_t depth, const bf16 *weight, int64_t width, int64_t gelu,
-                  bf16 *out, int64_t first, int64_t count) {
-  Unit unit;
-  (parts == 1 ? gated<1> : gated<2>)(x, parts * depth, depth, rows, weight + first * kBlock * depth, depth,
-                                     count * kBlock / 2, gelu, out + first * kBlock / 2, parts * width, width);
 }
 
 // Blocks [first, first + count) of 32 rows of the output layer, [vocabulary, depth], times so many states of three parts,
