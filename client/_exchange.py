@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-import random
 import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx
@@ -21,12 +17,12 @@ from tenacity import RetryCallState
 from client._calls import Answer, Call, error_of, status_of
 from client.errors import RETRYABLE_STATUS, JudgeAPIError, JudgeConnectionError, JudgeTimeoutError
 from client.proxies import Proxy
+from client.retries import failure_of, parse_retry_after, retry_policy
 from client.schema import ErrorBody, ErrorResult
 
 T = TypeVar("T")
 
 UNKNOWN_CODE = "unknown"
-MAX_BACKOFF = 8.0
 _SHOWN_ID = 128
 
 _ERROR = re.compile(rb'\s*\{\s*"error"')
@@ -122,17 +118,8 @@ class Exchange(Generic[T]):
 
     def retry_policy(self) -> dict[str, Any]:
         """The arguments of tenacity's Retrying and AsyncRetrying: the last error is raised as it is."""
-        return {
-            "retry": lambda state: is_retryable(_failure(state)),
-            "wait": lambda state: wait_after(_failure(state), state.attempt_number, self._backoff),
-            "stop": self._gives_up,
-            "before_sleep": self._tell,
-            "reraise": True,
-        }
-
-    def _gives_up(self, state: RetryCallState) -> bool:
-        waited_out = time.monotonic() + state.upcoming_sleep >= self._deadline
-        return waited_out or state.attempt_number > self._max_retries
+        policy = retry_policy(is_retryable, retries=self._max_retries, backoff=self._backoff, deadline=self._deadline)
+        return {**policy, "before_sleep": self._tell}
 
     def _tell(self, state: RetryCallState) -> None:
         _log.info(
@@ -140,7 +127,7 @@ class Exchange(Generic[T]):
             self._name,
             self.request_id,
             state.upcoming_sleep,
-            _failure(state),
+            failure_of(state),
         )
 
     @property
@@ -165,44 +152,6 @@ def is_retryable(exc: BaseException | None) -> bool:
     if isinstance(exc, JudgeAPIError):
         return exc.status in RETRYABLE_STATUS
     return isinstance(exc, JudgeConnectionError) and not isinstance(exc, JudgeTimeoutError)
-
-
-def wait_after(exc: BaseException | None, attempt: int, backoff: float) -> float:
-    """Seconds to wait after attempt number `attempt` (1, 2, …) failed with `exc`.
-
-    Retry-After where the service sent it, and up to a quarter more, so that callers told the same do not come back
-    together. Else `backoff` doubled with every attempt, at most MAX_BACKOFF, of which a random half is waited off.
-    """
-    if isinstance(exc, JudgeAPIError) and exc.retry_after is not None:
-        return exc.retry_after * random.uniform(1.0, 1.25)
-    return min(MAX_BACKOFF, backoff * 2.0 ** min(attempt - 1, 30)) * random.uniform(0.5, 1.0)
-
-
-def parse_retry_after(value: str | None, date: str | None = None) -> float | None:
-    """The header's seconds; None where it is neither a number nor an HTTP date (RFC 9110, 10.2.3).
-
-    A date is counted from the answer's own `Date`, because the server's clock and this machine's may differ.
-    """
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        until, now = _moment(value), _moment(date or "") or datetime.now(UTC)
-        return None if until is None else max(0.0, (until - now).total_seconds())
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
-
-
-def _moment(date: str) -> datetime | None:
-    try:
-        moment = parsedate_to_datetime(date)
-    except (ValueError, OverflowError):
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def _failure(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome is not None else None
 
 
 def _has_cause(exc: BaseException, kind: type[BaseException]) -> bool:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from client import _calls
 from client._calls import Call
-from client._exchange import is_retryable, wait_after
+from client._exchange import is_retryable
 from client.errors import RETRYABLE_STATUS, SETTLED, JudgeAPIError, JudgeConnectionError, JudgeError, JudgeTimeoutError
+from client.retries import wait_after
 from client.schema import CompareRequest, CompareResult, ScoreRequest, ScoreResult
 
 if TYPE_CHECKING:

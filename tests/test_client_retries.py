@@ -20,7 +20,7 @@ from client import (
     JudgeTimeoutError,
     OverloadedError,
 )
-from client._exchange import MAX_BACKOFF, parse_retry_after, wait_after
+from client.retries import MAX_BACKOFF, parse_retry_after, wait_after
 from tests.fake_judge import SCORE, Ask, Service, ask_sync, both, both_reach, busy, http, own_environment, reach_sync
 from tests.tcp_server import Script, drip, tcp_server
 

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
-import random
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any, Final
 
 import httpx
 from pydantic import SecretStr
-from tenacity import AsyncRetrying, RetryCallState
+from tenacity import AsyncRetrying
 
 from client.errors import ErrorCode, PicklableError
 from client.proxies import Proxy, proxy_of, url_of
+from client.retries import parse_retry_after, retry_policy
 
 KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
 CONNECT_TIMEOUT: Final = 10.0
-MAX_BACKOFF: Final = 8.0
 
 _PASSING: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
 _NO_SUCH_ROUTE: Final = frozenset({404, 405, 501})
@@ -215,17 +211,10 @@ class OpenAIServer:
         Raises UpstreamError: RefusalError, UnreachableError, or its own for what took too long.
         """
         content = json.dumps(body).encode()
-        retrying = AsyncRetrying(
-            retry=lambda state: _passes(_failure(state)),
-            wait=lambda state: _wait(_failure(state), state.attempt_number, self._access.backoff),
-            stop=lambda state: (
-                state.attempt_number > self._access.retries or time.monotonic() + state.upcoming_sleep >= deadline
-            ),
-            reraise=True,
-        )
+        policy = retry_policy(_passes, retries=self._access.retries, backoff=self._access.backoff, deadline=deadline)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                answer: bytes = await retrying(self._once, path, content)
+                answer: bytes = await AsyncRetrying(**policy)(self._once, path, content)
                 return answer
         except TimeoutError:
             raise self._access.too_late from None
@@ -243,19 +232,8 @@ class OpenAIServer:
         await self._http.aclose()
 
 
-def _failure(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome is not None else None
-
-
 def _passes(exc: BaseException | None) -> bool:
     return isinstance(exc, UnreachableError) or (isinstance(exc, RefusalError) and exc.passing)
-
-
-def _wait(exc: BaseException | None, attempt: int, backoff: float) -> float:
-    """Seconds: as the server says and up to a quarter more, else doubled with each attempt, half of it at random."""
-    if isinstance(exc, RefusalError) and exc.retry_after is not None:
-        return exc.retry_after * random.uniform(1.0, 1.25)
-    return min(MAX_BACKOFF, backoff * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def _address(access: Access) -> httpx.Proxy | None:
@@ -359,29 +337,8 @@ def _blot(text: str, key: SecretStr | None) -> str:
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds, from `retry-after-ms` or Retry-After (a number or a date; RFC 9110, 10.2.3).
-
-    A date is counted from the answer's own `Date`, because the server's clock and this machine's may differ.
-    """
-    milliseconds = _number(headers.get("retry-after-ms"))
+    """Seconds, from `retry-after-ms` or Retry-After."""
+    milliseconds = parse_retry_after(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1e3
-    value = headers.get("retry-after", "")
-    until, now = _moment(value), _moment(headers.get("date", "")) or datetime.now(UTC)
-    return _number(value) if until is None else max(0.0, (until - now).total_seconds())
-
-
-def _number(value: str | None) -> float | None:
-    try:
-        number = float(value or "")
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and number >= 0 else None
-
-
-def _moment(date: str) -> datetime | None:
-    try:
-        moment = parsedate_to_datetime(date)
-    except (ValueError, OverflowError):
-        return None
-    return moment.replace(tzinfo=moment.tzinfo or UTC)
+    return parse_retry_after(headers.get("retry-after"), headers.get("date"))
