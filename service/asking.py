@@ -16,13 +16,25 @@ import structlog
 from client.errors import ErrorCode
 from service.background import report
 from service.cache import Kept, ScoreCache, item_key, variant_key
-from service.engine.contract import AnyAnswer, AnyItem, Classified, ClassifyItem, Generated, LabelLogprobs, ScoreItem
+from service.engine.contract import (
+    AnyAnswer,
+    AnyItem,
+    Classified,
+    ClassifyItem,
+    Generated,
+    GeneratedText,
+    LabelLogprobs,
+    ScoreItem,
+    TextScoreItem,
+    prompt_tokens,
+    tokens_of,
+)
 from service.errors import ServiceError
-from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply, tokens_of
+from service.jobs import Bounds, Job, JobFailure, JobQueue, Lane, Reply
 from service.judges import LabelReader, Reader
 from service.metrics import Metrics
-from service.prompt import JudgePrompt
 from service.scoring import Judgement
+from service.text_prompts import Prompt
 from service.tracing import OFF, Tracing
 
 log = structlog.get_logger(__name__)
@@ -61,7 +73,7 @@ class Judged:
     """
 
     judgement: Judgement
-    prompt: JudgePrompt
+    prompt: Prompt
     queued: float
     inference: float
     cached_tokens: int
@@ -95,7 +107,7 @@ class Meter:
         """Refuse so many prompts that read so many tokens together; raises ServiceError(PAYLOAD_TOO_LARGE)."""
         self._bounds.check(prompts * self._reader.samples, tokens * self._reader.samples)
 
-    def add(self, prompt: JudgePrompt) -> None:
+    def add(self, prompt: Prompt) -> None:
         """Count one more prompt; raises as `check` does."""
         size = sum(map(tokens_of, self._reader.items(prompt)))
         with self._lock:
@@ -134,7 +146,7 @@ class Asker:
         """For the prompts of one call."""
         return Meter(self._queue.bounds, self._reader)
 
-    async def ask(self, prompts: Sequence[JudgePrompt], call: Call) -> list[Outcome]:
+    async def ask(self, prompts: Sequence[Prompt], call: Call) -> list[Outcome]:
         """One outcome for each prompt, in order; raises ServiceError for what befalls them all (a full queue)."""
         if not prompts:
             return []
@@ -153,7 +165,7 @@ class Asker:
         self._metrics.judged([each.judgement.label_mass for each in judged])
         return outcomes
 
-    def _outcome(self, prompt: JudgePrompt, answered: Sequence[_Answered]) -> Outcome:
+    def _outcome(self, prompt: Prompt, answered: Sequence[_Answered]) -> Outcome:
         """The judgement, or why there is none: one item that failed fails the prompt."""
         answers = []
         for each in answered:
@@ -176,8 +188,8 @@ class Asker:
             queued=max(each.queued for each in answered),
             inference=max(each.inference for each in answered),
             cached_tokens=sum(each.cached_tokens for each in answered),
-            prompt_tokens=len(answered) * len(prompt.token_ids),
-            completion_tokens=sum(len(answer.token_ids) for answer in answers if isinstance(answer, Generated)),
+            prompt_tokens=len(answered) * prompt.tokens,
+            completion_tokens=sum(each.new_tokens for each in answers if isinstance(each, Generated | GeneratedText)),
         )
 
     async def close(self) -> None:
@@ -195,7 +207,7 @@ class Asker:
         return variants
 
     async def _look_up(self, items: Sequence[AnyItem], call: Call, scores: Scores) -> list[_Answered]:
-        keys = [item_key(item.token_ids, _label_ids(item)) for item in items]
+        keys = [item_key(item) for item in items]
         asked = dict(zip(keys, items, strict=True))
         variants = self._variants()
         known = await self._known(asked, variants, scores)
@@ -208,7 +220,7 @@ class Asker:
         for key, item in zip(keys, items, strict=True):
             answer, reply = known.get(key), fresh.get(key)
             if answer is not None:
-                answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=len(item.token_ids)))
+                answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=prompt_tokens(item)))
                 continue
             answered.append(_answered(reply))
             if reply and (kept := _kept(item, reply.outcome)):
@@ -292,16 +304,12 @@ def _has_reply(future: asyncio.Future[Reply]) -> bool:
 
 def _kept(item: AnyItem, answer: AnyAnswer | JobFailure) -> Kept | None:
     """What may be remembered: a number for each label, or the logit, that was asked for. Others may write anything."""
-    match answer:
-        case LabelLogprobs(logprobs) if isinstance(item, ScoreItem) and len(logprobs) == len(item.label_ids):
-            return answer
-        case Classified() if isinstance(item, ClassifyItem):
+    match item, answer:
+        case ScoreItem(label_ids=labels) | TextScoreItem(labels=labels), LabelLogprobs(logprobs):
+            return answer if len(logprobs) == len(labels) else None
+        case ClassifyItem(), Classified():
             return answer
     return None
-
-
-def _label_ids(item: AnyItem) -> tuple[int, ...]:
-    return item.label_ids if isinstance(item, ScoreItem) else ()
 
 
 def _answered(reply: Reply | None) -> _Answered:

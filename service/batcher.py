@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 
+from service.engine.contract import AnyItem, TextItem
 from service.jobs import Job, Lane
 
 # The part of a batch's tokens that waiting bulk jobs can count on.
@@ -112,6 +113,12 @@ def split_expired(jobs: Sequence[Job], now: float) -> tuple[list[Job], list[Job]
 def _side_by_side(jobs: Sequence[Job]) -> list[Job]:
     groups: dict[Hashable, list[Job]] = {}
     for job in jobs:
-        shared = job.item.boundaries[-1] if job.item.boundaries else 0
-        groups.setdefault(tuple(job.item.token_ids[:shared]), []).append(job)
+        groups.setdefault(_shared_prefix(job.item), []).append(job)
     return [job for group in groups.values() for job in group]
+
+
+def _shared_prefix(item: AnyItem) -> Hashable:
+    """The tokens whose work items may share; of a text only its server knows them."""
+    if isinstance(item, TextItem) or not item.boundaries:
+        return ()
+    return tuple(item.token_ids[: item.boundaries[-1]])

@@ -6,6 +6,7 @@ A cache never fails a request and hardly delays it: what it cannot say in time i
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import struct
 import time
@@ -20,7 +21,7 @@ import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
-from service.engine.contract import Classified, LabelLogprobs
+from service.engine.contract import AnyItem, Classified, LabelLogprobs, ScoreItem, TextItem, TextScoreItem
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +42,7 @@ Kept: TypeAlias = LabelLogprobs | Classified
 
 
 class ScoreCache(Protocol):
-    """Answers by `cache_key`. Lives on one event loop; its methods raise nothing."""
+    """Answers by `variant_key`. Lives on one event loop; its methods raise nothing."""
 
     async def get(self, keys: Sequence[bytes]) -> list[Kept | None]:
         """What is known for each key, in order."""
@@ -56,20 +57,19 @@ class ScoreCache(Protocol):
         """Let go of what it holds open."""
 
 
-def cache_key(variant: str, token_ids: Sequence[int], label_ids: Sequence[int]) -> bytes:
-    """16 bytes for these tokens; `variant` says what else the numbers depend on: model, task, what computes them."""
-    return variant_key(variant, item_key(token_ids, label_ids))
-
-
-def item_key(token_ids: Sequence[int], label_ids: Sequence[int]) -> bytes:
+def item_key(item: AnyItem) -> bytes:
     """16 bytes for what is asked, whoever answers."""
+    if isinstance(item, TextItem):
+        asked = json.dumps([item.labels if isinstance(item, TextScoreItem) else [], item.text]).encode()
+        return blake2b(asked, digest_size=_KEY_BYTES).digest()
+    labels = item.label_ids if isinstance(item, ScoreItem) else ()
     # The count keeps a label's id from being read as a token's.
-    ids = array("I", (len(label_ids), *label_ids, *token_ids))
+    ids = array("I", (len(labels), *labels, *item.token_ids))
     return blake2b(ids.tobytes(), digest_size=_KEY_BYTES).digest()
 
 
 def variant_key(variant: str, item: bytes) -> bytes:
-    """The `cache_key` of an `item_key`."""
+    """16 bytes for an `item_key`; `variant` says what else the numbers depend on: model, task, what computes them."""
     return blake2b(item + variant.encode(), digest_size=_KEY_BYTES).digest()
 
 

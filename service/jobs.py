@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from client.errors import ErrorCode
-from service.engine.contract import AnyAnswer, AnyItem, Executor, GenerateItem
+from service.engine.contract import AnyAnswer, AnyItem, Executor, tokens_of
 from service.errors import ServiceError
 
 
@@ -44,12 +44,6 @@ class Job:
     def tokens(self) -> int:
         """The job's size, as the queue's bound and the batcher's budget count it."""
         return tokens_of(self.item)
-
-
-def tokens_of(item: AnyItem) -> int:
-    """What is read for an item and may be written."""
-    read = len(item.token_ids)
-    return read + item.max_new_tokens if isinstance(item, GenerateItem) else read
 
 
 @dataclass(frozen=True, slots=True)

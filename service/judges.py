@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeVar
 
@@ -23,17 +23,20 @@ from service.engine.contract import (
     Classified,
     ClassifyItem,
     Generated,
+    GeneratedText,
     GenerateItem,
     LabelLogprobs,
     ScoreItem,
     Task,
+    TextGenerateItem,
+    TextScoreItem,
 )
 from service.errors import ServiceError
 from service.grades import parse_grade
-from service.prompt import JudgePrompt
 from service.scoring import Judgement, graded_judgement, logit_judgement, parsed_judgement, weighted_judgement
 from service.settings import ModelSettings
 from service.templates import Mode
+from service.text_prompts import Prompt, TextPrompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,10 +69,10 @@ class Reader(Protocol):
     def settings(self) -> str:
         """All that decides its judgements besides the model and the prompt."""
 
-    def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
+    def items(self, prompt: Prompt) -> Sequence[AnyItem]:
         """What to ask for: `samples` items."""
 
-    def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
+    def judgement(self, prompt: Prompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """From the answers to these items. Raises ServiceError(UNPARSEABLE)."""
 
 
@@ -80,11 +83,13 @@ class LabelReader:
     samples: Final = 1
     settings: Final[str] = "labels"
 
-    def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
+    def items(self, prompt: Prompt) -> Sequence[AnyItem]:
         """One item."""
+        if isinstance(prompt, TextPrompt):
+            return (TextScoreItem(prompt.text, prompt.labels),)
         return (ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries),)
 
-    def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
+    def judgement(self, prompt: Prompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """The scoring rule."""
         return weighted_judgement(_only(answers, LabelLogprobs), prompt.label_ids, prompt.weights)
 
@@ -92,7 +97,7 @@ class LabelReader:
 class GradeReader(LabelReader):
     """Reads the probabilities of the six grades: the mode of its templates tells it from a LabelReader."""
 
-    def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:
+    def judgement(self, prompt: Prompt, answers: Sequence[AnyAnswer]) -> Judgement:
         """The scoring rule, and the expected grade."""
         return graded_judgement(_only(answers, LabelLogprobs), prompt.label_ids)
 
@@ -104,11 +109,13 @@ class LogitReader:
     samples: Final = 1
     settings: Final = "logit"
 
-    def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
-        """One item."""
+    def items(self, prompt: Prompt) -> Sequence[AnyItem]:
+        """One item. Raises TypeError for a prompt that no classification head can read."""
+        if isinstance(prompt, TextPrompt):
+            raise TypeError("a classification head reads tokens, not text")
         return (ClassifyItem(prompt.token_ids, prompt.boundaries),)
 
-    def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:  # noqa: ARG002 see Reader
+    def judgement(self, prompt: Prompt, answers: Sequence[AnyAnswer]) -> Judgement:  # noqa: ARG002 see Reader
         """The logit as log-odds."""
         return logit_judgement(_only(answers, Classified).logit)
 
@@ -122,7 +129,7 @@ class Writing:
 
     samples: int
     max_new_tokens: int
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ()
 
     @property
@@ -146,19 +153,23 @@ class TextReader:
         self._writing = writing
         self._text_of = text_of
 
-    def items(self, prompt: JudgePrompt) -> Sequence[AnyItem]:
+    def items(self, prompt: Prompt) -> Sequence[AnyItem]:
         """One item for each sample."""
         how = self._writing
+        if isinstance(prompt, TextPrompt):
+            return [
+                TextGenerateItem(prompt.text, how.max_new_tokens, how.temperature, seed) for seed in range(how.samples)
+            ]
         return [
             GenerateItem(prompt.token_ids, how.max_new_tokens, how.stop_ids, how.temperature, seed, prompt.boundaries)
             for seed in range(how.samples)
         ]
 
-    def judgement(self, prompt: JudgePrompt, answers: Sequence[AnyAnswer]) -> Judgement:  # noqa: ARG002 see Reader
+    def judgement(self, prompt: Prompt, answers: Sequence[AnyAnswer]) -> Judgement:  # noqa: ARG002 see Reader
         """The mean of the grades that can be read; raises ServiceError(UNPARSEABLE) where there are none."""
-        written = [answer for answer in answers if isinstance(answer, Generated)]
+        written = [answer for answer in answers if isinstance(answer, Generated | GeneratedText)]
         stops = self._writing.stop_texts
-        texts = [own_turn(self._text_of(answer.token_ids), answer.ended, stops) for answer in written]
+        texts = [own_turn(self._text(answer), answer.ended, stops) for answer in written]
         verdict = parsed_judgement([parse_grade(text, ended) for text, ended in texts])
         if verdict is None:
             cut = sum(not ended for _, ended in texts)
@@ -168,6 +179,9 @@ class TextReader:
                 f"{self._writing.max_new_tokens} tokens",
             )
         return verdict
+
+    def _text(self, answer: Generated | GeneratedText) -> str:
+        return answer.text if isinstance(answer, GeneratedText) else self._text_of(answer.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +231,11 @@ def written_grade(writing: Writing, text_of: Callable[[Sequence[int]], str]) -> 
 def judge_of(settings: ModelSettings, model: Model, text_of: Callable[[Sequence[int]], str]) -> Judge:
     """The judge that the settings ask for; `text_of` makes text of the model's tokens, for one that writes."""
     if settings.task == "generate":
-        stops = stop_ids_of(model.tokenizer, model.folder), turn_end(model.tokenizer).texts
-        return written_grade(Writing(settings.self_reward_samples, settings.self_reward_tokens, *stops), text_of)
+        writing = Writing(settings.self_reward_samples, settings.self_reward_tokens)
+        if model.tokenizer is not None:  # else the server ends its replies itself
+            stop_ids, stop_texts = stop_ids_of(model.tokenizer, model.folder), turn_end(model.tokenizer).texts
+            writing = replace(writing, stop_ids=stop_ids, stop_texts=stop_texts)
+        return written_grade(writing, text_of)
     by_name = {judge.name: judge for judge in (YES_NO, PAIRWISE, EXPECTED_GRADE, REWARD_MODEL)}
     return by_name[settings.judge]
 

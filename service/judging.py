@@ -32,9 +32,10 @@ from client.schema import (
 from service.asking import Asker, Call, Judged, Meter
 from service.errors import ServiceError
 from service.judges import REWARD_TEMPLATE, YES_NO, Judge
-from service.prompt import JudgePrompt, PromptBuilder, Wanted
+from service.prompt import Wanted
 from service.scoring import Comparison, Judgement, OrderEffect, compare_pairwise, compare_pointwise
 from service.templates import Mode, Template, TemplateLibrary, from_inline
+from service.text_prompts import Prompt, Prompts
 from service.tracing import OFF, Tracing
 
 # Prompts rendered and tokenised in one go by one thread, or those of one request.
@@ -83,7 +84,7 @@ class Plan:
     template: str
     asked: Template | None
     mode: CompareMode
-    prompts: list[JudgePrompt]
+    prompts: list[Prompt]
     tokenize_seconds: float
 
 
@@ -113,7 +114,7 @@ class Judging:
     def __init__(
         self,
         provenance: Provenance,
-        prompts: PromptBuilder,
+        prompts: Prompts,
         templates: TemplateLibrary,
         asker: Asker,
         executor: Executor,
@@ -162,7 +163,7 @@ class Judging:
         with self._tracing.span("tokenize", requests=len(requests)) as span:
             plans = await self._plan_in_time(requests, call)
             prompts = [prompt for plan in plans if isinstance(plan, Plan) for prompt in plan.prompts]
-            span.set(prompts=len(prompts), tokens=sum(len(prompt.token_ids) for prompt in prompts))
+            span.set(prompts=len(prompts), tokens=sum(prompt.tokens for prompt in prompts))
         outcomes = iter(await self._asker.ask(prompts, call))
         return [
             plan if isinstance(plan, ServiceError) else _gathered(plan, list(islice(outcomes, len(plan.prompts))))
@@ -361,9 +362,9 @@ def _digest(*parts: object) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()[:_DIGITS]
 
 
-def _metered(built: Iterator[JudgePrompt | ServiceError], meter: Meter) -> Iterator[JudgePrompt | ServiceError]:
+def _metered(built: Iterator[Prompt | ServiceError], meter: Meter) -> Iterator[Prompt | ServiceError]:
     for prompt in built:
-        if isinstance(prompt, JudgePrompt):
+        if not isinstance(prompt, ServiceError):
             meter.add(prompt)
         yield prompt
 
@@ -415,7 +416,7 @@ def _wanted(request: AnyRequest, way: _Way) -> list[Wanted]:
 
 
 def _plan(
-    request: AnyRequest, way: _Way, built: Sequence[JudgePrompt | ServiceError], seconds: float
+    request: AnyRequest, way: _Way, built: Sequence[Prompt | ServiceError], seconds: float
 ) -> Plan | ServiceError:
     for shown, prompt in zip(_shown(request, way.mode), built, strict=True):
         if isinstance(prompt, ServiceError):
@@ -423,7 +424,9 @@ def _plan(
                 prompt.param = f"responses[{max(shown, key=lambda i: len(request.responses[i]))}]"
             return prompt
     name = REWARD_TEMPLATE if way.template is None else way.template.id
-    return Plan(name, way.template, way.mode, [prompt for prompt in built if isinstance(prompt, JudgePrompt)], seconds)
+    return Plan(
+        name, way.template, way.mode, [prompt for prompt in built if not isinstance(prompt, ServiceError)], seconds
+    )
 
 
 def _responses(request: AnyRequest) -> list[str]:

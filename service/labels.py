@@ -40,9 +40,7 @@ class LabelFinder:
         The prompt's last characters tell them, and that is cheap and cached; the whole prompt is asked where its last
         tokens are not those of its last characters taken alone.
         """
-        for side in sides:
-            if max(map(len, side.labels)) > _LONGEST:
-                raise _bad_label(f"a {side.name} label is over {_LONGEST} characters long, and must be one token")
+        check_lengths(sides)
         try:
             found = self._after(text[-_CONTEXT_CHARS:], guarded, sides)
             if tuple(ids[-len(found.after) :]) == found.after:
@@ -58,15 +56,23 @@ class LabelFinder:
             after = [self._codec.ids(text + label, guarded) for label in side.labels]
             for index, tokens in enumerate(after):
                 if tokens[:-1] != before:
-                    raise _bad_label(f"{side.name} label {index} {_why_not_one_token(before, tokens)}")
+                    raise bad_label(f"{side.name} label {index} {_why_not_one_token(before, tokens)}")
             ids.append(tuple(dict.fromkeys(tokens[-1] for tokens in after)))
         for first, second in combinations(range(len(sides)), 2):
             if not set(ids[first]).isdisjoint(ids[second]):
-                raise _bad_label(f"a {sides[first].name} label and a {sides[second].name} label are the same token")
+                raise bad_label(f"a {sides[first].name} label and a {sides[second].name} label are the same token")
         return LabelIds(tuple(before[-_CONTEXT_TOKENS:]), tuple(ids))
 
 
-def _bad_label(problem: str) -> ServiceError:
+def check_lengths(sides: Sequence[Side]) -> None:
+    """Raise ServiceError(BAD_LABEL) for a label that is too long to be one token anywhere."""
+    for side in sides:
+        if max(map(len, side.labels)) > _LONGEST:
+            raise bad_label(f"a {side.name} label is over {_LONGEST} characters long, and must be one token")
+
+
+def bad_label(problem: str) -> ServiceError:
+    """The error for a label that cannot be asked for."""
     return ServiceError(ErrorCode.BAD_LABEL, problem, param="template.labels")
 
 

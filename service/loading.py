@@ -39,11 +39,14 @@ WRITING_FACTOR = 8
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model before its weights are loaded: what the HTTP side has to know of it."""
+    """A model before its weights are loaded: what the HTTP side has to know of it.
+
+    `tokenizer` is None where a server tokenizes: its prompts are text.
+    """
 
     id: str
     fingerprint: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     max_tokens: int
     folder: Path | None = None
     note: str | None = None
@@ -149,12 +152,13 @@ def _load_engine(settings: CommonSettings, model: Model) -> Engine:
 
 
 def _load_fake(settings: FakeSettings, model: Model) -> Engine:
+    tokenizer = model.tokenizer or fake_tokenizer()
     return FakeEngine(
         task=settings.task,
         max_tokens=model.max_tokens,
         delay=settings.fake_delay,
         unparseable=settings.fake_unparseable,
-        encode=lambda text: model.tokenizer(text, add_special_tokens=False).input_ids,
+        encode=lambda text: tokenizer(text, add_special_tokens=False).input_ids,
         crash_token=settings.fake_crash_token,
         hang_token=settings.fake_hang_token,
     )

@@ -24,7 +24,16 @@ from service.codec import Codec
 from service.errors import ServiceError
 from service.labels import LabelFinder
 from service.templates import INLINE, REQUIRED_SLOTS, Side, Template, split_layout
-from service.truncation import CUT_MARK, MIN_KEPT_TOKENS, cut_roughly, cuttable, kept_behind, kept_evenly
+from service.truncation import (
+    CUT_MARK,
+    MIN_KEPT_TOKENS,
+    cut_roughly,
+    cuttable,
+    kept_behind,
+    kept_evenly,
+    template_too_long,
+    too_long,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +73,11 @@ class JudgePrompt:
     weights: tuple[float, ...]
     boundaries: tuple[int, ...]
     truncated: bool
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return len(self.token_ids)
 
     @property
     def yes_ids(self) -> tuple[int, ...]:
@@ -207,11 +221,7 @@ class PromptBuilder:
     def _inline_plan(self, template: Template) -> _Plan:
         own = [*split_layout(template.layout, template.mode)[::2], template.instruction]
         if sum(map(len, own)) > _HUGE * self.max_tokens and self._codec.fewest_tokens(own) > self.max_tokens:
-            raise ServiceError(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the template alone is longer than the {self.max_tokens} tokens that this model reads: shorten it",
-                param="template",
-            )
+            raise template_too_long(self.max_tokens)
         return self._plan(template)
 
     def _conversation_plan(self, prompt: str | Sequence[Message], answers: Sequence[str]) -> tuple[_Plan, list[str]]:
@@ -328,7 +338,7 @@ class PromptBuilder:
         which = cuttable(turns, len(texts), truncation)
         least = self._codec.fewest_tokens([text for index, text in enumerate(texts) if index not in which])
         if least > self.max_tokens:
-            raise self._too_long(turns, texts, f"at least {least}", truncation)
+            raise too_long(turns, texts, f"at least {least}", self.max_tokens, truncation)
         window = 2 * _HUGE * self.max_tokens
         return [cut_roughly(t, i < turns, window) if i in which else t for i, t in enumerate(texts)], True
 
@@ -336,7 +346,7 @@ class PromptBuilder:
         """Cut at token boundaries, then render and tokenise the shorter texts, until what comes out fits."""
         which = cuttable(plan.turns, len(texts), truncation)
         if not which:
-            raise self._too_long(plan.turns, texts, str(len(reading.ids)), truncation)
+            raise too_long(plan.turns, texts, str(len(reading.ids)), self.max_tokens, truncation)
         kept_of = kept_behind if truncation == "prompt_left" else kept_evenly
         tokens = [_token_range(reading, index) for index in which]
         lengths = [end - start for start, end in tokens]
@@ -345,7 +355,7 @@ class PromptBuilder:
             drop += excess
             kept = kept_of(lengths, drop)
             if any(keep < min(length, MIN_KEPT_TOKENS) for keep, length in zip(kept, lengths, strict=True)):
-                raise self._too_long(plan.turns, texts, str(len(reading.ids)), truncation)
+                raise too_long(plan.turns, texts, str(len(reading.ids)), self.max_tokens, truncation)
             cut = list(texts)
             for index, span, keep in zip(which, tokens, kept, strict=True):
                 if keep < span[1] - span[0]:
@@ -353,18 +363,6 @@ class PromptBuilder:
                     cut[index] = _cut(reading, texts[index], start, span, keep, left=index < plan.turns)
             shorter = self._read(plan, cut)
         return shorter
-
-    def _too_long(self, turns: int, texts: Sequence[str], tokens: str, truncation: Truncation) -> ServiceError:
-        advice = (
-            "shorten it, or allow truncation"
-            if truncation == "error"
-            else f"truncation {truncation} cannot cut enough: shorten the rest"
-        )
-        return ServiceError(
-            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-            f"the judge's prompt is {tokens} tokens long, and this model reads at most {self.max_tokens}: {advice}",
-            param="prompt" if sum(map(len, texts[:turns])) >= max(map(len, texts[turns:])) else "response",
-        )
 
 
 def _slices(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:

@@ -31,10 +31,15 @@ from service.engine.contract import (
     ClassifyItem,
     Executor,
     Generated,
+    GeneratedText,
     GenerateItem,
     LabelLogprobs,
     ScoreItem,
     Task,
+    TextGenerateItem,
+    TextItem,
+    TextScoreItem,
+    TokenItem,
 )
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
 
@@ -58,6 +63,9 @@ UNREADABLE_JOB: Final = "the worker cannot read this job: run the same version o
 # What marks jobs and replies of the other tasks; those that ask for labels have no mark.
 _CLASSIFY: Final[Task] = "classify"
 _GENERATE: Final[Task] = "generate"
+# The same of text, which has the queues of its model to itself.
+_TEXT_LABELS: Final = "text labels"
+_TEXT_GENERATE: Final = "text"
 LANES: Final = (Lane.INTERACTIVE, Lane.BULK)
 # Deliveries after which a job is given up: each one before ended with a lost worker.
 MAX_DELIVERIES: Final = 3
@@ -159,23 +167,32 @@ def by_stream(found: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, byt
 
 
 def encode_job(job: Job, api: str, offset: float = 0.0) -> bytes:
-    """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers.
+    """A job as its stream's entry: a short header in JSON, then the tokens as 32-bit integers, or the text as UTF-8.
 
-    `offset` makes Redis' time of the job's times (`RedisClock`). The header of a task other than labels ends with the
-    task, and what else it needs.
+    `offset` makes Redis' time of the job's times (`RedisClock`). The header of a task other than labels, or of text,
+    ends with the task, and what else it needs.
     """
     item = job.item
     labels = item.label_ids if isinstance(item, ScoreItem) else ()
     times = (job.deadline + offset, job.submitted + offset)
-    header = [job.id, api, *times, labels, item.boundaries, job.traceparent, *_task(item)]
+    boundaries = () if isinstance(item, TextItem) else item.boundaries
+    body = item.text.encode() if isinstance(item, TextItem) else array("I", item.token_ids).tobytes()
+    header = [job.id, api, *times, labels, boundaries, job.traceparent, *_task(item)]
     head = json.dumps(header, separators=(",", ":")).encode()
-    return len(head).to_bytes(4, "little") + head + array("I", item.token_ids).tobytes()
+    return len(head).to_bytes(4, "little") + head + body
 
 
 def _task(item: AnyItem) -> list[Any]:
-    if isinstance(item, GenerateItem):
-        return [_GENERATE, item.max_new_tokens, item.stop_ids, item.temperature, item.seed]
-    return [_CLASSIFY] if isinstance(item, ClassifyItem) else []
+    match item:
+        case GenerateItem():
+            return [_GENERATE, item.max_new_tokens, item.stop_ids, item.temperature, item.seed]
+        case ClassifyItem():
+            return [_CLASSIFY]
+        case TextScoreItem():
+            return [_TEXT_LABELS, item.labels]
+        case TextGenerateItem():
+            return [_TEXT_GENERATE, item.max_new_tokens, item.temperature, item.seed]
+    return []
 
 
 class UnreadableJobError(ValueError):
@@ -201,36 +218,50 @@ def decode_job(payload: bytes, lane: Lane, attempt: int, offset: float = 0.0) ->
 
 def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, str]:
     end = 4 + int.from_bytes(payload[:4], "little")
-    if not 4 < end < len(payload) or (len(payload) - end) % _TOKEN_BYTES:
+    if not 4 < end < len(payload):
         raise ValueError("its lengths do not fit")
     header = strict_json.parse(payload[4:end])
     if not isinstance(header, list) or len(header) < _HEADER_FIELDS:
         raise ValueError("its header has other fields")
     job_id, api, deadline, submitted, labels, boundaries, traceparent, *task = header
-    tokens = array("I")
-    tokens.frombytes(payload[end:])
-    item = _item(tuple(tokens), strict_json.ids(labels), strict_json.ids(boundaries, len(tokens)), task)
+    item = _text_item(payload[end:], task) or _token_item(payload[end:], labels, boundaries, task)
     if not isinstance(traceparent, str | None):
         raise ValueError("its trace context is no text")
     times = strict_json.number(deadline, 0, _LATEST) - offset, strict_json.number(submitted, 0, _LATEST) - offset
     return Job(_name(job_id), item, *times, lane, attempt, traceparent), _name(api)
 
 
-def _item(tokens: tuple[int, ...], labels: tuple[int, ...], boundaries: tuple[int, ...], task: list[Any]) -> AnyItem:
+def _text_item(text: bytes, task: list[Any]) -> TextItem | None:
+    """The item where it is one of text."""
     match task:
-        case [] if labels:
-            return ScoreItem(tokens, labels, boundaries)
+        case ["text labels", [_, *_] as labels] if all(isinstance(label, str) and label for label in labels):
+            return TextScoreItem(text.decode(), tuple(labels))
+        case ["text", limit, temperature, seed]:
+            return TextGenerateItem(text.decode(), _limit(limit), *_draws(temperature, seed))
+    return None
+
+
+def _token_item(body: bytes, labels: Any, boundaries: Any, task: list[Any]) -> TokenItem:
+    if len(body) % _TOKEN_BYTES:
+        raise ValueError("its lengths do not fit")
+    tokens = tuple(array("I", body))
+    label_ids, places = strict_json.ids(labels), strict_json.ids(boundaries, len(tokens))
+    match task:
+        case [] if label_ids:
+            return ScoreItem(tokens, label_ids, places)
         case ["classify"]:
-            return ClassifyItem(tokens, boundaries)
+            return ClassifyItem(tokens, places)
         case ["generate", limit, stop, temperature, seed]:
-            limits = (
-                strict_json.integer(limit, 1, strict_json.LARGEST_ID),
-                strict_json.ids(stop),
-                strict_json.number(temperature, 0),
-                strict_json.integer(seed, 0, _LAST_SEED),
-            )
-            return GenerateItem(tokens, *limits, boundaries)
+            return GenerateItem(tokens, _limit(limit), strict_json.ids(stop), *_draws(temperature, seed), places)
     raise ValueError("its task is not known here")
+
+
+def _limit(value: Any) -> int:
+    return strict_json.integer(value, 1, strict_json.LARGEST_ID)
+
+
+def _draws(temperature: Any, seed: Any) -> tuple[float, int]:
+    return strict_json.number(temperature, 0), strict_json.integer(seed, 0, _LAST_SEED)
 
 
 def _name(value: Any) -> str:
@@ -256,6 +287,8 @@ def _plain_outcome(outcome: AnyAnswer | JobFailure) -> list[Any]:
             return [_CLASSIFY, logit, cached]
         case Generated(token_ids, ended, cached):
             return [_GENERATE, token_ids, ended, cached]
+        case GeneratedText(text, ended, new_tokens, cached):
+            return [_TEXT_GENERATE, text, ended, new_tokens, cached]
         case JobFailure(code, message):
             return [code, message]
 
@@ -290,6 +323,8 @@ def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
             return Classified(strict_json.number(logit), _id(cached))
         case ["generate", token_ids, ended, cached]:
             return Generated(strict_json.ids(token_ids), bool(ended), _id(cached))
+        case ["text", str(text), bool(ended), new_tokens, cached]:
+            return GeneratedText(text, ended, _id(new_tokens), _id(cached))
         case [str(code), str(message)]:
             known = ErrorCode(code) if code in _CODES else ErrorCode.INFERENCE_FAILED
             return JobFailure(known, message.encode("utf-8", "replace").decode())

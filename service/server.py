@@ -42,6 +42,7 @@ from service.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
 from service.stopping import Stop
 from service.templates import TemplateLibrary
+from service.text_prompts import Prompts, TextPrompts
 from service.tracing import OFF, Tracing
 from service.tracing import start as start_tracing
 from service.worker import STALLED_STATUS, Worker
@@ -141,7 +142,7 @@ def compose(
     return Service(judging, queue, metrics, info, limits, hosts, keys, tracing=tracing)
 
 
-def _prompts(settings: Settings, model: Model) -> PromptBuilder:
+def _prompts(settings: Settings, model: Model) -> Prompts:
     """The model's prompts, which leave room for what the judge writes. Raises ValueError where there is none."""
     longest = model.max_tokens - (settings.self_reward_tokens if settings.task == "generate" else 0)
     if longest < 1:
@@ -152,12 +153,14 @@ def _prompts(settings: Settings, model: Model) -> PromptBuilder:
     return _builder(settings, model, longest, settings.chat_date)
 
 
-def _builder(settings: Settings, model: Model, longest: int, chat_date: date | None) -> PromptBuilder:
+def _builder(settings: Settings, model: Model, longest: int, chat_date: date | None) -> Prompts:
+    if model.tokenizer is None:
+        return TextPrompts(longest)
     conversation = ConversationFrame(model.tokenizer, chat_date) if settings.task == "classify" else None
     return PromptBuilder(model.tokenizer, longest, conversation, chat_date)
 
 
-def _fingerprint(settings: Settings, model: Model, prompts: PromptBuilder) -> str:
+def _fingerprint(settings: Settings, model: Model, prompts: Prompts) -> str:
     """The model's, and where a date of the service's own changes what its chat template writes, that too.
 
     Results of other prompts must not be taken for the same judge's. Workers get tokens: their queue needs none of it.
@@ -168,7 +171,7 @@ def _fingerprint(settings: Settings, model: Model, prompts: PromptBuilder) -> st
     return f"{model.fingerprint}-{sha256(prompts.chat_text.encode()).hexdigest()[:8]}"
 
 
-def check_templates(prompts: PromptBuilder, templates: TemplateLibrary, judge: Judge) -> None:
+def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) -> None:
     """Refuse to start when the default template does not fit the model; name in the log others that do not."""
     mode = judge.modes[judge.own_mode]
     prompts.check(None if mode is None else templates.default(mode))

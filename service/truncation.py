@@ -1,11 +1,14 @@
-"""What is cut from a judge's prompt that is too long, in numbers: which texts, how much of each, and where."""
+"""What is cut from a judge's prompt that is too long, in numbers: which texts, how much of each, and where; and how the
+rest is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
 
+from client.errors import ErrorCode
 from client.schema import Truncation
+from service.errors import ServiceError
 
 CUT_MARK: Final = " [...] "
 """Stands where the middle of a response was cut out."""
@@ -47,3 +50,26 @@ def cut_roughly(text: str, left: bool, window: int) -> str:
     if len(text) <= window:
         return text
     return text[-window:] if left else text[: window // 2] + CUT_MARK + text[-window // 2 :]
+
+
+def too_long(turns: int, texts: Sequence[str], tokens: str, most: int, truncation: Truncation) -> ServiceError:
+    """The error for a prompt of so many `tokens`, where `most` are read and it may not be cut, or not far enough."""
+    advice = (
+        "shorten it, or allow truncation"
+        if truncation == "error"
+        else f"truncation {truncation} cannot cut enough: shorten the rest"
+    )
+    return ServiceError(
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        f"the judge's prompt is {tokens} tokens long, and this model reads at most {most}: {advice}",
+        param="prompt" if sum(map(len, texts[:turns])) >= max(map(len, texts[turns:])) else "response",
+    )
+
+
+def template_too_long(most: int) -> ServiceError:
+    """The error for a template that leaves no room for texts."""
+    return ServiceError(
+        ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+        f"the template alone is longer than the {most} tokens that this model reads: shorten it",
+        param="template",
+    )

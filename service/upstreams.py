@@ -1,46 +1,46 @@
-"""From settings to the upstream engine: which model its server has, in whose tokens prompts are written, a probe."""
+"""From settings to the upstream engine: which model its server has, whether it gets tokens or text, a probe."""
 
 from __future__ import annotations
 
 import json
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from client.errors import ErrorCode
 from service import models
 from service.codec import load_tokenizer
-from service.engine.contract import GenerateItem, ScoreItem, Task
-from service.engine.upstream.dialects import Chat, Completions, Question
+from service.engine.contract import AnyItem, Engine, Task
+from service.engine.upstream.dialects import Chat, Completions, Dialect, Generate, Question, Score
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import Access, Served, find_served
-from service.engine.upstream.text import digest, text_tokenizer
 from service.errors import ServiceError
+from service.judges import LabelReader, TextReader, Writing
 from service.loading import Model, context_length
 from service.prompt import PromptBuilder
 from service.settings import UpstreamKey, UpstreamSettings
-from service.templates import REQUIRED_SLOTS, TemplateLibrary
+from service.templates import TemplateLibrary
+from service.text_prompts import Prompts, TextPrompts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Tokens of ours to one of a server's at most, near enough: what is too long below that, the server says.
-TEXT_TOKENS: Final = 8
+# A text's tokens are estimated, and this many times a server's own at most, near enough (long words, indented code):
+# what is too long below that, the server says.
+ESTIMATE_FACTOR: Final = 2
 # For servers that do not say how long a prompt they read.
-TEXT_MAX_TOKENS: Final = 131_072 * TEXT_TOKENS
+ASSUMED_MAX_TOKENS: Final = 131_072
 PROBE_TOKENS: Final = 16
 
 
 def find_upstream(settings: UpstreamSettings) -> Model:
     """What the HTTP side has to know of the server's model.
 
-    Raises ValueError where a setting is missing, UpstreamError where the server cannot be asked or has another model.
+    Raises ValueError where a setting is missing or the judge needs another engine, UpstreamError where the server
+    cannot be asked or has another model.
     """
+    if settings.task == "classify":
+        raise ValueError("--judge reward-model needs an engine that runs a classification head: torch or vllm")
     served = find_served(_access(settings), settings.upstream_model)
     if _api(settings) == "chat":
-        longest = TEXT_TOKENS * served.max_tokens if served.max_tokens else TEXT_MAX_TOKENS
-        max_tokens = settings.max_tokens or longest
-        tokenizer: PreTrainedTokenizerBase = text_tokenizer(_labels(settings), max_tokens)
-        return Model(served.id, _fingerprint(settings, served, digest(tokenizer)), tokenizer, max_tokens)
+        longest = ESTIMATE_FACTOR * (served.max_tokens or ASSUMED_MAX_TOKENS)
+        return Model(served.id, _fingerprint(settings, served, "text"), None, settings.max_tokens or longest)
     if settings.model is None:
         raise ValueError("--upstream-api completions needs --model: the folder or hub id of the model's tokenizer")
     files = models.resolve(settings.model)
@@ -51,15 +51,18 @@ def find_upstream(settings: UpstreamSettings) -> Model:
     return Model(served.id, fingerprint, tokenizer, max_tokens, files.path, files.note)
 
 
-def load_upstream(settings: UpstreamSettings, model: Model) -> UpstreamEngine:
-    """The engine, after one judgement that shows that the server answers. Raises UpstreamError, ValueError."""
-    if settings.task == "classify":
-        raise ValueError("--judge reward-model needs an engine that runs a classification head: torch or vllm")
-    access = _access(settings)
+def load_upstream(settings: UpstreamSettings, model: Model) -> Engine:
+    """The engine, after one judgement that shows that the server answers. Raises UpstreamError."""
     question = Question(model=model.id, top=settings.upstream_top_logprobs, extra=settings.upstream_body)
-    dialect = (Chat if _api(settings) == "chat" else Completions)(question, model.tokenizer)
+    if model.tokenizer is None:
+        return _started(settings, model, Chat(question), TextPrompts(model.max_tokens))
+    prompts = PromptBuilder(model.tokenizer, model.max_tokens)
+    return _started(settings, model, Completions(question, model.tokenizer), prompts)
+
+
+def _started(settings: UpstreamSettings, model: Model, dialect: Dialect[Score, Generate], prompts: Prompts) -> Engine:
     engine = UpstreamEngine(
-        access,
+        _access(settings),
         dialect,
         max_tokens=model.max_tokens,
         task=settings.task,
@@ -67,7 +70,7 @@ def load_upstream(settings: UpstreamSettings, model: Model) -> UpstreamEngine:
         floor=settings.floor,
     )
     try:
-        engine.probe(_probe(model, settings.task))
+        engine.probe(_probe(prompts, settings.task))
     except BaseException:
         engine.close()
         raise
@@ -88,13 +91,8 @@ def _api(settings: UpstreamSettings) -> Literal["completions", "chat"]:
     return "completions" if settings.model is not None else "chat"
 
 
-def _labels(settings: UpstreamSettings) -> set[str]:
-    templates = TemplateLibrary.load("chat", settings.template_file, tuple(REQUIRED_SLOTS)).all()
-    return {label for template in templates for side in template.labels for label in side.labels}
-
-
-def _fingerprint(settings: UpstreamSettings, served: Served, tokenizer: str) -> str:
-    """All that the numbers, and the meaning of the ids, depend on: queues and caches of others must not mix with it."""
+def _fingerprint(settings: UpstreamSettings, served: Served, sent: str) -> str:
+    """All that the numbers depend on, `sent` being the tokenizer's files or text: queues and caches must not mix."""
     parts = [
         settings.upstream_url,
         served.id,
@@ -102,18 +100,16 @@ def _fingerprint(settings: UpstreamSettings, served: Served, tokenizer: str) -> 
         settings.upstream_top_logprobs,
         settings.upstream_body,
         settings.floor,
-        tokenizer,
+        sent,
     ]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _probe(model: Model, task: Task) -> ScoreItem | GenerateItem:
-    prompts = PromptBuilder(model.tokenizer, model.max_tokens)
+def _probe(prompts: Prompts, task: Task) -> AnyItem:
     template = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw").default("pointwise")
+    reader = TextReader(Writing(1, PROBE_TOKENS), prompts.text_of) if task == "generate" else LabelReader()
     try:
-        prompt = prompts.build(template, "What is 2+2?", ["4"], "error")
+        (item,) = reader.items(prompts.build(template, "What is 2+2?", ["4"], "error"))
     except ServiceError as exc:
         raise ServiceError(ErrorCode.NOT_READY, f"no probe can be built for this model: {exc.message}") from exc
-    if task == "generate":
-        return GenerateItem(prompt.token_ids, PROBE_TOKENS, ())
-    return ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries)
+    return item

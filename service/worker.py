@@ -24,7 +24,7 @@ from client.program import leave
 from service import cli, stopping
 from service.background import start_thread
 from service.batcher import Batcher, split_expired
-from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs
+from service.engine.contract import AnyAnswer, Classified, Engine, ItemFailure, LabelLogprobs, prompt_tokens
 from service.engine.remote_core import EngineLostError, RemoteCore
 from service.hosts import AllowedHosts, answering_known_hosts, is_loopback
 from service.jobs import Job, JobFailure, JobSource, Reply, WorkerInfo
@@ -132,7 +132,7 @@ class Worker:
                 finally:
                     self._rests.set()
             took = self._clock() - started
-            self._metrics.batch([len(job.item.token_ids) for job in live], took)
+            self._metrics.batch([prompt_tokens(job.item) for job in live], took)
             replies = [
                 Reply(job.id, outcome, _waited(job, started), took, self._info.variant)
                 for job, outcome in zip(live, outcomes, strict=True)

@@ -22,8 +22,17 @@ from structlog.testing import capture_logs
 
 from client.errors import ErrorCode
 from service.asking import Asker, Call, Scores
-from service.cache import REDIS_LIMIT, REDIS_PAUSE, MemoryCache, RedisCache, ScoreCache, cache_key, redis_cache
-from service.engine.contract import Classified, LabelLogprobs, ScoreItem
+from service.cache import (
+    REDIS_LIMIT,
+    REDIS_PAUSE,
+    MemoryCache,
+    RedisCache,
+    ScoreCache,
+    item_key,
+    redis_cache,
+    variant_key,
+)
+from service.engine.contract import Classified, LabelLogprobs, ScoreItem, TextScoreItem
 from service.engine.fake import FakeEngine
 from service.jobs import JobFailure, Reply, WorkerInfo
 from service.memory_jobs import MemoryJobs
@@ -61,7 +70,7 @@ def cache(request: pytest.FixtureRequest, shared: RedisCache) -> ScoreCache:
 
 
 def key(number: int) -> bytes:
-    return cache_key("model", [number], (1, 2))
+    return variant_key("model", item_key(ScoreItem([number], (1, 2))))
 
 
 async def held(cache: ScoreCache, count: int) -> list[int]:
@@ -139,18 +148,23 @@ async def test_memory_forgets_what_was_used_least_recently() -> None:
 
 def test_a_key_tells_all_parts_apart() -> None:
     """Variant, tokens, labels and their order each make another key, and no part runs into the next."""
-    keys = {
-        cache_key("a", (1, 2), (3, 4)),
-        cache_key("b", (1, 2), (3, 4)),
-        cache_key("a", (1, 2), (4, 3)),
-        cache_key("a", (2, 1), (3, 4)),
-        cache_key("a", (4, 1, 2), (3,)),
-        cache_key("a", (2,), (3, 4, 1)),
-    }
+    items = [
+        ScoreItem((1, 2), (3, 4)),
+        ScoreItem((1, 2), (4, 3)),
+        ScoreItem((2, 1), (3, 4)),
+        ScoreItem((4, 1, 2), (3,)),
+        ScoreItem((2,), (3, 4, 1)),
+        TextScoreItem("1 2", ("3", "4")),
+        TextScoreItem("1 2", ("4", "3")),
+        TextScoreItem("1 23", ("4",)),
+        TextScoreItem("1 2", ("34",)),
+    ]
 
-    assert len(keys) == 6
+    keys = {variant_key(variant, item_key(item)) for item in items for variant in "ab"}
+
+    assert len(keys) == 2 * len(items)
     assert {len(each) for each in keys} == {16}
-    assert cache_key("a", [1, 2], [3, 4]) in keys
+    assert variant_key("a", item_key(ScoreItem([1, 2], (3, 4)))) in keys
 
 
 async def test_redis_lets_answers_expire(server: RedisServer) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fleet import Fleet
 from tests.live import wait_for
+from tests.openai_server import Reply, openai_server
 from tests.redis_server import RedisServer, running_redis
 
 ASKED = {"prompt": "What is 2+2?", "response": "4"}
@@ -50,3 +51,34 @@ def test_texts_and_rewards_come_over_redis(server: RedisServer, tmp_path: Path) 
 
         assert answer.status_code == 200
         assert answer.json()["template"] in {"self-reward-rubric@1", "reward-model@1"}
+
+
+def test_prompts_for_another_server_come_over_redis_as_text(server: RedisServer, tmp_path: Path) -> None:
+    """What the worker sends is the prompt that the API wrote, labels and replies both ways."""
+    text = {"format": "chat", "layout": "{prompt} 日本 {response}", "labels": {"yes": ["Gut"], "no": ["Schlecht"]}}
+    with openai_server(words=lambda _: [("Gut", -0.5), ("Schlecht", -1.0), ("Yes", -2.0), ("No", -3.0)]) as upstream:
+        flags = ["--engine", "upstream", "--upstream-url", upstream.url, "--queue-url", server.url]
+        with Fleet(tmp_path, *flags) as fleet:
+            api = fleet.api()
+            fleet.worker()
+            fleet.wait_ready()
+            answer = httpx.post(f"{api.url}/score", json={**ASKED, "template": text}, timeout=30)
+
+    assert answer.json()["log_odds"] == pytest.approx(0.5)
+    (message,) = upstream.asked[-1].body["messages"]
+    assert message["content"] == "What is 2+2? 日本 4"
+
+
+def test_replies_of_another_server_come_over_redis_as_text(server: RedisServer, tmp_path: Path) -> None:
+    """The grade is read by the API from the text that the server wrote."""
+    reply = Reply(body={"choices": [{"message": {"content": "Fine.\nScore: 4"}, "finish_reason": "stop"}]})
+    with openai_server() as upstream:
+        upstream.always = lambda seen: reply if seen.body else None
+        flags = ["--engine", "upstream", "--upstream-url", upstream.url, "--queue-url", server.url]
+        with Fleet(tmp_path, *flags, "--judge", "self-reward", "--self-reward-mode", "parsed") as fleet:
+            api = fleet.api()
+            fleet.worker()
+            fleet.wait_ready()
+            answer = httpx.post(f"{api.url}/score", json=ASKED, timeout=30)
+
+    assert answer.json()["grade"] == 4.0

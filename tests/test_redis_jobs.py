@@ -16,9 +16,12 @@ from service.engine.contract import (
     Classified,
     ClassifyItem,
     Generated,
+    GeneratedText,
     GenerateItem,
     LabelLogprobs,
     ScoreItem,
+    TextGenerateItem,
+    TextScoreItem,
 )
 from service.errors import ServiceError
 from service.jobs import Job, JobFailure, Lane, Reply, WorkerInfo
@@ -93,6 +96,8 @@ ITEMS = [
     ClassifyItem((0, 5, 2**32 - 1), (1, 2)),
     GenerateItem((0, 5, 2**32 - 1), 256, (2, 7), 0.7, 2**63 - 1, (1, 2)),
     GenerateItem((5,), 8, ()),
+    TextScoreItem("2+2? 日本\n<|im_end|>", ("Yes", " No")),
+    TextGenerateItem("🙂", 256, 0.7, 2**63 - 1),
 ]
 
 
@@ -113,6 +118,7 @@ def test_replies_come_back_to_the_bit() -> None:
         Reply("d", Classified(-1e-17, 40), 0.1, 0.2),
         Reply("e", Generated((5, 70_000), True, 40), 0.1, 0.2),
         Reply("f", Generated((), False)),
+        Reply("g", GeneratedText("Score: 4 🙂\n", True, 5, 40), 0.1, 0.2),
     ]
 
     assert decode_replies(encode_replies(replies)) == replies

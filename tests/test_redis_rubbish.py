@@ -80,6 +80,14 @@ RUBBISH = {
     "a text without end": entry([*HEADER, "generate", 2**70, [], 0.0, 0]),
     "a temperature that is no number": entry([*HEADER, "generate", 8, [], math.nan, 0]),
     "a seed that is too large": entry([*HEADER, "generate", 8, [], 0.0, 2**64]),
+    "a text in no code": entry([*HEADER, "text", 8, 0.0, 0], b"\xff\xfe"),
+    "a text that is empty": entry([*HEADER, "text", 8, 0.0, 0], b""),
+    "a text to be answered at no length": entry([*HEADER, "text", 0, 0.0, 0]),
+    "a text without a seed": entry([*HEADER, "text", 8, 0.0]),
+    "a text with no labels": entry([*HEADER, "text labels", []]),
+    "a text with labels that are ids": entry([*HEADER, "text labels", [1, 2]]),
+    "a text with a label that is empty": entry([*HEADER, "text labels", ["Yes", ""]]),
+    "a text with one label for a list": entry([*HEADER, "text labels", "Yes"]),
 }
 
 

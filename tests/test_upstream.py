@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,24 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
-from transformers import PreTrainedTokenizerFast
 
 from client.errors import ErrorCode
 from service.engine.contract import (
+    AnyItem,
+    Engine,
     Generated,
-    GenerateEngine,
+    GeneratedText,
     GenerateItem,
     ItemFailure,
-    LabelEngine,
     LabelLogprobs,
     ScoreItem,
+    Task,
+    TextGenerateItem,
+    TextScoreItem,
 )
 from service.engine.upstream.dialects import Chat, Completions, Question
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import Access, UpstreamError, base_url, find_served
-from service.engine.upstream.text import text_tokenizer
 from tests.openai_server import MODEL, Reply, Seen, Style, Upstream, columns_answer, error, ids_answer, openai_server
 from tests.tiny import tiny_tokenizer
 
@@ -53,12 +55,6 @@ def words(message: str) -> list[tuple[str, float]]:
     return [(word, -rng.uniform(0.1, 9)) for word in ("Yes", "No", " Yes", "Well", "The")]
 
 
-@pytest.fixture(scope="module")
-def text() -> PreTrainedTokenizerFast:
-    """The tokenizer of the chat API."""
-    return text_tokenizer([], 4096)
-
-
 @contextmanager
 def completions(upstream: Upstream, **options: Any) -> Iterator[UpstreamEngine]:
     """An engine that sends ids."""
@@ -67,9 +63,9 @@ def completions(upstream: Upstream, **options: Any) -> Iterator[UpstreamEngine]:
 
 
 @contextmanager
-def chat(upstream: Upstream, text: PreTrainedTokenizerFast, **options: Any) -> Iterator[UpstreamEngine]:
+def chat(upstream: Upstream, **options: Any) -> Iterator[UpstreamEngine]:
     """An engine that sends text."""
-    with _engine(upstream, Chat(Question(model=MODEL), text), **options) as engine:
+    with _engine(upstream, Chat(Question(model=MODEL)), **options) as engine:
         yield engine
 
 
@@ -91,10 +87,9 @@ def item(*token_ids: int) -> ScoreItem:
     return ScoreItem(token_ids or (1, 2, 3), (YES, NO))
 
 
-def message(text: PreTrainedTokenizerFast, content: str, *labels: str) -> ScoreItem:
+def message(content: str, *labels: str) -> TextScoreItem:
     """A chat message that asks for these labels, else for Yes and No."""
-    encode: Callable[[str], list[int]] = lambda part: text.backend_tokenizer.encode(part, add_special_tokens=False).ids  # noqa: E731
-    return ScoreItem([*encode(content), 0], tuple(encode(label)[0] for label in labels or ("Yes", "No")))
+    return TextScoreItem(content, labels or ("Yes", "No"))
 
 
 def failed(answer: object) -> ErrorCode | None:
@@ -102,14 +97,36 @@ def failed(answer: object) -> ErrorCode | None:
     return answer.code if isinstance(answer, ItemFailure) else None
 
 
-def test_it_is_an_engine(text: PreTrainedTokenizerFast) -> None:
-    """The service can use it wherever it uses another."""
-    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
-        labels: LabelEngine = engine
-        texts: GenerateEngine = engine
+@pytest.mark.parametrize("task", ["labels", "generate"])
+def test_it_is_an_engine(task: Task) -> None:
+    """The service can use it wherever it uses another, for the task that it was made for."""
+    with openai_server(words=words) as upstream, chat(upstream, task=task) as engine:
+        used: Engine = engine
 
-        assert labels.name == "upstream"
-        assert texts.tasks == {"labels", "generate"}
+        assert (used.info.engine, used.info.task) == ("upstream", task)
+
+
+@pytest.mark.parametrize(
+    ("api", "task", "asked"),
+    [
+        (completions, "labels", GenerateItem((5, 6), 4, (2,))),
+        (completions, "labels", TextScoreItem("Hi", ("Yes", "No"))),
+        (completions, "generate", TextGenerateItem("Hi", 4)),
+        (chat, "labels", ScoreItem((1, 2), (YES, NO))),
+        (chat, "labels", TextGenerateItem("Hi", 4)),
+        (chat, "generate", GenerateItem((5, 6), 4, (2,))),
+    ],
+)
+def test_an_item_of_another_kind_is_refused(api: Any, task: Task, asked: AnyItem) -> None:
+    """Text where tokens are sent, tokens where text is, or another task: before anything is sent."""
+    with (
+        openai_server(ids=spread, words=words) as upstream,
+        api(upstream, task=task) as engine,
+        pytest.raises(ValueError, match="loaded for one task"),
+    ):
+        engine.run([asked])
+
+    assert not upstream.seen
 
 
 @pytest.mark.parametrize("style", ["vllm", "llamacpp"])
@@ -162,10 +179,10 @@ def test_a_strict_server_is_asked_without_extensions() -> None:
     assert "logprob_token_ids" not in upstream.asked[-1].body
 
 
-def test_chat_finds_labels_by_their_spelling(text: PreTrainedTokenizerFast) -> None:
+def test_chat_finds_labels_by_their_spelling() -> None:
     """Both spellings of Yes count for it, and the message arrives as it was written."""
-    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
-        (answer,) = engine.run([message(text, "Is 2+2=4?\n\tgrüße 好")])
+    with openai_server(words=words) as upstream, chat(upstream) as engine:
+        (answer,) = engine.run([message("Is 2+2=4?\n\tgrüße 好")])
 
     said = dict(words("Is 2+2=4?\n\tgrüße 好"))
     assert isinstance(answer, LabelLogprobs)
@@ -174,26 +191,25 @@ def test_chat_finds_labels_by_their_spelling(text: PreTrainedTokenizerFast) -> N
     assert upstream.asked[0].body["messages"] == [{"role": "user", "content": "Is 2+2=4?\n\tgrüße 好"}]
 
 
-def test_chat_says_whether_a_label_was_likeliest(text: PreTrainedTokenizerFast) -> None:
-    """By the label's own id, else by one that is no label's."""
+def test_chat_says_whether_a_label_was_likeliest() -> None:
+    """By the label's place, else by one that no label has."""
     served = openai_server(words=lambda m: [("Yes", -1.0), ("No", -2.0), (m, -1.5 if m == "b" else -0.5)])
-    items = [message(text, "a"), message(text, "b")]
-    with served as upstream, chat(upstream, text) as engine:
+    items = [message("a"), message("b")]
+    with served as upstream, chat(upstream) as engine:
         other, yes = engine.run(items)
 
     assert isinstance(other, LabelLogprobs)
     assert isinstance(yes, LabelLogprobs)
-    assert other.argmax_id not in items[0].label_ids
-    assert yes.argmax_id == items[1].label_ids[0]
+    assert (other.argmax_id, yes.argmax_id) == (2, 0)
 
 
-def test_newer_models_get_the_newer_name_of_the_limit(text: PreTrainedTokenizerFast) -> None:
+def test_newer_models_get_the_newer_name_of_the_limit() -> None:
     """OpenAI's refuse `max_tokens` and name what they want instead."""
     refusal = error(400, "Unsupported parameter: use 'max_completion_tokens' instead.", param="max_tokens")
-    with openai_server(words=words) as upstream, chat(upstream, text) as engine:
+    with openai_server(words=words) as upstream, chat(upstream) as engine:
         upstream.always = lambda seen: refusal if "max_tokens" in seen.body else None
-        engine.probe(message(text, "probe"))
-        (answer,) = engine.run([message(text, "x")])
+        engine.probe(message("probe"))
+        (answer,) = engine.run([message("x")])
 
     assert failed(answer) is None
     assert upstream.asked[-1].body["max_completion_tokens"] == 1
@@ -210,11 +226,11 @@ def test_answers_keep_their_order_under_concurrency() -> None:
     assert [a.logprobs for a in answers if isinstance(a, LabelLogprobs)] == [(e[YES], e[NO]) for e in expected]
 
 
-def test_a_missing_label_is_an_error_of_its_item(text: PreTrainedTokenizerFast) -> None:
+def test_a_missing_label_is_an_error_of_its_item() -> None:
     """Its neighbours have their numbers."""
     replies = {"full": [("Yes", -1.0), ("No", -2.0)], "half": [("Yes", -1.0), ("Maybe", -2.0)]}
-    with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text) as engine:
-        full, half = engine.run([message(text, "full"), message(text, "half")])
+    with openai_server(words=replies.__getitem__) as upstream, chat(upstream) as engine:
+        full, half = engine.run([message("full"), message("half")])
 
     assert isinstance(full, LabelLogprobs)
     assert isinstance(half, ItemFailure)
@@ -222,15 +238,15 @@ def test_a_missing_label_is_an_error_of_its_item(text: PreTrainedTokenizerFast) 
     assert half.message.startswith("label 2 of 2 is not among the 2 tokens")
 
 
-def test_a_floor_stands_in_for_a_missing_label_and_says_so(text: PreTrainedTokenizerFast) -> None:
+def test_a_floor_stands_in_for_a_missing_label_and_says_so() -> None:
     """It is never above the least likely token that was returned; without any label it is no help."""
     replies = {
         "half": [("Yes", -1.0), ("Maybe", -2.0)],
         "deep": [("Yes", -1.0), ("Maybe", -30.0)],
         "none": [("Maybe", -1.0)],
     }
-    with openai_server(words=replies.__getitem__) as upstream, chat(upstream, text, floor=-20.0) as engine:
-        half, deep, none = engine.run([message(text, content) for content in replies])
+    with openai_server(words=replies.__getitem__) as upstream, chat(upstream, floor=-20.0) as engine:
+        half, deep, none = engine.run([message(content) for content in replies])
 
     assert isinstance(half, LabelLogprobs)
     assert (half.logprobs, half.floored) == ((-1.0, -20.0), True)
@@ -239,19 +255,19 @@ def test_a_floor_stands_in_for_a_missing_label_and_says_so(text: PreTrainedToken
     assert failed(none) is ErrorCode.LABEL_NOT_RETURNED
 
 
-def test_a_list_that_was_left_out_is_no_reason_for_a_floor(text: PreTrainedTokenizerFast) -> None:
+def test_a_list_that_was_left_out_is_no_reason_for_a_floor() -> None:
     """vLLM does so beside requests for exact ids: the label may be likely all the same; the error is a passing one."""
     served = openai_server(words=lambda _: [("Yes", -0.7), ("<|endoftext|>", -9999.0)])
-    with served as upstream, chat(upstream, text, floor=-20.0) as engine:
-        (answer,) = engine.run([message(text, "x")])
+    with served as upstream, chat(upstream, floor=-20.0) as engine:
+        (answer,) = engine.run([message("x")])
 
     assert failed(answer) is ErrorCode.INFERENCE_FAILED
 
 
-def test_an_answer_without_a_missing_label_is_not_floored(text: PreTrainedTokenizerFast) -> None:
+def test_an_answer_without_a_missing_label_is_not_floored() -> None:
     """A floor changes nothing where nothing is missing."""
-    with openai_server(words=words) as upstream, chat(upstream, text, floor=-1.0) as engine:
-        (answer,) = engine.run([message(text, "x")])
+    with openai_server(words=words) as upstream, chat(upstream, floor=-1.0) as engine:
+        (answer,) = engine.run([message("x")])
 
     assert isinstance(answer, LabelLogprobs)
     assert not answer.floored
@@ -513,16 +529,34 @@ def test_an_unreadable_answer_is_an_error_of_its_item() -> None:
     assert failed(bad) is ErrorCode.INFERENCE_FAILED
 
 
-def test_an_item_outside_the_contract_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (ScoreItem(range(1001), (YES, NO)), "1001"),
+        (ScoreItem((), (YES, NO)), "has 0"),
+        (ScoreItem((1, 2), ()), "labels"),
+    ],
+)
+def test_an_item_outside_the_contract_is_refused(asked: ScoreItem, words: str) -> None:
     """Before anything is sent."""
     with (
         openai_server(ids=spread) as upstream,
         completions(upstream) as engine,
-        pytest.raises(ValueError, match="1001"),
+        pytest.raises(ValueError, match=words),
     ):
-        engine.run([item(*range(1001))])
+        engine.run([asked])
 
     assert not upstream.seen
+
+
+def test_a_texts_size_is_an_estimate() -> None:
+    """A token for every four bytes: 1000 of them are taken, and one byte more is refused."""
+    with openai_server(words=words) as upstream, chat(upstream) as engine:
+        (taken,) = engine.run([message("é" * 2000)])
+        with pytest.raises(ValueError, match="has 1001"):
+            engine.run([message("é" * 2000 + "x")])
+
+    assert isinstance(taken, LabelLogprobs)
 
 
 def test_the_key_is_sent_and_said_nowhere(capfd: pytest.CaptureFixture[str]) -> None:
@@ -558,11 +592,11 @@ def test_a_probe_says_what_the_server_says() -> None:
             engine.probe(item())
 
 
-def test_a_probe_whose_label_is_missing_is_no_reason_not_to_start(text: PreTrainedTokenizerFast) -> None:
+def test_a_probe_whose_label_is_missing_is_no_reason_not_to_start() -> None:
     """The user's templates may do better; the log says it."""
     served = openai_server(words=lambda _: [("Maybe", -0.1)])
-    with served as upstream, capture_logs() as logs, chat(upstream, text) as engine:
-        engine.probe(message(text, "x"))
+    with served as upstream, capture_logs() as logs, chat(upstream) as engine:
+        engine.probe(message("x"))
 
     assert [entry["log_level"] for entry in logs] == ["warning"]
 
@@ -633,12 +667,12 @@ def test_addresses_that_hold_secrets_or_are_none_are_refused(given: str) -> None
         base_url(given)
 
 
-def test_the_seen_request_is_what_servers_take(text: PreTrainedTokenizerFast) -> None:
+def test_the_seen_request_is_what_servers_take() -> None:
     """Golden bodies of both ways of asking."""
     served = openai_server(ids=spread, words=words)
-    with served as upstream, completions(upstream) as by_ids, chat(upstream, text) as by_text:
+    with served as upstream, completions(upstream) as by_ids, chat(upstream) as by_text:
         by_ids.run([item(5, 6)])
-        by_text.run([message(text, "Hi")])
+        by_text.run([message("Hi")])
 
     first, second = (Seen(seen.path, {}, seen.body) for seen in upstream.asked)
     assert first.path == "/v1/completions"
@@ -664,23 +698,21 @@ def test_the_seen_request_is_what_servers_take(text: PreTrainedTokenizerFast) ->
     }
 
 
-def written(text: str, finish_reason: str = "stop") -> Reply:
+def written(text: str, finish_reason: str = "stop", **more: Any) -> Reply:
     """A reply as both APIs put it."""
     choice = {"index": 0, "text": text, "message": {"content": text}, "finish_reason": finish_reason}
-    return Reply(body={"choices": [choice]})
+    return Reply(body={"choices": [choice], **more})
 
 
-def test_a_reply_is_written(text: PreTrainedTokenizerFast) -> None:
-    """Its tokens are those of our vocabulary; the limit's end is told from the model's own."""
-    prompt = message(text, "Grade it").token_ids
-    items = [GenerateItem(prompt, 8, (0,)), GenerateItem(prompt, 8, (0,), temperature=0.7, seed=2**40 + 5)]
-    with openai_server() as upstream, chat(upstream, text, concurrency=1) as engine:
-        upstream.scripts.extend([written("Score: 3"), written("Score: ", "length")])
+def test_a_reply_is_a_text() -> None:
+    """As the server wrote it, told from one that its limit cut off; its tokens as the server counts them."""
+    items = [TextGenerateItem("Grade it", 8), TextGenerateItem("Grade it", 8, temperature=0.7, seed=2**40 + 5)]
+    with openai_server() as upstream, chat(upstream, task="generate", concurrency=1) as engine:
+        upstream.scripts.extend([written("Score: 3\n", usage={"completion_tokens": 5}), written("Score: ", "length")])
         whole, cut = engine.run(items)
 
-    assert whole == Generated(tuple(text.backend_tokenizer.encode("Score: 3").ids), True)
-    assert isinstance(cut, Generated)
-    assert not cut.ended
+    assert whole == GeneratedText("Score: 3\n", True, new_tokens=5)
+    assert cut == GeneratedText("Score: ", False, new_tokens=2)
     sent = [{name: seen.body.get(name) for name in ("max_tokens", "temperature", "seed")} for seen in upstream.asked]
     assert sent == [
         {"max_tokens": 8, "temperature": 0.0, "seed": None},
@@ -690,7 +722,7 @@ def test_a_reply_is_written(text: PreTrainedTokenizerFast) -> None:
 
 def test_ids_are_continued() -> None:
     """With the ids that end the text."""
-    with openai_server() as upstream, completions(upstream) as engine:
+    with openai_server() as upstream, completions(upstream, task="generate") as engine:
         upstream.scripts.append(written(" Yes"))
         (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])
 
@@ -701,7 +733,7 @@ def test_ids_are_continued() -> None:
 
 def test_a_reply_that_was_withheld_is_an_error() -> None:
     """A filter's stop is no end."""
-    with openai_server() as upstream, completions(upstream) as engine:
+    with openai_server() as upstream, completions(upstream, task="generate") as engine:
         upstream.scripts.append(written("", "content_filter"))
         (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])
 
@@ -732,11 +764,11 @@ def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_ids() -> None:
         assert (answer.argmax_id in items[0].label_ids) == (exchange["torch"]["likeliest"] in own)
 
 
-def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_text(text: PreTrainedTokenizerFast) -> None:
+def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_text() -> None:
     """The same over the chat API, where the spellings that were returned are summed."""
     said = CONVERSATION["chat"]
-    items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
-    dialect = Chat(Question(model=said[0]["request"]["model"]), text)
+    items = [message(exchange["request"]["messages"][0]["content"]) for exchange in said]
+    dialect = Chat(Question(model=said[0]["request"]["model"]))
     with replayed("chat") as upstream, _engine(upstream, dialect) as engine:
         answers = engine.run(items)
 
@@ -754,13 +786,11 @@ def returned(exchange: Any) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("floor", [None, -20.0])
-def test_a_recorded_answer_without_one_label_is_an_error_or_floored(
-    text: PreTrainedTokenizerFast, floor: float | None
-) -> None:
+def test_a_recorded_answer_without_one_label_is_an_error_or_floored(floor: float | None) -> None:
     """One token was asked for, and vLLM returned the one that it drew: no answer holds both labels, some hold one."""
     said = CONVERSATION["chat, one token"]
-    items = [message(text, exchange["request"]["messages"][0]["content"]) for exchange in said]
-    dialect = Chat(Question(model=said[0]["request"]["model"], top=1), text)
+    items = [message(exchange["request"]["messages"][0]["content"]) for exchange in said]
+    dialect = Chat(Question(model=said[0]["request"]["model"], top=1))
     with replayed("chat, one token") as upstream, _engine(upstream, dialect, floor=floor) as engine:
         answers = engine.run(items)
 

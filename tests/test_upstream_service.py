@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import UpstreamError
 from service.loading import find_model, load_engine, make_batcher
 from service.memory_jobs import MemoryJobs
@@ -129,18 +128,66 @@ def test_papers_raw_prompts_are_sent_as_messages(tmp_path: Path) -> None:
     assert message["content"] == paper_text("Hi", "ho")
 
 
-def test_a_users_label_is_one_token_of_the_vocabulary(tmp_path: Path) -> None:
-    """Templates of files bring their labels with them; a label that no file has is refused."""
-    file = tmp_path / "more.toml"
-    file.write_text('[[templates]]\nname = "g"\nversion = 1\nlabels = {yes = ["Gut"], no = ["Schlecht"]}\n')
-    layout = {"format": "chat", "layout": "{prompt} {response}", "labels": {"yes": ["Hervorragend"], "no": ["No"]}}
-    served_by = openai_server(words=lambda _: [("Gut", -0.5), ("Schlecht", -1.0), ("Yes", -3), ("No", -4)])
-    with served_by as upstream, served(upstream, template_file=[file]) as http:
-        good = http.post("/score", json=ask("Hi", "ho", template="g")).json()
-        bad = http.post("/score", json=ask("Hi", "ho", template=layout)).json()
+def test_a_requests_own_labels_are_asked_for() -> None:
+    """Any word may be one, with no file that has it; what no first word of a reply can be is refused."""
+    layout = {"format": "chat", "layout": "{prompt} {response}", "labels": {"yes": ["Hervorragend"], "no": ["Mäßig"]}}
+    wordy = {**layout, "labels": {"yes": ["Very good"], "no": ["Bad"]}}
+    served_by = openai_server(words=lambda _: [("Hervorragend", -0.5), ("Mäßig", -1.0), ("Yes", -3), ("No", -4)])
+    with served_by as upstream, served(upstream) as http:
+        good = http.post("/score", json=ask("Hi", "ho", template=layout)).json()
+        bad = http.post("/score", json=ask("Hi", "ho", template=wordy)).json()
 
     assert good["log_odds"] == pytest.approx(0.5)
     assert bad["error"]["code"] == "bad_label"
+
+
+def test_control_strings_arrive_as_they_were_written() -> None:
+    """The message is the template's text around the caller's, letter by letter: the server tokenizes it."""
+    text = "<|im_end|>\n<|im_start|>user {response} </s> <|judge_reply|>"
+    layout = {"format": "chat", "layout": "Q {prompt} A {response}", "labels": {"yes": ["Yes"], "no": ["No"]}}
+    with openai_server(words=words) as upstream, served(upstream) as http:
+        http.post("/score", json=ask(text, text, template=layout)).raise_for_status()
+
+    assert upstream.asked[-1].body["messages"] == [{"role": "user", "content": f"Q {text} A {text}"}]
+
+
+def test_usage_is_the_estimate() -> None:
+    """A token for every four bytes of the message; the same text asked for again comes from the cache."""
+    with openai_server(words=words) as upstream, served(upstream) as http:
+        first, again = (http.post("/score", json=ask("Hi 日本", "ho")).json() for _ in range(2))
+
+    (_, asked) = upstream.asked  # the probe goes before
+    size = -(-len(asked.body["messages"][0]["content"].encode()) // 4)
+    assert (first["usage"]["prompt_tokens"], first["usage"]["cached_tokens"]) == (size, 0)
+    assert (again["usage"]["prompt_tokens"], again["usage"]["cached_tokens"]) == (size, size)
+    assert first["log_odds"] == again["log_odds"]
+
+
+def test_max_tokens_bounds_the_estimate() -> None:
+    """What is longer is refused before the server is asked, or cut where the request allows it."""
+    long = ask("x" * 4000 + "end", "ho")
+    with openai_server(words=words) as upstream, served(upstream, max_tokens=500) as http:
+        refused = http.post("/score", json=long).json()
+        cut = http.post("/score", json={**long, "truncation": "prompt_left"}).json()
+
+    assert refused["error"]["code"] == "context_length_exceeded"
+    assert cut["truncated"]
+    (_, asked) = upstream.asked
+    assert len(asked.body["messages"][0]["content"]) in range(1997, 2001)
+    assert "xend" in asked.body["messages"][0]["content"]
+
+
+def test_a_grade_is_written_as_text() -> None:
+    """The self-rewarding judge reads the reply, and counts its tokens as the server does."""
+    reply = {"choices": [{"message": {"content": "Fine.\nScore: 4"}, "finish_reason": "stop"}]}
+    with openai_server() as upstream:
+        upstream.always = lambda seen: Reply(body={**reply, "usage": {"completion_tokens": 7}}) if seen.body else None
+        with served(upstream, judge="self-reward", self_reward_mode="parsed", self_reward_samples=2) as http:
+            result = http.post("/score", json=ask("Hi", "ho")).json()
+
+    assert (result["grade"], result["samples"]) == (4.0, {"drawn": 2, "parsed": 2})
+    assert result["usage"]["completion_tokens"] == 14
+    assert [seen.body["seed"] for seen in upstream.asked[1:]] == [0, 1]
 
 
 def test_a_recorded_conversation_is_followed() -> None:
@@ -224,6 +271,14 @@ def test_what_the_probe_meets_ends_the_start() -> None:
             load_engine(config, find_model(config))
 
 
+def test_a_judge_that_needs_a_classification_head_is_refused() -> None:
+    """No API gives the output of one: before the server is asked."""
+    with openai_server() as upstream, pytest.raises(ValueError, match="classification head"):
+        find_model(Settings(engine="upstream", upstream_url=upstream.url, judge="reward-model"))
+
+    assert not upstream.seen
+
+
 def test_settings_that_are_missing_are_named() -> None:
     """Before anything is asked for."""
     with pytest.raises(ValueError, match="--upstream-url"):
@@ -254,14 +309,17 @@ def test_what_changes_the_numbers_changes_the_fingerprint(tiny_model: Path) -> N
 
 
 def test_prompts_are_as_long_as_the_server_says(tiny_model: Path) -> None:
-    """One token less, for the one that it writes; fewer where they are set, or the tokenizer's folder says so."""
+    """One token less, for the one that it writes; fewer where they are set, or the tokenizer's folder says so.
+
+    Of text, whose tokens are estimated, twice as many: the server has the last word.
+    """
     with openai_server() as upstream:
         url: dict[str, Any] = {"engine": "upstream", "upstream_url": upstream.url}
         ids = find_upstream(Settings(**url, model=str(tiny_model)))
         less = find_upstream(Settings(**url, model=str(tiny_model), max_tokens=100))
         text = find_upstream(Settings(**url))
 
-    assert [ids.max_tokens, less.max_tokens, text.max_tokens] == [1023, 100, 8192]
+    assert [ids.max_tokens, less.max_tokens, text.max_tokens] == [1023, 100, 2048]
 
 
 def test_fields_of_ones_own_go_with_each_request() -> None:
@@ -276,7 +334,10 @@ def test_fields_of_ones_own_go_with_each_request() -> None:
 
 def test_a_batch_fills_the_places_some_times() -> None:
     """More would only make each call longer."""
-    engine = UpstreamEngine.__new__(UpstreamEngine)
-    batcher = make_batcher(Settings(engine="upstream", upstream_concurrency=8), engine)
+    with openai_server(words=words) as upstream:
+        config = Settings(engine="upstream", upstream_url=upstream.url, upstream_concurrency=8)
+        engine = load_engine(config, find_model(config))
+        batcher = make_batcher(config, engine)
+        engine.close()
 
     assert batcher.room == 32

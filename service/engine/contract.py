@@ -1,7 +1,8 @@
 """What an engine is: the only seam between the service and a model runtime.
 
 An engine is loaded for one task and has one method, `run`: labels' probabilities for `ScoreItem`s, a classification
-head's logit for `ClassifyItem`s, or generated text for `GenerateItem`s.
+head's logit for `ClassifyItem`s, or generated text for `GenerateItem`s. An engine that asks a server whose tokenizer
+is not known here gets text in place of token ids: `TextScoreItem`s and `TextGenerateItem`s.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Final, Literal, Protocol, TypeAlias, TypeVar
 
 from client.errors import ErrorCode
 
 Task: TypeAlias = Literal["labels", "classify", "generate"]
+
+TOKEN_BYTES: Final = 4
+"""Bytes of UTF-8 for one token, where a text's tokens can only be estimated: about what they are in English prose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,10 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class LabelLogprobs:
-    """The answer for one item: natural-log probabilities over the full vocabulary, in the order of `label_ids`.
+    """The answer for one item: natural-log probabilities over the full vocabulary, in the order of the item's labels.
 
-    `argmax_id` is the likeliest next token; `cached_tokens` counts the tokens whose work was not done again. `floored`:
+    `argmax_id` is the likeliest next token; for text it is the place of the label that the token is, or the number of
+    labels where it is none. `cached_tokens` counts the tokens whose work was not done again. `floored`:
     an API did not return every label, and a probability that was set for this case stands in for what is missing.
     """
 
@@ -87,6 +92,40 @@ class Generated:
     ended: bool
     cached_tokens: int = 0
 
+    @property
+    def new_tokens(self) -> int:
+        """Its length in tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TextScoreItem:
+    """A prompt as text, for a server that tokenizes it. `labels` are the distinct words whose log-probability as the
+    first word of a reply is asked for."""
+
+    text: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextGenerateItem:
+    """A prompt as text that is to be replied to. The rest as in GenerateItem; the server knows what ends a reply."""
+
+    text: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """A generated reply; `ended` is False where the limit cut it off. `new_tokens` is its length in tokens."""
+
+    text: str
+    ended: bool
+    new_tokens: int
+    cached_tokens: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
@@ -96,9 +135,11 @@ class ItemFailure:
     message: str
 
 
-AnyItem: TypeAlias = ScoreItem | ClassifyItem | GenerateItem
-AnyAnswer: TypeAlias = LabelLogprobs | Classified | Generated
-Item = TypeVar("Item", ScoreItem, ClassifyItem, GenerateItem)
+TokenItem: TypeAlias = ScoreItem | ClassifyItem | GenerateItem
+TextItem: TypeAlias = TextScoreItem | TextGenerateItem
+AnyItem: TypeAlias = TokenItem | TextItem
+AnyAnswer: TypeAlias = LabelLogprobs | Classified | Generated | GeneratedText
+Item = TypeVar("Item", bound=AnyItem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +196,25 @@ class Engine(Protocol):
         """Free the model."""
 
 
+def text_tokens(text: str) -> int:
+    """An estimate of a text's tokens, of which only the server's tokenizer knows the number: see TOKEN_BYTES."""
+    return -(-len(text.encode()) // TOKEN_BYTES)
+
+
+def prompt_tokens(item: AnyItem) -> int:
+    """What is read for an item, in tokens; an estimate for text."""
+    return text_tokens(item.text) if isinstance(item, TextItem) else len(item.token_ids)
+
+
+def tokens_of(item: AnyItem) -> int:
+    """What is read for an item and may be generated, in tokens."""
+    new = item.max_new_tokens if isinstance(item, GenerateItem | TextGenerateItem) else 0
+    return prompt_tokens(item) + new
+
+
 def items_of(kind: type[Item], items: Sequence[AnyItem]) -> list[Item]:
     """The items, all of this kind; raises ValueError for another task's."""
-    found = [item for item in items if isinstance(item, kind)]
+    found: list[Item] = [item for item in items if isinstance(item, kind)]
     if len(found) != len(items):
         raise ValueError(f"this engine answers {kind.__name__} only: it was loaded for one task")
     return found

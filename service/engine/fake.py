@@ -27,13 +27,16 @@ from service.engine.contract import (
     LabelLogprobs,
     ScoreItem,
     Task,
+    TokenItem,
+    items_of,
+    tokens_of,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CRASH_STATUS: Final = 70
-_KINDS: Final[dict[Task, type[AnyItem]]] = {"labels": ScoreItem, "classify": ClassifyItem, "generate": GenerateItem}
+_KINDS: Final[dict[Task, type[TokenItem]]] = {"labels": ScoreItem, "classify": ClassifyItem, "generate": GenerateItem}
 _SPREAD: Final = 4.0
 _GRADES: Final = 6
 _WRITTEN: Final = "A fake judge reads nothing."
@@ -91,23 +94,22 @@ class FakeEngine:
 
     def run(self, items: Sequence[AnyItem]) -> list[LabelLogprobs | Classified | Generated]:
         """One answer per item, in order. Raises ValueError for an item outside the contract."""
-        self._read(items)
-        return [self._answer(item) for item in items]
+        found = items_of(_KINDS[self.task], items)
+        self._read(found)
+        return [self._answer(item) for item in found]
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _read(self, items: Sequence[AnyItem]) -> None:
+    def _read(self, items: Sequence[TokenItem]) -> None:
         """What befalls a call whatever it asks for."""
         tokens = 0
         for item in items:
-            if not isinstance(item, _KINDS[self.task]):
-                raise ValueError(f"this engine was loaded for {self.task}, not for {type(item).__name__}")
             if isinstance(item, ScoreItem) and not item.label_ids:
                 raise ValueError("an item has no label ids")
             if not 1 <= len(item.token_ids) <= self.max_tokens:
                 raise ValueError(f"an item needs 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
-            tokens += len(item.token_ids) + (item.max_new_tokens if isinstance(item, GenerateItem) else 0)
+            tokens += tokens_of(item)
         seconds = self.delay + self.delay_per_token * tokens
         if seconds > 0:
             time.sleep(seconds)
@@ -115,7 +117,7 @@ class FakeEngine:
         if any(self.poison_token in item.token_ids for item in items):
             raise RuntimeError(f"an item holds the poison token {self.poison_token}")
 
-    def _answer(self, item: AnyItem) -> LabelLogprobs | Classified | Generated:
+    def _answer(self, item: TokenItem) -> LabelLogprobs | Classified | Generated:
         match item:
             case ScoreItem():
                 return self._judge(item)
@@ -138,7 +140,7 @@ class FakeEngine:
         ids = tuple((self.encode or _encode)(f"{_WRITTEN}{line}"))
         return Generated(ids[: item.max_new_tokens], ended=len(ids) < item.max_new_tokens)
 
-    def _rehearse_disaster(self, items: Sequence[AnyItem]) -> None:
+    def _rehearse_disaster(self, items: Sequence[TokenItem]) -> None:
         if self.crash_token is not None and any(self.crash_token in item.token_ids for item in items):
             os._exit(CRASH_STATUS)
         while self.hang_token is not None and any(self.hang_token in item.token_ids for item in items):

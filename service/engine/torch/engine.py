@@ -26,6 +26,7 @@ from service.engine.contract import (
     LabelLogprobs,
     ScoreItem,
     Task,
+    TokenItem,
     check_ids,
     items_of,
 )
@@ -87,12 +88,12 @@ class TorchEngine:
         """One answer per item, in order; any number of items and tokens. Raises ValueError as `Engine` says."""
         if self._executor is None:
             raise RuntimeError("the engine is closed")
-        for item in items:
-            check_ids(item.token_ids, self.info.max_tokens, self._vocabulary)
         if self.info.task == "classify":
-            texts = [self._unpadded(item) for item in items_of(ClassifyItem, items)]
-            return self._executor.run(texts, _classified, self._threads)
+            texts = items_of(ClassifyItem, items)
+            self._check(texts)
+            return self._executor.run([self._unpadded(text) for text in texts], _classified, self._threads)
         prompts = items_of(ScoreItem, items)
+        self._check(prompts)
         for prompt in prompts:
             if not prompt.label_ids:
                 raise ValueError("an item has no label ids")
@@ -105,6 +106,10 @@ class TorchEngine:
             self._executor.close()
         self._executor = None
         free_memory()
+
+    def _check(self, items: Sequence[TokenItem]) -> None:
+        for item in items:
+            check_ids(item.token_ids, self.info.max_tokens, self._vocabulary)
 
     def _unpadded(self, item: ClassifyItem) -> ClassifyItem:
         """The text up to its last token that is not padding: transformers' classifiers read the state there."""

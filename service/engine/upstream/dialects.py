@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from client.errors import ErrorCode
-from service.engine.contract import GenerateItem, ScoreItem
+from service.engine.contract import Generated, GeneratedText, GenerateItem, ScoreItem, TextGenerateItem, TextScoreItem
 from service.engine.upstream.logprobs import Answer, by_id, by_text, by_word, owner
 from service.engine.upstream.openai_client import RefusalError, UpstreamError
-from service.engine.upstream.text import text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Score = TypeVar("Score", bound=ScoreItem | TextScoreItem)
+Generate = TypeVar("Generate", bound=GenerateItem | TextGenerateItem)
 
 # Seeds up to here are taken everywhere.
 _MOST_STOPS: Final = 4
@@ -30,22 +32,25 @@ class Question:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Dialect(Protocol):
-    """A way of asking."""
+class Dialect(Protocol[Score, Generate]):
+    """A way of asking, and the kinds of items that are asked for in it."""
 
     path: str
+    score_kind: type[Score]
+    generate_kind: type[Generate]
 
-    def body(self, item: ScoreItem) -> dict[str, Any]:
+    def body(self, item: Score) -> dict[str, Any]:
         """The request's body."""
 
-    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
-        """The label's log-probabilities, None for one that was not returned, and the id of the likeliest token."""
+    def find(self, answer: Answer, item: Score) -> tuple[list[float | None], int]:
+        """The labels' log-probabilities, None for one that was not returned, and the likeliest token: see
+        LabelLogprobs."""
 
-    def text_body(self, item: GenerateItem) -> dict[str, Any]:
+    def text_body(self, item: Generate) -> dict[str, Any]:
         """The request's body for a text."""
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that the server wrote, as the service's side reads them."""
+    def generated(self, reply: GeneratedText) -> Generated | GeneratedText:
+        """The reply in the form in which it was asked for."""
 
     def adapt(self, refusal: RefusalError) -> bool:
         """Leave away, or say otherwise, what this server does not take; False where there is nothing left to try."""
@@ -55,6 +60,8 @@ class Completions:
     """Token ids over `/completions`."""
 
     path = "/completions"
+    score_kind = ScoreItem
+    generate_kind = GenerateItem
 
     def __init__(self, question: Question, tokenizer: PreTrainedTokenizerBase) -> None:
         self._question = question
@@ -85,8 +92,10 @@ class Completions:
         if likeliest.id is not None:
             return by_id(answer.tokens, item.label_ids), likeliest.id
         labels = [self._text(label) for label in item.label_ids]
-        found = by_text(answer.tokens, labels)
-        return found, _argmax(item, labels.index(likeliest.text) if likeliest.text in labels else None)
+        # Of a token that is no label the id is not known: any that no label has says the same.
+        other = next(token for token in range(len(labels) + 1) if token not in item.label_ids)
+        argmax = dict(zip(labels, item.label_ids, strict=True)).get(likeliest.text, other)
+        return by_text(answer.tokens, labels), argmax
 
     def text_body(self, item: GenerateItem) -> dict[str, Any]:
         """With the item's own stops, where the server takes ids of them, beside those that it knows."""
@@ -110,9 +119,10 @@ class Completions:
         texts = [token for stop in item.stop_ids if (token := self._tokenizer.backend_tokenizer.id_to_token(stop))]
         return {"stop": texts[:_MOST_STOPS]} if texts else {}
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Those that the tokenizer gives the text; the model may have written it in others."""
-        return tuple(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    def generated(self, reply: GeneratedText) -> Generated:
+        """In the tokens that the tokenizer gives the text; the model may have written it in others."""
+        ids = self._tokenizer.backend_tokenizer.encode(reply.text, add_special_tokens=False).ids
+        return Generated(tuple(ids), reply.ended, reply.cached_tokens)
 
     def adapt(self, refusal: RefusalError) -> bool:  # noqa: ARG002 whatever a strict server says, these come first
         """Without the extensions."""
@@ -135,20 +145,21 @@ class Completions:
 
 
 class Chat:
-    """Text over `/chat/completions`; the ids of items are those of `upstream_text`."""
+    """Text over `/chat/completions`, each prompt as the content of one message."""
 
     path = "/chat/completions"
+    score_kind = TextScoreItem
+    generate_kind = TextGenerateItem
 
-    def __init__(self, question: Question, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, question: Question) -> None:
         self._question = question
-        self._tokenizer = tokenizer
         self._limit = "max_tokens"
 
-    def body(self, item: ScoreItem) -> dict[str, Any]:
+    def body(self, item: TextScoreItem) -> dict[str, Any]:
         """Temperature and top_p 1: servers that apply them to what they report then report the model's own."""
         return {
             "model": self._question.model,
-            "messages": [{"role": "user", "content": text_of(self._tokenizer, item.token_ids)}],
+            "messages": [{"role": "user", "content": item.text}],
             self._limit: 1,
             "temperature": 1,
             "top_p": 1,
@@ -157,12 +168,12 @@ class Chat:
             **self._question.extra,
         }
 
-    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
+    def find(self, answer: Answer, item: TextScoreItem) -> tuple[list[float | None], int]:
         """By word: see `by_word`."""
-        labels = [text_of(self._tokenizer, [label]) for label in item.label_ids]
-        return by_word(answer.tokens, labels), _argmax(item, owner(answer.likeliest.text, labels))
+        likeliest = owner(answer.likeliest.text, item.labels)
+        return by_word(answer.tokens, item.labels), len(item.labels) if likeliest is None else likeliest
 
-    def text_body(self, item: GenerateItem) -> dict[str, Any]:
+    def text_body(self, item: TextGenerateItem) -> dict[str, Any]:
         """The server ends the reply itself.
 
         What its model's own settings say of sampling, such as a repetition penalty, holds unless the question's `extra`
@@ -170,15 +181,15 @@ class Chat:
         """
         return {
             "model": self._question.model,
-            "messages": [{"role": "user", "content": text_of(self._tokenizer, item.token_ids)}],
+            "messages": [{"role": "user", "content": item.text}],
             self._limit: item.max_new_tokens,
             **_sampling(item),
             **self._question.extra,
         }
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """In the vocabulary of `upstream_text`."""
-        return tuple(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+    def generated(self, reply: GeneratedText) -> GeneratedText:
+        """As it is."""
+        return reply
 
     def adapt(self, refusal: RefusalError) -> bool:
         """OpenAI's newer models want the limit under its newer name."""
@@ -188,13 +199,6 @@ class Chat:
         return True
 
 
-def _sampling(item: GenerateItem) -> dict[str, Any]:
+def _sampling(item: GenerateItem | TextGenerateItem) -> dict[str, Any]:
     seed = {"seed": item.seed % _SEEDS} if item.temperature else {}
     return {"temperature": item.temperature, "top_p": 1, **seed}
-
-
-def _argmax(item: ScoreItem, label: int | None) -> int:
-    """The id of the label of this index; for a token that is none, an id that no label has."""
-    if label is not None:
-        return item.label_ids[label]
-    return next(token for token in range(len(item.label_ids) + 1) if token not in item.label_ids)

@@ -4,7 +4,8 @@
 
 Two ways of asking. `Completions` sends token ids, so the model's tokenizer must be known here, and asks for exactly the
 labels' ids where the server can do that (vLLM's `logprob_token_ids`, seen in 0.32), else for the likeliest tokens.
-`Chat` sends text, and finds the labels among the likeliest tokens of the reply by their spelling.
+`Chat` sends text, and finds the labels among the likeliest tokens of the reply by their spelling; no tokenizer is
+needed.
 
 One request holds one prompt: servers batch across requests by themselves, and a prompt that is refused, or slow, then
 costs no other its answer.
@@ -16,29 +17,35 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Final, Generic, TypeAlias
 
 import structlog
 
 from client.errors import ErrorCode
 from service.engine.contract import (
+    AnyAnswer,
     AnyItem,
     EngineInfo,
     Executor,
     Generated,
-    GenerateItem,
+    GeneratedText,
     ItemFailure,
     LabelLogprobs,
     ScoreItem,
     Task,
+    TextScoreItem,
     items_of,
+    prompt_tokens,
+    tokens_of,
 )
-from service.engine.upstream.dialects import Dialect
+from service.engine.upstream.dialects import Dialect, Generate, Score
 from service.engine.upstream.logprobs import Answer, read, read_text
 from service.engine.upstream.openai_client import Access, OpenAIServer, RefusalError, UpstreamError
 
-Item = TypeVar("Item", ScoreItem, GenerateItem)
-Result = TypeVar("Result")
+Asking: TypeAlias = Callable[[float], Awaitable[AnyAnswer]]
+"""Asks for one item until a deadline, of `time.monotonic()`."""
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +57,7 @@ _NO_LIST: Final = "the upstream server returned its chosen token alone, without 
 _FIELD_REFUSED: Final = frozenset({400, 422})
 
 
-class UpstreamEngine:
+class UpstreamEngine(Generic[Score, Generate]):
     """Asks a server for each item. See `Engine` for the contract.
 
     What befalls one item is its ItemFailure: no answer in time, a label that was not returned, a prompt that the server
@@ -61,7 +68,7 @@ class UpstreamEngine:
     def __init__(
         self,
         access: Access,
-        dialect: Dialect,
+        dialect: Dialect[Score, Generate],
         *,
         max_tokens: int,
         task: Task = "labels",
@@ -78,75 +85,74 @@ class UpstreamEngine:
         self._runner = asyncio.Runner()
         self._server = OpenAIServer(access)
 
-    def probe(self, item: ScoreItem | GenerateItem) -> None:
+    def probe(self, item: AnyItem) -> None:
         """Ask for an item whose text is no secret, and find out what this server takes. Raises UpstreamError."""
-        self._runner.run(self._probe(item))
+        (ask,) = self._asking([item])
+        self._runner.run(self._probe(ask))
 
-    def run(self, items: Sequence[AnyItem]) -> Sequence[LabelLogprobs | Generated | ItemFailure]:
+    def run(self, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:
         """One answer per item, in order. A text's seed goes to the server, which keeps to it or not.
 
         Raises ValueError for an item outside the contract.
         """
-        if self.info.task == "generate":
-            return self._ask_all(items_of(GenerateItem, items), self._write)
-        most = self.info.max_tokens
-        found = items_of(ScoreItem, items)
-        for item in found:
-            if not 1 <= len(item.token_ids) <= most or not item.label_ids:
-                raise ValueError(f"an item needs labels and 1 to {most} tokens, has {len(item.token_ids)}")
-        return self._ask_all(found, self._judge)
+        failures: Counter[str] = Counter()
+        answers = self._runner.run(self._gather(self._asking(items), failures))
+        for reason, count in failures.items():
+            log.warning("upstream failed", items=count, reason=reason)
+        return answers
 
     def close(self) -> None:
         """Close the connections."""
         self._runner.run(self._server.close())
         self._runner.close()
 
-    def _ask_all(
-        self, items: Sequence[Item], ask: Callable[[Item, float], Awaitable[Result]]
-    ) -> list[Result | ItemFailure]:
-        failures: Counter[str] = Counter()
-        answers = self._runner.run(self._gather(items, ask, failures))
-        for reason, count in failures.items():
-            log.warning("upstream failed", items=count, reason=reason)
-        return answers
+    def _asking(self, items: Sequence[AnyItem]) -> list[Asking]:
+        """What asks for each item; raises ValueError as `run`."""
+        most = self.info.max_tokens
+        for item in items:
+            if not prompt_tokens(item) or tokens_of(item) > most:
+                raise ValueError(f"an item needs 1 to {most} tokens, has {tokens_of(item)}")
+            match item:
+                case ScoreItem(label_ids=()) | TextScoreItem(labels=()):
+                    raise ValueError("an item has no labels")
+        if self.info.task == "generate":
+            return [partial(self._generate, item) for item in items_of(self._dialect.generate_kind, items)]
+        return [partial(self._judge, item) for item in items_of(self._dialect.score_kind, items)]
 
-    async def _gather(
-        self, items: Sequence[Item], ask: Callable[[Item, float], Awaitable[Result]], failures: Counter[str]
-    ) -> list[Result | ItemFailure]:
+    async def _gather(self, asking: Sequence[Asking], failures: Counter[str]) -> list[AnyAnswer | ItemFailure]:
         places = asyncio.Semaphore(self._concurrency)
         end = time.monotonic() + MAX_TURNS * self._access.timeout
 
-        async def one(item: Item) -> Result | ItemFailure:
+        async def one(ask: Asking) -> AnyAnswer | ItemFailure:
             async with places:
                 now = time.monotonic()
                 try:
                     if now >= end:
                         raise self._access.too_late
-                    return await ask(item, min(end, now + self._access.timeout))
+                    return await ask(min(end, now + self._access.timeout))
                 except UpstreamError as exc:
                     failures[str(exc)] += 1
                     return ItemFailure(exc.code, exc.message)
 
-        return list(await asyncio.gather(*map(one, items)))
+        return list(await asyncio.gather(*map(one, asking)))
 
-    async def _write(self, item: GenerateItem, deadline: float) -> Generated:
-        text = read_text(await self._server.post(self._dialect.path, self._dialect.text_body(item), deadline))
-        cached = min(text.cached_tokens, len(item.token_ids))
-        return Generated(self._dialect.ids(text.text), text.ended, cached)
+    async def _generate(self, item: Generate, deadline: float) -> Generated | GeneratedText:
+        reply = read_text(await self._server.post(self._dialect.path, self._dialect.text_body(item), deadline))
+        cached = min(reply.cached_tokens, prompt_tokens(item))
+        return self._dialect.generated(replace(reply, cached_tokens=cached))
 
-    async def _judge(self, item: ScoreItem, deadline: float) -> LabelLogprobs:
+    async def _judge(self, item: Score, deadline: float) -> LabelLogprobs:
         answer = read(await self._server.post(self._dialect.path, self._dialect.body(item), deadline))
         found, argmax = self._dialect.find(answer, item)
         if None in found and answer.collapsed:
             raise UpstreamError(ErrorCode.INFERENCE_FAILED, _NO_LIST)
         logprobs, floored = _complete(found, answer, self._floor)
-        return LabelLogprobs(logprobs, argmax, min(answer.cached_tokens, len(item.token_ids)), floored)
+        return LabelLogprobs(logprobs, argmax, min(answer.cached_tokens, prompt_tokens(item)), floored)
 
-    async def _probe(self, item: ScoreItem | GenerateItem) -> None:
+    async def _probe(self, ask: Asking) -> None:
         while True:
-            deadline = time.monotonic() + self._access.timeout
             try:
-                await (self._judge(item, deadline) if isinstance(item, ScoreItem) else self._write(item, deadline))
+                await ask(time.monotonic() + self._access.timeout)
             except RefusalError as refusal:
                 if refusal.status in _FIELD_REFUSED and self._dialect.adapt(refusal):
                     continue

@@ -14,6 +14,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
+from service.engine.contract import GeneratedText, text_tokens
 from service.engine.upstream.openai_client import UpstreamError
 from service.scoring import logsumexp
 
@@ -64,6 +65,7 @@ class _Details(BaseModel):
 
 
 class _Usage(BaseModel):
+    completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
 
 
@@ -120,23 +122,19 @@ def read(content: bytes) -> Answer:
     return Answer(chosen, tuple(listed), _cached(body))
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A text that the server wrote; `ended` is False where its length was cut off."""
+def read_text(content: bytes) -> GeneratedText:
+    """The text in the body of a response; its tokens as the server counts them, else estimated.
 
-    text: str
-    ended: bool
-    cached_tokens: int = 0
-
-
-def read_text(content: bytes) -> Written:
-    """The text in the body of a response. Raises UpstreamError for what is none, or was not finished otherwise."""
+    Raises UpstreamError for what is none, or was not finished otherwise.
+    """
     body = _body(content)
     choice = body.choices[0]
     text = choice.message.content if choice.message else choice.text
     if text is None or choice.finish_reason not in {"stop", "length"}:
         raise _unreadable("holds no text that was written to its end or to the limit")
-    return Written(text, choice.finish_reason == "stop", _cached(body))
+    told = body.usage.completion_tokens if body.usage else None
+    new_tokens = text_tokens(text) if told is None else told
+    return GeneratedText(text, choice.finish_reason == "stop", new_tokens, _cached(body))
 
 
 def _body(content: bytes) -> _Body:

@@ -29,6 +29,7 @@ from service.engine.contract import (
     ItemFailure,
     LabelLogprobs,
     ScoreItem,
+    TokenItem,
     check_ids,
     items_of,
 )
@@ -45,7 +46,7 @@ from service.engine.vllm.config import (
 from service.engine.vllm.loop_thread import LoopThread
 from service.engine.vllm.process_guard import OrphanGuard
 
-Item = TypeVar("Item", bound=AnyItem)
+Item = TypeVar("Item", bound=TokenItem)
 Answer = TypeVar("Answer")
 
 # Steps of vLLM's scheduler that one call fills: what is lost between two calls is then small beside it.
@@ -204,7 +205,7 @@ class VllmEngine:
             ids = ids[:-1]
         return Generated(ids, ended, output.num_cached_tokens or 0)
 
-    async def _last_output(self, item: AnyItem, params: Any) -> Any:
+    async def _last_output(self, item: TokenItem, params: Any) -> Any:
         """What vLLM says when the request is done. Cancelled, it has vLLM stop the request."""
         from vllm import PoolingParams
         from vllm.inputs.engine import tokens_input

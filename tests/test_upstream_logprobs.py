@@ -1,4 +1,4 @@
-"""The text tokenizer gives every text back, and a server's tokens are those of the right label."""
+"""A server's tokens are those of the right label, in every form in which they are answered."""
 
 from __future__ import annotations
 
@@ -6,58 +6,10 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from service.engine.upstream.logprobs import UNSEEN, Answer, Token, by_id, by_word, read
 from service.engine.upstream.openai_client import UpstreamError
-from service.engine.upstream.text import REPLY, digest, text_of, text_tokenizer
-from service.prompt import PromptBuilder
-from service.templates import TemplateLibrary
 from tests.openai_server import chat_answer, columns_answer
-
-LABELS = [" Yes", "No", "Gut", "好"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """With four labels of a user."""
-    return text_tokenizer(LABELS, 4096)
-
-
-def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The text's tokens, as they are."""
-    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.text())
-def test_every_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    """What the engine sends is letter by letter what was asked."""
-    assert text_of(tokenizer, ids(tokenizer, text)) == text
-
-
-@pytest.mark.parametrize("label", ["Yes", " Yes", "No", "Gut", " Gut", "好", "A", " B", "0", "5"])
-def test_a_label_is_one_token(tokenizer: PreTrainedTokenizerFast, label: str) -> None:
-    """Those that are built in and those of the loaded templates, with a space before them and without."""
-    assert len(ids(tokenizer, label)) == 1
-
-
-def test_the_vocabulary_depends_on_the_labels_alone() -> None:
-    """API processes and workers that load the same templates, in whatever order, exchange ids."""
-    assert digest(text_tokenizer(["x1", "y2"], 10)) == digest(text_tokenizer(["y2", "x1", "y2"], 999))
-    assert digest(text_tokenizer(["x1"], 10)) != digest(text_tokenizer(["x2"], 10))
-
-
-def test_a_prompt_is_sent_as_its_template_says(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The message is the template's text with the control string of ours as text, and nothing around it."""
-    template = TemplateLibrary.load("chat").default("pointwise")
-    built = PromptBuilder(tokenizer, 4096).build(template, f"Hi {REPLY}", [f"{REPLY}ho"], "error")
-
-    message = text_of(tokenizer, built.token_ids)
-    expected = template.layout.replace("{instruction}", template.instruction)
-    assert message == expected.replace("{prompt}", f"Hi {REPLY}").replace("{response}", f"{REPLY}ho")
 
 
 def tokens(**logprobs: float) -> list[Token]:
