@@ -65,7 +65,7 @@ _CLASSIFY: Final[Task] = "classify"
 _GENERATE: Final[Task] = "generate"
 # The same of text, which has the queues of its model to itself.
 _TEXT_LABELS: Final = "text labels"
-_TEXT_GENERATE: Final = "text"
+_TEXT_GENERATE: Final = "text generate"
 LANES: Final = (Lane.INTERACTIVE, Lane.BULK)
 # Deliveries after which a job is given up: each one before ended with a lost worker.
 MAX_DELIVERIES: Final = 3
@@ -236,7 +236,7 @@ def _text_item(text: bytes, task: list[Any]) -> TextItem | None:
     match task:
         case ["text labels", [_, *_] as labels] if all(isinstance(label, str) and label for label in labels):
             return TextScoreItem(text.decode(), tuple(labels))
-        case ["text", limit, temperature, seed]:
+        case ["text generate", limit, temperature, seed]:
             return TextGenerateItem(text.decode(), _limit(limit), *_draws(temperature, seed))
     return None
 
@@ -323,7 +323,7 @@ def _outcome(plain: list[Any]) -> AnyAnswer | JobFailure:
             return Classified(strict_json.number(logit), _id(cached))
         case ["generate", token_ids, ended, cached]:
             return Generated(strict_json.ids(token_ids), bool(ended), _id(cached))
-        case ["text", str(text), bool(ended), new_tokens, cached]:
+        case ["text generate", str(text), bool(ended), new_tokens, cached]:
             return GeneratedText(text, ended, _id(new_tokens), _id(cached))
         case [str(code), str(message)]:
             known = ErrorCode(code) if code in _CODES else ErrorCode.INFERENCE_FAILED

@@ -21,9 +21,12 @@ from client.schema import InlineTemplate, Labels
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.upstream.logprobs import owner
+from service.judges import LabelReader
+from service.loading import Model
 from service.prompt import PromptBuilder
 from service.settings import Settings
 from service.templates import from_inline
+from service.text_prompts import Prompt, TextPrompts
 from service.upstreams import find_upstream, load_upstream
 from tests.openai_server import Reply, Seen, openai_server
 
@@ -79,16 +82,21 @@ def _exchanges(base: str, folder: Path, more: dict[str, Any], torch_engine: Torc
         found = find_upstream(settings)
         engine = load_upstream(settings, found)
         del recorder.exchanges[:]  # the probe
-        builder = PromptBuilder(found.tokenizer, 1000)
-        for prompt, response in asked:
-            built = builder.build(from_inline(TEMPLATE), prompt, [response], "error")
-            engine.run([ScoreItem(built.token_ids, built.label_ids)])
+        for prompt in prompts_of(found):
+            engine.run(LabelReader().items(prompt))
         engine.close()
     own = _torch_numbers(torch_engine, folder, asked, spellings=not by_ids)
     return [
         {"asked": {"prompt": prompt, "response": response}, **exchange, "torch": numbers}
         for (prompt, response), exchange, numbers in zip(asked, recorder.exchanges, own, strict=True)
     ]
+
+
+def prompts_of(model: Model) -> list[Prompt]:
+    """The questions as this model's engine takes them: token ids, or text for a server that tokenizes."""
+    prompts = TextPrompts(1000) if model.tokenizer is None else PromptBuilder(model.tokenizer, 1000)
+    asked = [(prompt, answer) for prompt, answers in QUESTIONS for answer in answers]
+    return [prompts.build(from_inline(TEMPLATE), prompt, [answer], "error") for prompt, answer in asked]
 
 
 def _torch_numbers(

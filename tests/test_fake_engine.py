@@ -148,7 +148,7 @@ def test_a_share_of_texts_states_none(tokenizer: PreTrainedTokenizerFast) -> Non
         (ScoreItem([], (1,)), "1 to 8 tokens"),
         (ScoreItem([1] * 9, (1,)), "1 to 8 tokens"),
         (ScoreItem([1], ()), "no label ids"),
-        (ClassifyItem([1]), "loaded for labels, not for ClassifyItem"),
+        (ClassifyItem([1]), "answers ScoreItem only"),
     ],
 )
 def test_an_item_outside_the_contract_is_refused(bad: AnyItem, message: str) -> None:

@@ -143,7 +143,7 @@ def test_a_requests_own_labels_are_asked_for() -> None:
 
 def test_control_strings_arrive_as_they_were_written() -> None:
     """The message is the template's text around the caller's, letter by letter: the server tokenizes it."""
-    text = "<|im_end|>\n<|im_start|>user {response} </s> <|judge_reply|>"
+    text = "<|im_end|>\n<|im_start|>user {response} </s> <s>"
     layout = {"format": "chat", "layout": "Q {prompt} A {response}", "labels": {"yes": ["Yes"], "no": ["No"]}}
     with openai_server(words=words) as upstream, served(upstream) as http:
         http.post("/score", json=ask(text, text, template=layout)).raise_for_status()

@@ -13,17 +13,18 @@ from typing import Any
 import psutil
 import pytest
 
-from service.engine.contract import Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
+from service.engine.contract import AnyAnswer, Engine, Generated, GeneratedText, ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.upstream.engine import UpstreamEngine
+from service.engine.torch.generate import TorchGenerator
+from service.judges import LabelReader, TextReader, Writing, stop_ids_of
 from service.models import resolve
-from service.prompt import JudgePrompt, PromptBuilder
+from service.prompt import PromptBuilder
 from service.settings import Settings
-from service.templates import from_inline
+from service.text_prompts import Prompt
 from service.upstreams import find_upstream, load_upstream
 from tests.fleet import Program
 from tests.live import wait_for
-from tests.openai_recording import QUESTIONS, TEMPLATE, recorded
+from tests.openai_recording import prompts_of, recorded
 from tests.openai_server import Upstream
 from tests.redis_server import free_port
 from tests.test_upstream import CONVERSATION, failed
@@ -83,17 +84,10 @@ def settings(url: str, **more: Any) -> Settings:
     return Settings(engine="upstream", upstream_url=url, upstream_timeout=900, **more)
 
 
-def asked(tokenizer: Any) -> list[JudgePrompt]:
-    """The prompts of the recording in this tokenizer's tokens."""
-    builder = PromptBuilder(tokenizer, 1000)
-    pairs = [(prompt, answer) for prompt, answers in QUESTIONS for answer in answers]
-    return [builder.build(from_inline(TEMPLATE), prompt, [answer], "error") for prompt, answer in pairs]
-
-
-def started(config: Settings) -> tuple[UpstreamEngine, list[JudgePrompt]]:
+def started(config: Settings) -> tuple[Engine, list[Prompt]]:
     """The engine, and the prompts as it takes them."""
     model = find_upstream(config)
-    return load_upstream(config, model), asked(model.tokenizer)
+    return load_upstream(config, model), prompts_of(model)
 
 
 def test_ids_give_the_torch_engines_probabilities(url: str, folder: Path, torch_engine: TorchEngine) -> None:
@@ -138,7 +132,7 @@ def test_one_token_of_the_chat_api_is_not_both_labels(url: str) -> None:
     """The missing one is an error, or the floor where there is one."""
     strict, prompts = started(settings(url, upstream_top_logprobs=1))
     lenient, _ = started(settings(url, upstream_top_logprobs=1, floor=-20.0))
-    items = [ScoreItem(prompt.token_ids, prompt.label_ids) for prompt in prompts]
+    items = [item for prompt in prompts for item in LabelReader().items(prompt)]
 
     missing, floored = strict.run(items), lenient.run(items)
     for engine in (strict, lenient):
@@ -149,30 +143,27 @@ def test_one_token_of_the_chat_api_is_not_both_labels(url: str) -> None:
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
-def test_greedy_texts_are_the_torch_engines(url: str, folder: Path, torch_engine: TorchEngine, api: str) -> None:
+def test_greedy_texts_are_the_torch_engines(url: str, folder: Path, api: str) -> None:
     """Sent as ids or as text, read back as text."""
-    own_prompts = asked(find_upstream(settings(url, model=str(folder))).tokenizer)
-    engine, prompts = started(settings(url, upstream_api=api, model=str(folder) if api == "completions" else None))
-    stop = torch_engine_stop(folder)
+    ids = settings(url, self_reward_mode="parsed", judge="self-reward", model=str(folder))
+    tokenizer = find_upstream(ids).tokenizer
+    config = ids if api == "completions" else settings(url, self_reward_mode="parsed", judge="self-reward")
+    engine, prompts = started(config)
+    generator = TorchGenerator.load(folder, dtype="float32", max_tokens=1000)
+    reader = TextReader(Writing(1, 12, stop_ids_of(tokenizer, folder)), PromptBuilder(tokenizer, 1000).text_of)
 
-    answers = engine.run([GenerateItem(prompt.token_ids, 12, stop) for prompt in prompts[:3]])
-    own = torch_engine.run([GenerateItem(prompt.token_ids, 12, stop) for prompt in own_prompts[:3]])
-    tokenizers = [find_upstream(settings(url, model=str(folder))).tokenizer, find_upstream(settings(url)).tokenizer]
-    theirs = tokenizers[api == "chat"]
+    answers = engine.run([item for prompt in prompts[:3] for item in reader.items(prompt)])
+    own = generator.run([item for prompt in prompts_of(find_upstream(ids))[:3] for item in reader.items(prompt)])
     engine.close()
+    generator.close()
 
-    assert [text(theirs, answer) for answer in answers] == [text(tokenizers[0], answer) for answer in own]
-
-
-def torch_engine_stop(folder: Path) -> tuple[int, ...]:
-    """What ends SmolLM2's texts."""
-    from transformers import AutoTokenizer
-
-    return (int(AutoTokenizer.from_pretrained(folder).eos_token_id),)
+    assert [said(tokenizer, answer) for answer in answers] == [said(tokenizer, answer) for answer in own]
 
 
-def text(tokenizer: Any, answer: Generated | ItemFailure) -> tuple[str, bool]:
+def said(tokenizer: Any, answer: AnyAnswer | ItemFailure) -> tuple[str, bool]:
     """What was written, and whether to its end."""
+    if isinstance(answer, GeneratedText):
+        return answer.text, answer.ended
     assert isinstance(answer, Generated)
     return str(tokenizer.backend_tokenizer.decode(list(answer.token_ids), skip_special_tokens=False)), answer.ended
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Score = TypeVar("Score", bound=ScoreItem | TextScoreItem)
 Generate = TypeVar("Generate", bound=GenerateItem | TextGenerateItem)
 
-# Seeds up to here are taken everywhere.
 _MOST_STOPS: Final = 4
+# Seeds below are taken everywhere.
 _SEEDS: Final = 1 << 31
 
 
