@@ -200,9 +200,12 @@ def configured(cls: type[Settings] | type[WorkerSettings]) -> Callable[[list[str
     return check
 
 
-def looked_up(words: list[str], _: Site) -> None:
-    """`list` really; the others about a model that is known and not on this machine."""
+def looked_up(words: list[str], site: Site) -> None:
+    """`list` really, `check` with a tiny model; the others about a model that is known and not on this machine."""
     command, *names = words
+    if command == "check":
+        assert models_main([command, str(site.model)]) == 0
+        return
     assert set(names) <= set(known_models())
     if command != "fetch":  # that one would download it
         assert models_main(words) == (0 if command == "list" else 1)

@@ -44,6 +44,16 @@ class TorchExecutor(Protocol):
     def code(self) -> str:
         """What else than the rung's name, torch and the hardware its bits depend on."""
 
+    @property
+    def batches(self) -> bool:
+        """Whether prompts are computed together."""
+
+    def shallow(self) -> TorchExecutor:
+        """The same with some of the layers, one of each kind at least: whether bits depend on company shows there too.
+
+        An executor for which that is not worth it returns itself.
+        """
+
     def run(self, prompts: Sequence[Prompt], use: Use[T], threads: int) -> list[T]:
         """What `use` makes of the outputs, in the prompts' order; it may be called in several threads."""
 
@@ -53,6 +63,8 @@ class TorchExecutor(Protocol):
 
 class PackedExecutor:
     """A packed prefill and a head, on up to `threads` threads."""
+
+    batches = True
 
     def __init__(self, prefill: Prefill, head: Head, threads: int, code: str = "") -> None:
         self.code = code
@@ -77,6 +89,11 @@ class PackedExecutor:
 
         return [one for some in self._pool.map(group, starts) for one in some]
 
+    def shallow(self) -> TorchExecutor:
+        """See TorchExecutor."""
+        prefill = self._prefill.shallow()
+        return self if prefill is self._prefill else PackedExecutor(prefill, self._head, self._threads)
+
     def close(self) -> None:
         """End the threads."""
         if "_pool" in self.__dict__:
@@ -91,6 +108,8 @@ class PackedExecutor:
 class SingleExecutor:
     """One prompt at a time through `forward`: token ids, [1, tokens], to outputs, [1, outputs] in fp32."""
 
+    batches = False
+
     def __init__(self, forward: Callable[[Tensor], Tensor], device: torch.device, code: str = "") -> None:
         self.code = code
         self._forward, self._device = forward, device
@@ -103,6 +122,10 @@ class SingleExecutor:
             ids = torch.tensor([list(prompt.token_ids)], device=self._device)
             found.extend(use(self._forward(ids).float().cpu(), {index: 0}))
         return found
+
+    def shallow(self) -> TorchExecutor:
+        """See TorchExecutor."""
+        return self
 
     def close(self) -> None:
         """Nothing is held but the model."""

@@ -10,6 +10,7 @@ segment, its queries against the keys of its prefix chain, on tensors whose shap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -33,6 +34,9 @@ class Prefill(Protocol):
     @property
     def divides_batches(self) -> bool:
         """Whether one batch keeps all threads busy; else a batch takes one, whatever it is given."""
+
+    def shallow(self) -> Prefill:
+        """See TorchExecutor."""
 
     def prepare(self, longest: int) -> None:
         """Before batches with prompts of up to so many tokens."""
@@ -92,6 +96,13 @@ class PackedPrefill:
             for part in decoder.layers
         ]
         self._ropes = decoder.ropes(decoder.dtype)
+
+    def shallow(self) -> Prefill:
+        """See Prefill."""
+        twin = copy(self)
+        kinds = {(layer.parts.layer_type, layer.parts.window): layer for layer in self._layers}
+        twin._layers = [self._layers[0], *kinds.values()]
+        return twin
 
     def prepare(self, longest: int) -> None:
         """See Prefill."""

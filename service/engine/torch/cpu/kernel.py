@@ -32,6 +32,7 @@ from service.engine.torch.families import (
     norm_weight,
 )
 from service.engine.torch.heads import in_terms, softcapped
+from service.engine.torch.packed_forward import Prefill
 from service.engine.torch.packing import PackedBatch
 
 _SOURCE: Final = Path(__file__).with_name("prefill.cpp")
@@ -162,6 +163,10 @@ class CompiledPrefill:
         self._final_norm = norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
         self._model = _Model()
+
+    def shallow(self) -> Prefill:
+        """See Prefill: all layers take no time."""
+        return self
 
     def prepare(self, longest: int) -> None:
         """See Prefill."""
