@@ -16,6 +16,7 @@ import transformers
 
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.torch.engine import DType, TorchEngine
+from tests.families import TINY
 
 VOCABULARY = 128
 SMALL: dict[str, Any] = {
@@ -194,13 +195,11 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     ("config", "reason"),
     [
         (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256), "for GPT2"),
-        (transformers.GraniteConfig(**SMALL), "for GraniteDecoderLayer"),
-        (
-            transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
-            "with rotary positions of",
-        ),
+        (transformers.ArceeConfig(**SMALL), "for ArceeDecoderLayer"),
+        (TINY["phi3, long"].config(), "as prompts of more than 24 tokens have other positions (--max-tokens 24 would"),
+        (TINY["gemma4_text, E4B"].config(), "with per_layer_input_gate.weight in Gemma4TextDecoderLayer"),
     ],
-    ids=["other parts", "other arithmetic", "frequencies by length"],
+    ids=["other parts", "other arithmetic", "frequencies by length", "more weights"],
 )
 def test_a_model_that_cannot_be_packed_is_run_one_prompt_at_a_time(
     config: Any, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

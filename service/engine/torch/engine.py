@@ -66,7 +66,7 @@ class TorchEngine:
         self._padding_id: int | None = model.config.get_text_config().pad_token_id
         outputs = _outputs_of(model, task)
         reference = reference_of(outputs, loaded.max_tokens)
-        rungs = rungs_of(outputs, self._threads, native_kernels=native_kernels)
+        rungs = rungs_of(outputs, loaded.max_tokens, self._threads, native_kernels=native_kernels)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         if task == "labels":
             self._vocabulary = min(self._vocabulary, reference.outputs.shape[1])
@@ -124,7 +124,7 @@ def check_all(folder: Path, task: Task, **options: Unpack[LoadOptions]) -> list[
     loaded = load_model(folder, task, options)
     outputs, threads = _outputs_of(loaded.model, task), torch.get_num_threads()
     reference, found = reference_of(outputs, loaded.max_tokens), list[Verdict]()
-    for rung in rungs_of(outputs, threads, native_kernels=True):
+    for rung in rungs_of(outputs, loaded.max_tokens, threads, native_kernels=True):
         with suppress(CheckError):  # it is among what was found
             ladder.climb_down([rung], reference, threads, hardware_of(loaded.model.device), found.append)[0].close()
     return found
@@ -144,19 +144,19 @@ def reference_of(outputs: Outputs, max_tokens: int) -> Reference:
         return Reference(prompts, own, outputs.sizes(prompts, own), ladder.TOLERANCE[model.dtype], seconds)
 
 
-def rungs_of(outputs: Outputs, threads: int, *, native_kernels: bool) -> list[Rung]:
+def rungs_of(outputs: Outputs, max_tokens: int, threads: int, *, native_kernels: bool) -> list[Rung]:
     """The ways to compute the outputs, fastest first; compiled code only where it is wanted."""
     model = outputs.model
     # Torch may sum up in another order on another number of threads.
     divided = f"{threads} threads"
 
     def compiled() -> TorchExecutor:
-        decoder, library = decoder_of(model), kernel.library(model.dtype)
+        decoder, library = decoder_of(model, max_tokens), kernel.library(model.dtype)
         prefill = kernel.CompiledPrefill(decoder, library)
         return PackedExecutor(prefill, outputs.head(library), threads, code=library.digest)
 
     def packed() -> TorchExecutor:
-        return PackedExecutor(PackedPrefill(decoder_of(model)), outputs.head(None), threads)
+        return PackedExecutor(PackedPrefill(decoder_of(model, max_tokens)), outputs.head(None), threads)
 
     def single() -> TorchExecutor:
         outputs.head(None)  # raises where there is none in fp32

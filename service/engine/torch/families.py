@@ -1,33 +1,94 @@
-"""The families whose prefill can be packed: the parts of each of their layers, and rotary positions.
+"""The families whose prefill can be packed, and the parts of each of their layers.
 
-All of them have Llama's parts; some add norms, windows or softcaps, which are None where a family lacks them.
+Everything that the check of a rung cannot see, as it reads short prompts only, is decided here from the class of the
+layers and from the config: windows, and what depends on a prompt's length. A layer with a weight that its description
+does not name is refused.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
-LAYERS: Final = frozenset(
-    {
-        "LlamaDecoderLayer",
-        "MistralDecoderLayer",
-        "Qwen2DecoderLayer",
-        "Qwen3DecoderLayer",
-        "GemmaDecoderLayer",
-        "Gemma2DecoderLayer",
-        "Gemma3DecoderLayer",
-    }
+from service.engine.torch.rotary import UNROTATED, Rope
+
+Norms = tuple[str | None, str | None, str | None, str | None]
+_LLAMA: Final[Norms] = ("input_layernorm", None, "post_attention_layernorm", None)
+_SANDWICH: Final[Norms] = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
 )
+_BEHIND: Final[Norms] = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_GLM4: Final[Norms] = (
+    "input_layernorm",
+    "post_self_attn_layernorm",
+    "post_attention_layernorm",
+    "post_mlp_layernorm",
+)
+_PARALLEL: Final[Norms] = ("input_layernorm", None, "input_layernorm", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How a family's layers differ from Llama's.
+
+    `norms` are the names of the norms before attention, behind it, before the MLP and behind it. `windows`: layers
+    have the config's sliding window where `layer_types` says so (`by_type`), all of them, or none. `neighbours`: rotary
+    positions pair the numbers 0 and 1 of a head, 2 and 3, …, not its halves. `rotated`: which layers have them.
+    `parallel`: attention and MLP read the same rows.
+    """
+
+    norms: Norms = _LLAMA
+    windows: Literal["none", "by_type", "all"] = "none"
+    neighbours: bool = False
+    rotated: Literal["all", "windowed"] = "all"
+    parallel: bool = False
+
+
+# By the class of their layers, without "DecoderLayer".
+FAMILIES: Final = {
+    "Llama": Family(),
+    "Mistral": Family(windows="all"),
+    "Ministral": Family(windows="by_type"),
+    "Ministral3": Family(windows="all"),
+    "Qwen2": Family(windows="by_type"),
+    "Qwen3": Family(windows="by_type"),
+    "Gemma": Family(),
+    "Gemma2": Family(_SANDWICH, windows="by_type"),
+    "Gemma3": Family(_SANDWICH, windows="by_type"),
+    "Gemma4Text": Family(_SANDWICH, windows="by_type"),
+    "Gemma4UnifiedText": Family(_SANDWICH, windows="by_type"),
+    "Phi3": Family(windows="all"),
+    "Granite": Family(),
+    "GraniteMoeHybrid": Family(),
+    "SmolLM3": Family(windows="by_type"),
+    "Olmo2": Family(_BEHIND),
+    "Olmo3": Family(_BEHIND, windows="by_type"),
+    "Exaone4": Family(_BEHIND, windows="by_type", rotated="windowed"),
+    "Glm": Family(neighbours=True),
+    "Glm4": Family(_GLM4, neighbours=True),
+    "Cohere": Family(_PARALLEL, neighbours=True, parallel=True),
+    "Cohere2": Family(_PARALLEL, windows="by_type", neighbours=True, rotated="windowed", parallel=True),
+    "Ernie4_5": Family(neighbours=True),
+    "Helium": Family(neighbours=True),
+    "SeedOss": Family(),
+    "Cwm": Family(windows="by_type"),
+}
 # Classes of activations; true for the tanh form of GELU, false for SiLU.
 _ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "NewGELUActivation": True}
-# Frequencies that do not depend on the length of what is read.
-_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn"})
+# Norms whose weight is stored less one.
+_LESS_ONE: Final = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
+# Frequencies that do not depend on the length of the prompt; those of `longrope` and `dynamic` do beyond some length.
+_ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional", "longrope", "dynamic"})
+_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 
 
 class UnsupportedModelError(ValueError):
@@ -36,80 +97,94 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """A decoder layer's parts. `window` is how many keys a query sees, itself included; None: all before it."""
+    """A decoder layer's parts; nn.Identity in place of norms that it lacks.
+
+    `qkv` and `gate_up` are the layers whose outputs, one behind the other, are those. `post_attention_norm` and
+    `post_mlp_norm` may also be multipliers. `parallel`: the MLP reads what attention reads, not what it adds to.
+    `output_scale` multiplies all that leaves the layer. `rope` names the layer's rotary positions, and `neighbours` is
+    as in Family. `window` is how many keys a query sees, itself included; None: all before it.
+    """
 
     input_norm: nn.Module
-    qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
+    qkv: tuple[nn.Linear, ...]
+    q_norm: nn.Module
+    k_norm: nn.Module
+    v_norm: nn.Module
     o_proj: nn.Linear
-    post_attention_norm: nn.Module | None
+    post_attention_norm: nn.Module
     pre_mlp_norm: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
+    gate_up: tuple[nn.Linear, ...]
     activation: nn.Module
     down: nn.Linear
-    post_mlp_norm: nn.Module | None
-    layer_type: str | None
+    post_mlp_norm: nn.Module
+    parallel: bool
+    output_scale: Tensor | None
+    rope: str | None
+    neighbours: bool
     head_dim: int
     scaling: float
     window: int | None
     softcap: float | None
 
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """How many numbers of queries, of keys and of values a row has."""
+        queries = self.o_proj.in_features
+        rest = sum(part.out_features for part in self.qkv) - queries
+        return queries, rest // 2, rest // 2
 
-class Rope:
-    """The model's own rotary factors in `dtype`, [positions, head width] each, from a table that grows by doubling."""
-
-    def __init__(self, module: Any, kind: str | None, dtype: torch.dtype) -> None:
-        self._module, self._kind = module, kind
-        self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
-
-    @torch.inference_mode()
-    def grow(self, positions: int) -> bool:
-        """Make the table long enough; its first rows stay what they are. Returns whether it is another one now."""
-        if positions <= len(self.cos):
-            return False
-        size = max(256, 1 << (positions - 1).bit_length())
-        more = {} if self._kind is None else {"layer_type": self._kind}
-        cos, sin = self._module(self.cos, torch.arange(size)[None], **more)
-        self.cos, self.sin = cos[0].contiguous(), sin[0].contiguous()
-        return True
+    @property
+    def products(self) -> tuple[nn.Linear, ...]:
+        """All its linear layers."""
+        return *self.qkv, self.o_proj, *self.gate_up, self.down
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model's decoder: the embedding, the layers, the last norm, and the rotary positions that all layers share."""
+    """A model's decoder: the embedding, the layers, the last norm, and rotary positions for up to `max_tokens`."""
 
     embed: nn.Module
     layers: Sequence[DecoderLayer]
     norm: nn.Module
     dtype: torch.dtype
     rotary: nn.Module
+    max_tokens: int
 
     def ropes(self, dtype: torch.dtype) -> dict[str | None, Rope]:
-        """Tables by the kinds of layers that have frequencies of their own; None is for all others."""
-        by_kind = "layer_type" in inspect.signature(self.rotary.forward).parameters
-        kinds = {layer.layer_type for layer in self.layers} if by_kind else {None}
-        return {kind: Rope(self.rotary, kind, dtype) for kind in kinds}
+        """Tables by the layers' `rope`."""
+        return {
+            name: Rope(self.rotary, name, layer.head_dim, layer.neighbours, dtype, self.max_tokens)
+            for name, layer in {layer.rope: layer for layer in self.layers}.items()
+        }
 
 
-def decoder_of(model: Any) -> Decoder:
-    """The model's decoder; UnsupportedModelError where it is of no known family, or not on a CPU."""
+def decoder_of(model: Any, max_tokens: int) -> Decoder:
+    """The model's decoder, for prompts of up to so many tokens.
+
+    Raises UnsupportedModelError where it is of no known family, has something that is not described here, or is not on
+    a CPU.
+    """
     if model.device.type != "cpu":
         raise UnsupportedModelError(f"on {model.device.type}")
-    decoder = getattr(model, "model", None)
-    names = {type(layer).__name__ for layer in getattr(decoder, "layers", ())}
-    if decoder is None or not names or not names <= LAYERS:
-        raise UnsupportedModelError(f"for {', '.join(sorted(names)) or type(model).__name__}")
+    decoder: Any = getattr(model, "model", None)
+    decoder = getattr(decoder, "language_model", decoder)  # of models that read images too
+    layers = getattr(decoder, "layers", ())
+    if not layers or not {_family(layer) for layer in layers} <= FAMILIES.keys():
+        names = sorted({type(layer).__name__ for layer in layers})
+        raise UnsupportedModelError(f"for {', '.join(names) or type(model).__name__}")
     config = model.config.get_text_config()
-    ropes = config.rope_parameters
-    kinds = {part["rope_type"] for part in (ropes, *ropes.values()) if isinstance(part, dict) and "rope_type" in part}
-    if not kinds <= _ROPES:
-        raise UnsupportedModelError(f"with rotary positions of the kind {', '.join(sorted(kinds))}")
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise UnsupportedModelError("with attention in both directions")
-    layers = [_read_layer(layer) for layer in decoder.layers]
-    return Decoder(decoder.embed_tokens, layers, decoder.norm, model.dtype, decoder.rotary_emb)
+    most = _same_up_to(config)
+    if max_tokens > most:
+        raise UnsupportedModelError(
+            f"as prompts of more than {most} tokens have other positions (--max-tokens {most} would do without them)"
+        )
+    by_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    found = [_read_layer(layer, config, index, by_type) for index, layer in enumerate(layers)]
+    factor = getattr(decoder, "embedding_multiplier", None)
+    embed = decoder.embed_tokens if factor is None else nn.Sequential(decoder.embed_tokens, Multiplier(factor))
+    return Decoder(embed, found, decoder.norm, model.dtype, decoder.rotary_emb, max_tokens)
 
 
 def bias_of(*layers: nn.Linear) -> Tensor | None:
@@ -134,14 +209,20 @@ def merged(*layers: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def norm_weight(norm: Any) -> Tensor:
-    """What a norm multiplies by, in fp32: Gemma's are stored less one."""
-    weight: Tensor = norm.weight.data.float()
-    return weight + (1.0 if type(norm).__name__.startswith("Gemma") else 0.0)
+    """What a root-mean-square norm multiplies by, in fp32. Raises UnsupportedModelError for norms of other kinds."""
+    weight: Tensor = _rms(norm).weight.data.float()
+    return weight + (1.0 if type(norm).__name__ in _LESS_ONE else 0.0)
 
 
 def norm_eps(norm: Any) -> float:
-    """What a norm adds to the mean of the squares."""
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+    """What such a norm adds to the mean of the squares. Raises UnsupportedModelError for norms of other kinds."""
+    return float(norm.variance_epsilon if hasattr(_rms(norm), "variance_epsilon") else norm.eps)
+
+
+def _rms(norm: Any) -> Any:
+    if not type(norm).__name__.endswith("RMSNorm"):
+        raise UnsupportedModelError(f"with {type(norm).__name__} where it needs an RMS norm")
+    return norm
 
 
 def is_gelu(activation: nn.Module) -> bool:
@@ -152,29 +233,111 @@ def is_gelu(activation: nn.Module) -> bool:
     return _ACTIVATIONS[name]
 
 
-def _read_layer(layer: Any) -> DecoderLayer:
-    attention, mlp = layer.self_attn, layer.mlp
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    has_kind = hasattr(attention, "sliding_window")
+class Multiplier(nn.Module):
+    """Multiplies by a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class NormOfAllHeads(nn.Module):
+    """A norm of all heads together, [rows, heads, head_dim]."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x.flatten(1))
+        return normed.view_as(x)
+
+
+def _read_layer(layer: Any, config: Any, index: int, by_type: bool) -> DecoderLayer:
+    """Its description; `by_type`: rotary positions differ by the type of the layer."""
+    family = FAMILIES[_family(layer)]
+    attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp", "shared_mlp")
+    norms = [nn.Identity() if name is None else _part(layer, name) for name in family.norms]
+    if hasattr(layer, "residual_multiplier"):
+        norms[1] = norms[3] = Multiplier(layer.residual_multiplier)
+    layer_type = config.layer_types[index] if by_type or family.windows == "by_type" else "full_attention"
+    if layer_type not in _LAYER_TYPES:
+        raise UnsupportedModelError(f"with layers of the type {layer_type}")
+    windowed = family.windows == "all" or layer_type == "sliding_attention"
+    rotated = getattr(attention, "use_rope", getattr(config, "position_embedding_type", "rope") == "rope")
+    if family.rotated == "windowed":
+        rotated = windowed or config.sliding_window is None
+    keys = _part(attention, "k_proj", "qkv_proj")
+    fused = keys is getattr(attention, "qkv_proj", None)
+    gate_up = None if hasattr(mlp, "gate_proj") else _part(mlp, "gate_up_proj", "input_linear")
     found = DecoderLayer(
-        input_norm=layer.input_layernorm,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        q_norm=getattr(attention, "q_norm", None),
-        k_norm=getattr(attention, "k_norm", None),
-        o_proj=attention.o_proj,
-        post_attention_norm=layer.post_attention_layernorm if sandwich else None,
-        pre_mlp_norm=layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm,
-        gate=mlp.gate_proj,
-        up=mlp.up_proj,
-        activation=mlp.act_fn,
-        down=mlp.down_proj,
-        post_mlp_norm=layer.post_feedforward_layernorm if sandwich else None,
-        layer_type=getattr(attention, "layer_type", None),
+        input_norm=norms[0],
+        # Where there are none of its own, values are the keys before their norm.
+        qkv=(keys,) if fused else (_part(attention, "q_proj"), keys, _part(attention, "v_proj", "k_proj")),
+        q_norm=_head_norm(attention, "q_norm"),
+        k_norm=_head_norm(attention, "k_norm"),
+        v_norm=getattr(attention, "v_norm", nn.Identity()),
+        o_proj=_part(attention, "o_proj"),
+        post_attention_norm=norms[1],
+        pre_mlp_norm=norms[2],
+        gate_up=(mlp.gate_proj, mlp.up_proj) if gate_up is None else (gate_up,),
+        activation=_part(mlp, "act_fn", "activation_fn", "activation"),
+        down=_part(mlp, "down_proj", "output_linear"),
+        post_mlp_norm=norms[3],
+        parallel=family.parallel,
+        output_scale=getattr(layer, "layer_scalar", None),
+        rope=UNROTATED if not rotated else layer_type if by_type else None,
+        neighbours=family.neighbours,
         head_dim=attention.head_dim,
         scaling=attention.scaling,
-        window=attention.sliding_window if has_kind else getattr(attention.config, "sliding_window", None),
+        window=config.sliding_window if windowed else None,
         softcap=getattr(attention, "attn_logit_softcapping", None),
     )
-    if any(type(part) is not nn.Linear for part in (*found.qkv, found.o_proj, found.gate, found.up, found.down)):
+    if any(type(part) is not nn.Linear for part in found.products):
         raise UnsupportedModelError("with linear layers of another kind")
+    parts = (getattr(found, field.name) for field in fields(found))
+    modules = (*(part for part in parts if isinstance(part, nn.Module)), *found.products)
+    known = {id(weight) for module in modules for weight in module.parameters()}
+    for name, weight in layer.named_parameters():
+        if id(weight) not in known:
+            raise UnsupportedModelError(f"with {name} in {type(layer).__name__}")
     return found
+
+
+def _family(layer: nn.Module) -> str:
+    return type(layer).__name__.removesuffix("DecoderLayer")
+
+
+def _part(module: nn.Module, *names: str) -> Any:
+    """The first of these parts that the module has."""
+    for name in names:
+        if getattr(module, name, None) is not None:
+            return getattr(module, name)
+    raise UnsupportedModelError(f"without {names[0]} in {type(module).__name__}")
+
+
+def _head_norm(attention: nn.Module, name: str) -> nn.Module:
+    """A norm for [rows, heads, head_dim]."""
+    norm = getattr(attention, name, None)
+    if norm is None:
+        return nn.Identity()
+    return NormOfAllHeads(norm) if norm.weight.ndim == 1 and len(norm.weight) != attention.head_dim else norm
+
+
+def _same_up_to(config: Any) -> float:
+    """How many tokens a prompt may have for its positions to be encoded as in any other prompt."""
+    ropes = config.rope_parameters
+    parts = [part for part in (ropes, *ropes.values()) if isinstance(part, dict) and "rope_type" in part]
+    unknown = {part["rope_type"] for part in parts} - _ROPES
+    if unknown:
+        raise UnsupportedModelError(f"with rotary positions of the kind {', '.join(sorted(unknown))}")
+    limits = [math.inf]
+    for part in parts:
+        if part["rope_type"] == "dynamic":
+            limits.append(config.max_position_embeddings)
+        if part["rope_type"] == "longrope" or part.get("llama_4_scaling_beta"):
+            limits.append(part["original_max_position_embeddings"])
+    return min(limits)

@@ -19,18 +19,19 @@ _CHUNK_ELSEWHERE: Final = 1 << 26
 class OutputLayer:
     """Next-token logits, for at most `most_states` states at a time, always computed as that many.
 
-    `softcap` is the family's cap of logits: `cap * tanh(logit / cap)`.
+    `scale` is what the family multiplies logits by, and `softcap` caps them: `cap * tanh(logit / cap)`.
     """
 
     most_states: Final = _ROWS
 
-    def __init__(self, linear: nn.Linear, softcap: float | None) -> None:
-        self._linear, self._softcap = linear, softcap
+    def __init__(self, linear: nn.Linear, softcap: float | None, scale: float = 1.0) -> None:
+        self._linear, self._softcap, self._scale = linear, softcap, scale
 
     def __call__(self, states: Tensor, threads: int = 1) -> Tensor:  # noqa: ARG002 - torch's own threads divide it
         """[prompts, hidden_size] in fp32 -> [prompts, vocabulary] in fp32."""
         padded = functional.pad(states, (0, 0, 0, _ROWS - len(states)))
-        return softcapped(in_fp32(self._linear.weight, self._linear.bias, padded)[: len(states)], self._softcap)
+        logits = in_fp32(self._linear.weight, self._linear.bias, padded)[: len(states)]
+        return softcapped(logits if self._scale == 1.0 else logits * self._scale, self._softcap)
 
 
 class RewardHead:

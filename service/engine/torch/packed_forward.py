@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from service.engine.torch.families import Decoder, DecoderLayer, merged
 from service.engine.torch.packing import PackedBatch, Segment
+from service.engine.torch.rotary import RopeRows
 
 # Rows of every product. More are faster, up to 512 in bf16 and 64 in fp32, but a short request pays for all of them.
 _TILE_ROWS: Final = {torch.float32: 64}
@@ -54,12 +55,12 @@ class _Linear:
     sizes: list[int]
 
     @classmethod
-    def of(cls, *layers: nn.Linear) -> _Linear:
-        """The product of these layers together."""
-        return cls(*merged(*layers), [layer.out_features for layer in layers])
+    def of(cls, layers: Sequence[nn.Linear], *sizes: int) -> _Linear:
+        """The product of these layers together, its outputs divided into so many each."""
+        return cls(*merged(*layers), list(sizes))
 
     def __call__(self, rows: Tensor) -> Sequence[Tensor]:
-        """[rows, inputs] -> [rows, outputs] for each layer."""
+        """[rows, inputs] -> [rows, size] for each size."""
         return torch.split(functional.linear(rows, self.weight, self.bias), self.sizes, dim=1)
 
 
@@ -88,10 +89,10 @@ class PackedPrefill:
         self._layers = [
             _Layer(
                 part,
-                _Linear.of(*part.qkv),
-                _Linear.of(part.o_proj),
-                _Linear.of(part.gate, part.up),
-                _Linear.of(part.down),
+                _Linear.of(part.qkv, *part.qkv_sizes),
+                _Linear.of((part.o_proj,), part.o_proj.out_features),
+                _Linear.of(part.gate_up, part.down.in_features, part.down.in_features),
+                _Linear.of((part.down,), part.down.out_features),
             )
             for part in decoder.layers
         ]
@@ -119,43 +120,43 @@ class PackedPrefill:
             ids[place] = torch.tensor(segment.tokens)
             positions[place] = torch.arange(segment.position, segment.position + len(segment.tokens))
         ropes = {
-            layer_type: [(rope.cos[part, None], rope.sin[part, None]) for part in torch.split(positions, self._tile)]
-            for layer_type, rope in self._ropes.items()
+            name: [rope.at(part) for part in torch.split(positions, self._tile)] for name, rope in self._ropes.items()
         }
         hidden = [self._decoder.embed(part) for part in torch.split(ids, self._tile)]
         for layer in self._layers:
-            rope = ropes[layer.parts.layer_type if layer.parts.layer_type in ropes else None]
-            parts = [_before_attention(layer, *tile) for tile in zip(hidden, rope, strict=True)]
+            tiles = zip(hidden, ropes[layer.parts.rope], strict=True)
+            parts = [_before_attention(layer, *tile) for tile in tiles]
             q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
             attended = torch.split(_attend(layer.parts, (q, k, v), batch.segments), self._tile)
             hidden = [_after_attention(layer, *tile) for tile in zip(hidden, attended, strict=True)]
         return torch.cat([self._decoder.norm(tile) for tile in hidden])[list(batch.last_row.values())].float()
 
 
-def _before_attention(layer: _Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _before_attention(layer: _Layer, hidden: Tensor, rope: RopeRows) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a tile, [rows, heads, head_dim]."""
-    q, k, v = (part.view(len(part), -1, layer.parts.head_dim) for part in layer.qkv(layer.parts.input_norm(hidden)))
-    q = _rotate(q if layer.parts.q_norm is None else layer.parts.q_norm(q), rope)
-    k = _rotate(k if layer.parts.k_norm is None else layer.parts.k_norm(k), rope)
-    return q, k, v
+    parts = layer.parts
+    q, k, v = (part.view(len(part), -1, parts.head_dim) for part in layer.qkv(parts.input_norm(hidden)))
+    return _rotate(parts.q_norm(q), rope), _rotate(parts.k_norm(k), rope), parts.v_norm(v)
 
 
 def _after_attention(layer: _Layer, hidden: Tensor, attended: Tensor) -> Tensor:
     """The rest of the layer for a tile: its input, [rows, hidden_size], and what attention gave."""
+    parts, before = layer.parts, hidden
     (mixed,) = layer.o_proj(attended)
-    parts = layer.parts
-    hidden = hidden + (mixed if parts.post_attention_norm is None else parts.post_attention_norm(mixed))
-    gate, up = layer.gate_up(parts.pre_mlp_norm(hidden))
+    hidden = hidden + parts.post_attention_norm(mixed)
+    gate, up = layer.gate_up(parts.pre_mlp_norm(before if parts.parallel else hidden))
     (mixed,) = layer.down(parts.activation(gate) * up)
-    return hidden + (mixed if parts.post_mlp_norm is None else parts.post_mlp_norm(mixed))
+    hidden = hidden + parts.post_mlp_norm(mixed)
+    return hidden if parts.output_scale is None else hidden * parts.output_scale
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, rope: RopeRows) -> Tensor:
     """Rotary positions on [rows, heads, head_dim]: the first half of each head is paired with the second."""
-    cos, sin = rope
+    cos, sin, order = rope
+    x = x if order is None else x[..., order]
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    return (x * cos + turned * sin).to(x.dtype)  # some families have factors in fp32
 
 
 def _attend(layer: DecoderLayer, qkv: tuple[Tensor, Tensor, Tensor], segments: Sequence[Segment]) -> Tensor:

@@ -54,10 +54,12 @@ class NextToken:
 
     def head(self, library: Library | None) -> Head:
         """See Outputs."""
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        if library is not None:
+        config = self.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scale = _logit_scale(config)
+        if library is not None and scale == 1.0:
             return CompiledOutputLayer(self._linear, softcap, library)
-        return OutputLayer(self._linear, softcap)
+        return OutputLayer(self._linear, softcap, scale)
 
     def sizes(self, prompts: Sequence[Prompt], outputs: Tensor) -> Tensor:  # noqa: ARG002 - see Outputs
         """The spread of each prompt's logits."""
@@ -72,6 +74,12 @@ class NextToken:
     def _forward(self, ids: Tensor, layer: nn.Module) -> Tensor:
         self.model.set_output_embeddings(layer)
         return cast(Tensor, self.model(input_ids=ids, use_cache=False, **self._last_only).logits)[:, -1].float()
+
+
+def _logit_scale(config: Any) -> float:
+    """What logits are multiplied by: Granite divides them by one number, Cohere multiplies them by another."""
+    scale = getattr(config, "logit_scale", None)
+    return (scale if isinstance(scale, float) else 1.0) / getattr(config, "logits_scaling", 1.0)
 
 
 class RewardLogit:

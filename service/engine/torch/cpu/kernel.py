@@ -159,9 +159,9 @@ class CompiledPrefill:
         self._terms = _TERMS[decoder.dtype]
         self._embed = decoder.embed
         self._shape = _Shape(decoder)
-        self._layers = [_Weights(layer) for layer in decoder.layers]
-        self._final_norm = norm_weight(decoder.norm)
         self._ropes = decoder.ropes(torch.float32)
+        self._layers = [_Weights(layer, self._ropes[layer.rope].order) for layer in decoder.layers]
+        self._final_norm = norm_weight(decoder.norm)
         self._model = _Model()
 
     def shallow(self) -> Prefill:
@@ -206,7 +206,7 @@ class CompiledPrefill:
         return states
 
     def _described(self, layer: _Weights) -> _Layer:
-        rope = self._ropes[layer.layer_type if layer.layer_type in self._ropes else None]
+        rope = self._ropes[layer.rope]
         return _Layer(
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in layer.tensors.items()},
             cos=rope.cos.data_ptr(),
@@ -260,22 +260,22 @@ class _Shape:
     """What all layers have in common; UnsupportedModelError where that is not so, or not in blocks of 32."""
 
     def __init__(self, decoder: Decoder) -> None:
-        q, k, _ = decoder.layers[0].qkv
-        head = decoder.layers[0].head_dim
+        first = decoder.layers[0]
+        head = first.head_dim
         norms = [norm for layer in decoder.layers for norm in _norms(layer).values() if norm is not None]
         eps = {norm_eps(norm) for norm in (*norms, decoder.norm)}
-        shapes = {tuple(part.weight.shape for part in _products(layer)) for layer in decoder.layers}
+        shapes = {tuple(part.weight.shape for part in layer.products) for layer in decoder.layers}
         heads = {layer.head_dim for layer in decoder.layers}
         gelu = {is_gelu(layer.activation) for layer in decoder.layers}
         if any(len(values) > 1 for values in (eps, shapes, heads, gelu)):
             raise UnsupportedModelError("with layers of different shapes")
         self._sizes = {
             "layers": len(decoder.layers),
-            "width": q.in_features,
-            "heads": q.out_features // head,
-            "kv_heads": k.out_features // head,
+            "width": first.o_proj.out_features,
+            "heads": first.qkv_sizes[0] // head,
+            "kv_heads": first.qkv_sizes[1] // head,
             "head_width": head,
-            "mlp_width": decoder.layers[0].gate.out_features,
+            "mlp_width": first.down.in_features,
             "gelu": int(gelu.pop()),
         }
         if any(self._sizes[name] % BLOCK for name in ("width", "head_width", "mlp_width")) or head > _MOST_HEAD_DIM:
@@ -292,42 +292,49 @@ class _Shape:
 class _Weights:
     """A layer's weights in the library's layout, by their names in it; None for those that the family lacks."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
-        if any(part.bias is not None for part in (layer.gate, layer.up, layer.down)):
+    def __init__(self, layer: DecoderLayer, order: Tensor | None) -> None:
+        """`order` is that of a query's and a key's head; see Rope."""
+        if any(part.bias is not None for part in (*layer.gate_up, layer.down)):
             raise UnsupportedModelError("with biases in its MLP")
-        self.layer_type, self.window, self.scaling, self.softcap = (
-            layer.layer_type,
+        if layer.parallel or layer.output_scale is not None or type(layer.v_norm) is not nn.Identity:
+            raise UnsupportedModelError("with layers of other parts than Llama's or Gemma's")
+        self.rope, self.window, self.scaling, self.softcap = (
+            layer.rope,
             layer.window or 0,
             layer.scaling,
             layer.softcap or 0.0,
         )
-        gate, up = (in_bfloat16(part.weight.data) for part in (layer.gate, layer.up))
-        qkv_bias, output_bias = bias_of(*layer.qkv), bias_of(layer.o_proj)
+        gate, up = torch.cat([in_bfloat16(part.weight.data) for part in layer.gate_up]).chunk(2)
+        qkv, qkv_bias = torch.cat([in_bfloat16(part.weight.data) for part in layer.qkv]), bias_of(*layer.qkv)
+        norms = {name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()}
+        output_bias = bias_of(layer.o_proj)
+        if order is not None:
+            heads = torch.arange(len(qkv)).view(-1, layer.head_dim)
+            turned = sum(layer.qkv_sizes[:2]) // layer.head_dim
+            heads[:turned] = heads[:turned, order]
+            qkv, qkv_bias = qkv[heads.flatten()], None if qkv_bias is None else qkv_bias[heads.flatten()]
+            norms |= {name: None if (norm := norms[name]) is None else norm[order] for name in ("q_norm", "k_norm")}
         self.tensors: dict[str, Tensor | None] = {
-            **{name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()},
+            **norms,
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
             "output_bias": None if output_bias is None else output_bias.float(),
-            "qkv": panels_of(torch.cat([in_bfloat16(part.weight.data) for part in layer.qkv])),
+            "qkv": panels_of(qkv),
             "output": panels_of(in_bfloat16(layer.o_proj.weight.data)),
             "gate_up": panels_of(in_turn(gate, up)),
             "down": panels_of(in_bfloat16(layer.down.weight.data)),
         }
 
 
-def _products(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
-    return *layer.qkv, layer.o_proj, layer.gate, layer.up, layer.down
-
-
 def _norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
-    """A layer's norms by their names in the library."""
-    return {
-        "before_norm": layer.input_norm,
+    """A layer's norms by their names in the library, which can do without these."""
+    lacking = {
         "q_norm": layer.q_norm,
         "k_norm": layer.k_norm,
         "attention_norm": layer.post_attention_norm,
-        "mlp_norm": layer.pre_mlp_norm,
         "last_norm": layer.post_mlp_norm,
     }
+    found = {name: None if type(norm) is nn.Identity else norm for name, norm in lacking.items()}
+    return {"before_norm": layer.input_norm, "mlp_norm": layer.pre_mlp_norm, **found}
 
 
 if __name__ == "__main__":
