@@ -101,7 +101,7 @@ class PackedPrefill:
     def shallow(self) -> Prefill:
         """See Prefill."""
         twin = copy(self)
-        kinds = {(layer.parts.layer_type, layer.parts.window): layer for layer in self._layers}
+        kinds = {(layer.parts.rope, layer.parts.window): layer for layer in self._layers}
         twin._layers = [self._layers[0], *kinds.values()]
         return twin
 
