@@ -296,6 +296,19 @@ def test_retry_after_is_waited_off() -> None:
     assert times[1] - times[0] >= 0.4
 
 
+def test_milliseconds_to_wait_go_before_seconds() -> None:
+    """OpenAI says both; the finer one is waited off, and the other would be more than may be waited."""
+    headers = {"retry-after-ms": "300", "Retry-After": "3600"}
+    times: list[float] = []
+    with openai_server(ids=spread) as upstream, completions(upstream) as engine:
+        upstream.always = lambda _: times.append(time.monotonic())
+        upstream.scripts.append(lambda _: times.append(time.monotonic()) or error(429, headers=headers))
+        (answer,) = engine.run([item()])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert times[1] - times[0] >= 0.3
+
+
 def test_a_date_to_wait_for_is_counted_from_the_answers_own() -> None:
     """The server's clock may be another: an hour after its own date is more than may be waited."""
     dates = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 08:28:00 GMT"}
