@@ -1,10 +1,14 @@
 """Does a score depend on what it is judged with? The same prompts in random batches and orders, to the last bit.
 
     python -m bench.invariance --model smollm2-135m-instruct --dtype bfloat16 --pairs 200 --compositions 20
+    python -m bench.invariance --rung packed --layers 4 --most-tokens 400 [--judge reward-model]
 
 Each prompt is judged alone first. Then, for each composition, all prompts are shuffled and cut into calls of random
 sizes, so that each one stands beside others, in another place, and with its prefix (the template's head, and the
 question, which the two answers of a pair have in common) shared or not. Exit status 1 where a bit differs.
+
+All layers run the same code on the same shapes, so `--layers` makes slow rungs quick to try. A reward model is the
+model's layers with a random head.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ import random
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
+import torch
 from rich.console import Console
 from rich.progress import track
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bench.vllm_agreement import DATA, MAX_TOKENS, answers, judge_prompts
 from service import models
-from service.engine.contract import ScoreItem
+from service.engine.contract import Classified, ClassifyItem, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
 
 MOST_IN_A_CALL: Final = 48
@@ -29,37 +36,71 @@ MOST_IN_A_CALL: Final = 48
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it and print the figures."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--pairs", type=int, default=200, help="samples of RewardBench, each with two answers")
-    parser.add_argument("--compositions", type=int, default=20, help="how often all are judged again")
-    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
-    parser.add_argument("--no-native-kernels", action="store_true", help="leave packs to torch's operations")
-    parser.add_argument("--data", type=Path, default=DATA, help="RewardBench as JSON lines")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     folder = models.resolve(args.model).path
-    prompts = judge_prompts(folder, answers(args.data, args.pairs))
-    items = [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
-    native = not args.no_native_kernels
-    engine = TorchEngine.load(
-        folder, dtype=args.dtype, max_tokens=MAX_TOKENS, threads=args.threads, native_kernels=native
-    )
-    with closing(engine):
-        moved, largest = differences(engine, items, args.compositions)
+    items = items_of(folder, args)
+    task = "classify" if args.judge == "reward-model" else "labels"
+    with TemporaryDirectory() as made:
+        if args.layers or task == "classify":
+            folder = shallow(folder, Path(made), args)
+        engine = TorchEngine.load(
+            folder, task, dtype=args.dtype, max_tokens=MAX_TOKENS, threads=args.threads, device="cpu", rung=args.rung
+        )
+        with closing(engine):
+            moved, largest = differences(engine, items, args.compositions)
+            rung = engine.info.executor.rung
     judged = len(items) * args.compositions
     print(
-        f"{args.model}, {args.dtype}: {args.pairs} pairs in {args.compositions} compositions; {moved} of {judged} "
-        f"judgements differ from the prompt's own, by at most {largest:.2g} in a log-odds"
+        f"{args.model}, {args.judge}, {args.dtype}, {rung}: {len(items) // 2} pairs of "
+        f"{sum(len(item.token_ids) for item in items) / len(items):.0f} tokens in {args.compositions} compositions; "
+        f"{moved} of {judged} judgements differ from the prompt's own, by at most {largest:.2g} in a log-odds"
     )
     return 1 if moved else 0
 
 
-def differences(engine: TorchEngine, items: Sequence[ScoreItem], compositions: int) -> tuple[int, float]:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
+    parser.add_argument("--judge", default="yes-no", choices=["yes-no", "reward-model"], help="what reads it (yes-no)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--pairs", type=int, default=200, help="samples of RewardBench, each with two answers")
+    parser.add_argument("--compositions", type=int, default=20, help="how often all are judged again")
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument("--rung", help="the only way that is tried, as `python -m service.models check` names it")
+    parser.add_argument("--layers", type=int, help="keep this many of the model's layers (all)")
+    parser.add_argument("--most-tokens", type=int, default=MAX_TOKENS, help="leave out pairs with a longer prompt")
+    parser.add_argument("--data", type=Path, default=DATA, help="RewardBench as JSON lines")
+    return parser.parse_args(argv)
+
+
+def items_of(folder: Path, args: argparse.Namespace) -> list[ScoreItem] | list[ClassifyItem]:
+    """Two for each pair whose prompts are short enough; they share the question."""
+    prompts = judge_prompts(folder, answers(args.data, 10**6 if args.most_tokens < MAX_TOKENS else args.pairs))
+    pairs = list(zip(prompts[::2], prompts[1::2], strict=True))
+    fitting = [pair for pair in pairs if max(len(prompt.token_ids) for prompt in pair) <= args.most_tokens]
+    kept = [prompt for pair in fitting[: args.pairs] for prompt in pair]
+    if args.judge == "reward-model":
+        return [ClassifyItem(prompt.token_ids, prompt.boundaries) for prompt in kept]
+    return [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in kept]
+
+
+def shallow(folder: Path, made: Path, args: argparse.Namespace) -> Path:
+    """The model with some of its layers, or with a reward model's head, in the folder `made`."""
+    torch.manual_seed(0)
+    reward = args.judge == "reward-model"
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    asked = {"num_hidden_layers": args.layers} if args.layers else {}
+    model = auto.from_pretrained(folder, dtype=torch.bfloat16, **asked, **({"num_labels": 1} if reward else {}))
+    model.save_pretrained(made)
+    return made
+
+
+def differences(engine: TorchEngine, items: Sequence[ScoreItem | ClassifyItem], compositions: int) -> tuple[int, float]:
     """How many judgements are not, to the last bit, what the item got alone; the largest difference of log-odds."""
     console, rng = Console(stderr=True), random.Random(0)
-    alone = [engine.run([item])[0].logprobs for item in track(items, "alone", console=console)]
+    alone = [numbers(engine.run([item])[0]) for item in track(items, "alone", console=console)]
     moved, largest = 0, 0.0
     for _ in track(range(compositions), "compositions", console=console):
         order = rng.sample(range(len(items)), len(items))
@@ -67,15 +108,21 @@ def differences(engine: TorchEngine, items: Sequence[ScoreItem], compositions: i
             count = rng.randint(1, MOST_IN_A_CALL)
             call, order = order[:count], order[count:]
             for index, answer in zip(call, engine.run([items[i] for i in call]), strict=True):
-                if answer.logprobs != alone[index]:
+                found = numbers(answer)
+                if found != alone[index]:
                     moved += 1
-                    largest = max(largest, abs(log_odds(answer.logprobs) - log_odds(alone[index])))
+                    largest = max(largest, abs(log_odds(found) - log_odds(alone[index])))
     return moved, largest
 
 
-def log_odds(logprobs: Sequence[float]) -> float:
-    """Of the first label against the second."""
-    return logprobs[0] - logprobs[1]
+def numbers(answer: LabelLogprobs | Classified) -> tuple[float, ...]:
+    """All that the answer says."""
+    return answer.logprobs if isinstance(answer, LabelLogprobs) else (answer.logit,)
+
+
+def log_odds(found: Sequence[float]) -> float:
+    """Of the first label against the second; a reward model's logit is one."""
+    return found[0] - sum(found[1:2])
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_its_output_layer_is_in_float32(vocabulary: int, dtype: torch.dtype) -> 
     without a bias, and a state's own whatever is beside it."""
     output = nn.Linear(64, vocabulary, bias=vocabulary != 7).bfloat16().to(dtype)
     states = torch.randn(15, 64) * torch.tensor([1e-3, 1.0, 30.0, 1e3, 0.0]).repeat(3)[:, None]
-    layer = kernel.CompiledOutputLayer(output, None, kernel.library(dtype))
+    layer = kernel.CompiledOutputLayer(output, None, kernel.library(dtype, kernel.forms()[0]))
 
     found = layer(states, 2)
     alone = torch.cat([layer(state[None], 1) for state in states])

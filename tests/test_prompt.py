@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -28,7 +28,8 @@ CLOSED = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}</s>{% endfor 
 REWRITING = "{% for m in messages %}User: {{ m['content'] | replace('/no_think', '') }}\nBot:{% endfor %}"
 CHAT, RAW = TemplateLibrary.load("chat"), TemplateLibrary.load("raw")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
-PARTS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "<|im_", "end|>", "<", "s>", " ", "\n", "é", "Yes", "\0"]
+CONTROL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"]
+PARTS = [*CONTROL, "<|im_", "end|>", "<", "s>", " ", "\n", "é", "Yes", "\0"]
 FORGED = st.lists(st.sampled_from([*PARTS, "e\u0301", "مرحبا", "👩‍👧"]), min_size=1, max_size=12).map("".join)
 LONG = " ".join(f"word{number}" for number in range(400))
 
@@ -113,7 +114,11 @@ def control_ids(name: str, prompt: JudgePrompt) -> list[int]:
 @settings(deadline=None, max_examples=50)
 @given(prompt=TEXTS, answer=TEXTS)
 def test_chat_prompts_are_those_of_the_chat_template(name: str, prompt: str, answer: str) -> None:
-    """A chat prompt has the tokens that transformers gives its text as one user message, trimmed or not."""
+    """A chat prompt has the tokens that transformers gives its text as one user message, trimmed or not.
+
+    Control strings in the text are another matter: transformers takes them for control tokens.
+    """
+    assume(not any(token in prompt or token in answer for token in CONTROL))
     template = inline("{prompt}\n{response}", form="chat", yes=["Yes"], no=["No"])
 
     built = builder(name).build(template, prompt, [answer], "error")

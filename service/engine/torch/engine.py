@@ -59,7 +59,7 @@ class TorchEngine:
     that one such item does not fail its neighbours.
     """
 
-    def __init__(self, loaded: Loaded, task: Task, *, native_kernels: bool = True) -> None:
+    def __init__(self, loaded: Loaded, task: Task, *, native_kernels: bool = True, rung: str | None = None) -> None:
         """Nothing of `loaded.model` is kept but what the rung that held needs. Raises EngineLoadError."""
         model = loaded.model
         self._threads = torch.get_num_threads()
@@ -67,6 +67,10 @@ class TorchEngine:
         outputs = _outputs_of(model, task)
         reference = reference_of(outputs, loaded.max_tokens)
         rungs = rungs_of(outputs, loaded.max_tokens, self._threads, native_kernels=native_kernels)
+        if rung is not None:
+            rungs = [one for one in rungs if one.name == rung]
+            if not rungs:
+                raise EngineLoadError(f"there is no rung {rung} on this machine")
         self._vocabulary = model.get_input_embeddings().num_embeddings
         if task == "labels":
             self._vocabulary = min(self._vocabulary, reference.outputs.shape[1])
@@ -80,7 +84,8 @@ class TorchEngine:
     @classmethod
     def load(cls, folder: Path, task: Task = "labels", **options: Unpack[LoadOptions]) -> TorchEngine:
         """Load the model in `folder`; nothing is fetched. See LoadOptions. Raises EngineLoadError."""
-        engine = cls(load_model(folder, task, options), task, native_kernels=options.get("native_kernels", True))
+        native, rung = options.get("native_kernels", True), options.get("rung")
+        engine = cls(load_model(folder, task, options), task, native_kernels=native, rung=rung)
         free_memory()
         return engine
 
@@ -150,8 +155,8 @@ def rungs_of(outputs: Outputs, max_tokens: int, threads: int, *, native_kernels:
     # Torch may sum up in another order on another number of threads.
     divided = f"{threads} threads"
 
-    def compiled() -> TorchExecutor:
-        decoder, library = decoder_of(model, max_tokens), kernel.library(model.dtype)
+    def compiled(form: str) -> TorchExecutor:
+        decoder, library = decoder_of(model, max_tokens), kernel.library(model.dtype, form)
         prefill = kernel.CompiledPrefill(decoder, library)
         return PackedExecutor(prefill, outputs.head(library), threads, code=library.digest)
 
@@ -165,8 +170,9 @@ def rungs_of(outputs: Outputs, max_tokens: int, threads: int, *, native_kernels:
     def own() -> TorchExecutor:
         return SingleExecutor(outputs.own, model.device, code=divided)
 
-    found = [Rung("packed", packed), Rung("single", single), Rung("own", own)]
-    return [Rung(f"compiled-{kernel.isa() or 'none'}", compiled, isolated=True), *found] if native_kernels else found
+    forms = kernel.forms() if native_kernels and model.device.type == "cpu" else ()
+    fast = [Rung(f"compiled-{form}", partial(compiled, form), isolated=True) for form in forms]
+    return [*fast, Rung("packed", packed), Rung("single", single), Rung("own", own)]
 
 
 def _outputs_of(model: object, task: Task) -> Outputs:

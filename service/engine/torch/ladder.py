@@ -37,7 +37,7 @@ _LENGTHS: Final = (2, 33, 70)
 # Share of the outputs' natural size by which two ways of computing them may differ.
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 # A child may take this long, and so many times what the model's own forward took.
-_CHILD_SECONDS: Final = 20.0
+_CHILD_SECONDS: Final = 15.0
 _CHILD_FACTOR: Final = 10.0
 
 

@@ -34,7 +34,8 @@ class LoadOptions(TypedDict, total=False):
 
     dtype `auto` is bfloat16 where the hardware multiplies it natively, else float32; device `auto` is cuda, mps or cpu,
     the first there is. `max_tokens` lowers the model's own limit, `batch_tokens` replaces what suits the device.
-    `threads` sets torch's CPU threads for the whole process. `native_kernels` false keeps compiled code away.
+    `threads` sets torch's CPU threads for the whole process. `native_kernels` false keeps compiled code away; `rung`
+    names the only one of the ladder that is tried.
     """
 
     dtype: DType
@@ -43,6 +44,7 @@ class LoadOptions(TypedDict, total=False):
     batch_tokens: int | None
     threads: int | None
     native_kernels: bool
+    rung: str | None
 
 
 @dataclass(frozen=True, slots=True)

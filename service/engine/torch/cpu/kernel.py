@@ -55,10 +55,9 @@ _MOST_HEAD_DIM: Final = 1024  # of rotate in prefill.cpp
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The compiled code of this machine, not loaded yet: `file`, made for `isa`, `amx` or `avx512`."""
+    """Compiled code of this machine, not loaded yet."""
 
     file: Path
-    isa: str
 
     @property
     def digest(self) -> str:
@@ -84,24 +83,23 @@ class Library:
         return found
 
 
-def isa() -> str | None:
-    """Which form of the code this CPU runs: `amx`, `avx512`, or None for neither."""
+def forms() -> tuple[str, ...]:
+    """Which forms of the code this CPU runs, fastest first: `amx`, `avx512`, both or neither."""
     able = torch.cpu.get_capabilities()
     if not all(able.get(name, False) for name in _AVX512.values()):
-        return None
-    return "amx" if all(able.get(name, False) for name in _AMX.values()) else "avx512"
+        return ()
+    return ("amx", "avx512") if all(able.get(name, False) for name in _AMX.values()) else ("avx512",)
 
 
-def library(dtype: torch.dtype) -> Library:
-    """Compile the library where that has not been done yet; AMX is used where there is one.
+def library(dtype: torch.dtype, form: str) -> Library:
+    """Compile the library in one of `forms` where that has not been done yet.
 
-    Raises UnsupportedModelError where this CPU has no such instructions, or there is no compiler or no folder to write.
+    Raises UnsupportedModelError for other dtypes, and where there is no compiler or no folder to write to.
     """
-    found = isa()
-    if dtype not in _TERMS or found is None:
-        raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')} on this CPU")
+    if dtype not in _TERMS:
+        raise UnsupportedModelError(f"in {str(dtype).removeprefix('torch.')}")
     try:
-        return Library(compiled(found), found)
+        return Library(compiled(form))
     except build.NativeUnavailableError as reason:
         raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
 
