@@ -104,7 +104,7 @@ def test_every_kind_of_model_has_its_rung(kind: str, dtype: DType, tmp_path: Pat
 
     executor = TorchEngine.load(tmp_path, dtype=dtype, native_kernels=False).info.executor
 
-    packed = {"untied", "soft-capped logits", "sliding window"}
+    packed = {"untied", "soft-capped logits", "sliding window", "divided logits", "scaled logits"}
     assert executor.rung == ("packed" if kind in packed else "single")
     assert executor.stable
 
