@@ -1,4 +1,4 @@
-// The tile instructions that native_decoder.cpp uses, in AVX-512, so that its form for AMX runs where there is no AMX:
+// The tile instructions that prefill.cpp uses, in AVX-512, so that its form for AMX runs where there is no AMX:
 // compile it with -include of this file. As in the processor, tiles belong to a thread and have to be set up first.
 #include <immintrin.h>
 #include <stdint.h>

@@ -49,8 +49,8 @@ _AMX: Final = {"amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
 # How many bf16 terms each activation is split into.
 _TERMS: Final = {torch.bfloat16: 1, torch.float32: 2}
 _HEAD_TERMS: Final = 3  # so that the products of the output layer are exact
-_HEAD_STATES: Final = 20  # that the output layer's weight is read for at once: with AMX, two panels of kStates
-_MOST_HEAD_DIM: Final = 1024  # of rotate in prefill.cpp
+_HEAD_STATES: Final = 20  # that the output layer's weight is read for at once: with AMX, two panels of kPanelStates
+_MOST_HEAD_DIM: Final = 1024  # kMaxHeadDim in prefill.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ class Library:
             found = ctypes.CDLL(str(self.file))
         except OSError as reason:
             raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
-        if found.native_request():
+        if found.prefill_request_amx():
             raise UnsupportedModelError("as the system does not give AMX to this process")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         lists = (pointer, number) * 2
-        found.native_decode.argtypes = [pointer, number, pointer, number, *lists, number, pointer]
-        found.native_head.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
-        found.native_head.restype = found.native_decode.restype = number
+        found.prefill.argtypes = [pointer, number, pointer, number, *lists, number, pointer]
+        found.output_layer.argtypes = [pointer, number, number, pointer, number, pointer, number, number]
+        found.output_layer.restype = found.prefill.restype = number
         return found
 
 
@@ -114,12 +114,12 @@ class _Layer(ctypes.Structure):
     """Layer in prefill.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("before_norm", "qkv_bias", "q_norm", "k_norm", "output_bias")),
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "last_norm")),
-        *((name, ctypes.c_void_p) for name in ("qkv", "output", "gate_up", "down", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "qkv_bias", "q_norm", "k_norm", "o_bias")),
+        *((name, ctypes.c_void_p) for name in ("post_attention_norm", "pre_mlp_norm", "post_mlp_norm")),
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down", "cos", "sin")),
         ("window", ctypes.c_int64),
         ("scaling", ctypes.c_float),
-        ("cap", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )
 
 
@@ -127,8 +127,8 @@ class _Model(ctypes.Structure):
     """Model in prefill.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_width", "mlp_width", "gelu")),
+        *((name, ctypes.c_int64) for name in ("layers", "hidden_size", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "intermediate_size", "gelu")),
         ("eps", ctypes.c_float),
         ("final_norm", ctypes.c_void_p),
         ("layer", ctypes.c_void_p),
@@ -187,7 +187,7 @@ class CompiledPrefill:
         )
         last = (ctypes.c_int64 * len(batch.last_row))(*batch.last_row.values())
         states = torch.empty(len(last), embedded.shape[1])
-        out_of_memory = _loaded(self._library).native_decode(
+        out_of_memory = _loaded(self._library).prefill(
             ctypes.byref(self._model),
             self._terms,
             embedded.data_ptr(),
@@ -211,7 +211,7 @@ class CompiledPrefill:
             sin=rope.sin.data_ptr(),
             window=layer.window,
             scaling=layer.scaling,
-            cap=layer.softcap,
+            softcap=layer.softcap,
         )
 
 
@@ -233,7 +233,7 @@ class CompiledOutputLayer:
         """[prompts, hidden_size] in fp32 -> [prompts, vocabulary] in fp32. Raises MemoryError."""
         terms = torch.stack(in_terms(states, _HEAD_TERMS), dim=1)
         logits = torch.empty(len(states), len(self._weight))
-        run = _loaded(self._library).native_head
+        run = _loaded(self._library).output_layer
         fixed = self._weight.data_ptr(), *self._weight.shape, terms.data_ptr(), len(states), logits.data_ptr()
         blocks = -(-len(self._weight) // BLOCK)
         ends = [blocks * thread // threads for thread in range(threads + 1)]
@@ -269,14 +269,17 @@ class _Shape:
             raise UnsupportedModelError("with layers of different shapes")
         self._sizes = {
             "layers": len(decoder.layers),
-            "width": first.o_proj.out_features,
+            "hidden_size": first.o_proj.out_features,
             "heads": first.qkv_sizes[0] // head,
             "kv_heads": first.qkv_sizes[1] // head,
-            "head_width": head,
-            "mlp_width": first.down.in_features,
+            "head_dim": head,
+            "intermediate_size": first.down.in_features,
             "gelu": int(gelu.pop()),
         }
-        if any(self._sizes[name] % BLOCK for name in ("width", "head_width", "mlp_width")) or head > _MOST_HEAD_DIM:
+        if (
+            any(self._sizes[name] % BLOCK for name in ("hidden_size", "head_dim", "intermediate_size"))
+            or head > _MOST_HEAD_DIM
+        ):
             raise UnsupportedModelError(f"with widths that are no multiples of {BLOCK}")
         self._eps = eps.pop()
 
@@ -315,9 +318,9 @@ class _Weights:
         self.tensors: dict[str, Tensor | None] = {
             **norms,
             "qkv_bias": None if qkv_bias is None else qkv_bias.float(),
-            "output_bias": None if output_bias is None else output_bias.float(),
+            "o_bias": None if output_bias is None else output_bias.float(),
             "qkv": panels_of(qkv),
-            "output": panels_of(in_bfloat16(layer.o_proj.weight.data)),
+            "o": panels_of(in_bfloat16(layer.o_proj.weight.data)),
             "gate_up": panels_of(in_turn(gate, up)),
             "down": panels_of(in_bfloat16(layer.down.weight.data)),
         }
@@ -328,11 +331,11 @@ def _norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
     lacking = {
         "q_norm": layer.q_norm,
         "k_norm": layer.k_norm,
-        "attention_norm": layer.post_attention_norm,
-        "last_norm": layer.post_mlp_norm,
+        "post_attention_norm": layer.post_attention_norm,
+        "post_mlp_norm": layer.post_mlp_norm,
     }
     found = {name: None if type(norm) is nn.Identity else norm for name, norm in lacking.items()}
-    return {"before_norm": layer.input_norm, "mlp_norm": layer.pre_mlp_norm, **found}
+    return {"input_norm": layer.input_norm, "pre_mlp_norm": layer.pre_mlp_norm, **found}
 
 
 if __name__ == "__main__":

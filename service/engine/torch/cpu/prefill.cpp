@@ -1,14 +1,17 @@
-// The forward of a decoder over one pack of prompts, in bfloat16 on a CPU with AMX, or with AVX-512's products of
-// bfloat16 where AMX is not compiled for. native_decoder.py calls it.
+// Prefill of a decoder over one packed batch of prompts (varlen, no padding), in bfloat16 on a CPU with AMX, or with
+// AVX-512's bfloat16 dot products where AMX is not compiled for. kernel.py calls it; packed_forward.py is what it computes.
 //
-// Products take bfloat16 and sum in float32; the residual stream, norms, softmax and activations are float32, each
-// rounded where the next product reads it: to P numbers in bfloat16 whose sum it is then. P = 1 is bfloat16; with P = 2,
-// and weights that are bfloat16 themselves, what is rounded off is 2^-18 of a number, which is called float32 here.
-// Every number of a row is made from that row alone (and, in attention, from the keys of its chain) in an order that
-// does not depend on where the row lies or on what lies beside it: a prompt has the same bits in every pack.
+// Products take bfloat16 and accumulate in float32. Residual stream, norms, softmax and activations are float32; whatever
+// a product reads is split into kTerms bf16 terms (bf16, or bf16x2) whose sum it is. With two terms and weights that are
+// bf16 themselves the rounding error is 2^-18, which is called float32 here.
+// A row's numbers are made from that row alone (in attention, from the keys of its prefix chain too), in an order that
+// depends neither on where the row lies nor on what lies beside it: a prompt has the same bits in every batch.
 //
-// Weights and keys lie in panels of 32 outputs: [outputs / 32][depth / 32][2 tiles][16 pairs][16 outputs][2], so that a
-// step of 32 along the depth is two tiles, one behind the other. Strides are in elements.
+// Layouts, all of them in tiles of 16 rows of 64 bytes, strides in elements:
+//   weights, keys, values  panels of 32 outputs, [outputs / 32][depth / 32][2 tiles][16 pairs of inputs][16 outputs][2]
+//   activations (Blocks)   [tokens / 32][columns / 32][32 tokens][32 columns], so that a product reads and writes whole
+//                          runs of memory, which the hardware prefetches, instead of a short piece in each row
+// Sizes of a model (hidden_size, head_dim, intermediate_size) are multiples of 32.
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,24 +29,50 @@
 
 typedef uint16_t bf16;
 
-namespace {
+extern "C" {
 
-const int64_t kBlock = 32;       // rows and outputs of one block of a product: two tiles by two
-const int64_t kCache = 1 << 20;   // bytes of a product's input that should stay in a core's cache
-const int64_t kResident = 512;    // depth of a panel that stays in the first-level cache beside streamed rows: 32 KiB of 48
-const int64_t kStates = 10;       // that share a panel in the output layer with AMX, three parts of each
-const int64_t kMostDepth = 1024;  // of one product into the residual stream; a deeper one is made in slices
+// One decoder layer. Pointers that a family has no use for are null.
+struct Layer {
+  const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias, *post_attention_norm, *pre_mlp_norm, *post_mlp_norm;
+  const bf16 *qkv, *o, *gate_up, *down;  // panels; gate and up in turns of 16 outputs
+  const float *cos, *sin;                // [positions][head_dim]
+  int64_t window;                        // keys that a query sees, itself included; 0: all before it
+  float scaling, softcap;                // softcap 0: scores are not capped
+};
 
-inline int64_t blocks(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
+struct Model {
+  int64_t layers, hidden_size, heads, kv_heads, head_dim, intermediate_size, gelu;
+  float eps;
+  const float *final_norm;  // [hidden_size]
+  const Layer *layer;
+};
 
-// Rows of so many numbers in bfloat16 that a product reads again from the cache: whole blocks, one at least.
-inline int64_t rows_in_cache(int64_t width) {
-  const int64_t fitting = kCache / (2 * width) / kBlock * kBlock;
-  return fitting < kBlock ? kBlock : fitting;
+// Tokens that are computed once: rows [row, row + length) of the batch. They see the segments of their prefix chain,
+// chain[0] to chain[links - 1], the last of which is this one. `position` is that of the first token in its prompt.
+struct Segment {
+  int64_t row, length, position, links;
+  const int64_t *chain;
+};
 }
 
+namespace {
+
+const int64_t kBlock = 32;         // rows and outputs of one block of a product: two tiles by two
+const int64_t kL2 = 1 << 20;       // bytes of a product's input that should stay in a core's L2 cache
+const int64_t kResident = 512;     // depth of a panel that stays in the L1 cache: 32 KiB of 48
+const int64_t kMaxDepth = 1024;    // of one product into the residual stream; a deeper one is made in slices
+const int64_t kPanelStates = 10;   // states that share a panel in the output layer with AMX, three terms of each
+const int64_t kMaxHeadDim = 1024;  // of rotate
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
+
+// Rows of so many bf16 numbers that fit in the L2 cache: whole blocks, one at least.
+inline int64_t rows_in_l2(int64_t width) { return max(kBlock, kL2 / (2 * width) / kBlock * kBlock); }
+
 #ifdef __AMX_BF16__
-struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
+struct TileConfig {  // what _tile_loadconfig reads; every tile is 16 rows of 64 bytes
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
@@ -51,52 +80,88 @@ struct Tiles {  // what _tile_loadconfig reads; every tile is 16 rows of 64 byte
 
 // Constant, because GCC's _tile_loadconfig declares only the first 8 of the 64 bytes as read: it removes run-time stores
 // to the others, and tiles without rows crash at their first use.
-constexpr Tiles kTiles;
+constexpr TileConfig kTileConfig;
 
-// The tile unit, for as long as this is there.
-struct Unit {
-  Unit() { _tile_loadconfig(&kTiles); }
-  ~Unit() { _tile_release(); }
+// Configures this thread's tiles for as long as it lives.
+struct TileUnit {
+  TileUnit() { _tile_loadconfig(&kTileConfig); }
+  ~TileUnit() { _tile_release(); }
 };
 #else
-struct Unit {
-  Unit() {}  // nothing to set up
+struct TileUnit {
+  TileUnit() {}  // nothing to configure
 };
 #endif
 
+// The left operand of a product: rows of bf16 terms. Strides are those of a row in its block of 32, of a block, of 32
+// columns, and of a term.
+struct Rows {
+  const bf16 *data;
+  int64_t row, block, columns, term;
+  Rows from(int64_t first, int64_t column) const {
+    return {data + first / kBlock * block + column / 32 * columns, row, block, columns, term};
+  }
+};
+
+// Memory in whole cache lines, zeroed; null if there is none.
 template <class T>
-struct Buffer {  // memory in whole cache lines, zeroed; `stride` keeps rows off each other's cache sets
+struct Memory {
   T *data;
-  int64_t stride;
-  Buffer(int64_t rows, int64_t width) : stride((width + 31) / 32 * 32 + 32) {
-    size_t bytes = (size_t)(rows * stride * (int64_t)sizeof(T) + 63) / 64 * 64;
+  explicit Memory(int64_t count) {
+    size_t bytes = (size_t)(count * (int64_t)sizeof(T) + 63) / 64 * 64;
     data = (T *)aligned_alloc(64, bytes);
     if (data) memset(data, 0, bytes);
   }
-  ~Buffer() { free(data); }
-  Buffer(const Buffer &) = delete;
-  Buffer &operator=(const Buffer &) = delete;
-  T *row(int64_t index) const { return data + index * stride; }
+  ~Memory() { free(data); }
+  Memory(const Memory &) = delete;
+  Memory &operator=(const Memory &) = delete;
 };
+
+// [rows][width], row by row; the stride keeps rows off each other's cache sets.
+template <class T>
+struct Matrix : Memory<T> {
+  int64_t stride;
+  Matrix(int64_t rows, int64_t width) : Memory<T>(rows * (round_up(width) + 32)), stride(round_up(width) + 32) {}
+  T *at(int64_t row, int64_t column) const { return this->data + row * stride + column; }
+};
+
+// [rows / 32][terms][width / 32][32 rows][32 columns].
+template <class T>
+struct Blocks : Memory<T> {
+  int64_t width, block, term;  // the strides of a block of rows and of a term
+  Blocks(int64_t rows, int64_t width, int64_t terms = 1)
+      : Memory<T>(round_up(rows) * width * terms), width(width), block(kBlock * width * terms), term(kBlock * width) {}
+  T *at(int64_t row, int64_t column) const {
+    return this->data + (row >> 5) * block + (column >> 5) * (kBlock * 32) + (row & 31) * 32 + (column & 31);
+  }
+  Rows rows(int64_t first) const { return {at(first, 0), 32, block, kBlock * 32, term}; }
+};
+
+// to's row becomes a copy of from's, all terms.
+template <class T>
+void copy_row(const Blocks<T> &from, int64_t from_row, const Blocks<T> &to, int64_t to_row) {
+  for (int64_t at = 0; at < from.block; at += kBlock * 32)
+    memcpy(to.at(to_row, 0) + at, from.at(from_row, 0) + at, 32 * sizeof(T));
+}
 
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// The sum of P numbers in bfloat16, `apart` from each other.
-template <int P>
-inline __m512 widen(const bf16 *x, int64_t apart) {
+// The sum of a number's terms, for 16 numbers.
+template <int kTerms>
+inline __m512 widen(const bf16 *x, int64_t stride) {
   __m512 sum = widen(_mm256_loadu_si256((const __m256i *)x));
-  for (int part = 1; part < P; part++)
-    sum = _mm512_add_ps(sum, widen(_mm256_loadu_si256((const __m256i *)(x + part * apart))));
+  for (int term = 1; term < kTerms; term++)
+    sum = _mm512_add_ps(sum, widen(_mm256_loadu_si256((const __m256i *)(x + term * stride))));
   return sum;
 }
 
-// Into P numbers, each what those before it leave, to the nearest, ties to even; NaN stays NaN.
-template <int P>
-inline void narrow(bf16 *to, int64_t apart, __m512 x) {
-  for (int part = 0; part < P; part++) {
+// Split 16 numbers into terms, each what those before it leave, to the nearest, ties to even; NaN stays NaN.
+template <int kTerms>
+inline void narrow(bf16 *to, int64_t stride, __m512 x) {
+  for (int term = 0; term < kTerms; term++) {
     __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-    _mm256_storeu_si256((__m256i *)(to + part * apart), rounded);
-    if (part + 1 < P) x = _mm512_sub_ps(x, widen(rounded));
+    _mm256_storeu_si256((__m256i *)(to + term * stride), rounded);
+    if (term + 1 < kTerms) x = _mm512_sub_ps(x, widen(rounded));
   }
 }
 
@@ -132,23 +197,24 @@ inline __m512 hyperbolic_tangent(__m512 x) {
   return _mm512_fmsub_ps(_mm512_set1_ps(2.0f), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1.0f));
 }
 
-// x * sigmoid(x), or the tanh form of GELU, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
+// SiLU, or the tanh form of GELU, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)).
 inline __m512 activate(__m512 x, bool gelu) {
   if (!gelu) return _mm512_mul_ps(x, sigmoid(x));
   __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, _mm512_set1_ps(0.044715f)));
   return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), _mm512_add_ps(x, cubed))));
 }
 
-// 32 rows of x, P parts of each number, `depth` long, times one panel, into out, [32][32], or `added` to what is there.
-// `fetch` and `beside` are done depth / 32 times on the way. Of the 32 rows only `rows` need be right.
+// A block of 32 rows of x, `depth` long (a multiple of 32), times one panel: into out, [32][out_stride], or `added` to
+// what is there. fetch() and beside() are called depth / 32 times on the way. Only `rows` of the 32 rows need be right.
 #ifdef __AMX_BF16__
-// Tiles 0 to 3 sum, 4 and 5 hold rows, 6 and 7 the panel. The tile unit works beside the vector unit.
-// Four tiles a step from the second-level cache take longer than their products, two do not: rows, which are used once
-// for each panel, are loaded past the first-level cache, so that they do not push out the panel's first kResident inputs.
-template <int P, class Fetch, class Beside>
-inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, const bf16 *panel, int64_t depth, float *out,
-                     int64_t out_stride, bool added, Fetch fetch, Beside beside) {
-  const bf16 *lower = x + 16 * stride;
+// Tiles 0 to 3 accumulate, 4 and 5 hold rows, 6 and 7 the panel; the tile unit works beside the vector unit.
+// Loading four tiles from the L2 cache takes longer than their four products, loading two does not. So rows, which meet
+// each panel once, are loaded with the hint that keeps them from evicting the panel, and so is what lies deeper in the
+// panel than the L1 cache has room for: 2.4 to 2.6 TFLOP/s for 1.5 with plain loads, where the tile unit reaches 2.85.
+template <int kTerms, class Fetch, class Beside>
+inline void multiply(const Rows &x, int64_t, const bf16 *panel, int64_t depth, float *out, int64_t out_stride, bool added,
+                     Fetch fetch, Beside beside) {
+  const bf16 *upper = x.data, *lower = upper + 16 * x.row;
   // GCC's tile loads declare no memory as read; this keeps every earlier store before them. Its tile stores do declare
   // what they write, and nothing that a load reads is stored between here and there.
   asm volatile("" ::: "memory");
@@ -163,8 +229,8 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, cons
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < depth; k += 32, panel += 1024) {
-    _tile_stream_loadd(4, x + k, stride * 2);
+  for (int64_t k = 0; k < depth; k += 32, panel += 1024, upper += x.columns, lower += x.columns) {
+    _tile_stream_loadd(4, upper, x.row * 2);
     if (k < kResident) {
       _tile_loadd(6, panel, 64);
       _tile_loadd(7, panel + 512, 64);
@@ -172,12 +238,12 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, cons
       _tile_stream_loadd(6, panel, 64);
       _tile_stream_loadd(7, panel + 512, 64);
     }
-    _tile_stream_loadd(5, lower + k, stride * 2);
+    _tile_stream_loadd(5, lower, x.row * 2);
 #pragma GCC unroll 2
-    for (int part = 0; part < P; part++) {
-      if (part) {
-        _tile_stream_loadd(4, x + k + part * apart, stride * 2);
-        _tile_stream_loadd(5, lower + k + part * apart, stride * 2);
+    for (int term = 0; term < kTerms; term++) {
+      if (term) {
+        _tile_stream_loadd(4, upper + term * x.term, x.row * 2);
+        _tile_stream_loadd(5, lower + term * x.term, x.row * 2);
       }
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
@@ -194,28 +260,30 @@ inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t, cons
 }
 #else
 // N rows, whose sums are in registers, two each.
-template <int P, int N, class Fetch>
-inline void multiply_rows(const bf16 *x, int64_t stride, int64_t apart, const bf16 *panel, int64_t depth, float *out,
-                          int64_t out_stride, bool added, Fetch fetch) {
+template <int kTerms, int N, class Fetch>
+inline void multiply_rows(const Rows &x, int64_t first, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
+                          bool added, Fetch fetch) {
+  const bf16 *rows = x.data + first * x.row;
+  out += first * out_stride;
   __m512 left[N], right[N];
 #pragma GCC unroll 8
   for (int64_t i = 0; i < N; i++) {
     left[i] = added ? _mm512_loadu_ps(out + i * out_stride) : _mm512_setzero_ps();
     right[i] = added ? _mm512_loadu_ps(out + i * out_stride + 16) : _mm512_setzero_ps();
   }
-  for (int64_t k = 0; k < depth; k += 32, panel += 512) {
+  for (int64_t k = 0; k < depth; k += 32, panel += 512, rows += x.columns) {
     fetch();
-    for (int64_t pair = k; pair < k + 32; pair += 2, panel += 32) {
-      __m512bh first = (__m512bh)_mm512_loadu_si512(panel), second = (__m512bh)_mm512_loadu_si512(panel + 512);
+    for (int64_t pair = 0; pair < 32; pair += 2, panel += 32) {
+      __m512bh first_half = (__m512bh)_mm512_loadu_si512(panel), second_half = (__m512bh)_mm512_loadu_si512(panel + 512);
 #pragma GCC unroll 2
-      for (int part = 0; part < P; part++) {
+      for (int term = 0; term < kTerms; term++) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < N; i++) {
           int32_t both;
-          memcpy(&both, x + i * stride + part * apart + pair, 4);
+          memcpy(&both, rows + i * x.row + term * x.term + pair, 4);
           __m512bh spread = (__m512bh)_mm512_set1_epi32(both);
-          left[i] = _mm512_dpbf16_ps(left[i], spread, first);
-          right[i] = _mm512_dpbf16_ps(right[i], spread, second);
+          left[i] = _mm512_dpbf16_ps(left[i], spread, first_half);
+          right[i] = _mm512_dpbf16_ps(right[i], spread, second_half);
         }
       }
     }
@@ -227,32 +295,31 @@ inline void multiply_rows(const bf16 *x, int64_t stride, int64_t apart, const bf
   }
 }
 
-template <int P, class Fetch, class Beside>
-inline void multiply(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *panel, int64_t depth,
-                     float *out, int64_t out_stride, bool added, Fetch fetch, Beside beside) {
+template <int kTerms, class Fetch, class Beside>
+inline void multiply(const Rows &x, int64_t rows, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
+                     bool added, Fetch fetch, Beside beside) {
   for (int64_t k = 0; k < depth; k += 32) beside();
   if (rows <= 2)
-    multiply_rows<P, 2>(x, stride, apart, panel, depth, out, out_stride, added, fetch);
+    multiply_rows<kTerms, 2>(x, 0, panel, depth, out, out_stride, added, fetch);
   else
-    multiply_rows<P, 8>(x, stride, apart, panel, depth, out, out_stride, added, fetch);
+    multiply_rows<kTerms, 8>(x, 0, panel, depth, out, out_stride, added, fetch);
   for (int64_t row = 8; row < rows && row < kBlock; row += 8)
-    multiply_rows<P, 8>(x + row * stride, stride, apart, panel, depth, out + row * out_stride, out_stride, added, [] {});
+    multiply_rows<kTerms, 8>(x, row, panel, depth, out, out_stride, added, [] {});
 }
 #endif
 
-// rows x depth times a panelled weight. store(row, output, 16 numbers from `output` on, the 16 after those) takes the
-// results, those of a block while the next one is multiplied. `rows` is rounded up to blocks: the input has those rows
-// too, and what is stored for them means nothing. A panel is `panel` long, of which depth * 32 are read.
-// fetch(row, output) asks for the memory that store will write, while the block is multiplied.
-template <int P, class Store, class Fetch>
-inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
-                    int64_t depth, int64_t outputs, Store store, Fetch fetch) {
+// [rows][depth] times panels, `panel` apart, that are depth * 32 long. store(row, output, 16 outputs, the next 16) takes
+// a block's results while the next block is multiplied; prefetch(row, output) asks for the memory that it will write, one
+// block ahead. `rows` is rounded up to blocks: x has those rows too, and what is stored for them means nothing.
+template <int kTerms, class Store, class Prefetch>
+inline void product(const Rows &x, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth, int64_t outputs,
+                    Store store, Prefetch prefetch) {
   alignas(64) float sums[kBlock][kBlock] = {};
   const int64_t steps = depth / 32, share = (kBlock + steps - 1) / steps;
-  const int64_t lines = (kBlock * kBlock + blocks(rows) - 1) / blocks(rows);
+  const int64_t lines = (kBlock * kBlock + round_up(rows) - 1) / round_up(rows);
   int64_t stored = kBlock, stored_row = 0, stored_output = 0;
   auto store_some = [&](int64_t count) {
-    for (int64_t end = stored + count < kBlock ? stored + count : kBlock; stored < end; stored++) {
+    for (int64_t end = min(stored + count, kBlock); stored < end; stored++) {
       const float *left = sums[stored];
       store(stored_row + stored, stored_output, _mm512_load_ps(left), _mm512_load_ps(left + 16));
     }
@@ -264,115 +331,105 @@ inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, 
     };
     for (int64_t row = 0; row < rows; row += kBlock) {
       int64_t fetched = 0;
-      multiply<P>(x + row * stride, stride, apart, rows - row, weight, depth, sums[0], kBlock, false, fetch_some,
-                  [&] {
-                    for (int64_t end = fetched + share < kBlock ? fetched + share : kBlock; fetched < end; fetched++)
-                      fetch(row + fetched, output);
-                    store_some(share);
-                  });
+      multiply<kTerms>(x.from(row, 0), rows - row, weight, depth, sums[0], kBlock, false, fetch_some, [&] {
+        for (int64_t end = min(fetched + share, kBlock); fetched < end; fetched++) prefetch(row + fetched, output);
+        store_some(share);
+      });
       stored = 0, stored_row = row, stored_output = output;
     }
   }
   store_some(kBlock);
 }
 
-template <int P, class Store>
-inline void product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
-                    int64_t depth, int64_t outputs, Store store) {
-  product<P>(x, stride, apart, rows, weight, panel, depth, outputs, store, [](int64_t, int64_t) {});
+// One block of rows times panels, as it is, into [32][out_stride], or added to what is there.
+template <int kTerms>
+inline void product_of_block(const Rows &x, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
+                             int64_t outputs, float *out, int64_t out_stride, bool added) {
+  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel, out += kBlock)
+    multiply<kTerms>(x, rows, weight, depth, out, out_stride, added, [] {}, [] {});
 }
 
-// At most 32 rows x depth times a panelled weight, as they are, into [32][outputs], or added to what is there.
-template <int P>
-inline void product_of_block(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t panel,
-                             int64_t depth, int64_t outputs, float *out, int64_t out_stride, bool added) {
-  for (int64_t output = 0; output < outputs; output += kBlock, weight += panel, out += kBlock) {
-    multiply<P>(x, stride, apart, rows, weight, depth, out, out_stride, added, [] {}, [] {});
-  }
+inline void add_bias(const float *bias, int64_t output, __m512 &left, __m512 &right) {
+  if (!bias) return;
+  left = _mm512_add_ps(left, _mm512_loadu_ps(bias + output));
+  right = _mm512_add_ps(right, _mm512_loadu_ps(bias + output + 16));
 }
 
-// weight * x / sqrt(mean(x^2) + eps) for one row; store(at, 16 numbers from `at` on) takes it, and may put it over x.
+inline __m512 inverse_rms(__m512 squares, int64_t width, float eps) {
+  return _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
+}
+
+// weight * x / sqrt(mean(x^2) + eps) for rows [first, first + rows), where a block begins; store(row from 0 on, column,
+// 16 numbers) takes it. A block of rows at a time, so that memory is read in its order.
 template <class Store>
-inline void rms_norm(const float *x, const float *weight, float eps, int64_t width, Store store) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t at = 0; at < width; at += 16) {
-    __m512 part = _mm512_loadu_ps(x + at);
-    sum = _mm512_fmadd_ps(part, part, sum);
+inline void rms_norm(const Blocks<float> &x, int64_t first, int64_t rows, const float *weight, float eps, Store store) {
+  for (int64_t row = 0; row < rows; row += kBlock) {
+    const int64_t some = min(kBlock, rows - row);
+    __m512 scale[kBlock] = {};
+    for (int64_t column = 0; column < x.width; column += 32)
+      for (int64_t i = 0; i < some; i++) {
+        const float *at = x.at(first + row + i, column);
+        __m512 left = _mm512_load_ps(at), right = _mm512_load_ps(at + 16);
+        scale[i] = _mm512_fmadd_ps(right, right, _mm512_fmadd_ps(left, left, scale[i]));
+      }
+    for (int64_t i = 0; i < some; i++) scale[i] = inverse_rms(scale[i], x.width, eps);
+    for (int64_t column = 0; column < x.width; column += 16)
+      for (int64_t i = 0; i < some; i++) {
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(x.at(first + row + i, column)), scale[i]);
+        store(row + i, column, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + column)));
+      }
   }
-  __m512 scale = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / width + eps));
-  for (int64_t at = 0; at < width; at += 16)
-    store(at, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + at), scale), _mm512_loadu_ps(weight + at)));
 }
 
-template <int P>
-void rms_norm(const float *x, const float *weight, float eps, int64_t width, bf16 *out) {
-  rms_norm(x, weight, eps, width, [&](int64_t at, __m512 part) { narrow<P>(out + at, width, part); });
+template <int kTerms>
+void rms_norm(const Blocks<float> &x, int64_t first, int64_t rows, const float *weight, float eps, const Blocks<bf16> &out) {
+  rms_norm(x, first, rows, weight, eps,
+           [&](int64_t row, int64_t column, __m512 part) { narrow<kTerms>(out.at(row, column), out.term, part); });
 }
-
-}  // namespace
-
-extern "C" {
-
-// One decoder layer. Pointers that a family has no use for are null.
-struct Layer {
-  const float *before_norm, *qkv_bias, *q_norm, *k_norm, *output_bias, *attention_norm, *mlp_norm, *last_norm;
-  const bf16 *qkv, *output, *gate_up, *down;
-  const float *cos, *sin;  // [positions][head_width]
-  int64_t window;          // keys that a query sees, itself included; 0: all before it
-  float scaling, cap;      // cap 0: scores are not capped
-};
-
-struct Model {
-  int64_t layers, width, heads, kv_heads, head_width, mlp_width, gelu;
-  float eps;
-  const float *final_norm;  // [width]
-  const Layer *layer;
-};
-
-// Tokens that are read once: rows [row, row + length) of the pack. It sees the segments chain[0] to chain[links - 1], the
-// last of which is itself; `position` is the place of its first token in its prompt.
-struct Segment {
-  int64_t row, length, position, links;
-  const int64_t *chain;
-};
-}
-
-namespace {
 
 // Rotary positions of one head, the first half of which is paired with the second, behind a norm where there is one.
-template <int P>
-void rotate(bf16 *head, int64_t apart, int64_t width, const float *cos, const float *sin, const float *norm, float eps) {
-  alignas(64) float x[1024];
-  for (int64_t at = 0; at < width; at += 16) _mm512_store_ps(x + at, widen<P>(head + at, apart));
-  if (norm) rms_norm(x, norm, eps, width, [&](int64_t at, __m512 part) { _mm512_store_ps(x + at, part); });
-  int64_t half = width / 2;
+// `head` is [head_dim] in terms `stride` apart, cos and sin are those of its position.
+template <int kTerms>
+void rotate(bf16 *head, int64_t stride, int64_t head_dim, const float *cos, const float *sin, const float *norm, float eps) {
+  alignas(64) float x[kMaxHeadDim];
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t at = 0; at < head_dim; at += 16) {
+    __m512 part = widen<kTerms>(head + at, stride);
+    squares = _mm512_fmadd_ps(part, part, squares);
+    _mm512_store_ps(x + at, part);
+  }
+  const __m512 scale = norm ? inverse_rms(squares, head_dim, eps) : squares;
+  for (int64_t at = 0; norm && at < head_dim; at += 16)
+    _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(x + at), scale), _mm512_loadu_ps(norm + at)));
+  int64_t half = head_dim / 2;
   for (int64_t at = 0; at < half; at += 16) {
     __m512 first = _mm512_load_ps(x + at), second = _mm512_load_ps(x + half + at);
     __m512 turned = _mm512_mul_ps(second, _mm512_loadu_ps(sin + at));
-    narrow<P>(head + at, apart, _mm512_fmsub_ps(first, _mm512_loadu_ps(cos + at), turned));
+    narrow<kTerms>(head + at, stride, _mm512_fmsub_ps(first, _mm512_loadu_ps(cos + at), turned));
     turned = _mm512_mul_ps(first, _mm512_loadu_ps(sin + half + at));
-    narrow<P>(head + half + at, apart, _mm512_fmadd_ps(second, _mm512_loadu_ps(cos + half + at), turned));
+    narrow<kTerms>(head + half + at, stride, _mm512_fmadd_ps(second, _mm512_loadu_ps(cos + half + at), turned));
   }
 }
 
-// Scratch for the attention of one segment over at most `most_keys` keys, whole blocks; `parts` of each number.
+// What one thread's attention needs for at most max_keys keys, whole blocks.
 struct AttentionScratch {
-  const int64_t most_keys;
-  Buffer<bf16> keys, values, shares;  // the parts of keys and values are most_keys * head_width apart, shares' most_keys
-  Buffer<float> scores, rest;
-  AttentionScratch(int64_t parts, int64_t most_keys, int64_t head_width)
-      : most_keys(most_keys), keys(parts * most_keys, head_width), values(parts * most_keys, head_width),
-        shares(kBlock, parts * most_keys), scores(kBlock, most_keys), rest(kBlock, head_width) {}
-  bool complete() const { return keys.data && values.data && shares.data && scores.data && rest.data; }
+  const int64_t max_keys, panels;  // elements of one term's panels
+  Memory<bf16> keys, values;       // [terms][panels]
+  Matrix<bf16> weights;            // [32][terms][max_keys]
+  Matrix<float> scores, lower;     // [32][max_keys]; [32][head_dim], the products of terms but the first
+  AttentionScratch(int64_t terms, int64_t max_keys, int64_t head_dim)
+      : max_keys(max_keys), panels(max_keys * head_dim), keys(terms * panels), values(terms * panels),
+        weights(kBlock, terms * max_keys), scores(kBlock, max_keys), lower(kBlock, head_dim) {}
+  bool complete() const { return keys.data && values.data && weights.data && scores.data && lower.data; }
 };
 
-// Keys (outputs are keys, depth is the head's width) and values (outputs are the head's width, depth is keys) of one
-// kv head, one part of their numbers, into panels; what lies behind the last key is zero.
-void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Segment &own, int64_t width,
-             int64_t key_offset, int64_t value_offset, int64_t padded, bf16 *keys, bf16 *values) {
+// One term of a kv head's keys (outputs are keys, depth is head_dim) and values (outputs are head_dim, depth is keys) into
+// panels, for the prefix chain of a segment; `padded` is their number in whole blocks, and keys behind the last are zero.
+void pack_keys_values(const bf16 *qkv, int64_t stride, const Segment *segments, const Segment &own, int64_t head_dim,
+                      int64_t key_offset, int64_t value_offset, int64_t padded, bf16 *keys, bf16 *values) {
   const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                             _mm512_set1_epi32((int)(stride / 2)));
-  static const bf16 zeros[1024] = {};
+  static const bf16 zeros[kMaxHeadDim] = {};
   const bf16 *rows[kBlock];
   int64_t link = 0, within = 0;
   for (int64_t key = 0; key < padded; key += kBlock) {
@@ -382,8 +439,8 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
       rows[i] = link < own.links ? qkv + (segments[own.chain[link]].row + within++) * stride + key_offset : zeros;
       together = together && rows[i] == rows[0] + i * stride;
     }
-    bf16 *panel = keys + key * width;
-    for (int64_t pair = 0; pair < width / 2; pair++) {
+    bf16 *panel = keys + key * head_dim;
+    for (int64_t pair = 0; pair < head_dim / 2; pair++) {
       uint32_t *to = (uint32_t *)(panel + pair / 16 * 1024 + pair % 16 * 32);
       if (together) {
         _mm512_storeu_si512(to, _mm512_i32gather_epi32(places, (const int *)rows[0] + pair, 4));
@@ -396,7 +453,7 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
       }
     }
     int64_t shift = value_offset - key_offset;
-    for (int64_t column = 0; column < width; column += 16) {
+    for (int64_t column = 0; column < head_dim; column += 16) {
       bf16 *to = values + column / 32 * padded * 32 + key * 32 + column % 32 / 16 * 512;
       for (int64_t i = 0; i < kBlock; i += 2, to += 32) {
         const bf16 *even = rows[i] == zeros ? zeros : rows[i] + shift + column;
@@ -409,135 +466,162 @@ void lay_out(const bf16 *qkv, int64_t stride, const Segment *segments, const Seg
   }
 }
 
-// exp(scaling * (score - largest)) over keys [first, last), zero over the rest of [0, padded); returns the sum.
-template <int P>
-float softmax(float *scores, bf16 *shares, int64_t apart, int64_t first, int64_t last, int64_t padded, float scaling,
-              float cap) {
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  auto seen = [&](int64_t at) {
-    return _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(first - at)), _MM_CMPINT_NLT) &
-           _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(last - at)), _MM_CMPINT_LT);
+// weights = exp(scaling * (score - max)) over keys [first, last), in terms `stride` apart, and zero over the rest of
+// [first rounded down to a block, padded); returns their sum. Overwrites the scores where they are capped.
+template <int kTerms>
+float softmax(float *scores, bf16 *weights, int64_t stride, int64_t first, int64_t last, int64_t padded, float scaling,
+              float softcap) {
+  const int64_t start = first / kBlock * kBlock, end = round_up(last);
+  // body(at, which of the 16 keys are seen): only the blocks at both ends have keys that are not.
+  auto over_keys = [&](auto body) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    auto edge = [&](int64_t at, int64_t to) {
+      for (; at < to; at += 16)
+        body(at, _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(first - at)), _MM_CMPINT_NLT) &
+                     _mm512_cmp_epi32_mask(lanes, _mm512_set1_epi32((int)(last - at)), _MM_CMPINT_LT));
+    };
+    const int64_t whole = first > start ? min(start + kBlock, end) : start, tail = max(whole, last / 16 * 16);
+    edge(start, whole);
+    for (int64_t at = whole; at < tail; at += 16) body(at, (__mmask16)-1);
+    edge(tail, end);
   };
-  int64_t start = first / kBlock * kBlock, end = blocks(last);
-  for (int64_t at = start; cap != 0 && at < end; at += 16) {
-    __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scaling / cap));
-    _mm512_store_ps(scores + at, _mm512_mul_ps(_mm512_set1_ps(cap), hyperbolic_tangent(score)));
+  for (int64_t at = start; softcap != 0 && at < end; at += 16) {
+    __m512 score = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scaling / softcap));
+    _mm512_store_ps(scores + at, _mm512_mul_ps(_mm512_set1_ps(softcap), hyperbolic_tangent(score)));
   }
-  __m512 largest = _mm512_set1_ps(-__builtin_inff()), factor = _mm512_set1_ps((cap != 0 ? 1.0f : scaling) * kLog2e);
-  for (int64_t at = start; at < end; at += 16)
-    largest = _mm512_mask_max_ps(largest, seen(at), largest, _mm512_load_ps(scores + at));
+  const __m512 factor = _mm512_set1_ps((softcap != 0 ? 1.0f : scaling) * kLog2e);
+  __m512 largest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
+  over_keys([&](int64_t at, __mmask16 seen) {
+    largest = _mm512_mask_max_ps(largest, seen, largest, _mm512_load_ps(scores + at));
+  });
   largest = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(largest)), factor);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t at = start; at < end; at += 16) {
-    __m512 share = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, largest));
-    share = _mm512_maskz_mov_ps(seen(at), share);
-    sum = _mm512_add_ps(sum, share);
-    narrow<P>(shares + at, apart, share);
-  }
-  for (int part = 0; part < P; part++) memset(shares + part * apart + end, 0, (size_t)(padded - end) * 2);
+  over_keys([&](int64_t at, __mmask16 seen) {
+    __m512 power = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(scores + at), factor, largest));
+    power = _mm512_maskz_mov_ps(seen, power);
+    sum = _mm512_add_ps(sum, power);
+    narrow<kTerms>(weights + at, stride, power);
+  });
+  for (int term = 0; term < kTerms; term++) memset(weights + term * stride + end, 0, (size_t)(padded - end) * 2);
   return _mm512_reduce_add_ps(sum);
 }
 
-// A part of a segment's attention: the queries [from, to) of all heads that share the keys of one.
+// A part of a segment's attention: the queries [from, to) of all heads that share one kv head; from begins a block.
 struct Share {
   int64_t segment, kv, from, to;
 };
 
-// Attention of some queries to the keys of their segment's chain, from [rows][queries, keys, values] into
-// [rows][heads, width].
-template <int P>
-void attend(const Model &model, const Layer &layer, const Buffer<bf16> &qkv, const Segment *segments, const Share &share,
-            const Buffer<bf16> &out, AttentionScratch &scratch) {
+// Attention of a share's queries to the keys of their segment's chain: qkv is [tokens][terms][query, key, value heads],
+// out [tokens][heads * head_dim].
+template <int kTerms>
+void attend(const Model &model, const Layer &layer, const Matrix<bf16> &qkv, const Segment *segments, const Share &share,
+            const Blocks<bf16> &out, AttentionScratch &scratch) {
   const Segment &own = segments[share.segment];
-  const int64_t kv = share.kv;
-  int64_t width = model.head_width, group = model.heads / model.kv_heads, keys = 0;
-  for (int64_t link = 0; link < own.links; link++) keys += segments[own.chain[link]].length;
-  int64_t padded = (keys + kBlock - 1) / kBlock * kBlock, before = keys - own.length;
-  float sums[kBlock] = {};
-  const int64_t apart = (model.heads + 2 * model.kv_heads) * width, out_apart = model.heads * width;
-  const int64_t key_offset = (model.heads + kv) * width, panels_apart = scratch.most_keys * width;
-  for (int part = 0; part < P; part++)
-    lay_out(qkv.data + part * apart, qkv.stride, segments, own, width, key_offset, key_offset + model.kv_heads * width,
-            padded, scratch.keys.data + part * panels_apart, scratch.values.data + part * panels_apart);
+  const int64_t head_dim = model.head_dim, group = model.heads / model.kv_heads, keys = own.position + own.length;
+  const int64_t padded = round_up(keys), term = (model.heads + 2 * model.kv_heads) * head_dim;
+  const int64_t key_offset = (model.heads + share.kv) * head_dim, value_offset = key_offset + model.kv_heads * head_dim;
+  float scale[kBlock] = {};
+  for (int part = 0; part < kTerms; part++)
+    pack_keys_values(qkv.data + part * term, qkv.stride, segments, own, head_dim, key_offset, value_offset, padded,
+                     scratch.keys.data + part * scratch.panels, scratch.values.data + part * scratch.panels);
   for (int64_t query = share.from; query < share.to; query += kBlock) {
-    int64_t rows = own.length - query < kBlock ? own.length - query : kBlock, last = before + query + rows;
-    int64_t first = layer.window && last - rows + 1 > layer.window ? last - rows + 1 - layer.window : 0;
-    int64_t start = first / kBlock * kBlock, used = (last + kBlock - 1) / kBlock * kBlock;
-    for (int64_t head = kv * group; head < (kv + 1) * group; head++) {
-      const bf16 *queries = qkv.row(own.row + query) + head * width, *values = scratch.values.data + start * kBlock;
-      for (int part = 0; part < P; part++)
-        product_of_block<P>(queries, qkv.stride, apart, rows, scratch.keys.data + part * panels_apart + start * width,
-                            width * kBlock, width, used - start, scratch.scores.data + start, scratch.scores.stride,
-                            part > 0);
+    const int64_t rows = min(kBlock, own.length - query), position = own.position + query, last = position + rows;
+    const int64_t used = round_up(last);
+    const int64_t start = layer.window ? max(0, position + 1 - layer.window) / kBlock * kBlock : 0;
+    for (int64_t head = share.kv * group; head < (share.kv + 1) * group; head++) {
+      const Rows queries{qkv.at(own.row + query, head * head_dim), qkv.stride, 0, 32, term};
+      for (int part = 0; part < kTerms; part++)
+        product_of_block<kTerms>(queries, rows, scratch.keys.data + part * scratch.panels + start * head_dim,
+                                 head_dim * kBlock, head_dim, used - start, scratch.scores.at(0, start),
+                                 scratch.scores.stride, part > 0);
       for (int64_t row = 0; row < rows; row++) {
-        int64_t end = before + query + row + 1, begin = layer.window && end > layer.window ? end - layer.window : 0;
-        bf16 *shares = scratch.shares.row(row);
-        for (int part = 0; part < P; part++)
-          memset(shares + part * scratch.most_keys + start, 0, (size_t)(begin / 32 * 32 - start) * 2);
-        sums[row] = softmax<P>(scratch.scores.row(row), shares, scratch.most_keys, begin, end, used, layer.scaling, layer.cap);
+        const int64_t end = position + row + 1, begin = layer.window ? max(0, end - layer.window) : 0;
+        bf16 *weights = scratch.weights.at(row, 0);
+        for (int part = 0; part < kTerms; part++)
+          memset(weights + part * scratch.max_keys + start, 0, (size_t)(begin / kBlock * kBlock - start) * 2);
+        scale[row] = 1.0f / softmax<kTerms>(scratch.scores.at(row, 0), weights, scratch.max_keys, begin, end, used,
+                                            layer.scaling, layer.softcap);
       }
-      const bf16 *shares = scratch.shares.data + start;
-      for (int part = 1; part < P; part++)
-        product_of_block<P>(shares, scratch.shares.stride, scratch.most_keys, rows, values + part * panels_apart,
-                            padded * kBlock, used - start, width, scratch.rest.data, scratch.rest.stride, part > 1);
-      product<P>(shares, scratch.shares.stride, scratch.most_keys, rows, values, padded * kBlock, used - start, width,
-                 [&](int64_t row, int64_t column, __m512 left, __m512 right) {
-                   if (row >= rows) return;
-                   if (P > 1) {
-                     left = _mm512_add_ps(left, _mm512_loadu_ps(scratch.rest.row(row) + column));
-                     right = _mm512_add_ps(right, _mm512_loadu_ps(scratch.rest.row(row) + column + 16));
-                   }
-                   bf16 *to = out.row(own.row + query + row) + head * width + column;
-                   narrow<P>(to, out_apart, _mm512_div_ps(left, _mm512_set1_ps(sums[row])));
-                   narrow<P>(to + 16, out_apart, _mm512_div_ps(right, _mm512_set1_ps(sums[row])));
-                 });
+      const Rows weights{scratch.weights.at(0, start), scratch.weights.stride, 0, 32, scratch.max_keys};
+      const bf16 *values = scratch.values.data + start * kBlock;
+      for (int part = 1; part < kTerms; part++)
+        product_of_block<kTerms>(weights, rows, values + part * scratch.panels, padded * kBlock, used - start, head_dim,
+                                 scratch.lower.data, scratch.lower.stride, part > 1);
+      product<kTerms>(
+          weights, rows, values, padded * kBlock, used - start, head_dim,
+          [&](int64_t row, int64_t column, __m512 left, __m512 right) {
+            if (row >= rows) return;
+            if (kTerms > 1) {
+              left = _mm512_add_ps(left, _mm512_loadu_ps(scratch.lower.at(row, column)));
+              right = _mm512_add_ps(right, _mm512_loadu_ps(scratch.lower.at(row, column + 16)));
+            }
+            bf16 *to = out.at(own.row + query + row, head * head_dim + column);
+            narrow<kTerms>(to, out.term, _mm512_mul_ps(left, _mm512_set1_ps(scale[row])));
+            narrow<kTerms>(to + 16, out.term, _mm512_mul_ps(right, _mm512_set1_ps(scale[row])));
+          },
+          [](int64_t, int64_t) {});
     }
   }
 }
 
-inline void add_bias(const float *bias, int64_t output, __m512 &left, __m512 &right) {
-  if (!bias) return;
-  left = _mm512_add_ps(left, _mm512_loadu_ps(bias + output));
-  right = _mm512_add_ps(right, _mm512_loadu_ps(bias + output + 16));
+// sums' rows [first, first + rows), where a block begins, += x times weight, [depth][columns of sums] in panels that are
+// `panel` apart, plus a bias where there is one. Deep products are made in slices, whose input stays in the L2 cache.
+template <int kTerms>
+void accumulate(const Rows &x, int64_t rows, int64_t depth, const bf16 *weight, int64_t panel, const float *bias,
+                const Blocks<float> &sums, int64_t first) {
+  for (int64_t from = 0; from < depth; from += kMaxDepth)
+    product<kTerms>(
+        x.from(0, from), rows, weight + from * kBlock, panel, min(kMaxDepth, depth - from), sums.width,
+        [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+          if (from == 0) add_bias(bias, output, left, right);
+          float *to = sums.at(first + row, output);
+          _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), left));
+          _mm512_store_ps(to + 16, _mm512_add_ps(_mm512_load_ps(to + 16), right));
+        },
+        [&](int64_t row, int64_t output) {
+          __builtin_prefetch(sums.at(first + row, output), 1);
+          __builtin_prefetch(sums.at(first + row, output + 16), 1);
+        });
 }
 
-// hidden += x times weight; with a norm (Gemma's) in between where there is one.
-template <int P>
-void add_product(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, const float *bias, const float *norm,
-                 float eps, int64_t depth, const Buffer<float> &hidden, int64_t first_row, int64_t width,
-                 const Buffer<float> &mixed) {
-  for (int64_t row = 0; norm && row < blocks(rows); row++) memset(mixed.row(row), 0, (size_t)width * 4);
-  for (int64_t from = 0; from < depth; from += kMostDepth) {
-    int64_t some = depth - from < kMostDepth ? depth - from : kMostDepth;
-    product<P>(x + from, stride, apart, rows, weight + from * kBlock, depth * kBlock, some, width,
-               [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-                 if (from == 0) add_bias(bias, output, left, right);
-                 float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
-                 _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), left));
-                 _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), right));
-               },
-               [&](int64_t row, int64_t output) {
-                 float *to = norm ? mixed.row(row) + output : hidden.row(first_row + row) + output;
-                 __builtin_prefetch(to, 1);
-                 __builtin_prefetch(to + 16, 1);
-               });
+// Where a block of a layer leaves its sums: in the residual stream's rows [first, first + rows) itself, or, for families
+// that norm them before (Gemma), in `mixed`, from where finish() adds them.
+struct Residual {
+  const Blocks<float> &hidden, &mixed;
+  const int64_t first, rows;
+  const float *norm, eps;
+  Residual(const Blocks<float> &hidden, const Blocks<float> &mixed, int64_t first, int64_t rows, const float *norm, float eps)
+      : hidden(hidden), mixed(mixed), first(first), rows(rows), norm(norm), eps(eps) {
+    if (norm) memset(mixed.data, 0, (size_t)(round_up(rows) * mixed.width) * 4);
   }
-  for (int64_t row = 0; norm && row < rows; row++) {
-    float *to = hidden.row(first_row + row);
-    rms_norm(mixed.row(row), norm, eps, width, [&](int64_t at, __m512 part) {
-      _mm512_storeu_ps(to + at, _mm512_add_ps(_mm512_loadu_ps(to + at), part));
-    });
+  template <int kTerms>
+  void add(const Rows &x, int64_t depth, const bf16 *weight, int64_t panel, const float *bias) const {
+    accumulate<kTerms>(x, rows, depth, weight, panel, bias, norm ? mixed : hidden, norm ? 0 : first);
   }
-}
+  void finish() const {
+    if (norm)
+      rms_norm(mixed, 0, rows, norm, eps, [&](int64_t row, int64_t column, __m512 part) {
+        float *to = hidden.at(first + row, column);
+        _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), part));
+      });
+  }
+};
 
-template <int P>
-void gated(const bf16 *x, int64_t stride, int64_t apart, int64_t rows, const bf16 *weight, int64_t depth, int64_t width,
-           bool gelu, bf16 *out, int64_t out_stride, int64_t out_apart) {
-  product<P>(x, stride, apart, rows, weight, depth * kBlock, depth, 2 * width,
-             [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
-               narrow<P>(out + row * out_stride + output / 2, out_apart, _mm512_mul_ps(activate(gate, gelu), up));
-             },
-             [&](int64_t row, int64_t output) { __builtin_prefetch(out + row * out_stride + output / 2, 1); });
+// The MLP of `rows` normed rows, in slices of its intermediate numbers that stay in the L2 cache: `inner` holds one.
+template <int kTerms>
+void mlp(const Model &model, const Layer &layer, const Blocks<bf16> &normed, int64_t rows, const Blocks<bf16> &inner,
+         const Residual &residual) {
+  const int64_t depth = model.hidden_size, all = model.intermediate_size;
+  for (int64_t from = 0; from < all; from += inner.width) {
+    const int64_t some = min(inner.width, all - from);
+    product<kTerms>(
+        normed.rows(0), rows, layer.gate_up + 2 * from * depth, depth * kBlock, depth, 2 * some,
+        [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
+          narrow<kTerms>(inner.at(row, output / 2), inner.term, _mm512_mul_ps(activate(gate, model.gelu), up));
+        },
+        [&](int64_t row, int64_t output) { __builtin_prefetch(inner.at(row, output / 2), 1); });
+    residual.add<kTerms>(inner.rows(0), some, layer.down + from * kBlock, all * kBlock, nullptr);
+  }
+  residual.finish();
 }
 
 // Threads that do one thing together and wait for each other in between. A thread that waits sleeps: on a busy machine
@@ -573,169 +657,166 @@ class Team {
   std::condition_variable all_here_;
 };
 
-// What one thread needs for itself.
-struct Bench {
-  Buffer<float> mixed;
-  Buffer<bf16> normed, inner;
-  AttentionScratch scratch;
-  Bench(const Model &model, int64_t parts, int64_t chunk, int64_t most_keys)
-      : mixed(chunk, model.width), normed(chunk, parts * model.width), inner(chunk, parts * model.mlp_width),
-        scratch(parts, blocks(most_keys), model.head_width) {}
-  bool complete() const { return mixed.data && normed.data && inner.data && scratch.complete(); }
+// Intermediate numbers that the MLP makes and uses up at a time: whole blocks, the slices as even as can be.
+inline int64_t mlp_slice(const Model &model) {
+  const int64_t slices = (model.intermediate_size + kMaxDepth - 1) / kMaxDepth;
+  return round_up((model.intermediate_size + slices - 1) / slices);
+}
+
+// What one thread needs for itself, for at most `chunk` tokens.
+struct Workspace {
+  Blocks<float> mixed;
+  Blocks<bf16> normed, inner;
+  AttentionScratch attention;
+  Workspace(const Model &model, int64_t terms, int64_t chunk, int64_t max_keys)
+      : mixed(chunk, model.hidden_size), normed(chunk, model.hidden_size, terms),
+        inner(chunk, mlp_slice(model), terms), attention(terms, round_up(max_keys), model.head_dim) {}
+  bool complete() const { return mixed.data && normed.data && inner.data && attention.complete(); }
 };
 
 // All parts of a layer's attention, for so many threads: a segment's queries are divided where there are more threads
 // than segments and kv heads to give them.
-std::vector<Share> shares_of(const Model &model, const Segment *segments, int64_t count, int64_t rows, int64_t threads) {
+std::vector<Share> attention_shares(const Model &model, const Segment *segments, int64_t count, int64_t tokens,
+                                    int64_t threads) {
   std::vector<Share> found;
   for (int64_t s = 0; s < count; s++) {
-    const int64_t length = segments[s].length, whole = (length + kBlock - 1) / kBlock;
-    int64_t parts = threads == 1 ? 1 : (2 * threads * length + rows * model.kv_heads - 1) / (rows * model.kv_heads);
-    parts = parts < whole ? parts : whole;
+    const int64_t length = segments[s].length, blocks = round_up(length) / kBlock, all = tokens * model.kv_heads;
+    const int64_t parts = min(blocks, threads == 1 ? 1 : (2 * threads * length + all - 1) / all);
     for (int64_t kv = 0; kv < model.kv_heads; kv++)
-      for (int64_t part = 0; part < parts; part++) {
-        int64_t to = whole * (part + 1) / parts * kBlock;
-        found.push_back({s, kv, whole * part / parts * kBlock, to < length ? to : length});
-      }
+      for (int64_t part = 0; part < parts; part++)
+        found.push_back({s, kv, blocks * part / parts * kBlock, min(length, blocks * (part + 1) / parts * kBlock)});
   }
   return found;
 }
 
-// The states behind the rows `last` of a pack, normed, into [lasts, width], by so many threads: each has rows of its own,
-// but for attention, which is dealt out as it comes. `embedded` is [rows, width]. Returns 0, or 1 where there is not
-// enough memory.
-template <int P>
-int64_t decode(const Model *model, const float *embedded, int64_t rows, const Segment *segments, int64_t count,
-               const int64_t *last, int64_t lasts, int64_t threads, float *out) {
-  const int64_t width = model->width, head = model->head_width, heads = model->heads + 2 * model->kv_heads;
-  const int64_t mixed_width = model->heads * head, size = threads < (rows + 31) / 32 ? threads : (rows + 31) / 32;
-  // Rows that go through a layer's products together.
-  const int64_t widest = width < kMostDepth ? kMostDepth : width;
-  const int64_t fitting = rows_in_cache(P * widest), least = fitting < 64 ? 64 : fitting;
-  const int64_t chunk = rows < least ? blocks(rows) : least;
-  int64_t most_keys = 0;
-  for (int64_t s = 0; s < count; s++) {
-    int64_t keys = segments[s].position + segments[s].length;
-    most_keys = keys > most_keys ? keys : most_keys;
-  }
-  // A last block of queries may begin anywhere: it reads up to 31 rows behind the pack.
-  Buffer<float> hidden(blocks(rows), width), ends(blocks(lasts), width);
-  Buffer<bf16> qkv(rows + 2 * kBlock, P * heads * head);
-  Buffer<bf16> seen(blocks(rows), P * mixed_width), seen_ends(blocks(lasts), P * mixed_width);
-  std::vector<std::unique_ptr<Bench>> benches;
-  bool complete = hidden.data && ends.data && qkv.data && seen.data && seen_ends.data;
+// See prefill. Each thread has tokens of its own, but for attention, which is dealt out as it comes.
+template <int kTerms>
+int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, const Segment *segments, int64_t count,
+                     const int64_t *last, int64_t lasts, int64_t threads, float *out) {
+  const int64_t hidden_size = model.hidden_size, head_dim = model.head_dim, heads = model.heads + 2 * model.kv_heads;
+  const int64_t attended_size = model.heads * head_dim, size = min(threads, round_up(tokens) / kBlock);
+  // Tokens that go through a layer's products together.
+  const int64_t chunk = min(round_up(tokens), max(64, rows_in_l2(kTerms * max(hidden_size, kMaxDepth))));
+  int64_t max_keys = 0;
+  for (int64_t s = 0; s < count; s++) max_keys = max(max_keys, segments[s].position + segments[s].length);
+  Blocks<float> hidden(tokens, hidden_size), last_hidden(lasts, hidden_size);
+  Blocks<bf16> attended(tokens, attended_size, kTerms), last_attended(lasts, attended_size, kTerms);
+  // A segment's last block of queries may begin anywhere: it reads up to 31 rows behind the batch.
+  Matrix<bf16> qkv(tokens + 2 * kBlock, kTerms * heads * head_dim);
+  const int64_t qkv_term = heads * head_dim;
+  std::vector<std::unique_ptr<Workspace>> workspaces;
+  bool complete = hidden.data && last_hidden.data && qkv.data && attended.data && last_attended.data;
   for (int64_t member = 0; member < size; member++) {
-    benches.push_back(std::make_unique<Bench>(*model, P, chunk, most_keys));
-    complete = complete && benches.back()->complete();
+    workspaces.push_back(std::make_unique<Workspace>(model, kTerms, chunk, max_keys));
+    complete = complete && workspaces.back()->complete();
   }
   if (!complete) return 1;
-  const std::vector<Share> shares = shares_of(*model, segments, count, rows, size);
-  std::vector<std::atomic<size_t>> dealt(model->layers);
+  const std::vector<Share> shares = attention_shares(model, segments, count, tokens, size);
+  std::vector<std::atomic<size_t>> dealt(model.layers);
   Team team(size);
   team.run([&](int64_t member) {
-    const Unit unit;
-    const Bench &own = *benches[member];
-    // The first of this thread's rows out of so many, in whole blocks; with the next thread's it is the end.
-    auto share = [&](int64_t all, int64_t of) {
-      int64_t row = blocks(all) / kBlock * of / size * kBlock;
-      return row < all ? row : all;
-    };
-    const int64_t begin = share(rows, member), end = share(rows, member + 1);
-    for (int64_t row = begin; row < end; row++) memcpy(hidden.row(row), embedded + row * width, (size_t)width * 4);
-    for (int64_t l = 0; l < model->layers; l++) {
-      const Layer &layer = model->layer[l];
+    const TileUnit unit;
+    Workspace &own = *workspaces[member];
+    // The first of a thread's rows out of so many, in whole blocks; the next thread's is the end.
+    auto share = [&](int64_t all, int64_t of) { return min(all, round_up(all) / kBlock * of / size * kBlock); };
+    const int64_t begin = share(tokens, member), end = share(tokens, member + 1);
+    for (int64_t row = begin; row < end; row++)
+      for (int64_t column = 0; column < hidden_size; column += 32)
+        memcpy(hidden.at(row, column), embedded + row * hidden_size + column, 32 * sizeof(float));
+    for (int64_t l = 0; l < model.layers; l++) {
+      const Layer &layer = model.layer[l];
       for (int64_t from = begin; from < end; from += chunk) {
-        int64_t some = end - from < chunk ? end - from : chunk;
-        for (int64_t row = 0; row < some; row++)
-          rms_norm<P>(hidden.row(from + row), layer.before_norm, model->eps, width, own.normed.row(row));
-        product<P>(own.normed.data, own.normed.stride, width, some, layer.qkv, width * kBlock, width, heads * head,
-                   [&](int64_t row, int64_t output, __m512 left, __m512 right) {
-                     add_bias(layer.qkv_bias, output, left, right);
-                     narrow<P>(qkv.row(from + row) + output, heads * head, left);
-                     narrow<P>(qkv.row(from + row) + output + 16, heads * head, right);
-                   },
-                   [&](int64_t row, int64_t output) { __builtin_prefetch(qkv.row(from + row) + output, 1); });
+        const int64_t some = min(chunk, end - from);
+        rms_norm<kTerms>(hidden, from, some, layer.input_norm, model.eps, own.normed);
+        product<kTerms>(
+            own.normed.rows(0), some, layer.qkv, hidden_size * kBlock, hidden_size, qkv_term,
+            [&](int64_t row, int64_t output, __m512 left, __m512 right) {
+              add_bias(layer.qkv_bias, output, left, right);
+              narrow<kTerms>(qkv.at(from + row, output), qkv_term, left);
+              narrow<kTerms>(qkv.at(from + row, output + 16), qkv_term, right);
+            },
+            [&](int64_t row, int64_t output) { __builtin_prefetch(qkv.at(from + row, output), 1); });
       }
       for (int64_t s = 0; s < count; s++) {
-        const int64_t before = begin - segments[s].row, after = end - segments[s].row;
-        for (int64_t token = before < 0 ? 0 : before; token < segments[s].length && token < after; token++) {
-          const float *cos = layer.cos + (segments[s].position + token) * head;
-          const float *sin = layer.sin + (segments[s].position + token) * head;
-          bf16 *row = qkv.row(segments[s].row + token);
-          for (int64_t h = 0; h < model->heads + model->kv_heads; h++)
-            rotate<P>(row + h * head, heads * head, head, cos, sin, h < model->heads ? layer.q_norm : layer.k_norm, model->eps);
+        const Segment &segment = segments[s];
+        for (int64_t row = max(begin, segment.row); row < min(end, segment.row + segment.length); row++) {
+          const int64_t position = (segment.position + row - segment.row) * head_dim;
+          for (int64_t h = 0; h < model.heads + model.kv_heads; h++)
+            rotate<kTerms>(qkv.at(row, h * head_dim), qkv_term, head_dim, layer.cos + position, layer.sin + position,
+                           h < model.heads ? layer.q_norm : layer.k_norm, model.eps);
         }
       }
-      team.meet();  // queries see the keys of other threads' rows
+      team.meet();  // queries see the keys of other threads' tokens
       for (size_t next; (next = dealt[l]++) < shares.size();)
-        attend<P>(*model, layer, qkv, segments, shares[next], seen, benches[member]->scratch);
+        attend<kTerms>(model, layer, qkv, segments, shares[next], attended, own.attention);
       team.meet();
-      // Nobody reads what the last layer makes of other rows.
-      const bool final = l + 1 == model->layers;
-      const int64_t all = final ? lasts : rows, first = share(all, member), stop = share(all, member + 1);
+      // Behind the last layer's attention only the prompts' last tokens are needed.
+      const bool final = l + 1 == model.layers;
+      const int64_t all = final ? lasts : tokens, first = share(all, member), stop = share(all, member + 1);
       for (int64_t i = first; final && i < stop; i++) {
-        memcpy(ends.row(i), hidden.row(last[i]), (size_t)width * 4);
-        memcpy(seen_ends.row(i), seen.row(last[i]), (size_t)(P * mixed_width) * 2);
+        copy_row(hidden, last[i], last_hidden, i);
+        copy_row(attended, last[i], last_attended, i);
       }
-      const Buffer<float> &state = final ? ends : hidden;
-      const Buffer<bf16> &read = final ? seen_ends : seen;
+      const Blocks<float> &residual = final ? last_hidden : hidden;
+      const Blocks<bf16> &mixer = final ? last_attended : attended;
       for (int64_t from = first; from < stop; from += chunk) {
-        int64_t some = stop - from < chunk ? stop - from : chunk;
-        add_product<P>(read.row(from), read.stride, mixed_width, some, layer.output, layer.output_bias, layer.attention_norm,
-                       model->eps, mixed_width, state, from, width, own.mixed);
-        for (int64_t row = 0; row < some; row++)
-          rms_norm<P>(state.row(from + row), layer.mlp_norm, model->eps, width, own.normed.row(row));
-        gated<P>(own.normed.data, own.normed.stride, width, some, layer.gate_up, width, model->mlp_width, model->gelu,
-                 own.inner.data, own.inner.stride, model->mlp_width);
-        add_product<P>(own.inner.data, own.inner.stride, model->mlp_width, some, layer.down, nullptr, layer.last_norm,
-                       model->eps, model->mlp_width, state, from, width, own.mixed);
+        const int64_t some = min(chunk, stop - from);
+        const Residual attention(residual, own.mixed, from, some, layer.post_attention_norm, model.eps);
+        attention.add<kTerms>(mixer.rows(from), attended_size, layer.o, attended_size * kBlock, layer.o_bias);
+        attention.finish();
+        rms_norm<kTerms>(residual, from, some, layer.pre_mlp_norm, model.eps, own.normed);
+        mlp<kTerms>(model, layer, own.normed, some, own.inner,
+                    Residual(residual, own.mixed, from, some, layer.post_mlp_norm, model.eps));
       }
     }
-    for (int64_t i = share(lasts, member); i < share(lasts, member + 1); i++)
-      rms_norm(ends.row(i), model->final_norm, model->eps, width,
-               [&](int64_t at, __m512 part) { _mm512_storeu_ps(out + i * width + at, part); });
+    const int64_t first = share(lasts, member);
+    rms_norm(last_hidden, first, share(lasts, member + 1) - first, model.final_norm, model.eps,
+             [&](int64_t row, int64_t column, __m512 part) {
+               _mm512_storeu_ps(out + (first + row) * hidden_size + column, part);
+             });
   });
   return 0;
 }
 
-// Rows [from, end) of the output layer times the states, as native_head's; rows that stay in the cache meet all states.
-// Returns 0, or 1 without enough memory.
+// Rows [from, end) of the output layer times the states; see output_layer. Rows that stay in the cache meet all states.
 #ifdef __AMX_BF16__
-// kStates states to a panel: their first parts, their second ones, their third ones, and two columns of zeros. Here it is
-// the weight that lies in rows; a last block that is not whole is copied, as it is read as one.
-int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
-                   int64_t from, int64_t end) {
-  const int64_t whole = end / kBlock * kBlock, groups = (number + kStates - 1) / kStates;
-  Buffer<bf16> rest(kBlock, depth), panels(groups, depth * kBlock);
+// kPanelStates states to a panel: their first terms, their second ones, their third ones, and two columns of zeros. Here
+// it is the weight that lies in rows; a last block that is not whole is copied, as it is read as one.
+int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                    int64_t from, int64_t end) {
+  const int64_t whole = end / kBlock * kBlock, groups = (number + kPanelStates - 1) / kPanelStates;
+  Matrix<bf16> rest(kBlock, depth), panels(groups, depth * kBlock);
   if (!rest.data || !panels.data) return 1;
-  for (int64_t row = whole; row < end; row++) memcpy(rest.row(row - whole), weight + row * depth, (size_t)depth * 2);
+  for (int64_t row = whole; row < end; row++) memcpy(rest.at(row - whole, 0), weight + row * depth, (size_t)depth * 2);
   for (int64_t state = 0; state < number; state++)
-    for (int64_t part = 0; part < 3; part++) {
-      const int64_t column = part * kStates + state % kStates;
-      bf16 *to = panels.row(state / kStates) + column / 16 * 512 + column % 16 * 2;
-      const bf16 *x = states + (state * 3 + part) * depth;
+    for (int64_t term = 0; term < 3; term++) {
+      const int64_t column = term * kPanelStates + state % kPanelStates;
+      bf16 *to = panels.at(state / kPanelStates, column / 16 * 512 + column % 16 * 2);
+      const bf16 *x = states + (state * 3 + term) * depth;
       for (int64_t at = 0; at < depth; at += 2) memcpy(to + at / 32 * 1024 + at % 32 * 16, x + at, 4);
     }
-  const __m512i states_apart = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i apart = _mm512_mullo_epi32(_mm512_set1_epi32((int)vocabulary), states_apart);
-  Unit unit;
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_mullo_epi32(_mm512_set1_epi32((int)vocabulary), lanes);
+  const TileUnit unit;
   for (int64_t rows; from < end; from += rows) {
     const bool last = from >= whole;
-    const int64_t ahead = (last ? end : whole) - from;
-    rows = ahead < rows_in_cache(depth) ? ahead : rows_in_cache(depth);
+    rows = min((last ? end : whole) - from, rows_in_l2(depth));
+    const int64_t stride = last ? rest.stride : depth;
+    const Rows read{last ? rest.data : weight + from * depth, stride, kBlock * stride, 32, 0};
     for (int64_t group = 0; group < groups; group++) {
-      const int64_t first = group * kStates, some = number - first < kStates ? number - first : kStates;
-      auto store = [&](int64_t row, int64_t, __m512 left, __m512 right) {
-        if (from + row >= end) return;
-        float found[kBlock + 16] = {};
-        _mm512_storeu_ps(found, left);
-        _mm512_storeu_ps(found + 16, right);
-        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kStates), _mm512_loadu_ps(found + kStates));
-        float *to = out + first * vocabulary + from + row;
-        _mm512_mask_i32scatter_ps(to, (__mmask16)((1 << some) - 1), apart, _mm512_add_ps(lower, left), 4);
-      };
-      product<1>(last ? rest.data : weight + from * depth, last ? rest.stride : depth, 0, rows, panels.row(group),
-                 depth * kBlock, depth, kBlock, store);
+      const int64_t first = group * kPanelStates, some = min(kPanelStates, number - first);
+      product<1>(
+          read, rows, panels.at(group, 0), depth * kBlock, depth, kBlock,
+          [&](int64_t row, int64_t, __m512 left, __m512 right) {
+            if (from + row >= end) return;
+            float found[kBlock + 16] = {};
+            _mm512_storeu_ps(found, left);
+            _mm512_storeu_ps(found + 16, right);
+            __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kPanelStates), _mm512_loadu_ps(found + kPanelStates));
+            float *to = out + first * vocabulary + from + row;
+            _mm512_mask_i32scatter_ps(to, (__mmask16)((1 << some) - 1), places, _mm512_add_ps(lower, left), 4);
+          },
+          [](int64_t, int64_t) {});
     }
   }
   return 0;
@@ -743,15 +824,14 @@ int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const 
 #else
 // Four rows times N states, whose sums are in registers; of the rows only `rows` are there.
 template <int N>
-inline void outputs_of_four(const bf16 *weight, int64_t rows, int64_t depth, const bf16 *states, float *out,
-                            int64_t apart) {
+inline void output_of_four(const bf16 *weight, int64_t rows, int64_t depth, const bf16 *states, float *out, int64_t stride) {
   __m512 sums[4][N][3];
 #pragma GCC unroll 4
   for (int64_t row = 0; row < 4; row++)
 #pragma GCC unroll 2
     for (int64_t state = 0; state < N; state++)
 #pragma GCC unroll 3
-      for (int64_t part = 0; part < 3; part++) sums[row][state][part] = _mm512_setzero_ps();
+      for (int64_t term = 0; term < 3; term++) sums[row][state][term] = _mm512_setzero_ps();
   for (int64_t at = 0; at < depth; at += 32) {
     __m512bh read[4];
 #pragma GCC unroll 4
@@ -760,11 +840,11 @@ inline void outputs_of_four(const bf16 *weight, int64_t rows, int64_t depth, con
 #pragma GCC unroll 2
     for (int64_t state = 0; state < N; state++)
 #pragma GCC unroll 3
-      for (int64_t part = 0; part < 3; part++) {
-        __m512bh x = (__m512bh)_mm512_loadu_si512(states + (state * 3 + part) * depth + at);
+      for (int64_t term = 0; term < 3; term++) {
+        __m512bh x = (__m512bh)_mm512_loadu_si512(states + (state * 3 + term) * depth + at);
 #pragma GCC unroll 4
         for (int64_t row = 0; row < 4; row++)
-          sums[row][state][part] = _mm512_dpbf16_ps(sums[row][state][part], read[row], x);
+          sums[row][state][term] = _mm512_dpbf16_ps(sums[row][state][term], read[row], x);
       }
   }
 #pragma GCC unroll 4
@@ -772,20 +852,20 @@ inline void outputs_of_four(const bf16 *weight, int64_t rows, int64_t depth, con
 #pragma GCC unroll 2
     for (int64_t state = 0; state < N; state++) {
       __m512 lower = _mm512_add_ps(sums[row][state][2], sums[row][state][1]);
-      if (row < rows) out[state * apart + row] = _mm512_reduce_add_ps(_mm512_add_ps(lower, sums[row][state][0]));
+      if (row < rows) out[state * stride + row] = _mm512_reduce_add_ps(_mm512_add_ps(lower, sums[row][state][0]));
     }
 }
 
-int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
-                   int64_t from, int64_t end) {
+int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                    int64_t from, int64_t end) {
   for (int64_t rows; from < end; from += rows) {
-    rows = end - from < rows_in_cache(depth) ? end - from : rows_in_cache(depth);
+    rows = min(end - from, rows_in_l2(depth));
     for (int64_t state = 0; state < number; state += 2)
       for (int64_t row = from; row < from + rows; row += 4) {
         const bf16 *read = states + state * 3 * depth;
         float *to = out + state * vocabulary + row;
-        (state + 1 < number ? outputs_of_four<2> : outputs_of_four<1>)(weight + row * depth, from + rows - row, depth,
-                                                                       read, to, vocabulary);
+        (state + 1 < number ? output_of_four<2> : output_of_four<1>)(weight + row * depth, from + rows - row, depth, read,
+                                                                     to, vocabulary);
       }
   }
   return 0;
@@ -797,7 +877,7 @@ int64_t outputs_of(const bf16 *weight, int64_t vocabulary, int64_t depth, const 
 extern "C" {
 
 // Ask the system for AMX, once in a process; 0 if it is ours, or not needed.
-int64_t native_request() {
+int64_t prefill_request_amx() {
 #ifdef __AMX_BF16__
   return syscall(SYS_arch_prctl, 0x1023, 18);
 #else
@@ -805,18 +885,20 @@ int64_t native_request() {
 #endif
 }
 
-// Blocks [first, first + count) of 32 rows of the output layer, [vocabulary, depth], times so many states of three parts,
-// [number, 3, depth], into [number, vocabulary]. A state's numbers do not depend on the other states. Returns 0, or 1
-// without enough memory.
-int64_t native_head(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
-                    int64_t first, int64_t count) {
-  const int64_t end = (first + count) * kBlock < vocabulary ? (first + count) * kBlock : vocabulary;
-  return outputs_of(weight, vocabulary, depth, states, number, out, first * kBlock, end);
+// The normed last hidden states, [lasts][hidden_size], behind the batch's rows `last`; each activation is split into so
+// many bf16 terms, 1 or 2. `embedded` is [tokens][hidden_size]. Returns 0, or 1 without enough memory.
+int64_t prefill(const Model *model, int64_t terms, const float *embedded, int64_t tokens, const Segment *segments,
+                int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
+  return (terms == 1 ? prefill_with<1> : prefill_with<2>)(*model, embedded, tokens, segments, count, last, lasts, threads,
+                                                          out);
 }
 
-// decode, with so many parts of each number that a product reads.
-int64_t native_decode(const Model *model, int64_t parts, const float *embedded, int64_t rows, const Segment *segments,
-                      int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
-  return (parts == 1 ? decode<1> : decode<2>)(model, embedded, rows, segments, count, last, lasts, threads, out);
+// Blocks [first, first + count) of 32 rows of the output layer, [vocabulary][depth] in rows (depth a multiple of 32),
+// times states of three terms, [number][3][depth], into [number][vocabulary]. A state's numbers do not depend on the
+// other states. Returns 0, or 1 without enough memory.
+int64_t output_layer(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
+                     int64_t first, int64_t count) {
+  const int64_t end = min(vocabulary, (first + count) * kBlock);
+  return output_rows(weight, vocabulary, depth, states, number, out, first * kBlock, end);
 }
 }
