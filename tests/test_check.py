@@ -40,7 +40,7 @@ def test_a_rung_that_is_not_there_says_why(tmp_path: Path, capsys: pytest.Captur
     status, rungs = told(capsys, str(tmp_path))
 
     assert status == 0
-    assert rungs["packed"].startswith("no: it is not there for GPT2")
+    assert rungs["packed"].startswith("no: it is not available for GPT2")
     assert rungs["single"].startswith("holds")
 
 

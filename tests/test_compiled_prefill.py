@@ -141,7 +141,7 @@ def test_float32_weights_that_are_no_bfloat16_numbers_are_left_to_torch(
         answers = engine.run(items)
         assert not is_compiled(engine)
 
-    assert "is not there in float32 with weights that are not bfloat16 numbers" in caplog.text
+    assert "is not available in float32 with weights that are not bfloat16 numbers" in caplog.text
     assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=2e-5) for row in expected]
 
 
@@ -274,7 +274,7 @@ def test_shapes_that_it_does_not_know_are_left_to_torch(
     with closing(TorchEngine.load(tmp_path, dtype="bfloat16", device="cpu")) as engine:
         assert not is_compiled(engine)
 
-    assert "is not there with" in caplog.text
+    assert "is not available with" in caplog.text
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

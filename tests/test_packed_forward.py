@@ -214,7 +214,7 @@ def test_a_model_that_cannot_be_packed_is_run_one_prompt_at_a_time(
 
     expected = [own_logprobs(model, item) for item in items]
     assert engine.info.executor.rung == "single"
-    assert f"packed is not there {reason}" in caplog.text
+    assert f"packed is not available {reason}" in caplog.text
     assert [list(a.logprobs) for a in engine.run(items)] == [pytest.approx(r, abs=2e-5) for r in expected]
 
 

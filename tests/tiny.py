@@ -43,8 +43,13 @@ def tiny_tokenizer(max_tokens: int = 2048) -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_model(folder: Path, *, max_tokens: int = 2048, seed: int = 0) -> Path:
-    """Write the model and its tokenizer into `folder`, in fp32, with logits that are spread out like a real model's."""
+def make_tiny_model(
+    folder: Path, *, max_tokens: int = 2048, seed: int = 0, heads: int = 4, rounded: bool = False
+) -> Path:
+    """Write the model and its tokenizer into `folder`, in fp32, with logits that are spread out like a real model's.
+
+    `rounded`: its weights are bfloat16 numbers. With that, and two heads, it suits the compiled prefill.
+    """
     tokenizer = tiny_tokenizer(max_tokens)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -52,8 +57,8 @@ def make_tiny_model(folder: Path, *, max_tokens: int = 2048, seed: int = 0) -> P
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=max_tokens,
         initializer_range=0.2,
         bos_token_id=None,
@@ -62,6 +67,6 @@ def make_tiny_model(folder: Path, *, max_tokens: int = 2048, seed: int = 0) -> P
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
+    (model.bfloat16().float() if rounded else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

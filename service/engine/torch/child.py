@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Final
+from contextlib import suppress
+from typing import Final, NoReturn
 
-# Lock-step with SIGKILL: a child that hangs must not outlive a parent that was killed.
+import torch
+
+# A child that hangs ends at most so long after its time, even where its parent was killed.
 _AFTERMATH_SECONDS: Final = 5
+_POLL_SECONDS: Final = 0.005
+# What a child may return: a pipe holds it although nobody reads yet.
+_MAX_BYTES: Final = 4095
+_RETURNED, _RAISED = b"+", b"-"
+_SIGNALS: Final = {number.value: number.name for number in signal.Signals}
 
 
 class ChildError(RuntimeError):
@@ -21,55 +28,86 @@ class ChildError(RuntimeError):
 
 
 def in_child(work: Callable[[], bytes], seconds: float) -> bytes:
-    """What `work` returns in a forked process, which is killed after so many seconds. Raises ChildError.
+    """What `work` returns, at most 4 KB, in a forked process, which is killed after so many seconds. Raises ChildError.
 
     The child has this process's memory as it is, at no cost, and one thread: `work` must not need locks or threads that
-    exist here, torch's among them.
+    exist here, torch's among them. What it prints is dropped.
     """
     if sys.platform != "linux":
-        raise ChildError("cannot be tried: processes are not forked on this system")
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_run, args=(work, sender, int(seconds) + _AFTERMATH_SECONDS), daemon=True)
+        raise ChildError("cannot be started: processes are not forked on this system")
+    reader, writer = os.pipe()
     try:
-        child.start()
+        pid = os.fork()
+        if pid == 0:
+            _run(work, writer, int(seconds) + _AFTERMATH_SECONDS)
+        code = _exit_code(pid, seconds)
+        os.set_blocking(reader, False)
+        told = b""
+        with suppress(BlockingIOError):
+            told = os.read(reader, 1 + _MAX_BYTES)
     except OSError as exc:
-        raise ChildError(f"cannot be tried: no process can be started ({exc})") from exc
-    sender.close()
-    try:
-        if not receiver.poll(seconds):
-            raise ChildError(f"did not end within {seconds:.0f} s")
-        told = receiver.recv()
-    except EOFError:
-        child.join()
-        raise ChildError(_end_of(child.exitcode)) from None
+        raise ChildError(f"cannot be started: {exc}") from exc
     finally:
-        child.kill()
-        child.join()
-        receiver.close()
-    if isinstance(told, str):
-        raise ChildError(told)
-    return bytes(told)
+        os.close(reader)
+        os.close(writer)
+    if code is None:
+        raise ChildError(f"did not end within {seconds:.0f} s")
+    if code < 0:
+        raise ChildError(f"was killed by {_SIGNALS.get(-code, f'signal {-code}')}")
+    if code or not told:
+        raise ChildError(f"ended with status {code}")
+    if told.startswith(_RAISED):
+        raise ChildError(f"raised {told[1:].decode(errors='replace')}")
+    return told[1:]
 
 
-def _run(work: Callable[[], bytes], sender: Connection, seconds: int) -> None:
-    import torch
+def _exit_code(pid: int, seconds: float) -> int | None:
+    """As subprocess has it, negative for a signal; None where the child had to be killed."""
+    deadline = time.monotonic() + seconds
+    ended = 0
+    try:
+        while not ended and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # where SIGCHLD is ignored nobody keeps the status
+        ended = pid
+        status = 0
+    finally:
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
+
+def _run(work: Callable[[], bytes], writer: int, seconds: int) -> NoReturn:
+    """In the child. Nothing gets out of here: the caller's code goes on in the parent alone."""
+    try:
+        os.write(writer, _told(work, seconds))
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def _told(work: Callable[[], bytes], seconds: int) -> bytes:
+    """What `work` returned or raised, as the parent reads it."""
+    try:
+        _isolate(seconds)
+        told = work()
+        if len(told) > _MAX_BYTES:
+            raise ValueError(f"{len(told)} bytes are more than a child may return")
+    except BaseException as exc:
+        return _RAISED + f"{type(exc).__name__}: {exc}".encode(errors="replace")[:_MAX_BYTES]
+    return _RETURNED + told
+
+
+def _isolate(seconds: int) -> None:
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(seconds)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
     torch.set_num_threads(1)  # those that the parent had are gone
-    try:
-        sender.send(work())
-    except BaseException as exc:
-        sender.send(str(exc) or type(exc).__name__)
-    os._exit(0)
-
-
-def _end_of(code: int | None) -> str:
-    if code is not None and code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
-    return f"ended with status {code}"

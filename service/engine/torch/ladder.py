@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 # One token alone would not do: where it is all that attention has, 16-bit models are off by a quarter of the spread.
 _SHARED: Final = (12, 24, 12)
 _LENGTHS: Final = (2, 33, 70)
+# How often each is among those that are computed together: an output layer that reads some states at once, 20 with AMX,
+# has more than those to read. What comes twice costs the prefill nothing.
+_COPIES: Final = 4
 # Share of the outputs' natural size by which two ways of computing them may differ.
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 # A child may take this long, and so many times what the model's own forward took.
@@ -104,43 +107,49 @@ def climb_down(
 
     `told` hears of each that was tried. Raises CheckError where not even the last one works.
     """
+    cause, problem = None, "there is none"
     for rung in rungs:
-        started = time.monotonic()
-        last = rung is rungs[-1]
+        started, executor = time.monotonic(), None
         try:
             executor = rung.make()
-        except UnsupportedModelError as reason:
-            told(Verdict(rung.name, time.monotonic() - started, problem=f"is not there {reason}", missing=True))
-            continue
-        try:
             found = tried(rung, executor, reference, threads, hardware)
-        except CheckError as problem:
-            executor.close()
-            told(Verdict(rung.name, time.monotonic() - started, problem=str(problem)))
-            if last:
-                raise
-            continue
-        if found.stable or last:
+            if not (found.stable or rung is rungs[-1]):
+                raise CheckError("gives a prompt other bits in other company")
+        except Exception as reason:
+            cause, problem = reason, _described(reason)
+            if executor is not None:
+                executor.close()
+            missing = isinstance(reason, UnsupportedModelError)
+            told(Verdict(rung.name, time.monotonic() - started, problem=problem, missing=missing))
+        else:
             told(Verdict(rung.name, time.monotonic() - started, found))
             return executor, found
-        executor.close()
-        told(Verdict(rung.name, time.monotonic() - started, problem="gives a prompt other bits in other company"))
-    raise CheckError("no rung holds")
+    raise CheckError(problem) from cause
+
+
+def _described(reason: Exception) -> str:
+    """What goes behind the rung's name."""
+    if isinstance(reason, CheckError):
+        return str(reason)
+    if isinstance(reason, UnsupportedModelError):
+        return f"is not available {reason}"
+    if isinstance(reason, ChildError):
+        return f"failed its check in a child process, which {reason}"
+    return f"raised {type(reason).__name__}: {reason}"
 
 
 def tried(rung: Rung, executor: TorchExecutor, reference: Reference, threads: int, hardware: str) -> Executor:
-    """What an executor is, after its check. Raises CheckError."""
+    """What an executor is, after its check. Raises CheckError and ChildError, and what the executor raises."""
     if rung.isolated:
-        try:
-            found = in_child(
-                lambda: check(executor, reference, threads), _CHILD_SECONDS + _CHILD_FACTOR * reference.seconds
-            )
-        except ChildError as problem:
-            raise CheckError(f"failed its check in a child process: it {problem}") from problem
+        limit = _CHILD_SECONDS + _CHILD_FACTOR * reference.seconds
+        found = in_child(lambda: check(executor, reference, threads), limit)
     else:
         found = check(executor, reference, threads)
-    stable, bits = bool(found[0]), found[1:].hex()
-    return Executor(rung.name, digest_of(rung.name, executor.code, torch.__version__, hardware, bits), stable)
+    stable, bits = bool(found[0]), found[1:]
+    # The child's library is gone with the child: this process loads it now, not with the first request.
+    if rung.isolated and stable and _digest(outputs_of(executor, reference.prompts, threads)) != bits:
+        raise CheckError("gives other bits than it gave in a child process")
+    return Executor(rung.name, digest_of(rung.name, executor.code, torch.__version__, hardware, bits.hex()), stable)
 
 
 @torch.inference_mode()
@@ -149,19 +158,23 @@ def check(executor: TorchExecutor, reference: Reference, threads: int) -> bytes:
 
     Raises CheckError where the outputs are not those of the model's own forward.
     """
-    prompts = reference.prompts
-    outputs = outputs_of(executor, prompts, threads)
-    agree(outputs, reference)
+    prompts, count = reference.prompts, len(reference.prompts)
+    many = [*prompts] * (_COPIES if executor.batches else 1)
     twin = executor.shallow()
-    together = outputs if twin is executor else outputs_of(twin, prompts, threads)
-    turned = outputs_of(twin, prompts[::-1], 1).flip(0)
-    stable = torch.equal(together, turned)
+    found = outputs_of(executor, many if twin is executor else prompts, threads)
+    outputs = found[:count]
+    agree(outputs, reference)
+    together, *others = torch.split(found if twin is executor else outputs_of(twin, many, threads), count)
+    others.append(outputs_of(twin, prompts[::-1], 1).flip(0))
     if executor.batches:
-        alone = torch.cat([outputs_of(twin, [prompt], threads) for prompt in prompts])
-        stable = stable and torch.equal(together, alone)
+        others.append(torch.cat([outputs_of(twin, [prompt], threads) for prompt in prompts]))
     if twin is not executor:
         twin.close()
-    return bytes([stable]) + hashlib.sha256(outputs.numpy().tobytes()).digest()
+    return bytes([all(torch.equal(together, other) for other in others)]) + _digest(outputs)
+
+
+def _digest(outputs: Tensor) -> bytes:
+    return hashlib.sha256(outputs.numpy().tobytes()).digest()
 
 
 def outputs_of(executor: TorchExecutor, prompts: Sequence[Prompt], threads: int) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -70,11 +71,25 @@ def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
-        command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=False)
-        if done.returncode:
-            raise NativeUnavailableError(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        _run([compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)])
         made.write_bytes(made.read_bytes() + hashlib.sha256(made.read_bytes()).digest())  # behind what a loader reads
         sync(made)
         made.replace(file)
     sync(file.parent)
+
+
+def _run(command: list[str]) -> None:
+    """Raises TimeoutExpired: then the compiler is killed, and with it what it started, which may hang in its place."""
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        with subprocess.Popen(
+            command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True
+        ) as compiler:
+            try:
+                failed = compiler.wait(_TIME_LIMIT)
+            except BaseException:
+                os.killpg(compiler.pid, signal.SIGKILL)
+                raise
+        if failed:
+            said.seek(0)
+            last = " ".join(said.read().split())[-500:]
+            raise NativeUnavailableError(f"{command[0]} failed with status {failed}: {last}")

@@ -65,16 +65,13 @@ class Library:
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
     def load(self) -> ctypes.CDLL:
-        """Its functions. Raises UnsupportedModelError where they cannot be had here.
+        """Its functions. Raises OSError where they cannot be had here.
 
         What is wrong with the file may also end this process: a child tries it first.
         """
-        try:
-            found = ctypes.CDLL(str(self.file))
-        except OSError as reason:
-            raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
+        found = ctypes.CDLL(str(self.file))
         if found.prefill_request_amx():
-            raise UnsupportedModelError("as the system does not give AMX to this process")
+            raise OSError("the system does not give AMX to this process")
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         lists = (pointer, number) * 2
         found.prefill.argtypes = [pointer, number, pointer, number, *lists, number, pointer]
@@ -186,7 +183,7 @@ class CompiledPrefill:
             )
         )
         last = (ctypes.c_int64 * len(batch.last_row))(*batch.last_row.values())
-        states = torch.empty(len(last), embedded.shape[1])
+        states = torch.empty(len(last), embedded.shape[1], dtype=torch.float32)
         out_of_memory = _loaded(self._library).prefill(
             ctypes.byref(self._model),
             self._terms,
@@ -232,7 +229,7 @@ class CompiledOutputLayer:
     def __call__(self, states: Tensor, threads: int) -> Tensor:
         """[prompts, hidden_size] in fp32 -> [prompts, vocabulary] in fp32. Raises MemoryError."""
         terms = torch.stack(in_terms(states, _HEAD_TERMS), dim=1)
-        logits = torch.empty(len(states), len(self._weight))
+        logits = torch.empty(len(states), len(self._weight), dtype=torch.float32)
         run = _loaded(self._library).output_layer
         fixed = self._weight.data_ptr(), *self._weight.shape, terms.data_ptr(), len(states), logits.data_ptr()
         blocks = -(-len(self._weight) // BLOCK)
