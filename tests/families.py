@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+)
 
 VOCABULARY = 128
 WINDOW = 8
@@ -81,15 +86,16 @@ LONGROPE = {
     "rope_theta": 1e4,
     "short_factor": [1.0] * 16,
     "long_factor": [4.0] * 16,
-    "original_max_position_embeddings": 24,
+    "original_max_position_embeddings": 96,
     "factor": 8.0,
 }
-# Queries grow from the 17th position on; in the published models from the 16,385th.
+# Queries grow from the 97th position on, which the prompts of the check do not reach; in published models from the
+# 16,385th.
 GROWING_QUERIES = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
     "factor": 16.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 96,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "mscale": 1.0,
@@ -131,6 +137,9 @@ COMPILED = {
     "llama with a window in its config": tiny("llama", sliding_window=WINDOW),
     "llama, dynamic": tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     "mistral": tiny("mistral", sliding_window=WINDOW),
+    "mistral with types of layers in its config": tiny(
+        "mistral", sliding_window=WINDOW, layer_types=["full_attention"] * 2
+    ),
     "ministral": tiny("ministral", head_dim=32, **MIXED),
     "ministral3": tiny("ministral3", head_dim=32),
     "qwen2": tiny("qwen2"),
@@ -144,6 +153,11 @@ COMPILED = {
         text_config={**BASE, "head_dim": 64, **MIXED},
         vision_config=VISION,
         mm_tokens_per_image=16,
+    ),
+    "mistral3": tiny(
+        "mistral3",
+        text_config={**BASE, "model_type": "ministral3", "head_dim": 32},
+        vision_config={**VISION, "model_type": "pixtral", "head_dim": 16},
     ),
     "phi3": tiny("phi3", sliding_window=WINDOW),
     "phi3, part of a head": tiny(
@@ -182,7 +196,7 @@ PACKED = {
 SINGLE = {
     # Positions that depend on a prompt's length.
     "ministral3, long": tiny("ministral3", head_dim=32, rope_parameters=GROWING_QUERIES),
-    "phi3, long": tiny("phi3", original_max_position_embeddings=24, rope_parameters=LONGROPE),
+    "phi3, long": tiny("phi3", original_max_position_embeddings=96, rope_parameters=LONGROPE),
     "llama4_text": tiny(
         "llama4_text",
         head_dim=32,
@@ -320,21 +334,24 @@ SINGLE = {
 TINY = COMPILED | PACKED | SINGLE
 
 
-def build(name: str, **more: Any) -> Any:
+def build(name: str) -> Any:
     """The model in fp32, its weights bfloat16 numbers, with norms, biases and scales moved off one and zero."""
-    torch.manual_seed(0)
-    config = TINY[name].config(**more)
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32).eval()
-    shaken(model)
-    return model
+    config = TINY[name].config()
+    return _shaken(AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM, config)
+
+
+def build_classifier(name: str) -> Any:
+    """The same with the head of a reward model."""
+    return _shaken(AutoModelForSequenceClassification, TINY[name].config(num_labels=1))
 
 
 @torch.no_grad()
-def shaken(model: Any) -> None:
-    """See `build`."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.ndim == 1 and ("inv_freq" not in name) and tensor.dtype == torch.float32:
+def _shaken(auto: Any, config: Any) -> Any:
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    scales = [scale for name, scale in model.named_buffers() if name.endswith("layer_scalar")]
+    for tensor in (*model.parameters(), *scales):
+        if tensor.ndim == 1:
             tensor.add_(torch.rand(tensor.shape) * 0.6 - 0.3)
-        if isinstance(tensor, torch.nn.Parameter):
-            tensor.copy_(tensor.bfloat16())
+        tensor.copy_(tensor.bfloat16())
+    return model

@@ -196,7 +196,7 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
     [
         (transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256), "for GPT2"),
         (transformers.ArceeConfig(**SMALL), "for ArceeDecoderLayer"),
-        (TINY["phi3, long"].config(), "as prompts of more than 24 tokens have other positions (--max-tokens 24 would"),
+        (TINY["phi3, long"].config(), "as prompts of more than 96 tokens have other positions (--max-tokens 96 would"),
         (TINY["gemma4_text, E4B"].config(), "with per_layer_input_gate.weight in Gemma4TextDecoderLayer"),
     ],
     ids=["other parts", "other arithmetic", "frequencies by length", "more weights"],

@@ -8,7 +8,7 @@ does not name is refused.
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
@@ -88,7 +88,8 @@ _ACTIVATIONS: Final = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True,
 _LESS_ONE: Final = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 # Frequencies that do not depend on the length of the prompt; those of `longrope` and `dynamic` do beyond some length.
 _ROPES: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional", "longrope", "dynamic"})
-_LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+# Layers in which a token sees some number of tokens before it, wherever it stands.
+LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 
 
 class UnsupportedModelError(ValueError):
@@ -175,7 +176,7 @@ def decoder_of(model: Any, max_tokens: int) -> Decoder:
     config = model.config.get_text_config()
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise UnsupportedModelError("with attention in both directions")
-    most = _same_up_to(config)
+    most = _most_tokens(config)
     if max_tokens > most:
         raise UnsupportedModelError(
             f"as prompts of more than {most} tokens have other positions (--max-tokens {most} would do without them)"
@@ -264,7 +265,7 @@ def _read_layer(layer: Any, config: Any, index: int, by_type: bool) -> DecoderLa
     if hasattr(layer, "residual_multiplier"):
         norms[1] = norms[3] = Multiplier(layer.residual_multiplier)
     layer_type = config.layer_types[index] if by_type or family.windows == "by_type" else "full_attention"
-    if layer_type not in _LAYER_TYPES:
+    if layer_type not in LAYER_TYPES:
         raise UnsupportedModelError(f"with layers of the type {layer_type}")
     windowed = family.windows == "all" or layer_type == "sliding_attention"
     rotated = getattr(attention, "use_rope", getattr(config, "position_embedding_type", "rope") == "rope")
@@ -327,17 +328,28 @@ def _head_norm(attention: nn.Module, name: str) -> nn.Module:
     return NormOfAllHeads(norm) if norm.weight.ndim == 1 and len(norm.weight) != attention.head_dim else norm
 
 
-def _same_up_to(config: Any) -> float:
+def rope_limit(config: Any) -> int:
+    """How many tokens a text may have before all of its rotary positions change."""
+    limits = [sys.maxsize]
+    for rope in _ropes(config):
+        if rope["rope_type"] == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif rope["rope_type"] == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+    return int(min(limits))
+
+
+def _most_tokens(config: Any) -> int:
     """How many tokens a prompt may have for its positions to be encoded as in any other prompt."""
-    ropes = config.rope_parameters
-    parts = [part for part in (ropes, *ropes.values()) if isinstance(part, dict) and "rope_type" in part]
-    unknown = {part["rope_type"] for part in parts} - _ROPES
+    ropes = _ropes(config)
+    unknown = {rope["rope_type"] for rope in ropes} - _ROPES
     if unknown:
         raise UnsupportedModelError(f"with rotary positions of the kind {', '.join(sorted(unknown))}")
-    limits = [math.inf]
-    for part in parts:
-        if part["rope_type"] == "dynamic":
-            limits.append(config.max_position_embeddings)
-        if part["rope_type"] == "longrope" or part.get("llama_4_scaling_beta"):
-            limits.append(part["original_max_position_embeddings"])
-    return min(limits)
+    growing = (rope["original_max_position_embeddings"] for rope in ropes if rope.get("llama_4_scaling_beta"))
+    return int(min([rope_limit(config), *growing]))
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The parameters of the model's rotary positions, or of those of each type of layer."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    return [part for part in (ropes, *ropes.values()) if isinstance(part, dict) and "rope_type" in part]

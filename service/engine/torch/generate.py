@@ -34,7 +34,7 @@ from service.engine.contract import (
 from service.engine.torch import ladder
 from service.engine.torch.engine import reference_of
 from service.engine.torch.executors import SingleExecutor
-from service.engine.torch.families import UnsupportedModelError
+from service.engine.torch.families import LAYER_TYPES, UnsupportedModelError, rope_limit
 from service.engine.torch.ladder import CheckError
 from service.engine.torch.loading import EngineLoadError, Loaded, LoadOptions, free_memory, hardware_of, load_model
 from service.engine.torch.tasks import NextToken
@@ -63,15 +63,31 @@ class TorchGenerator:
             )
         self._model: Any = model
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        config = model.config.get_text_config()
+        if loaded.max_tokens > (limit := rope_limit(config)):
+            raise EngineLoadError(
+                f"{type(model).__name__} has other positions in texts of more than {limit} tokens, and a text cannot "
+                f"grow beyond that: generate with --max-tokens {limit}"
+            )
         fits = has_fp32_head(model, loaded.max_tokens)
-        # States of linear attention can be neither padded, nor repeated, nor taken apart by row.
-        self._alone = not fits or any(DynamicCache(config=model.config).is_linear)
+        # States of linear attention can be neither padded, nor repeated, nor taken apart by row; and layers that attend
+        # to chunks, or to what an index says, count padding.
+        types = set(getattr(config, "layer_types", None) or ())
+        self._alone = not fits or not types <= LAYER_TYPES or any(DynamicCache(config=model.config).is_linear)
+        self._try()
         rung = "generate-single" if self._alone else "generate"
         code = digest_of(rung, torch.__version__, hardware_of(model.device), f"{torch.get_num_threads()} threads")
         # A text alone has the same rounding each time; in a batch of another shape it has another.
         executor = Executor(rung, code, stable=None if self._alone else False)
         dtype = str(model.dtype).removeprefix("torch.")
         self.info = EngineInfo("torch", "generate", dtype, loaded.max_tokens, loaded.batch_tokens, executor)
+
+    def _try(self) -> None:
+        """Raises EngineLoadError for a model that wants a cache of its own kind."""
+        try:
+            self._generate([GenerateItem((0,), 2, ())])
+        except ValueError as reason:
+            raise EngineLoadError(f"{type(self._model).__name__} cannot generate text here: {reason}") from reason
 
     @classmethod
     def load(cls, folder: Path, **options: Unpack[LoadOptions]) -> TorchGenerator:

@@ -21,6 +21,8 @@ _BATCH_TOKENS: Final = {"cpu": 4096}
 _BATCH_TOKENS_ELSEWHERE: Final = 32_768
 # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes, and M_ARENA_MAX: blocks that threads free are there for all of them.
 _MALLOC_OPTIONS: Final = ((-3, 1 << 30), (-1, 1 << 30), (-8, 1))
+# Models that read images too, and are no causal models to transformers for that; here they read text.
+_WITH_IMAGES: Final = frozenset({"mistral3"})
 # For models that state no limit (recurrent ones).
 _DEFAULT_MAX_TOKENS: Final = 8192
 
@@ -137,7 +139,12 @@ def _choose_max_tokens(config: PreTrainedConfig, asked: int | None) -> int:
 
 def _read_model(folder: Path, task: Task, dtype: torch.dtype, device: torch.device) -> Any:
     """The folder's model on `device`, every weight of it read from the folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -146,7 +153,8 @@ def _read_model(folder: Path, task: Task, dtype: torch.dtype, device: torch.devi
     (_require_classifier if task == "classify" else _require_causal)(config)
     _require_memory(folder, dtype, device)
     try:
-        auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+        causal = AutoModelForImageTextToText if config.model_type in _WITH_IMAGES else AutoModelForCausalLM
+        auto: Any = AutoModelForSequenceClassification if task == "classify" else causal
         model, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
         model = model.eval().to(device)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -165,7 +173,7 @@ def _require_causal(config: PreTrainedConfig) -> None:
     kinds = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
     stated = config.architectures or []
     fits = not stated or any(kind in name for name in stated for kind in kinds)
-    if not fits or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.model_type not in _WITH_IMAGES and (not fits or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
         name = ", ".join(stated) or config.model_type
         advice = "; serve it with --judge reward-model" if "SequenceClassification" in name else ""
         raise EngineLoadError(f"{name} is not a causal language model (…ForCausalLM); a judge needs one{advice}")
