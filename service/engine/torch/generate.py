@@ -85,7 +85,7 @@ class TorchGenerator:
     def _try(self) -> None:
         """Raises EngineLoadError for a model that wants a cache of its own kind."""
         try:
-            self._generate([GenerateItem((0,), 2, ())])
+            self._generate([GenerateItem((0,), 1, ())])
         except ValueError as reason:
             raise EngineLoadError(f"{type(self._model).__name__} cannot generate text here: {reason}") from reason
 
