@@ -16,9 +16,9 @@ from typing import Any
 
 
 class Checkout:
-    """Reads prompts with the engine of the checkout in `folder`."""
+    """Runs items with the engine of the checkout in `folder`, loaded for labels or to generate text."""
 
-    def __init__(self, folder: Path, model: Path, **options: object) -> None:
+    def __init__(self, folder: Path, model: Path, task: str = "labels", **options: object) -> None:
         """`options` are those of `TorchEngine.load`. Raises RuntimeError where the engine does not load."""
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
@@ -26,11 +26,11 @@ class Checkout:
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=folder, bufsize=1
         )
-        self._ask([str(model), options])
+        self._ask([str(model), task, options])
 
     def read(self, items: Sequence[Any]) -> None:
-        """All of these items, in calls of about `batch_tokens`."""
-        self._ask([[list(item.token_ids), item.label_ids, item.boundaries] for item in items])
+        """All of these ScoreItems or GenerateItems, in calls of about `batch_tokens`."""
+        self._ask([_fields(item) for item in items])
 
     def close(self) -> None:
         """End the process."""
@@ -46,20 +46,32 @@ class Checkout:
             raise RuntimeError("the engine of the other checkout ended; its messages are above")
 
 
-def _engine(folder: str, options: dict[str, Any]) -> tuple[Callable[..., object], int, Callable[..., Any]]:
+def _fields(item: Any) -> list[Any]:
+    if hasattr(item, "label_ids"):
+        return [list(item.token_ids), item.label_ids, item.boundaries]
+    return [list(item.token_ids), item.max_new_tokens, item.stop_ids]
+
+
+def _engine(folder: str, task: str, options: dict[str, Any]) -> tuple[Callable[..., object], int, Callable[..., Any]]:
     """What reads a call of items, how many tokens fill a call, and the class of an item."""
-    try:
-        from service.engine.contract import ScoreItem
-        from service.engine.torch.engine import TorchEngine
-    except ImportError:
+    from service.engine import contract
+
+    generates = task == "generate"
+    if not hasattr(contract, "ScoreItem"):
         from service.engine.torch_engine import TorchEngine as Former
 
-        from service.engine.contract import EngineItem
-
         engine = Former.load(Path(folder), **options)
-        return engine.label_logprobs, engine.batch_tokens, EngineItem
-    found = TorchEngine.load(Path(folder), **options)
-    return found.run, found.info.batch_tokens, ScoreItem
+        run = engine.generate if generates else engine.label_logprobs
+        return run, engine.batch_tokens, contract.GenerateItem if generates else contract.EngineItem
+    from service.engine.torch.engine import TorchEngine
+    from service.engine.torch.generate import TorchGenerator
+
+    found = TorchGenerator.load(Path(folder), **options) if generates else TorchEngine.load(Path(folder), **options)
+    return found.run, found.info.batch_tokens, contract.GenerateItem if generates else contract.ScoreItem
+
+
+def _frozen(field: object) -> object:
+    return tuple(field) if isinstance(field, list) else field
 
 
 def main() -> int:
@@ -70,7 +82,9 @@ def main() -> int:
     sys.stdout.write("done\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        items = [item(ids, tuple(labels), tuple(boundaries)) for ids, labels, boundaries in json.loads(line)]
+        items = [
+            item(*(tuple(field) if isinstance(field, list) else field for field in each)) for each in json.loads(line)
+        ]
         for call in in_calls(items, batch_tokens):
             run(call)
         sys.stdout.write("done\n")
