@@ -2,8 +2,8 @@
 
     git worktree add FOLDER REVISION; python -m bench.generation --model NAME --against FOLDER --rounds 5
 
-Each round generates `--tokens` tokens greedily behind one prompt with a RewardBench answer, and behind 16 of them in one
-call. Figures are medians, new tokens a second, the prompts' prefill included.
+Each round generates `--tokens` tokens greedily behind one prompt with a RewardBench answer, and behind 16 of them in
+one call. Figures are medians, new tokens a second, the prompts' prefill included.
 """
 
 from __future__ import annotations

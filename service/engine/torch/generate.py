@@ -264,8 +264,10 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def _uniforms(items: Sequence[GenerateItem], how: _How) -> Tensor:
     """[items, new tokens] numbers in [0, 1), drawn on the CPU: the same on every device."""
     if how.temperature == 0:
-        return torch.zeros(len(items), how.max_new_tokens)
-    rows = [torch.rand(how.max_new_tokens, generator=torch.Generator().manual_seed(item.seed)) for item in items]
+        return torch.zeros(len(items), how.max_new_tokens, dtype=torch.float32)
+    seeded = [torch.Generator().manual_seed(item.seed) for item in items]
+    # The dtype is named because transformers changes torch's default while it loads a model, perhaps in another thread.
+    rows = [torch.rand(how.max_new_tokens, generator=one, dtype=torch.float32) for one in seeded]
     return torch.stack(rows).clamp(max=_MAX_UNIFORM)
 
 

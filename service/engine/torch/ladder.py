@@ -119,7 +119,7 @@ def climb_down(
             cause, problem = reason, _described(reason)
             if executor is not None:
                 executor.close()
-            missing = isinstance(reason, UnsupportedModelError)
+            missing = type(reason) is UnsupportedModelError
             told(Verdict(rung.name, time.monotonic() - started, problem=problem, missing=missing))
         else:
             told(Verdict(rung.name, time.monotonic() - started, found))

@@ -53,6 +53,10 @@ _HEAD_STATES: Final = 20  # that the output layer's weight is read for at once: 
 _MOST_HEAD_DIM: Final = 1024  # kMaxHeadDim in prefill.cpp
 
 
+class LibraryUnavailableError(UnsupportedModelError):
+    """This CPU could run compiled code, and there is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """Compiled code of this machine, not loaded yet."""
@@ -98,7 +102,7 @@ def library(dtype: torch.dtype, form: str) -> Library:
     try:
         return Library(compiled(form))
     except build.NativeUnavailableError as reason:
-        raise UnsupportedModelError(f"without the compiled library: {reason}") from reason
+        raise LibraryUnavailableError(f"without the compiled library: {reason}") from reason
 
 
 def compiled(form: str) -> Path:
