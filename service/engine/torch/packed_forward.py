@@ -9,10 +9,10 @@ segment, its queries against the keys of its prefix chain, on tensors whose shap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class _Linear:
         return torch.split(functional.linear(rows, self.weight, self.bias), self.sizes, dim=1)
 
 
+T = TypeVar("T")
+
+
+def some_of(layers: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
+    """The first layer and the last of each kind, for `shallow`."""
+    return [layers[0], *{kind(layer): layer for layer in layers}.values()]
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """A layer's parts, and its products."""
@@ -101,8 +109,7 @@ class PackedPrefill:
     def shallow(self) -> Prefill:
         """See Prefill."""
         twin = copy(self)
-        kinds = {(layer.parts.rope, layer.parts.window): layer for layer in self._layers}
-        twin._layers = [self._layers[0], *kinds.values()]
+        twin._layers = some_of(self._layers, lambda layer: (layer.parts.rope, layer.parts.window))
         return twin
 
     def prepare(self, longest: int) -> None:

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -32,7 +33,7 @@ from service.engine.torch.families import (
     norm_weight,
 )
 from service.engine.torch.heads import in_terms, softcapped
-from service.engine.torch.packed_forward import Prefill
+from service.engine.torch.packed_forward import Prefill, some_of
 from service.engine.torch.packing import PackedBatch
 
 _SOURCE: Final = Path(__file__).with_name("prefill.cpp")
@@ -164,13 +165,16 @@ class CompiledPrefill:
         self._model = _Model()
 
     def shallow(self) -> Prefill:
-        """See Prefill: all layers take no time."""
-        return self
+        """See Prefill."""
+        twin = copy(self)
+        twin._layers = some_of(self._layers, lambda layer: (layer.rope, layer.window))
+        twin._model = _Model()
+        return twin
 
     def prepare(self, longest: int) -> None:
         """See Prefill."""
         grown = [rope.grow(longest) for rope in self._ropes.values()]
-        if any(grown):
+        if any(grown) or not self._model.layer:
             layers = (_Layer * len(self._layers))(*(self._described(layer) for layer in self._layers))
             self._model = self._shape.model(layers, self._final_norm)
 
@@ -269,7 +273,6 @@ class _Shape:
         if any(len(values) > 1 for values in (eps, shapes, heads, gelu)):
             raise UnsupportedModelError("with layers of different shapes")
         self._sizes = {
-            "layers": len(decoder.layers),
             "hidden_size": first.o_proj.out_features,
             "heads": first.qkv_sizes[0] // head,
             "kv_heads": first.qkv_sizes[1] // head,
@@ -286,7 +289,13 @@ class _Shape:
 
     def model(self, layers: ctypes.Array[_Layer], final_norm: Tensor) -> _Model:
         """The structure for the library; it keeps what it points to alive."""
-        found = _Model(**self._sizes, eps=self._eps, final_norm=final_norm.data_ptr(), layer=ctypes.addressof(layers))
+        found = _Model(
+            **self._sizes,
+            layers=len(layers),
+            eps=self._eps,
+            final_norm=final_norm.data_ptr(),
+            layer=ctypes.addressof(layers),
+        )
         found.kept = layers
         return found
 
