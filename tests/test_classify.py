@@ -13,10 +13,13 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from service.engine.contract import Classified, ClassifyItem, ScoreItem
 from service.engine.torch.engine import TorchEngine
+from service.engine.torch.ladder import probe_prompts
 from service.engine.torch.loading import DType, EngineLoadError
 from tests.tiny import make_tiny_model
 
 PADDING = 0
+# The last token of a prompt that the model is tried on when it is loaded.
+LAST_OF_A_PROBE = probe_prompts(600, 256)[0].token_ids[-1]
 
 
 def llama(folder: Path, *, labels: int = 1, padding: int | None = PADDING) -> Path:
@@ -40,7 +43,7 @@ def llama(folder: Path, *, labels: int = 1, padding: int | None = PADDING) -> Pa
     return folder
 
 
-@pytest.fixture(scope="module", params=[PADDING, None, 7])
+@pytest.fixture(scope="module", params=[PADDING, None, 7, LAST_OF_A_PROBE])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with a padding token, one without, and one whose padding token stands in the texts."""
     return llama(tmp_path_factory.mktemp("reward"), padding=request.param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -275,6 +276,16 @@ def test_shapes_that_it_does_not_know_are_left_to_torch(
         assert not is_compiled(engine)
 
     assert "is not available with" in caplog.text
+
+
+@needs_bf16
+def test_it_is_kept_from_instructions_that_torch_is_kept_from() -> None:
+    """ATEN_CPU_CAPABILITY leaves no form of the compiled code."""
+    code = "from service.engine.torch.cpu.kernel import forms; print(forms())"
+
+    told = subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": "avx2"})
+
+    assert told.decode().strip() == "()"
 
 
 def test_it_can_be_switched_off(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def check_all(folder: Path, task: Task, **options: Unpack[LoadOptions]) -> list[
 def reference_of(outputs: Outputs, max_tokens: int) -> Reference:
     """What the model's own forward gives for the prompts of the ladder's check. Raises EngineLoadError."""
     model = outputs.model
-    prompts = ladder.probe_prompts(model.get_input_embeddings().num_embeddings, max_tokens)
+    padding_id = model.config.get_text_config().pad_token_id
+    prompts = ladder.probe_prompts(model.get_input_embeddings().num_embeddings, max_tokens, padding_id)
     started = time.monotonic()
     own = ladder.outputs_of(SingleExecutor(outputs.own, model.device), prompts, 1)
     seconds = time.monotonic() - started

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -85,10 +85,11 @@ class Verdict:
     missing: bool = False
 
 
-def probe_prompts(vocabulary: int, max_tokens: int) -> list[ClassifyItem]:
+def probe_prompts(vocabulary: int, max_tokens: int, padding_id: int | None = None) -> list[ClassifyItem]:
     """Prompts to try a model on: of several lengths, with a prefix that all of three share and one that two share.
 
-    There are several because 16-bit models have inputs whose logits any rounding moves by a tenth of their spread.
+    None ends in `padding_id`, behind which a classifier does not look. There are several because 16-bit models have
+    inputs whose logits any rounding moves by a tenth of their spread.
     """
     first, second, third = (min(length, max_tokens) for length in _SHARED)
     short = [(37 * i + 11) % vocabulary for i in range(first)]
@@ -97,7 +98,13 @@ def probe_prompts(vocabulary: int, max_tokens: int) -> list[ClassifyItem]:
     shared = [ClassifyItem(ids, places) for ids in (short, [*short, *short][:second], other)]
     lengths = [min(length, max_tokens) for length in _LENGTHS]
     alone = [[short[(place * place + length) % first] for place in range(length)] for length in lengths]
-    return [*shared, *(ClassifyItem(ids, (len(ids) // 3,)) for ids in alone)]
+    found = [*shared, *(ClassifyItem(ids, (len(ids) // 3,)) for ids in alone)]
+    return [
+        replace(item, token_ids=[*item.token_ids[:-1], (item.token_ids[-1] + 2) % vocabulary])
+        if item.token_ids[-1] == padding_id
+        else item
+        for item in found
+    ]
 
 
 def climb_down(

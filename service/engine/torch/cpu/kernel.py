@@ -86,9 +86,13 @@ class Library:
 
 
 def forms() -> tuple[str, ...]:
-    """Which forms of the code this CPU runs, fastest first: `amx`, `avx512`, both or neither."""
+    """Which forms of the code this CPU runs, fastest first: `amx`, `avx512`, both or neither.
+
+    ATEN_CPU_CAPABILITY, by which torch is kept from instructions, keeps from these as well.
+    """
     able = torch.cpu.get_capabilities()
-    if not all(able.get(name, False) for name in _AVX512.values()):
+    allowed = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not (allowed and all(able.get(name, False) for name in _AVX512.values())):
         return ()
     return ("amx", "avx512") if all(able.get(name, False) for name in _AMX.values()) else ("avx512",)
 
