@@ -8,7 +8,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import getdoc
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -28,9 +28,21 @@ PING_SECONDS = 1.0
 SomeSettings = TypeVar("SomeSettings", bound=CommonSettings)
 
 
+class _Parser(ArgumentParser):
+    """Says which flags it does not know, and no values: one of them may be a key."""
+
+    def error(self, message: str) -> NoReturn:
+        before, unknown, arguments = message.partition("unrecognized arguments: ")
+        if unknown:
+            flags = [argument.partition("=")[0] for argument in arguments.split() if argument.startswith("-")]
+            named = ", ".join(flags) or "a value that belongs to no flag (lists are separated by commas alone)"
+            message = f"{before}{unknown}{named}"
+        super().error(message)
+
+
 def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSettings:
     """The settings from flags and environment; ends the process with status 2 and a line for each mistake."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog=cls.model_config["cli_prog_name"],
         usage="%(prog)s [flags]",
         description=getdoc(cls),

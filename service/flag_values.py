@@ -26,7 +26,16 @@ def sendable_key(key: SecretStr) -> SecretStr:
 
 def parse_json(value: object) -> object:
     """The value of a flag or variable, which is JSON; values given in code are returned as they are."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value, parse_constant=_no_constant)
+    except RecursionError as exc:
+        raise ValueError("the JSON is nested too deeply") from exc
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
 
 
 def split_commas(value: object) -> object:
@@ -47,6 +56,8 @@ def split_list(value: object) -> object:
 
 
 Entry = TypeVar("Entry")
+# An empty variable is as good as none.
+OptionalName = Annotated[str | None, BeforeValidator(lambda value: value or None)]
 CommaSeparated = Annotated[list[Entry], NoDecode, BeforeValidator(split_list)]
 # An empty value is refused too: a secret that was not found must not open the service to everybody.
 ApiKeys = Annotated[list[Annotated[SecretStr, AfterValidator(sendable_key)]], NoDecode, BeforeValidator(split_commas)]

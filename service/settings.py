@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, CliSuppress, SettingsConfigDict
 
 from service.engine.contract import Task
 from service.engine.upstream.openai_client import base_url
-from service.flag_values import ApiKeys, CommaSeparated, JsonObject
+from service.flag_values import ApiKeys, CommaSeparated, JsonObject, OptionalName
 from service.hosts import checked_pattern
 from service.tracing import checked_endpoint
 
@@ -42,6 +42,7 @@ class SettingsGroup(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         frozen=True,
+        allow_inf_nan=False,
         hide_input_in_errors=True,  # one of them may be a key
     )
 
@@ -49,7 +50,7 @@ class SettingsGroup(BaseSettings):
 class ModelSettings(SettingsGroup, title="model and judge"):
     """Which model is asked, and how. API processes and workers that share a queue must agree on these."""
 
-    model: str | None = Field(
+    model: OptionalName = Field(
         None,
         description="folder, hub id or known name (`python -m service.models list`); unset: "
         "qwen2.5-coder-1.5b-instruct, or no model at all with --engine fake",
@@ -160,7 +161,7 @@ class UpstreamSettings(EngineSettings, title="upstream engine"):
         description="base URL of the server, such as http://localhost:8000/v1; its key is read from the environment "
         "variable JUDGE_UPSTREAM_API_KEY, never from a flag",
     )
-    upstream_model: str | None = Field(
+    upstream_model: OptionalName = Field(
         None, description="the server's name for the model; unset: the only model that it serves"
     )
     upstream_api: Literal["auto", "completions", "chat"] = Field(

@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 
 from client.schema import Message, Truncation
 from service.engine.contract import TOKEN_BYTES, text_tokens
+from service.engine.upstream.logprobs import word_of
 from service.errors import ServiceError
 from service.labels import bad_label, check_lengths
 from service.prompt import JudgePrompt, PromptBuilder, Wanted, flatten
@@ -153,10 +154,10 @@ def _labels(sides: Sequence[Side]) -> tuple[tuple[str, ...], tuple[float, ...]]:
     check_lengths(sides)
     for side in sides:
         for index, label in enumerate(side.labels):
-            if len(label.split()) != 1:
+            if len(word_of(label).split()) != 1:
                 raise bad_label(f"{side.name} label {index} is not one word: a reply is read by its first token")
     # White space around a word does not tell labels apart: see `logprobs.owner`.
-    words = [{label.strip() for label in side.labels} for side in sides]
+    words = [{word_of(label) for label in side.labels} for side in sides]
     for first, second in combinations(range(len(sides)), 2):
         if not words[first].isdisjoint(words[second]):
             raise bad_label(f"a {sides[first].name} label and a {sides[second].name} label are the same word")

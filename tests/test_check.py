@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from service import models
+from service.engine.torch.ladder import CheckError
 from tests.test_packed_forward import SMALL, make_model
 
 
@@ -57,3 +58,30 @@ def test_a_reward_model_is_checked_as_one(tmp_path: Path, capsys: pytest.Capture
     assert rungs["packed"].startswith("holds")
     assert refused == 1
     assert "is not a causal language model" in capsys.readouterr().err
+
+
+def test_where_no_rung_holds_each_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report is printed all the same, and the status says so."""
+    make_model(tmp_path, "llama", rounded=True)
+    monkeypatch.setattr("service.engine.torch.ladder.agree", lambda *_: (_ for _ in ()).throw(CheckError("is off")))
+
+    status, rungs = told(capsys, str(tmp_path))
+
+    assert status == 1
+    assert {said.split("(")[0] for name, said in rungs.items() if not name.startswith("compiled")} == {"no: it is off"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--threads", "0"], "0 threads"), (["--device", "foo"], "no device foo"), (["--device", "meta"], "meta")],
+)
+def test_flags_that_cannot_be_are_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and no traceback."""
+    make_model(tmp_path, "llama")
+
+    assert models.main(["check", str(tmp_path), *flags]) == 1
+    assert message in capsys.readouterr().err

@@ -112,7 +112,10 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
 
     assert 0 < first["score"] < 1
     assert [each["result"]["log_odds"] for each in again] == pytest.approx([first["log_odds"]] * 2, abs=1e-5)
-    assert model["workers"] == [{"engine": "torch", "dtype": "float32", "max_tokens": 2048}]
+    (worker,) = model["workers"]
+    assert (worker["engine"], worker["dtype"], worker["max_tokens"]) == ("torch", "float32", 2048)
+    assert (worker["rung"], worker["stable"]) == ("packed", True)
+    assert len(worker["digest"]) == 12
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])

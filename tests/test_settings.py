@@ -188,7 +188,7 @@ def test_an_unknown_flag_is_told_in_two_lines(capsys: pytest.CaptureFixture[str]
 
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "usage: python -m service [flags]\npython -m service: error: unrecognized arguments: --enginge fake\n"
+        "usage: python -m service [flags]\npython -m service: error: unrecognized arguments: --enginge\n"
     )
 
 
@@ -256,3 +256,41 @@ def test_the_settings_of_a_program_are_those_of_each_engine(cls: type[EngineSett
     assert issubclass(Settings, cls)
     assert issubclass(WorkerSettings, cls)
     assert own.model_dump() == Settings(batch_jobs=8).model_dump(include=set(cls.model_fields))
+
+
+@pytest.mark.parametrize("flag", ["--drain-timeout", "--request-timeout", "--cache-ttl", "--upstream-timeout"])
+def test_a_time_that_never_ends_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Infinity would break what computes with it."""
+    with pytest.raises(SystemExit):
+        settings_from(Settings, [flag, "inf"])
+
+    assert f"{flag}: " in capsys.readouterr().err
+
+
+def test_what_no_flag_takes_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be a key."""
+    with pytest.raises(SystemExit):
+        settings_from(Settings, ["--api-key", "one,", "secret", "--upstream-api-key=hidden"])
+
+    told = capsys.readouterr().err
+    assert "--upstream-api-key" in told
+    assert "secret" not in told
+    assert "hidden" not in told
+
+
+@pytest.mark.parametrize("name", ["JUDGE_MODEL", "JUDGE_UPSTREAM_MODEL"])
+def test_an_empty_name_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compose files pass a variable that is not set."""
+    monkeypatch.setenv(name, "")
+    settings = settings_from(Settings, [])
+
+    assert (settings.model, settings.upstream_model) == (None, None)
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a": NaN}'])
+def test_json_that_is_none_is_refused_in_one_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nested without end, or with numbers that JSON has not."""
+    with pytest.raises(SystemExit):
+        settings_from(Settings, ["--upstream-body", value])
+
+    assert capsys.readouterr().err.count("\n") == 1

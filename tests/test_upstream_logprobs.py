@@ -89,3 +89,10 @@ def test_what_is_no_answer_is_an_error(body: bytes) -> None:
     """Nor is a probability above 1, or none at all."""
     with pytest.raises(UpstreamError, match="the upstream server's answer"):
         read(body)
+
+
+def test_a_tokenizers_mark_for_a_space_is_none_of_a_labels_letters() -> None:
+    """A label that is written as a tokenizer writes it is the same word."""
+    tokens = [Token("\u2581Good", -0.1), Token("Bad", -3.0)]
+
+    assert by_word(tokens, ["\u2581Good", "Bad"]) == by_word(tokens, ["Good", "Bad"]) == [-0.1, -3.0]

@@ -72,8 +72,9 @@ class GenerateItem:
     """One prompt to be continued. `token_ids` and `boundaries` as in ScoreItem.
 
     At most `max_new_tokens` are generated; one of `stop_ids` (the model's end-of-sequence ids) ends the text.
-    `temperature` 0 takes the likeliest token each time; else `seed` (0 to 2**63 - 1) alone decides the draws, whatever
-    stands beside the item, but for the rounding of a batch of another shape.
+    `temperature` 0 takes the likeliest token each time; else `seed` (0 to 2**63 - 1, of which the torch engine uses
+    the lower 32 bits) alone decides the draws, whatever stands beside the item, but for the rounding of a batch of
+    another shape.
     """
 
     token_ids: Sequence[int]

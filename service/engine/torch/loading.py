@@ -62,6 +62,8 @@ def load_model(folder: Path, task: Task, options: LoadOptions) -> Loaded:
     """Load the model in `folder`; nothing is fetched. Raises EngineLoadError."""
     threads = options.get("threads")
     if threads is not None:
+        if threads < 1:
+            raise EngineLoadError(f"{threads} threads cannot run a model")
         torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("highest")  # no TF32: fp32 has to mean fp32
     where = choose_device(options.get("device", "auto"))
@@ -103,9 +105,16 @@ def _keep_blocks() -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """What `device` means on this machine (`LoadOptions`)."""
+    """What `device` means on this machine (`LoadOptions`). Raises EngineLoadError for one that is not there."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            found = torch.device(device)
+            torch.empty(1, device=found)
+        except (RuntimeError, AssertionError) as reason:
+            raise EngineLoadError(f"there is no device {device} here: {str(reason).splitlines()[0]}") from reason
+        if found.type == "meta":
+            raise EngineLoadError("the device meta computes nothing")
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

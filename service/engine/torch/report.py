@@ -40,12 +40,13 @@ def of(model: Model, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[s
     verdicts = check_all(model.path, task, **options)
     seconds = time.monotonic() - started
     holding = [verdict for verdict in verdicts if verdict.executor is not None]
-    taken = next((verdict for verdict in holding if verdict.executor and verdict.executor.stable), holding[-1])
+    stable = [verdict for verdict in holding if verdict.executor and verdict.executor.stable]
+    taken = stable[0].rung if stable else holding[-1].rung if holding else "none: it cannot run this model"
     return [
         *_machine(model, task, options),
         *map(_line, verdicts),
-        f"the service takes {taken.rung}; everything took {seconds:.1f} s",
-    ], bool(taken.executor and taken.executor.stable)
+        f"the service takes {taken}; everything took {seconds:.1f} s",
+    ], bool(stable)
 
 
 def _machine(model: Model, task: Task, options: LoadOptions) -> Sequence[str]:

@@ -41,7 +41,7 @@ from service.engine.contract import (
     tokens_of,
 )
 from service.engine.upstream.dialects import Dialect, Generate, Score
-from service.engine.upstream.logprobs import Answer, read, read_text
+from service.engine.upstream.logprobs import UNSEEN, Answer, read, read_text
 from service.engine.upstream.openai_client import Access, OpenAIServer, RefusalError, UpstreamError
 
 Asking: TypeAlias = Callable[[float], Awaitable[AnyAnswer]]
@@ -133,6 +133,9 @@ class UpstreamEngine(Generic[Score, Generate]):
                 except UpstreamError as exc:
                     failures[str(exc)] += 1
                     return ItemFailure(exc.code, exc.message)
+                except Exception as exc:  # one answer, however odd, costs no other item its own
+                    failures[f"unexpected {type(exc).__name__}"] += 1
+                    return ItemFailure(ErrorCode.INFERENCE_FAILED, "the upstream server's answer cannot be used")
 
         return list(await asyncio.gather(*map(one, asking)))
 
@@ -170,6 +173,8 @@ class UpstreamEngine(Generic[Score, Generate]):
 def _complete(found: Sequence[float | None], answer: Answer, floor: float | None) -> tuple[tuple[float, ...], bool]:
     """The log-probabilities with the floor for what is missing, and whether anything was."""
     missing = [index for index, value in enumerate(found) if value is None]
+    if all(value is None or value <= UNSEEN for value in found):
+        missing = list(range(len(found)))
     if not missing:
         return tuple(value for value in found if value is not None), False
     count = len(answer.tokens)

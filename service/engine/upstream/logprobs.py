@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
 from service.engine.contract import GeneratedText, text_tokens
@@ -24,8 +24,10 @@ themselves write so for zero."""
 
 _TOKEN_ID: Final = "token_id:"
 
-# A little above 0: what rounding gives for certainty.
-_Logprob = Annotated[float, Field(allow_inf_nan=False, le=1e-3)]
+# Digits of a token's id.
+_ID_DIGITS: Final = 10
+# A little above 0: what rounding gives for certainty. Some servers write the lowest float for zero.
+_Logprob = Annotated[float, Field(allow_inf_nan=False, le=1e-3), AfterValidator(lambda value: max(value, UNSEEN))]
 
 
 class _Listed(BaseModel):
@@ -133,7 +135,8 @@ def read_text(content: bytes) -> GeneratedText:
     if text is None or choice.finish_reason not in {"stop", "length"}:
         raise _unreadable("holds no text that was written to its end or to the limit")
     told = body.usage.completion_tokens if body.usage else None
-    new_tokens = text_tokens(text) if told is None else told
+    # No text has more tokens than bytes: what else a server counts is a mistake.
+    new_tokens = told if told is not None and 0 <= told <= len(text.encode()) + 1 else text_tokens(text)
     return GeneratedText(text, choice.finish_reason == "stop", new_tokens, _cached(body))
 
 
@@ -153,7 +156,7 @@ def _body(content: bytes) -> _Body:
 
 def _cached(body: _Body) -> int:
     details = body.usage and body.usage.prompt_tokens_details
-    return (details.cached_tokens if details else None) or 0
+    return max(0, (details.cached_tokens if details else None) or 0)
 
 
 def _of_content(logprobs: _Content) -> tuple[Token, list[Token]]:
@@ -180,7 +183,7 @@ def _token(entry: _Listed) -> Token:
 
 def _named(name: str, logprob: float) -> Token:
     digits = name.removeprefix(_TOKEN_ID)
-    known = digits != name and digits.isascii() and digits.isdecimal()
+    known = digits != name and digits.isascii() and digits.isdecimal() and len(digits) <= _ID_DIGITS
     return Token(name, logprob, int(digits) if known else None)
 
 
@@ -204,14 +207,18 @@ def by_text(tokens: Iterable[Token], labels: Sequence[str]) -> list[float | None
     return [found.get(label) for label in labels]
 
 
+def word_of(text: str) -> str:
+    """The word of a token or a label: some servers write the space before a word as their tokenizer does."""
+    return text.removeprefix("\u2581").removeprefix("\u0120").strip()
+
+
 def owner(text: str, labels: Sequence[str]) -> int | None:
     """Which label a reply that begins with this token gives: white space around it does not count, all else does.
 
     Among labels that differ in white space only, it is the one that is written like the token, else the first.
     """
-    # Some servers write the space before a word as their tokenizer does.
-    word = text.removeprefix("\u2581").removeprefix("\u0120").strip()
-    like = [index for index, label in enumerate(labels) if label.strip() == word] if word else []
+    word = word_of(text)
+    like = [index for index, label in enumerate(labels) if word_of(label) == word] if word else []
     return next((index for index in like if labels[index] == text), like[0] if like else None)
 
 
@@ -226,8 +233,8 @@ def by_word(tokens: Iterable[Token], labels: Sequence[str]) -> list[float | None
         index = owner(token.text, labels)
         if index is not None:
             shares[index].append(token.logprob)
-    seen = {label.strip() for label, share in zip(labels, shares, strict=True) if share}
+    seen = {word_of(label) for label, share in zip(labels, shares, strict=True) if share}
     return [
-        logsumexp(share) if share else UNSEEN if label.strip() in seen else None
+        logsumexp(share) if share else UNSEEN if word_of(label) in seen else None
         for label, share in zip(labels, shares, strict=True)
     ]

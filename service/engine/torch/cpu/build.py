@@ -45,7 +45,8 @@ def library(source: Path, flags: tuple[str, ...]) -> Path:
 
 def _folder() -> Path:
     own = os.environ.get("JUDGE_NATIVE_DIR")
-    return Path(own) if own else cache_root() / "native"
+    # Absolute: without a slash the loader would look in its own folders alone.
+    return (Path(own) if own else cache_root() / "native").absolute()
 
 
 def _is_whole(file: Path) -> bool:
