@@ -45,7 +45,7 @@ from service import models
 from service.codec import load_tokenizer
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.torch.loading import DType, choose_dtype
+from service.engine.torch.loading import DType, choose_dtype, dtype_name
 from service.prompt import PromptBuilder
 from service.templates import TemplateLibrary
 
@@ -157,7 +157,7 @@ def made_up(rng: random.Random) -> list[tuple[str, list[str]]]:
 
 def settings_of(folder: Path, args: argparse.Namespace) -> Settings:
     """What the ways are loaded with; dtype `auto` is what the engine makes of it."""
-    dtype = str(choose_dtype(args.dtype, torch.device(args.device))).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype(args.dtype, torch.device(args.device)))
     return Settings(
         folder,
         cast(DType, dtype),

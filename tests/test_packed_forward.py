@@ -16,22 +16,9 @@ import transformers
 
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.torch.engine import DType, TorchEngine
-from tests.families import TINY
+from tests.families import BASE, TINY, VOCABULARY
 
-VOCABULARY = 128
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+SMALL = {**BASE, "num_hidden_layers": 3}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "llama with biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),

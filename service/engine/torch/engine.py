@@ -40,6 +40,7 @@ from service.engine.torch.loading import (
     EngineLoadError,
     Loaded,
     LoadOptions,
+    dtype_name,
     free_memory,
     hardware_of,
     load_model,
@@ -79,7 +80,7 @@ class TorchEngine:
         except CheckError as problem:
             raise EngineLoadError(f"{type(model).__name__} cannot be run here: its own forward {problem}") from problem
         self._executor: TorchExecutor | None = found[0]
-        self.info = EngineInfo("torch", task, _name(model.dtype), loaded.max_tokens, loaded.batch_tokens, found[1])
+        self.info = EngineInfo("torch", task, dtype_name(model.dtype), loaded.max_tokens, loaded.batch_tokens, found[1])
 
     @classmethod
     def load(cls, folder: Path, task: Task = "labels", **options: Unpack[LoadOptions]) -> TorchEngine:
@@ -144,7 +145,7 @@ def reference_of(outputs: Outputs, max_tokens: int) -> Reference:
     own = ladder.outputs_of(SingleExecutor(outputs.own, model.device), prompts, 1)
     seconds = time.monotonic() - started
     if not bool(torch.isfinite(own).all()):
-        dtype = _name(model.dtype)
+        dtype = dtype_name(model.dtype)
         raise EngineLoadError(f"the model gives values that are not finite in {dtype}; use another dtype")
     with torch.inference_mode():
         return Reference(prompts, own, outputs.sizes(prompts, own), ladder.TOLERANCE[model.dtype], seconds)
@@ -196,10 +197,6 @@ def _label_logprobs(items: Sequence[ScoreItem], logits: Tensor, cached: Mapping[
         LabelLogprobs(tuple(value - total for value in row[: len(item.label_ids)]), argmax, count)
         for item, row, total, argmax, count in rows
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _log(verdict: Verdict) -> None:

@@ -91,8 +91,7 @@ class PackedExecutor:
 
     def shallow(self) -> TorchExecutor:
         """See TorchExecutor."""
-        prefill = self._prefill.shallow()
-        return self if prefill is self._prefill else PackedExecutor(prefill, self._head, self._threads)
+        return PackedExecutor(self._prefill.shallow(), self._head, self._threads)
 
     def close(self) -> None:
         """End the threads."""

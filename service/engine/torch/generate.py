@@ -36,7 +36,15 @@ from service.engine.torch.engine import reference_of
 from service.engine.torch.executors import SingleExecutor
 from service.engine.torch.families import LAYER_TYPES, UnsupportedModelError, rope_limit
 from service.engine.torch.ladder import CheckError
-from service.engine.torch.loading import EngineLoadError, Loaded, LoadOptions, free_memory, hardware_of, load_model
+from service.engine.torch.loading import (
+    EngineLoadError,
+    Loaded,
+    LoadOptions,
+    dtype_name,
+    free_memory,
+    hardware_of,
+    load_model,
+)
 from service.engine.torch.tasks import NextToken
 
 logger = logging.getLogger(__name__)
@@ -79,8 +87,9 @@ class TorchGenerator:
         code = digest_of(rung, torch.__version__, hardware_of(model.device), f"{torch.get_num_threads()} threads")
         # A text alone has the same rounding each time; in a batch of another shape it has another.
         executor = Executor(rung, code, stable=None if self._alone else False)
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.info = EngineInfo("torch", "generate", dtype, loaded.max_tokens, loaded.batch_tokens, executor)
+        self.info = EngineInfo(
+            "torch", "generate", dtype_name(model.dtype), loaded.max_tokens, loaded.batch_tokens, executor
+        )
 
     def _try(self) -> None:
         """Raises EngineLoadError for a model that wants a cache of its own kind."""

@@ -82,8 +82,17 @@ def hardware_of(device: torch.device) -> str:
     """The hardware and what torch uses of it: what the last digits depend on besides the code."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    able = [name for name, there in sorted(torch.cpu.get_capabilities().items()) if there is True]
-    return " ".join([device.type, torch.backends.cpu.get_cpu_capability(), *able])
+    return " ".join([device.type, torch.backends.cpu.get_cpu_capability(), *instruction_sets()])
+
+
+def instruction_sets() -> list[str]:
+    """What this CPU can do, by torch's names."""
+    return [name for name, there in sorted(torch.cpu.get_capabilities().items()) if there is True]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`, `float32`, …"""
+    return str(dtype).removeprefix("torch.")
 
 
 def free_memory() -> None:

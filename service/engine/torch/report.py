@@ -15,7 +15,7 @@ import torch
 from service.engine.contract import Task
 from service.engine.torch.engine import check_all
 from service.engine.torch.ladder import Verdict
-from service.engine.torch.loading import LoadOptions, choose_device, choose_dtype
+from service.engine.torch.loading import LoadOptions, choose_device, choose_dtype, dtype_name, instruction_sets
 
 
 class Model(Protocol):
@@ -51,13 +51,13 @@ def of(model: Model, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[s
 
 def _machine(model: Model, task: Task, options: LoadOptions) -> Sequence[str]:
     device = choose_device(options.get("device", "auto"))
-    dtype = str(choose_dtype(options.get("dtype", "auto"), device)).removeprefix("torch.")
-    able = [name for name, there in sorted(torch.cpu.get_capabilities().items()) if there is True]
+    dtype = dtype_name(choose_dtype(options.get("dtype", "auto"), device))
     return (
         f"{model.id} ({model.fingerprint}), {task}, {dtype}, {device}, {torch.get_num_threads()} threads",
         f"judge-as-api {version('judge-as-api')}, torch {torch.__version__}, transformers {version('transformers')}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
-        f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}: {', '.join(able)}",
+        f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}: "
+        f"{', '.join(instruction_sets())}",
     )
 
 
