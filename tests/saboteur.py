@@ -41,7 +41,6 @@ int64_t prefill(const void *model, int64_t parts, const float *embedded, int64_t
 }
 int64_t output_layer(const void *weight, int64_t vocabulary, int64_t depth, const void *states, int64_t number,
                     float *out, int64_t first, int64_t count) {
-  %(before_output)s
   real_output_layer(weight, vocabulary, depth, states, number, out, first, count);
   %(after_output)s
   return 0;
@@ -78,7 +77,6 @@ def compiler(
     *,
     before: str = "",
     after: str = "",
-    before_output: str = "",
     after_output: str = "",
     last: str = "",
 ) -> Path:
@@ -89,7 +87,7 @@ def compiler(
     code `instead`.
     """
     saboteur, program = folder / "saboteur.cpp", folder / "saboteur-c++"
-    places = {"before": before, "after": after, "before_output": before_output, "after_output": after_output}
+    places = {"before": before, "after": after, "after_output": after_output}
     saboteur.write_text(_SABOTEUR % {**places, "hidden": HIDDEN_SIZE}, encoding="utf-8")
     renamed = [f"-D{name}=real_{name}" for name in _RENAMED]
     program.write_text(

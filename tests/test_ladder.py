@@ -158,16 +158,17 @@ FAULTS: Final = {
         {"after_output": "if (!first) for (; number--; out += vocabulary) scale(out, vocabulary / 2, 0);"},
         OTHER_NUMBERS,
     ),
+    # Each thread scales what it computed itself: all of them together would scale some numbers twice.
     "logits are a hundredth too large": Fault(
         {
-            "before_output": "first = 0; count = (vocabulary + 31) / 32;",
-            "after_output": "scale(out, number * vocabulary, 1.01f);",
+            "after_output": "int64_t end = (first + count) * 32; if (end > vocabulary) end = vocabulary; "
+            "for (; number--; out += vocabulary) scale(out + first * 32, end - first * 32, 1.01f);"
         },
         OTHER_NUMBERS,
         in_bfloat16=False,
     ),
     "the logits' bits depend on the number of states": Fault(
-        {"after_output": "if (number > 1) scale(out, 32, kNearlyOne);"}, OTHER_BITS
+        {"after_output": "if (!first && number > 1) scale(out, 32, kNearlyOne);"}, OTHER_BITS
     ),
     "the weights are overwritten": Fault(
         {"after_output": "memset(const_cast<void *>(weight), 0, vocabulary * depth * 2);"}, "other"
