@@ -19,10 +19,10 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from bench.engine import Way, parse, settings_of, texts, useful_flop
-from bench.ways import by_engine
-from service import models
+from bench.support.ways import by_engine
 from service.engine.torch.cpu import build
 from service.engine.torch.engine import TorchEngine
+from service.models import resolve as models
 
 STEPS = 1_000_000
 FLOP_OF_STEP = 4 * 2 * 16 * 16 * 32
@@ -75,6 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

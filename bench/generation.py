@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from bench.checkout import Checkout
+from bench.support.checkout import Checkout
 from bench.vllm_agreement import DATA, answers, judge_prompts
-from service import models
 from service.engine.contract import GenerateItem
+from service.models import resolve as models
 
 CALLS = (1, 16)
 
@@ -59,6 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -28,23 +28,23 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from bench.process import running, running_service
+from bench.support.process import running, running_service
 from client import Judge, JudgeError
 from client.schema import ScoreRequest
-from service.batcher import Batcher
-from service.codec import load_tokenizer
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.fake import fake_tokenizer
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions, engine_arguments, prepare_environment
 from service.engine.vllm.engine import VllmEngine
-from service.jobs import Job, Lane
-from service.memory_jobs import MemoryJobs
-from service.metrics import Metrics
-from service.prompt import PromptBuilder
-from service.templates import TemplateLibrary
-from service.worker import Worker
-from tests.redis_server import running_redis
+from service.models.tokenizers import load_tokenizer
+from service.prompts.builder import PromptBuilder
+from service.prompts.templates import TemplateLibrary
+from service.queue.contract import Job, Lane
+from service.queue.memory import MemoryJobs
+from service.telemetry.metrics import Metrics
+from service.worker.loop import Worker
+from service.worker.scheduler import Batcher
+from tests.support.redis_server import running_redis
 
 # Layers, width, inner width, heads, heads of keys and values, vocabulary.
 SHAPES: Final = {
@@ -308,6 +308,6 @@ def report(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

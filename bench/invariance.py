@@ -27,9 +27,9 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bench.vllm_agreement import DATA, MAX_TOKENS, answers, judge_prompts
-from service import models
 from service.engine.contract import Classified, ClassifyItem, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
+from service.models import resolve as models
 
 MOST_IN_A_CALL: Final = 48
 
@@ -126,6 +126,6 @@ def log_odds(found: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from client._traffic import Answered, Load, by_callers, on_schedule, percentile, uniform_arrivals
+from client.transport.traffic import Answered, Load, by_callers, on_schedule, percentile, uniform_arrivals
 
 
 @dataclass(frozen=True, slots=True)

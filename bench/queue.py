@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.load import Measured, closed_loop, open_loop
-from bench.process import free_port, peak_of, running, running_service, wait_for_status
-from client._traffic import NUMBER, Answered, Load, percentile
-from tests.redis_server import RedisServer, running_redis
+from bench.support.process import free_port, peak_of, running, running_service, wait_for_status
+from client.transport.traffic import NUMBER, Answered, Load, percentile
+from tests.support.redis_server import RedisServer, running_redis
 
 PROMPT = "What is 2+2?"
 CALLERS = (1, 32, 256)
@@ -118,7 +118,7 @@ def systems(redis: RedisServer) -> Iterator[list[System]]:
             found.append(System(f"redis, {count} worker{'s' * (count > 1)}", url))
         if importlib.util.find_spec("litserve") is not None:
             port = free_port()
-            process = stack.enter_context(running("bench.litserve_judge", str(port)))
+            process = stack.enter_context(running("bench.support.litserve_judge", str(port)))
             wait_for_status(f"http://127.0.0.1:{port}/health", 200, process)
             found.append(System("LitServe", f"http://127.0.0.1:{port}", batches=False))
         yield found
@@ -218,6 +218,6 @@ def _overload_table(answers: Sequence[Answered], seconds: float, depth: int, gro
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -20,7 +20,7 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from bench.process import running_service
+from bench.support.process import running_service
 from client import Judge
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -107,6 +107,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.load import closed_loop
-from bench.process import running_service
+from bench.support.process import running_service
 from client import Judge
-from client._traffic import Load
 from client.schema import ScoreRequest
-from service import models
-from service.codec import load_tokenizer
+from client.transport.traffic import Load
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.prompt import PromptBuilder
-from service.templates import TemplateLibrary
+from service.models import resolve as models
+from service.models.tokenizers import load_tokenizer
+from service.prompts.builder import PromptBuilder
+from service.prompts.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 BATCH = 64
@@ -139,6 +139,6 @@ def without_model(items: list[ScoreRequest], seconds: float) -> Table:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.process import family_of, peak_memory, reset_peak_memory, running_service
 from bench.service import BATCH, texts
+from bench.support.process import family_of, peak_memory, reset_peak_memory, running_service
 from client import Judge
 from client.schema import ScoreRequest
 
@@ -92,6 +92,6 @@ def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

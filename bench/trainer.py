@@ -25,19 +25,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from client.cli import judge_address
-from service import models
-from service.codec import load_tokenizer as load_judge_tokenizer
-from service.prompt import PromptBuilder
-from service.templates import TemplateLibrary
-from trainer.generation import row_seed
-from trainer.label import run_labelling
-from trainer.labelers import JudgeOptions, LabelOptions
-from trainer.models import choose_device, choose_dtype, eos_ids, load_model, load_tokenizer, quiet_libraries
-from trainer.pairs import PairOptions, make_pairs
-from trainer.records import Instruction, Sample, Score
+from client.runtime.cli import judge_address
+from service.models import resolve as models
+from service.prompts.builder import PromptBuilder
+from service.prompts.templates import TemplateLibrary
+from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
+from trainer.labels.labelers import JudgeOptions, LabelOptions
+from trainer.labels.labeling import run_labelling
+from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.policy.generation import row_seed
+from trainer.policy.models import choose_device, choose_dtype, eos_ids, load_model, load_tokenizer, quiet_libraries
+from trainer.policy.samplers import SampleSettings, make_sampler
+from trainer.run.records import Instruction, Sample, Score
 from trainer.sample import _ask, _distinct
-from trainer.samplers import SampleSettings, make_sampler
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instructions.jsonl"
 LONGEST_PROMPT = 1500
@@ -215,6 +215,6 @@ def table(found: dict[str, list[Round]], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -24,19 +24,19 @@ from typing import Any, Final, TypeAlias
 from pydantic import BaseModel
 from rich.console import Console
 
-from bench.calls import in_calls
+from bench.support.calls import in_calls
 from client.benchmarks.progress import shown
 from client.benchmarks.run import Progress
-from client.jsonl import appending, read_lines
-from service import models
-from service.codec import load_tokenizer
+from client.runtime.jsonl import appending, read_lines
 from service.engine.contract import Engine, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine
-from service.prompt import JudgePrompt, PromptBuilder
-from service.scoring import judgement
-from service.templates import TemplateLibrary
+from service.judge.scoring import judgement
+from service.models import resolve as models
+from service.models.tokenizers import load_tokenizer
+from service.prompts.builder import JudgePrompt, PromptBuilder
+from service.prompts.templates import TemplateLibrary
 
 DATA: Final = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 OUT: Final = Path("runs") / "vllm_agreement"
@@ -260,6 +260,6 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client", "benchmarks")
 
 from collections.abc import Sequence
 from typing import Final
 
-from client.cli import command_named
+from client.runtime.cli import command_named
 
 COMMANDS: Final = {
     "rewardbench": ("client.benchmarks.rewardbench", "evaluate a judge on RewardBench"),

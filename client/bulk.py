@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
-from client import _calls
-from client._calls import Call
-from client._exchange import is_retryable
 from client.errors import RETRYABLE_STATUS, SETTLED, JudgeAPIError, JudgeConnectionError, JudgeError, JudgeTimeoutError
-from client.retries import wait_after
 from client.schema import CompareRequest, CompareResult, ScoreRequest, ScoreResult
+from client.transport import calls as _calls
+from client.transport.calls import Call
+from client.transport.exchange import is_retryable
+from client.transport.retries import wait_after
 
 if TYPE_CHECKING:
     from client.judge import AsyncJudge

@@ -6,7 +6,7 @@ run folders or pairs ── client.evidence ──> labelled log-odds by templat
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.calibrate", "benchmarks")
 
@@ -18,11 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.calibration import Calibration, FittedOn, Quality, TemplateCalibration, save
-from client.cli import CALL_TIMEOUT, FAILED, INTERRUPTED, OK, USAGE, fail, judge_address, stderr_console, stdout_console
 from client.errors import JudgeError
 from client.evidence import Evidence, EvidenceError, from_judge, from_runs, read_pairs
 from client.fitting import Labelled, calibrate
 from client.judge import AsyncJudge
+from client.runtime.cli import (
+    CALL_TIMEOUT,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    fail,
+    judge_address,
+    stderr_console,
+    stdout_console,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console

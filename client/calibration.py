@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 
-from client.files import write_whole
+from client.runtime.files import write_whole
 from client.schema import Digest
 from client.stats import sigmoid
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from client.benchmarks._tables import SampleError, read_table
-from client.benchmarks.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
+from client.benchmarks.data.tables import SampleError, read_table
+from client.benchmarks.results.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
 from client.bulk import in_order, stream_scores
 from client.calibration import TEMPLATE_ID
 from client.errors import JudgeAPIError
 from client.fitting import Labelled
-from client.jsonl import first_problem
 from client.judge import AsyncJudge
+from client.runtime.jsonl import first_problem
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
 from client.texts import is_blank, messages_in, said
 

@@ -19,11 +19,6 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import httpx
 from tenacity import AsyncRetrying, Retrying
 
-from client import _calls
-from client._calls import Call, CompareOptions, Prompt, ScoreOptions
-from client._connections import LoopConnections, Origin, ProcessConnections, check_open
-from client._exchange import Exchange
-from client._threads import InThread, run_in_thread
 from client.bulk import DEFAULT_OPTIONS, BulkOptions, Q, in_order, stream_compares, stream_scores
 from client.errors import JudgeAPIError
 from client.schema import (
@@ -36,6 +31,11 @@ from client.schema import (
     ScoreResult,
     TemplatesResult,
 )
+from client.transport import calls as _calls
+from client.transport.calls import Call, CompareOptions, Prompt, ScoreOptions
+from client.transport.connections import LoopConnections, Origin, ProcessConnections, check_open
+from client.transport.exchange import Exchange
+from client.transport.threads import InThread, run_in_thread
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ falls behind cannot slow its own load down. Closed loop (--callers): each caller
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.load")
 
@@ -30,14 +30,22 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from client._raw_http import Origin
-from client._traffic import Answered, Load, by_callers, on_schedule, percentile, poisson_arrivals, uniform_arrivals
-from client.benchmarks._tables import SampleError, read_table
-from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail, judge_address
-from client.files import write_whole
+from client.benchmarks.data.tables import SampleError, read_table
 from client.judge import found_key
+from client.runtime.cli import FAILED, INTERRUPTED, OK, USAGE, fail, judge_address
+from client.runtime.files import write_whole
 from client.schema import CompareRequest, ScoreRequest
 from client.texts import messages_in
+from client.transport.raw_http import Origin
+from client.transport.traffic import (
+    Answered,
+    Load,
+    by_callers,
+    on_schedule,
+    percentile,
+    poisson_arrivals,
+    uniform_arrivals,
+)
 
 ROUTES: Final = ("score", "compare", "health")
 WARMUP_CALLERS: Final = 4

@@ -1,7 +1,7 @@
 """The wire contract: every JSON body that the service reads or sends, for both sides of the wire.
 
 Requests refuse unknown fields. Results ignore them, so an older client understands a newer service.
-The golden tests in tests/test_schema.py hold the exact JSON; a change here is a change of the contract.
+The golden tests in tests/http/test_schema.py hold the exact JSON; a change here is a change of the contract.
 """
 
 from __future__ import annotations

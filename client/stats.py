@@ -55,6 +55,12 @@ def logit(p: float) -> float:
     return math.log(p) - math.log1p(-p)
 
 
+def logsumexp(values: Sequence[float]) -> float:
+    """`log(sum(e^v))` of at least one finite value."""
+    top = max(values)
+    return top + math.log(math.fsum(math.exp(v - top) for v in values))
+
+
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean, the same in whatever order the values come."""
     if not values:

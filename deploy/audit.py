@@ -119,6 +119,6 @@ def main(argv: Sequence[str] | None = None, run: Run = _run) -> int:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

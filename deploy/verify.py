@@ -25,8 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 from deploy import monitoring
 from deploy.compose import load
 from deploy.processes import CheckError, Container, Deployment
-from tests.model_sources import Hub
-from tests.tiny import make_tiny_model
+from tests.support.model_sources import Hub
+from tests.support.tiny import make_tiny_model
 
 MODEL = "tiny/judge"
 KEY = "test-compose-key"
@@ -218,7 +218,7 @@ def benchmark_with_a_killed_worker(
     items = runs / "rewardbench" / "items.jsonl"
     bench = deployment.start("bench", more=["--batch-items", "8", "--patience", "60"])
     while lines(items) < PAIRS // 10:
-        if bench.process.poll() is not None:
+        if bench.support.process.poll() is not None:
             raise CheckError(f"the benchmark ended early:\n{bench.output[-2000:]}")
         time.sleep(0.02)
     # Held first, so that it has jobs in hand which nobody will answer.
@@ -227,7 +227,7 @@ def benchmark_with_a_killed_worker(
     before = lines(items)
     workers[0].process.kill()
     if bench.wait(300):
-        raise CheckError(f"the benchmark ended with {bench.process.returncode}:\n{bench.output[-2000:]}")
+        raise CheckError(f"the benchmark ended with {bench.support.process.returncode}:\n{bench.output[-2000:]}")
     summary = json.loads((runs / "rewardbench" / "summary.json").read_bytes())
     if (summary["counts"]["judged"], summary["counts"]["failed"]) != (PAIRS, 0):
         raise CheckError(f"not all {PAIRS} pairs were judged: {summary['counts']}")
@@ -284,6 +284,6 @@ def check_json(container: Container) -> None:
 
 
 if __name__ == "__main__":
-    from client import program
+    from client.runtime import program
 
     program.finish(main)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m service", "service")
 
 from collections.abc import Sequence
 from functools import partial
 
-from service import stopping
+from service.process import stopping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
     from service import cli
-    from service.listening import bind
+    from service.process.listening import bind
     from service.settings import Settings
 
     def body(settings: Settings) -> int:

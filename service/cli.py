@@ -14,10 +14,10 @@ import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 
-from service import logs
 from service.errors import ServiceError
+from service.models.manifest import ModelError
 from service.settings import MEMORY_URL, CommonSettings, SettingsGroup
-from service.weights.manifest import ModelError
+from service.telemetry import logs
 
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup

@@ -20,32 +20,33 @@ import uvicorn
 from fastapi import FastAPI
 
 from client.schema import Format, ModelInfo
-from service import calibrations
-from service.app import Limits, Service, create_app
-from service.asking import Asker, Scores
-from service.background import report, start_thread
-from service.cache import MemoryCache, redis_cache
-from service.chat_frame import ConversationFrame
 from service.errors import ServiceError
-from service.hosts import AllowedHosts, is_loopback
-from service.http_guard import guarded
-from service.jobs import JobQueue
-from service.judges import Judge, judge_of
-from service.judging import Judging, Provenance, settings_digest
-from service.listening import listen, url_of
-from service.loading import Model, check_engine, find_model, load_engine, make_batcher
-from service.memory_jobs import MemoryJobs
-from service.metrics import Metrics
-from service.prompt import PromptBuilder
-from service.redis_jobs import RedisJobs
-from service.redis_protocol import Keys
+from service.http.app import Limits, Service, create_app
+from service.http.guard import guarded
+from service.judge import calibration as calibrations
+from service.judge.dispatch import Asker, Scores
+from service.judge.judges import Judge, judge_of
+from service.judge.pipeline import Judging, Provenance, settings_digest
+from service.judge.score_cache import MemoryCache, redis_cache
+from service.loading.engines import Model, check_engine, find_model, load_engine
+from service.process.background import report, start_thread
+from service.process.hosts import AllowedHosts, is_loopback
+from service.process.listening import listen, url_of
+from service.process.stopping import Stop
+from service.prompts.builder import PromptBuilder
+from service.prompts.chat_template import ConversationFrame
+from service.prompts.templates import TemplateLibrary
+from service.prompts.text_builder import Prompts, TextPrompts
+from service.queue.contract import JobQueue
+from service.queue.memory import MemoryJobs
+from service.queue.redis_client import RedisJobs
+from service.queue.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
-from service.stopping import Stop
-from service.templates import TemplateLibrary
-from service.text_prompts import Prompts, TextPrompts
-from service.tracing import OFF, Tracing
-from service.tracing import start as start_tracing
-from service.worker import STALLED_STATUS, Worker
+from service.telemetry.metrics import Metrics
+from service.telemetry.tracing import OFF, Tracing
+from service.telemetry.tracing import start as start_tracing
+from service.worker.loop import STALLED_STATUS, Worker
+from service.worker.scheduler import make_batcher
 
 log = structlog.get_logger(__name__)
 
@@ -106,7 +107,7 @@ def compose(
     tracing: Tracing = OFF,
 ) -> Service:
     """Put the HTTP side's parts together, and check that templates and calibrations fit the model."""
-    metrics.watch_queue(queue.stats)
+    metrics.watch_queue(lambda: queue.stats().jobs, lambda: queue.stats().tokens)
     prompts = _prompts(settings, model)
     judge = judge_of(settings, model, prompts.text_of)
     default_format: Format = "chat" if prompts.has_chat_template else "raw"

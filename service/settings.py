@@ -23,8 +23,8 @@ from pydantic_settings import BaseSettings, CliSuppress, SettingsConfigDict
 from service.engine.contract import Task
 from service.engine.upstream.openai_client import base_url
 from service.flag_values import ApiKeys, CommaSeparated, JsonObject, OptionalName
-from service.hosts import checked_pattern
-from service.tracing import checked_endpoint
+from service.process.hosts import checked_pattern
+from service.telemetry.tracing import checked_endpoint
 
 MEMORY_URL = "memory://"
 # How long a batch may take; generated texts take longer, and so does vLLM, whose requests end at their own deadlines.

@@ -26,10 +26,10 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fleet import ROOT, Fleet
-from tests.live import wait_for
-from tests.load import Mix, RunningLoad, Tally
-from tests.redis_server import RedisServer, leftovers, running_redis
+from tests.support.fleet import ROOT, Fleet
+from tests.support.live import wait_for
+from tests.support.load import Mix, RunningLoad, Tally
+from tests.support.redis_server import RedisServer, leftovers, running_redis
 
 WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # Seconds that a caller may take, its retries included: many times the longest silence.

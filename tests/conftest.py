@@ -18,9 +18,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import torch
 
-from tests.fleet import Fleet
-from tests.redis_server import RedisServer, running_redis
-from tests.tiny import make_tiny_model
+from tests.support.fleet import Fleet
+from tests.support.redis_server import RedisServer, running_redis
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")

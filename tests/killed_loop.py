@@ -21,11 +21,11 @@ import peft  # noqa: F401 (imported before the forks)
 import trl.trainer.dpo_trainer  # noqa: F401
 
 import client.benchmarks.run
-import trainer._watcher
-import trainer.label
+import trainer.labels.labeling
 import trainer.sample
+import trainer.tuning.watcher
+from trainer.run.stages import Stage
 from trainer.self_improve import main
-from trainer.stages import Stage
 
 LINES_BEFORE = 5
 
@@ -75,14 +75,14 @@ def _while_writing(module: Any, number: signal.Signals) -> Callable[[], None]:
 
 def _in_training() -> None:
     """Two steps are done, and there is a checkpoint."""
-    step_end = trainer._watcher.Watcher.on_step_end
+    step_end = trainer.tuning.watcher.Watcher.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         step_end(self, args, state, control, **more)
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._watcher.Watcher.on_step_end = dying  # type: ignore[method-assign]
+    trainer.tuning.watcher.Watcher.on_step_end = dying  # type: ignore[method-assign]
 
 
 def _while_comparing() -> None:
@@ -101,7 +101,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "Ctrl-C while sampling": _while_writing(trainer.sample, signal.SIGINT),
     "while sampling": _while_writing(trainer.sample, signal.SIGKILL),
     "at the end of samples": _at_the_end_of("samples"),
-    "while labelling": _while_writing(trainer.label, signal.SIGKILL),
+    "while labelling": _while_writing(trainer.labels.labeling, signal.SIGKILL),
     "at the end of scores": _at_the_end_of("scores"),
     "at the end of pairs": _at_the_end_of("pairs"),
     "in training": _in_training,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer", "trainer")
 
 from collections.abc import Sequence
 from typing import Final
 
-from client.cli import command_named
+from client.runtime.cli import command_named
 
 COMMANDS: Final = {
     "self-improve": ("trainer.self_improve", "the whole loop: sample, label, train on pairs, evaluate"),

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from client.bulk import BulkOptions
-from client.cli import judge_address
+from client.runtime.cli import judge_address
 from trainer.dpo import PRESETS, DPOSettings, preset
 from trainer.evaluate import OneResponse, add_harness_flags, harness_options
+from trainer.evaluation.harness import HarnessOptions
 from trainer.flags import add_flags, given
-from trainer.harness import HarnessOptions
-from trainer.instructions import InstructionOptions
-from trainer.labelers import JudgeOptions, LabelOptions
-from trainer.models import DTYPES, DType
-from trainer.pairs import PairOptions
-from trainer.reading import HUB
-from trainer.samplers import SampleSettings
+from trainer.instructions.reading import HUB
+from trainer.instructions.selection import InstructionOptions
+from trainer.labels.labelers import JudgeOptions, LabelOptions
+from trainer.labels.pairs import PairOptions
+from trainer.policy.models import DTYPES, DType
+from trainer.policy.samplers import SampleSettings
+from trainer.run.stages import content_digest
 from trainer.sft import SFTSettings, sft_settings
-from trainer.stages import content_digest
 
 DEFAULT_SEED: Final = 42
 DEFAULT_COMMAND: Final = "python -m service --model {model} --port {port}"

@@ -10,7 +10,7 @@ $(python -m trainer.dpo --fsdp-config) -m trainer.dpo …`.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.dpo", "trainer")
 
@@ -22,16 +22,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from trainer.bars import Tell, silent
-from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
-from trainer.preferences import Split, load_preferences, split_preferences
+from trainer.policy.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.programs import InputError, perform_stage, run_program, stderr_console
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_whole
-from trainer.stages import Stage, content_digest
-from trainer.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
-from trainer.tuning import Base, TuneSettings, is_main, load_base, training_arguments
+from trainer.run.bars import Tell, silent
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_whole
+from trainer.run.stages import Stage, content_digest
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.preferences import Split, load_preferences, split_preferences
+from trainer.tuning.settings import Base, TuneSettings, is_main, load_base, training_arguments
+from trainer.tuning.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
 
 DPO_LOG: Final = "dpo_log.jsonl"
 DPO_FILE: Final = "dpo.json"
@@ -174,7 +174,7 @@ def _configuration(folder: Path, settings: DPOSettings, base: Base, *, evaluates
 
 
 def _trainer(base: Base, arguments: Any, tokenizer: Any, data: Sequence[Any]) -> Any:
-    from trainer._watcher import trainer_class
+    from trainer.tuning.watcher import trainer_class
 
     return trainer_class("DPOTrainer")(
         model=base.model,

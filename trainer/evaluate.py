@@ -11,7 +11,7 @@ data: a model that learnt to please one judge pleases that judge.
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.evaluate", "trainer")
 
@@ -26,22 +26,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from client.benchmarks.records import ITEMS_FILE, read_rows
-from client.cli import judge_address
+from client.benchmarks.results.records import ITEMS_FILE, read_rows
+from client.runtime.cli import judge_address
 from client.schema import Truncation
-from trainer.bars import advance_bar
+from trainer.evaluation.harness import TASKS, HarnessOptions, require_harness, run_harness
+from trainer.evaluation.verdicts import MODES, Metrics, VerdictOptions, describe_judge, judge_duels, make_duels, measure
 from trainer.flags import add_flags, given
-from trainer.harness import TASKS, HarnessOptions, require_harness, run_harness
-from trainer.labelers import JudgeOptions
-from trainer.models import model_identity, quiet_libraries, resolve_model
+from trainer.labels.labelers import JudgeOptions
+from trainer.policy.models import model_identity, quiet_libraries, resolve_model
+from trainer.policy.samplers import SampleSettings
+from trainer.policy.weights import same_weights
 from trainer.programs import InputError, reading_input, run_program, stderr_console
-from trainer.rates import Meter, keep_rate
-from trainer.records import METRICS_FILE, Instruction, read_records, write_json, write_record
+from trainer.run.bars import advance_bar
+from trainer.run.rates import Meter, keep_rate
+from trainer.run.records import METRICS_FILE, Instruction, read_records, write_json, write_record
+from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 from trainer.sample import Sampled, sample_responses
-from trainer.samplers import SampleSettings
-from trainer.stages import RunFolder, Stage, content_digest, open_run
-from trainer.verdicts import MODES, Metrics, VerdictOptions, describe_judge, judge_duels, make_duels, measure
-from trainer.weights import same_weights
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""The figures of a run's report, in the manner of client/benchmarks/figures.py. Needs matplotlib."""
+"""The figures of a run's report, in the manner of client/benchmarks/report/figures.py. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from client.benchmarks import figures as base
+from client.benchmarks.report import figures as base
 from client.stats import mean, quantile
-from trainer.records import Histogram
-from trainer.winrate import WinRate
+from trainer.evaluation.winrate import WinRate
+from trainer.run.records import Histogram
 
 # The drawing itself, ids, colours and fonts included, is the client's: the pages are to look alike.
 _svg, _INK, _GOOD, _BAD = base._svg, base._INK, base._GOOD, base._BAD

@@ -7,7 +7,7 @@ into the base as it was before quantisation. Nothing is pushed anywhere unless -
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.merge", "trainer")
 
@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.chat import turn_end
-from trainer.bars import say
-from trainer.card import CARD_FILE, model_card
-from trainer.models import (
+from trainer.policy.models import (
     DTYPES,
     DType,
     ModelError,
@@ -35,10 +33,12 @@ from trainer.models import (
     quiet_libraries,
     resolve_model,
 )
+from trainer.policy.weights import TensorFiles, same_weights
 from trainer.programs import InputError, run_program, stderr_console
-from trainer.stages import StageError
-from trainer.training import disk_full_said
-from trainer.weights import TensorFiles, same_weights
+from trainer.run.bars import say
+from trainer.run.stages import StageError
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.training import disk_full_said
 
 
 class MergeError(StageError):

@@ -1,7 +1,7 @@
 """What a run would do and cost, without asking, loading or writing anything.
 
 Counts are upper bounds where they hang on what the models say; times come from the rates that an earlier run on this
-machine left behind (trainer/rates.py), and where there are none, no time is given.
+machine left behind (trainer/run/rates.py), and where there are none, no time is given.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from trainer.categories import DESCRIPTIONS, EXAMPLES
 from trainer.config import LoopSettings
-from trainer.instructions import POOL_FACTOR
-from trainer.labelers import RANDOM, shown_url
-from trainer.rates import rates_of_run
-from trainer.reading import HUB, read_instructions
-from trainer.weights import Size, model_size
+from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES
+from trainer.instructions.reading import HUB, read_instructions
+from trainer.instructions.selection import POOL_FACTOR
+from trainer.labels.labelers import RANDOM, shown_url
+from trainer.policy.weights import Size, model_size
+from trainer.run.rates import rates_of_run
 
 _BF16, _FP32 = 2, 4
 

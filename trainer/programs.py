@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail
-from client.proxies import exempt_loopback
-from trainer.bars import Tell, advance_bar
-from trainer.models import needs_trainer
-from trainer.records import RecordError
-from trainer.stages import Stage, StageError, open_run
+from client.runtime.cli import FAILED, INTERRUPTED, OK, USAGE, fail
+from client.transport.proxies import exempt_loopback
+from trainer.policy.models import needs_trainer
+from trainer.run.bars import Tell, advance_bar
+from trainer.run.records import RecordError
+from trainer.run.stages import Stage, StageError, open_run
 
 if TYPE_CHECKING:
     from rich.console import Console

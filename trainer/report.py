@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks.records import ITEMS_FILE, Row, read_rows
-from client.benchmarks.report import p_value, signed
-from trainer.card import CARD_FILE, model_card
+from client.benchmarks.report.html import p_value, signed
+from client.benchmarks.results.records import ITEMS_FILE, Row, read_rows
 from trainer.dpo import DPO_FILE, DPO_LOG
-from trainer.models import needs_trainer
-from trainer.records import (
+from trainer.evaluation.verdicts import Duel, Metrics, make_duels
+from trainer.evaluation.winrate import WinRate
+from trainer.policy.models import needs_trainer
+from trainer.run.records import (
     CONFIG_FILE,
     HELD_OUT_FILE,
     INSTRUCTIONS_STATS_FILE,
@@ -34,9 +35,8 @@ from trainer.records import (
     read_records,
     write_whole,
 )
-from trainer.rounding import MERGE_FILE
-from trainer.verdicts import Duel, Metrics, make_duels
-from trainer.winrate import WinRate
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.rounding import MERGE_FILE
 
 TEXTS: Final = 12
 MAX_TEXT: Final = 3000
@@ -206,7 +206,7 @@ def _render(**context: Any) -> str:
     with needs_trainer():
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-        from client.benchmarks.table import percent
+        from client.benchmarks.report.table import percent
     environment = Environment(
         # The frame of the page is the benchmarks'.
         loader=ChoiceLoader([PackageLoader("trainer", ""), PackageLoader("client.benchmarks", "")]),

@@ -1,17 +1,17 @@
 """Instructions to responses: k samples of the policy for each, in its chat template, written batch by batch.
 
 A response depends on the seed, its instruction's id and its number, not on the other responses (but for rounding: see
-trainer.generation). Batches are fixed by the instructions' lengths, so that a resumed run makes the very batches that
-an undisturbed one makes: a batch is on disk as a whole, or is done again. Equal responses of one instruction are kept
-once, and counted in `copies`. A response ends at the model's end-of-sequence tokens, and where its chat template ends a
-turn (client/chat.py). A model without a chat template is asked as trainer.models.load_tokenizer says; what such a model
-writes from the next "User:" on is cut away.
+trainer.policy.generation). Batches are fixed by the instructions' lengths, so that a resumed run makes the very
+batches that an undisturbed one makes: a batch is on disk as a whole, or is done again. Equal responses of one
+instruction are kept once, and counted in `copies`. A response ends at the model's end-of-sequence tokens, and where
+its chat template ends a turn (client/chat.py). A model without a chat template is asked as
+trainer.policy.models.load_tokenizer says; what such a model writes from the next "User:" on is cut away.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.sample", "trainer")
 
@@ -27,10 +27,9 @@ from typing import Any, Literal
 from client.chat import own_turn, turn_end
 from client.schema import Message
 from client.texts import is_blank
-from trainer.bars import Advance, Tell, silent
 from trainer.flags import add_flags, given
-from trainer.generation import Generated, row_seed
-from trainer.models import (
+from trainer.policy.generation import Generated, row_seed
+from trainer.policy.models import (
     BASE_STOPS,
     ModelError,
     chat_ids,
@@ -41,8 +40,10 @@ from trainer.models import (
     release_memory,
     resolve_model,
 )
+from trainer.policy.samplers import Asked, SampleSettings, make_sampler
 from trainer.programs import InputError, perform_stage, reading_input, run_program
-from trainer.records import (
+from trainer.run.bars import Advance, Tell, silent
+from trainer.run.records import (
     SAMPLES_FILE,
     Instruction,
     Sample,
@@ -50,8 +51,7 @@ from trainer.records import (
     read_records,
     write_records,
 )
-from trainer.samplers import Asked, SampleSettings, make_sampler
-from trainer.stages import Stage, content_digest
+from trainer.run.stages import Stage, content_digest
 
 
 class Sampled(Sample):

@@ -6,14 +6,14 @@
     DIR/instructions.jsonl, held_out.jsonl, base.jsonl, sft/, report.html
     DIR/round-1/samples.jsonl, scores.jsonl, pairs.jsonl, adapter/, merged/, new.jsonl, metrics.json
 
-Every stage is done once (trainer/stages.py): the same command, repeated after whatever happened, goes on where it
+Every stage is done once (trainer/run/stages.py): the same command, repeated after whatever happened, goes on where it
 stopped. The base of every evaluation is the model that the first round began with.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.self_improve", "trainer")
 
@@ -28,25 +28,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from trainer.adoption import adopt
-from trainer.bars import advance_bar
 from trainer.config import LoopSettings, add_loop_flags, settings_from
 from trainer.dpo import DPO_FILE, DPO_LOG, train_dpo
 from trainer.evaluate import Evaluation, Model, Referee, model_of, summary_of
-from trainer.instructions import OUTPUTS as INSTRUCTION_OUTPUTS
-from trainer.instructions import prepare_instructions
-from trainer.judges import JudgeSource, connect
-from trainer.label import run_labelling
-from trainer.labelers import RANDOM
+from trainer.instructions.reading import read_instructions
+from trainer.instructions.selection import OUTPUTS as INSTRUCTION_OUTPUTS
+from trainer.instructions.selection import prepare_instructions
+from trainer.labels.judges import JudgeSource, connect
+from trainer.labels.labelers import RANDOM
+from trainer.labels.labeling import run_labelling
+from trainer.labels.pairs import write_pairs
 from trainer.merge import push_to_hub
-from trainer.models import quiet_libraries, release_memory, resolve_model
-from trainer.pairs import write_pairs
 from trainer.plan import write_plan
-from trainer.preferences import Preference, split_preferences
+from trainer.policy.models import quiet_libraries, release_memory, resolve_model
 from trainer.programs import InputError, run_program, stderr_console
-from trainer.rates import Meter, keep_rate
-from trainer.reading import read_instructions
-from trainer.records import (
+from trainer.report import write_card, write_run_report
+from trainer.run.adoption import adopt
+from trainer.run.bars import advance_bar
+from trainer.run.rates import Meter, keep_rate
+from trainer.run.records import (
     ADAPTER_FOLDER,
     HELD_OUT_FILE,
     INSTRUCTIONS_FILE,
@@ -61,12 +61,12 @@ from trainer.records import (
     read_records,
     write_json,
 )
-from trainer.report import write_card, write_run_report
-from trainer.rounding import MERGE_FILE, merge_and_weigh
+from trainer.run.stages import RunFolder, Stage, open_run
 from trainer.sample import Sampled, sample_responses
 from trainer.sft import SFT_FILE, SFT_LOG, load_examples, train_sft
-from trainer.stages import RunFolder, Stage, open_run
-from trainer.tuning import world_size
+from trainer.tuning.preferences import Preference, split_preferences
+from trainer.tuning.rounding import MERGE_FILE, merge_and_weigh
+from trainer.tuning.settings import world_size
 
 if TYPE_CHECKING:
     from rich.console import Console

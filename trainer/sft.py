@@ -1,14 +1,14 @@
 """Supervised fine-tuning of a base model on answers, by TRL and PEFT, before it can be asked for its own.
 
 Only the assistant's turns are trained on; a conversation with several of them gives an example for each. A base model
-without a chat template gets a plain one ("User: …", "Assistant: …", see trainer.models.load_tokenizer), which is saved
-with what is trained. An example longer than `max_length` is counted and left out, never cut.
+without a chat template gets a plain one ("User: …", "Assistant: …", see trainer.policy.models.load_tokenizer), which
+is saved with what is trained. An example longer than `max_length` is counted and left out, never cut.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m trainer.sft", "trainer")
 
@@ -19,19 +19,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks._tables import Record as TableRow
-from client.benchmarks._tables import read_table
+from client.benchmarks.data.tables import Record as TableRow
+from client.benchmarks.data.tables import read_table
 from client.schema import Message
 from client.texts import is_blank, messages_in, said
-from trainer.bars import Tell, silent
-from trainer.card import CARD_FILE, model_card
 from trainer.flags import add_flags, given
-from trainer.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.programs import InputError, perform_stage, run_program
-from trainer.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json, write_whole
-from trainer.stages import Stage, content_digest
-from trainer.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
-from trainer.tuning import TuneSettings, is_main, load_base, training_arguments
+from trainer.run.bars import Tell, silent
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json, write_whole
+from trainer.run.stages import Stage, content_digest
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.settings import TuneSettings, is_main, load_base, training_arguments
+from trainer.tuning.training import Usable, begun_with, data_digest, is_changed, run_trainer, save_result
 
 SFT_LOG: Final = "sft_log.jsonl"
 SFT_FILE: Final = "sft.json"
@@ -174,7 +174,7 @@ def train_sft(
         **begun_with(str(model), source, settings),
         "data": data_digest(data),
     }
-    from trainer._watcher import trainer_class
+    from trainer.tuning.watcher import trainer_class
 
     with quiet_libraries():
         base = load_base(source, settings)

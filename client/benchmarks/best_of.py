@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from client.benchmarks import rewardbench
-from client.benchmarks._scores import grouped, margins_of, mean
-from client.benchmarks.records import Row, TiePolicy, credit
+from client.benchmarks.results.records import Row, TiePolicy, credit
+from client.benchmarks.results.scores import grouped, margins_of, mean
 from client.benchmarks.standing import Benchmark, Standing
 
 _TIES: Final = "ties"

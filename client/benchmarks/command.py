@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
 from client.benchmarks import plan as plans
+from client.benchmarks.data.samples import SampleError, choose, digest, load_hub
 from client.benchmarks.plan import PaperGroup, PaperPrompts, PaperStudy, Plan, PlanError, Question
-from client.benchmarks.records import REPORT_FILE, SUMMARY_FILE, Mode, Row, Sample, TiePolicy
+from client.benchmarks.results.records import REPORT_FILE, SUMMARY_FILE, Mode, Row, Sample, TiePolicy
+from client.benchmarks.results.summary import print_table, summarise
 from client.benchmarks.run import (
     TEMPLATES,
     Asking,
@@ -28,16 +30,24 @@ from client.benchmarks.run import (
     template_digests,
     without_digests,
 )
-from client.benchmarks.samples import SampleError, choose, digest, load_hub
 from client.benchmarks.standing import Benchmark
-from client.benchmarks.summary import print_table, summarise
 from client.bulk import BulkOptions
-from client.cli import CALL_TIMEOUT, FAILED, INTERRUPTED, OK, USAGE, fail, judge_address, stderr_console, stdout_console
 from client.errors import JudgeError
-from client.files import write_whole
 from client.judge import AsyncJudge
-from client.proxies import exempt_loopback
+from client.runtime.cli import (
+    CALL_TIMEOUT,
+    FAILED,
+    INTERRUPTED,
+    OK,
+    USAGE,
+    fail,
+    judge_address,
+    stderr_console,
+    stdout_console,
+)
+from client.runtime.files import write_whole
 from client.schema import Format, ModelInfo, TemplateInfo, Truncation
+from client.transport.proxies import exempt_loopback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -247,7 +257,7 @@ def finish(
     benchmark: Benchmark, rows: Sequence[Row], samples: Sequence[Sample], folder: RunFolder, told: Mapping[str, object]
 ) -> None:
     """Write summary.json and report.html, print the table. `told` is what was asked for beyond the configuration."""
-    from client.benchmarks.report import write_report
+    from client.benchmarks.report.html import write_report
 
     ties: TiePolicy = "half" if told.get("ties") == "half" else "strict"
     summary = summarise(benchmark, rows, config={**folder.config, **told}, ties=ties)

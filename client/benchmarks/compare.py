@@ -8,7 +8,7 @@ Two runs are held against each other on the samples that both judged; everything
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.benchmarks.compare", "benchmarks")
 
@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Final
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client.benchmarks.command import NAMES, command_named
-from client.benchmarks.paired import Estimate, Paired, Scoring, paired
-from client.benchmarks.records import ITEMS_FILE, SUMMARY_FILE, Row, TiePolicy, read_rows
-from client.benchmarks.report import p_value, render, signed
-from client.benchmarks.results import Summary
+from client.benchmarks.report.html import p_value, render, signed
+from client.benchmarks.results.numbers import Summary
+from client.benchmarks.results.paired import Estimate, Paired, Scoring, paired
+from client.benchmarks.results.records import ITEMS_FILE, SUMMARY_FILE, Row, TiePolicy, read_rows
+from client.benchmarks.results.summary import summarise
 from client.benchmarks.standing import Benchmark
-from client.benchmarks.summary import summarise
-from client.cli import FAILED, INTERRUPTED, OK, USAGE, fail, stdout_console
-from client.extras import needs
-from client.files import write_whole
+from client.runtime.cli import FAILED, INTERRUPTED, OK, USAGE, fail, stdout_console
+from client.runtime.extras import needs
+from client.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,7 +150,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 def side_by_side(runs: Mapping[str, Summary]) -> list[list[tuple[str, list[str]]]]:
     """Groups of lines (what, its value in each run): official numbers, subsets, judging."""
     with needs("benchmarks"):
-        from client.benchmarks.table import percent
+        from client.benchmarks.report.table import percent
     all_of = list(runs.values())
     sections = dict.fromkeys(name for summary in all_of for name in summary.sections)
     subsets = dict.fromkeys(name for summary in all_of for name in summary.subsets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.benchmarks.pairs", "benchmarks")
 
@@ -12,7 +12,7 @@ from typing import Final
 
 from client.benchmarks.best_of import PAIRS, category_of
 from client.benchmarks.command import Command, run_command
-from client.benchmarks.samples import load_pairs
+from client.benchmarks.data.samples import load_pairs
 
 COMMAND: Final = Command(
     benchmark=PAIRS,

@@ -7,7 +7,7 @@ split's subsets, but for math-prm, whose 447 pairs count as much as the six code
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.benchmarks.rewardbench", "benchmarks")
 
@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from math import fsum
 from typing import Final
 
-from client.benchmarks._scores import grouped, margins_of, mean
 from client.benchmarks.command import Command, run_command
-from client.benchmarks.records import Row, TiePolicy, credit
-from client.benchmarks.samples import load_rewardbench
+from client.benchmarks.data.samples import load_rewardbench
+from client.benchmarks.results.records import Row, TiePolicy, credit
+from client.benchmarks.results.scores import grouped, margins_of, mean
 from client.benchmarks.standing import Benchmark, Standing
 
 WEIGHTS: Final[dict[str, int]] = {

@@ -8,17 +8,17 @@ in THU-KEG/RM-Bench (`compute_accuracy`); its two safety subdomains are pooled i
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.benchmarks.rmbench", "benchmarks")
 
 from collections.abc import Sequence
 from typing import Final
 
-from client.benchmarks._scores import grouped, margins_of, mean
 from client.benchmarks.command import Command, run_command
-from client.benchmarks.records import Row, TiePolicy, credit
-from client.benchmarks.samples import load_rmbench
+from client.benchmarks.data.samples import load_rmbench
+from client.benchmarks.results.records import Row, TiePolicy, credit
+from client.benchmarks.results.scores import grouped, margins_of, mean
 from client.benchmarks.standing import Benchmark, Standing
 
 DOMAINS: Final[tuple[str, ...]] = ("chat", "math", "code", "safety")

@@ -20,12 +20,21 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 from client.benchmarks.plan import Plan
-from client.benchmarks.records import CONFIG_FILE, ITEMS_FILE, JudgedAnswer, Mode, Row, RowError, Sample, read_rows
+from client.benchmarks.results.records import (
+    CONFIG_FILE,
+    ITEMS_FILE,
+    JudgedAnswer,
+    Mode,
+    Row,
+    RowError,
+    Sample,
+    read_rows,
+)
 from client.bulk import BulkOptions, stream_compares, stream_scores
 from client.errors import SETTLED, STATUS, ErrorCode, JudgeAPIError
-from client.files import write_whole
-from client.jsonl import appending
 from client.judge import AsyncJudge
+from client.runtime.files import write_whole
+from client.runtime.jsonl import appending
 from client.schema import (
     CompareRequest,
     CompareResult,

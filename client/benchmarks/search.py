@@ -9,7 +9,7 @@ reporting on the same samples, as the paper's authors did, flatters the winner. 
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports that take a while
-    from client import program
+    from client.runtime import program
 
     program.begin("python -m client.benchmarks.search", "benchmarks")
 
@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict
 
 from client.benchmarks import command as commands
 from client.benchmarks.command import Command
+from client.benchmarks.data.samples import choose, halves
 from client.benchmarks.plan import PaperPrompts, PlanError, Question, load_candidates, one_for_all
-from client.benchmarks.records import Row, Sample
+from client.benchmarks.results.records import Row, Sample
 from client.benchmarks.run import Asking, RunFolder, judge_samples
-from client.benchmarks.samples import choose, halves
-from client.cli import stderr_console, stdout_console
-from client.files import write_whole
 from client.judge import AsyncJudge
+from client.runtime.cli import stderr_console, stdout_console
+from client.runtime.files import write_whole
 from client.schema import Format, ModelInfo
 from client.stats import mcnemar_exact, wilson
 

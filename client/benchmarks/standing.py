@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from client.benchmarks.records import Row, TiePolicy
+from client.benchmarks.results.records import Row, TiePolicy
 
 
 @dataclass(frozen=True, slots=True)

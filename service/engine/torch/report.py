@@ -19,7 +19,7 @@ from service.engine.torch.loading import LoadOptions, choose_device, choose_dtyp
 
 
 class Model(Protocol):
-    """A model that is on this machine; see `service.models.ModelFiles`."""
+    """A model that is on this machine; see `service.models.resolve.ModelFiles`."""
 
     @property
     def id(self) -> str:

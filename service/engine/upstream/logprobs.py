@@ -14,9 +14,9 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
+from client.stats import logsumexp
 from service.engine.contract import GeneratedText, text_tokens
 from service.engine.upstream.openai_client import UpstreamError
-from service.scoring import logsumexp
 
 UNSEEN: Final = -9999.0
 """The log-probability of a spelling that was not returned while another one of its label was: nothing. Servers

@@ -20,8 +20,8 @@ from pydantic import SecretStr
 from tenacity import AsyncRetrying
 
 from client.errors import ErrorCode, PicklableError
-from client.proxies import Proxy, proxy_of, url_of
-from client.retries import parse_retry_after, retry_policy
+from client.transport.proxies import Proxy, proxy_of, url_of
+from client.transport.retries import parse_retry_after, retry_policy
 
 KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
 CONNECT_TIMEOUT: Final = 10.0

@@ -44,7 +44,7 @@ from service.engine.vllm.config import (
     start,
 )
 from service.engine.vllm.loop_thread import LoopThread
-from service.engine.vllm.process_guard import OrphanGuard
+from service.process.orphans import OrphanGuard
 
 Item = TypeVar("Item", bound=TokenItem)
 Answer = TypeVar("Answer")

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from client.files import sync
-from service.weights.converted import cache_root
+from client.runtime.files import sync
+from service.models.converted import cache_root
 
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _TIME_LIMIT: Final = 120.0

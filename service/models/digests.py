@@ -1,0 +1,79 @@
+"""The cache folder, and the SHA-256 of files: of large ones computed once and remembered there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from platformdirs import user_cache_dir
+
+from client.runtime.files import write_whole
+
+CACHE_VARIABLE: Final = "JUDGE_CACHE_DIR"
+LARGE: Final = 8 << 20
+"""Bytes of a file from which on its digest is remembered."""
+# A file that was written this lately may be written again without another time.
+_TICK_NS: Final = 2_000_000_000
+_THREADS: Final = 4
+
+
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """`cache_dir`, else JUDGE_CACHE_DIR, else the user's cache folder."""
+    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_dir("judge-as-api")).expanduser()
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests_of(paths: Iterable[Path]) -> list[str]:
+    """`digest_of` for each, several at a time."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(digest_of, paths))
+
+
+def digest_of(path: Path) -> str:
+    """The hex digest of a file's content; that of a large file may be remembered from an earlier call.
+
+    It is remembered by path, inode, size, and the times of the last change of contents and of attributes: the latter
+    cannot be set back. A cache folder that cannot be written, or that holds rubbish, only costs time. Raises OSError.
+    """
+    state = _state(path)
+    if state[0] < LARGE:
+        return sha256_of(path)
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    memo = cache_root() / "digests" / f"{name}.json"
+    known = _remembered(memo, state)
+    if known is not None:
+        return known
+    digest = sha256_of(path)
+    if _state(path) == state and max(state[2:]) + _TICK_NS < time.time_ns():
+        with suppress(OSError):
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memo, json.dumps({"path": os.fsdecode(path), "state": state, "sha256": digest}))
+    return digest
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _remembered(memo: Path, state: list[int]) -> str | None:
+    try:
+        known = json.loads(memo.read_bytes())
+        if known["state"] == state and re.fullmatch(r"[0-9a-f]{64}", known["sha256"]):
+            return str(known["sha256"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None

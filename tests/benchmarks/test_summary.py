@@ -1,0 +1,311 @@
+"""Records to numbers: accuracies without failures, calibration, position, length; the table; rows read back."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from client.benchmarks.results.numbers import Cost, Summary
+from client.benchmarks.results.records import Row, read_rows
+from client.benchmarks.results.summary import print_table
+from client.schema import Usage
+from tests.support.rows import answer, failed, pair, pairs, summary_of
+
+
+def printed(summary: Summary, width: int = 100) -> str:
+    """What the terminal shows."""
+    console = Console(file=io.StringIO(), width=width)
+    print_table(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rmbench_row(name: str, margins: list[list[float]]) -> Row:
+    """A sample of three answers on each side."""
+    sides = {"chosen": [answer(0.0)] * 3, "rejected": [answer(0.0)] * 3}
+    return Row(id=name, subset=name.split("/")[0], margins=margins, **sides)
+
+
+def test_accuracy_comes_with_its_wilson_interval() -> None:
+    """8 of 10 is 0.8, from 0.4902 to 0.9433."""
+    score = summary_of("pairs", pairs("a", 8, 2)).subsets["a"]
+
+    assert (score.samples, score.judged, score.accuracy) == (10, 10, 0.8)
+    assert (score.low, score.high) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+
+
+def test_failures_are_counted_and_in_no_accuracy() -> None:
+    """One right, one failed: accuracy 1, not one half."""
+    summary = summary_of("pairs", [pair("a/0", 1, 0), failed("a/1"), failed("a/2", "timeout")])
+
+    score = summary.subsets["a"]
+    assert (score.samples, score.judged, score.failed, score.accuracy) == (3, 1, 2, 1.0)
+    assert summary.counts.failures == {"context_length_exceeded": 1, "timeout": 1}
+    assert summary.mean == 1.0
+
+
+def test_a_run_says_what_it_cost() -> None:
+    """Tokens and seconds of all rows; of failed ones the tokens are known in part, which is said."""
+    usage = Usage(prompt_tokens=1000, cached_tokens=30, completion_tokens=7)
+    rows = [
+        pair("a/0", 1, 0, usage=usage, seconds=2.5),
+        failed("a/1").model_copy(update={"usage": usage, "seconds": 4}),
+    ]
+    summary = summary_of("pairs", [*rows, failed("a/2")])
+
+    expected = {"prompt_tokens": 2000, "cached_tokens": 60, "completion_tokens": 14, "without_tokens": 2}
+    assert summary.cost == Cost(**expected, seconds=6.5)
+    told = "cost: 2,000 prompt tokens (60 cached), 14 written, not all of those of 2 failed samples, in 6 s"
+    assert told in printed(summary).replace("\n", " ")
+
+
+def test_rows_of_before_costs_were_kept_have_none() -> None:
+    """Not zero."""
+    assert summary_of("pairs", [pair("a/0", 1, 0)]).cost is None
+
+
+def test_a_subset_that_failed_as_a_whole_has_no_accuracy() -> None:
+    """None, and its section is left out of the mean."""
+    summary = summary_of("pairs", [pair("a/0", 1, 0), failed("b/0")])
+
+    score = summary.subsets["b"]
+    assert (score.accuracy, score.low, score.high, score.label_mass) == (None, None, None, None)
+    assert summary.sections == {"a": 1.0}
+
+
+def test_a_run_without_verdicts_still_has_a_summary() -> None:
+    """No mean, no calibration, no label mass; the failures are there, and the judge from the configuration."""
+    summary = summary_of("rewardbench", [failed("hep-go/0")], judge={"model": "m", "fingerprint": "f"})
+
+    assert (summary.mean, summary.label_mass, summary.length, summary.position) == (None, None, None, None)
+    assert (summary.calibration.pairs, summary.calibration.answers) == (None, None)
+    assert summary.counts.failed == 1
+    assert (summary.judge.model, summary.judge.fingerprint) == ("m", "f")
+
+
+@pytest.mark.parametrize(("ties", "accuracy"), [("strict", 0.5), ("half", 0.75)])
+def test_ties_count_by_the_policy(ties: str, accuracy: float) -> None:
+    """A margin of 0 is a tie: nothing, or half."""
+    rows = [pair("a/0", 1, 0), pair("a/1", 1, 1)]
+
+    summary = summary_of("pairs", rows, ties="half" if ties == "half" else "strict")
+
+    assert (summary.subsets["a"].ties, summary.counts.ties) == (1, 1)
+    assert summary.subsets["a"].accuracy == accuracy
+
+
+def test_subsets_know_their_sections_and_stand_in_the_official_order() -> None:
+    """The section of hep-go is Reasoning, which comes last; a subset that RewardBench does not have has none."""
+    rows = [pair(f"{name}/0", 1, 0) for name in ("hep-go", "unknown", "alpacaeval-hard", "donotanswer")]
+
+    subsets = summary_of("rewardbench", rows).subsets
+
+    found = [(name, score.section) for name, score in subsets.items()]
+    assert found == [
+        ("alpacaeval-hard", "Chat"),
+        ("donotanswer", "Safety"),
+        ("hep-go", "Reasoning"),
+        ("unknown", None),
+    ]
+
+
+def test_the_order_of_the_rows_makes_no_difference() -> None:
+    """Concurrency finishes samples in any order; the file is the same to the last digit."""
+    rows = [pair(f"hep-go/{i}", 0.1 * i, 0.37, first_log_odds=0.1 * i, flips=i % 2) for i in range(20)]
+
+    forwards, backwards = summary_of("rewardbench", rows), summary_of("rewardbench", rows[::-1])
+
+    assert forwards.model_dump_json() == backwards.model_dump_json()
+
+
+def test_pair_calibration_by_hand() -> None:
+    """Sure at 0.9 and right, sure at 0.9 and wrong: confidence 0.9 is right half the time, ECE 0.4, Brier 0.41."""
+    log_9 = 2.1972245773362196
+
+    pairs_ = summary_of("pairs", [pair("a/0", log_9, 0), pair("a/1", 0, log_9)]).calibration.pairs
+
+    assert pairs_ is not None
+    assert (pairs_.ece, pairs_.brier, pairs_.n) == (pytest.approx(0.4), pytest.approx(0.41), 2)
+
+
+def test_a_judge_that_always_ties_is_calibrated() -> None:
+    """Confidence one half is right by half, though its Brier score is that of a coin."""
+    found = summary_of("pairs", [pair("a/0", 1, 1)]).calibration.pairs
+
+    assert found is not None
+    assert (found.ece, found.brier) == (0.0, 0.25)
+
+
+def test_answers_are_held_against_the_truth_by_their_raw_scores() -> None:
+    """Scores 0.9 for a chosen and 0.4 for a rejected answer: ECE (0.1 + 0.4) / 2, Brier (0.01 + 0.16) / 2."""
+    row = pair("a/0", answer(2, score=0.9), answer(1, score=0.4))
+
+    found = summary_of("pairs", [row]).calibration.answers
+
+    assert found is not None
+    assert (found.ece, found.brier) == (pytest.approx(0.25), pytest.approx(0.085))
+    assert (found.n, found.calibrated) == (2, False)
+
+
+@pytest.mark.parametrize(("rejected", "calibrated", "ece"), [(0.0, True, 0.0), (None, False, 0.45)])
+def test_calibrated_probabilities_are_used_where_every_answer_has_one(
+    rejected: float | None, calibrated: bool, ece: float
+) -> None:
+    """One answer without makes it raw scores for all (0.5 and 0.4 here): the two kinds are not mixed."""
+    row = pair("a/0", answer(2, score=0.5, calibrated=1.0), answer(1, score=0.4, calibrated=rejected))
+
+    found = summary_of("pairs", [row]).calibration.answers
+
+    assert found is not None
+    assert (found.calibrated, found.ece) == (calibrated, pytest.approx(ece))
+
+
+def test_pairwise_runs_have_position_bias_and_no_calibration_of_answers() -> None:
+    """One flip in two comparisons; the mean log-odds of the answer shown first."""
+    rows = [pair("a/0", 1, 0, flips=1, first_log_odds=0.5), pair("a/1", 1, 0, flips=0, first_log_odds=-0.1)]
+
+    summary = summary_of("pairs", rows)
+
+    assert summary.position is not None
+    assert (summary.position.comparisons, summary.position.flips, summary.position.flip_rate) == (2, 1, 0.5)
+    assert summary.position.first_log_odds == pytest.approx(0.2)
+    assert summary.calibration.answers is None
+
+
+def test_label_mass_and_truncation() -> None:
+    """Masses 0.2, 0.4, 0.6, 0.8: mean 0.5, 5th percentile 0.23, half below one half; one sample has a cut text."""
+    rows = [
+        pair("a/0", answer(1, label_mass=0.2, truncated=True), answer(0, label_mass=0.4, truncated=True)),
+        pair("a/1", answer(1, label_mass=0.6), answer(0, label_mass=0.8)),
+    ]
+
+    summary = summary_of("pairs", rows)
+
+    assert summary.label_mass is not None
+    mass = summary.label_mass
+    assert (mass.mean, mass.p05, mass.share_below_half) == (pytest.approx(0.5), pytest.approx(0.23), 0.5)
+    assert summary.counts.truncated == 1
+
+
+def test_accuracy_by_length() -> None:
+    """Right where the chosen answer is longer, wrong where it is shorter, equal lengths left out."""
+    rows = [
+        pair("a/0", answer(1, length=20), 0),
+        pair("a/1", answer(0, length=20), -1),
+        pair("a/2", answer(0, length=5), 1),
+        pair("a/3", answer(0, length=10), 1),
+    ]
+
+    length = summary_of("pairs", rows).length
+
+    assert length is not None
+    assert length.chosen_longer == pytest.approx(2 / 3)
+    assert (length.accuracy_when_chosen_longer, length.accuracy_when_chosen_shorter) == (1.0, 0.0)
+
+
+def test_a_side_that_no_pair_is_on_is_not_told() -> None:
+    """Where every chosen answer is the longer one, there is no accuracy where it is the shorter."""
+    told = printed(summary_of("pairs", [pair("a/0", answer(1, length=20), 0)]), width=200)
+
+    assert "length: accuracy 100.0% where the chosen answer is longer\n" in told
+    assert "shorter" not in told
+
+
+def test_rmbench_counts_samples_and_cells() -> None:
+    """Nine verdicts a sample: all count in calibration, the sample once; its subdomain belongs to safety."""
+    summary = summary_of("rmbench", [rmbench_row("safety-refuse/1", [[1, -1, -1], [1, 1, -1], [1, 1, 1]])])
+
+    score = summary.subsets["safety-refuse"]
+    assert (score.judged, score.accuracy, score.section) == (1, pytest.approx(6 / 9), "safety")
+    assert summary.calibration.pairs is not None
+    assert summary.calibration.pairs.n == 9
+    assert summary.matrices == {"safety": [[1, 0, 0], [1, 1, 0], [1, 1, 1]]}
+
+
+def test_judges_and_templates_are_named_once() -> None:
+    """Templates sorted; one model, whatever the number of rows."""
+    summary = summary_of("pairs", [pair("a/0", 1, 0, template="math@1"), pair("a/1", 1, 0), pair("a/2", 1, 0)])
+
+    assert (summary.judge.model, summary.judge.fingerprint) == ("m", "f")
+    assert summary.judge.templates == ["general@1", "math@1"]
+
+
+def test_a_summary_reads_back_as_written(tmp_path: Path) -> None:
+    """summary.json holds all of it, the configuration included."""
+    summary = summary_of("rewardbench", [*pairs("hep-go", 2, 1), failed("hep-js/0")], seed=1, nested={"a": [1, None]})
+    (tmp_path / "summary.json").write_text(summary.model_dump_json(indent=2), encoding="utf-8")
+
+    assert Summary.load(tmp_path / "summary.json") == summary
+
+
+def test_the_table_fits_100_columns_and_ends_with_the_official_numbers() -> None:
+    """Sections, subsets with intervals, the paper's columns, failures; the last line is the mean."""
+    names = ("alpacaeval-hard", "llmbar-adver-neighbor", "xstest-should-respond", "hep-go")
+    rows = [row for name in names for row in pairs(name, 8, 2)]
+
+    lines = printed(summary_of("rewardbench", [*rows, failed("hep-go/x")]), width=300).splitlines()
+
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    assert "49.0 to 94.3" in text
+    assert "context_length_exceeded 1" in text
+    assert lines[-2:] == ["rewardbench  Chat 80.0   Chat Hard 80.0   Safety 80.0   Reasoning 80.0", "mean 80.0"]
+
+
+def test_the_table_shows_rmbench_styles_and_levels() -> None:
+    """The matrix with its styles, and its easy, normal and hard means."""
+    text = printed(summary_of("rmbench", [rmbench_row("chat/1", [[1, -1, -1], [1, 1, -1], [1, 1, 1]])]))
+
+    assert "markdown" in text
+    assert "easy 100.0, normal 100.0, hard 0.0" in text
+
+
+def test_markup_in_names_is_not_interpreted() -> None:
+    """A subset called [red] is shown as it is."""
+    assert "[red]x[/]" in printed(summary_of("pairs", [pair("[red]x[/]", 1, 0, subset="[red]x[/]")]))
+
+
+def test_a_table_without_verdicts() -> None:
+    """Dashes where there is no number."""
+    assert printed(summary_of("pairs", [failed("a/0")])).splitlines()[-1] == "mean -"
+
+
+def lines_of(*rows: Row | str) -> str:
+    """What items.jsonl holds."""
+    return "".join(row if isinstance(row, str) else row.model_dump_json() + "\n" for row in rows)
+
+
+def test_the_last_line_of_an_id_counts(tmp_path: Path) -> None:
+    """A failed sample that was asked again is the later verdict, in its first place."""
+    path = tmp_path / "items.jsonl"
+    path.write_text(lines_of(failed("a/0"), pair("a/1", 1, 0), pair("a/0", 1, 0)), encoding="utf-8")
+
+    assert read_rows(path) == [pair("a/0", 1, 0), pair("a/1", 1, 0)]
+
+
+def test_a_line_broken_off_at_the_end_is_passed_over(tmp_path: Path) -> None:
+    """In the middle of a character, as a killed process leaves it."""
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(lines_of(pair("a/0", 1, 0), '{"id": "a/é').encode()[:-1])
+
+    assert read_rows(path) == [pair("a/0", 1, 0)]
+
+
+def test_a_broken_line_elsewhere_is_named(tmp_path: Path) -> None:
+    """Not passed over: something else wrote to the file."""
+    path = tmp_path / "items.jsonl"
+    path.write_text(lines_of(pair("a/0", 1, 0), '{"id": "a/1"\n', pair("a/2", 1, 0)), encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"items\.jsonl, line 2: "):
+        read_rows(path)
+
+
+def test_line_separators_of_unicode_do_not_end_a_row(tmp_path: Path) -> None:
+    """U+2028 stays unescaped in JSON."""
+    row = failed("a/0", "odd\u2028code")
+    (tmp_path / "items.jsonl").write_text(lines_of(row, pair("a/1", 1, 0)), encoding="utf-8")
+
+    assert read_rows(tmp_path / "items.jsonl")[0] == row

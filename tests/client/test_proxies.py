@@ -1,0 +1,241 @@
+"""Proxies of the environment: never before loopback, named where they are the trouble, in every HTTP client."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import socket
+from collections.abc import Iterator, Mapping
+
+import httpx
+import pytest
+import requests
+from pydantic import SecretStr
+
+from client import AsyncJudge, Judge, JudgeAPIError, JudgeConnectionError
+from client.transport.proxies import ProxySettingError, exempt_loopback, is_loopback, proxy_of
+from service.engine.upstream.openai_client import Access, UpstreamError, base_url, find_served
+from service.models.hub import HubError, fetch_snapshot
+from service.telemetry import tracing
+from tests.support.otlp import collector
+from tests.support.scoring_server import ScoringServer, scoring_server
+from tests.support.tcp_server import tcp_server
+
+FAR = "http://judge.example:8000"
+ABSENT = "http://user:secret@127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's variables take part, and what a test's code writes into them is gone afterwards."""
+    for scheme in ("http", "https", "all", "no"):
+        for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper()):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[ScoringServer]:
+    """A service on loopback, which serves as a proxy too: it answers whatever is asked."""
+    with scoring_server() as running:
+        yield running
+
+
+def score(url: str) -> float:
+    """One call, by both clients."""
+    with Judge(url, max_retries=0) as judge:
+        first = judge.score("p", "1").log_odds
+
+    async def ask() -> float:
+        async with AsyncJudge(url, max_retries=0) as judge:
+            return (await judge.score("p", "1")).log_odds
+
+    assert asyncio.run(ask()) == first
+    return first
+
+
+def addresses(port: int) -> list[str]:
+    """Loopback in its spellings."""
+    return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost", "0.0.0.0")]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"http_proxy": ABSENT},
+        {"HTTP_PROXY": ABSENT, "HTTPS_PROXY": ABSENT},
+        {"ALL_PROXY": "socks5://127.0.0.1:9"},
+        {"http_proxy": "::nonsense::"},
+        {"http_proxy": ABSENT, "NO_PROXY": "127.0.0.1,[::1]"},
+        {"NO_PROXY": "127.0.0.1,[::1],[fe80::1%eth0]:80,http://,*.x:y,,"},
+    ],
+    ids=str,
+)
+def test_loopback_is_asked_without_a_proxy(
+    settings: Mapping[str, str], server: ScoringServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the variables hold, a service on this machine is reached, by each of its names."""
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+    assert [score(url) for url in addresses(server.server_port)] == [1.0] * 3
+
+
+def test_another_host_is_asked_through_the_proxy(server: ScoringServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to hosts that are not listed in NO_PROXY go to the proxy."""
+    monkeypatch.setenv("HTTP_PROXY", server.url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,[::1],other.example")
+
+    score(FAR)
+
+    assert [head["Host"] for head in server.heads] == ["judge.example:8000"] * 2
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
+def test_a_failure_behind_a_proxy_names_it(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says which variable's proxy was asked, without its password, and does not suspect the service."""
+    monkeypatch.setenv(variable, ABSENT)
+
+    with pytest.raises(JudgeConnectionError, match=rf"proxy http://127\.0\.0\.1:9 of {variable}") as caught:
+        score(FAR)
+    assert "secret" not in str(caught.value)
+    assert "is the service running" not in str(caught.value)
+
+
+def test_a_proxys_error_page_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is not the service's is put down to the proxy in between."""
+    page = b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nno"
+    with tcp_server([page]) as (url, _), Judge(FAR) as direct:
+        monkeypatch.setenv("HTTP_PROXY", url)
+        with copy.copy(direct) as judge, pytest.raises(JudgeAPIError, match=r"403.*of HTTP_PROXY"):
+            judge.health()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HTTP_PROXY", "http://user:secret@host:port", "HTTP_PROXY holds no proxy's address"),
+        ("http_proxy", "gopher://user:secret@host", "http_proxy holds no proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host:65536", "HTTP_PROXY holds no proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host..example", "HTTP_PROXY holds no proxy's address"),
+        ("ALL_PROXY", "http://:80", "ALL_PROXY names no host"),
+        ("all_proxy", "socks5://user:secret@host:1080", "all_proxy asks for a SOCKS proxy.*socksio"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken variable is an error when the client is made, which names it and not what it holds."""
+    monkeypatch.setenv(name, value)
+
+    for make in (Judge, AsyncJudge, lambda url: Access(url=url)):
+        with pytest.raises(ProxySettingError, match=said) as caught:
+            make(FAR)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t"])
+def test_a_blank_variable_asks_for_no_proxy(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space is no proxy's address: the variable counts as one that is not set."""
+    monkeypatch.setenv("http_proxy", blank)
+
+    assert proxy_of(FAR) is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "url", "direct"),
+    [
+        ("*", FAR, True),
+        ("example", FAR, True),
+        (".example", FAR, True),
+        ("*.example", FAR, True),
+        ("JUDGE.example", FAR, True),
+        ("judge.example:8000", FAR, True),
+        ("judge.example:81", FAR, False),
+        ("dge.example", FAR, False),
+        ("a b,judge.example", FAR, True),
+        ("10.0.0.0/8", "http://10.1.2.3", True),
+        ("10.0.0.0/8", "http://11.1.2.3", False),
+        ("10.1.2.3:80", "http://10.1.2.3", True),
+        ("[fd00::1]", "http://[fd00::1]:80", True),
+        ("fd00::1", "http://[fd00::1]", True),
+        ("[fd00::1]:81", "http://[fd00::1]", False),
+        ("fd00::/8", "https://[fd00::1]", True),
+        ("", FAR, False),
+        ("", "http://127.1:8000", True),
+        ("", "http://2130706433:8000", True),
+        ("10.0.0.0/8", "http://10.1", True),
+    ],
+)
+def test_no_proxy_lists_names_addresses_and_networks(
+    listed: str, url: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NO_PROXY is read as curl and requests read it, IPv6 addresses with brackets or without."""
+    monkeypatch.setenv("ALL_PROXY", "proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", listed)
+
+    assert (proxy_of(url) is None) == direct
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "a.localhost.", "127.0.0.1", "127.255.0.3", "127.1", "0x7f.1", "::1", "::ffff:127.0.0.1"]
+)
+def test_names_of_this_machine(host: str) -> None:
+    """All of them are loopback, and what only looks like them is not."""
+    assert is_loopback(host)
+    assert not any(is_loopback(other) for other in (f"{host}.example", "localhost.example", "128.0.0.1", "::2"))
+
+
+def test_other_libraries_leave_loopback_alone(server: ScoringServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `exempt_loopback` httpx and requests read NO_PROXY, keep what it lists, and leave loopback unproxied."""
+    monkeypatch.setenv("http_proxy", ABSENT)
+    monkeypatch.setenv("NO_PROXY", "[::1],far.example")
+
+    exempt_loopback()
+
+    assert os.environ["no_proxy"].startswith("::1,far.example,")
+    body = {"prompt": "p", "response": "1"}
+    assert httpx.post(server.url, json=body, headers={"X-Request-Id": "a"}).status_code == 200
+    assert requests.post(server.url, json=body, headers={"X-Request-Id": "a"}, timeout=10).status_code == 200
+
+
+def test_the_upstream_is_asked_as_the_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upstream on loopback is asked directly; one behind a proxy that is gone names the proxy."""
+    monkeypatch.setenv("ALL_PROXY", ABSENT)
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        here = base_url(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    with pytest.raises(UpstreamError, match=r"^(?!.*ALL_PROXY)"):
+        find_served(Access(url=here, key=SecretStr("k")), None)
+
+    with pytest.raises(UpstreamError, match=r"proxy http://127\.0\.0\.1:9 of ALL_PROXY"):
+        find_served(Access(url=base_url(FAR)), None)
+
+
+def test_traces_for_a_collector_on_loopback_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter does not take a proxy to loopback."""
+    monkeypatch.setenv("http_proxy", ABSENT)
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    with collector() as found:
+        started = tracing.start(found.url, "judge-api")
+        with started.request(None):
+            pass
+        started.close()
+
+    assert found.spans()
+
+
+def test_the_hub_is_asked_as_the_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub behind a proxy that is gone is out of reach by that proxy, and one on loopback is asked directly."""
+    monkeypatch.setenv("http_proxy", ABSENT)
+    monkeypatch.setenv("NO_PROXY", "[::1]")
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    with pytest.raises(HubError, match=r"asked through the proxy http://127\.0\.0\.1:9 of http_proxy"):
+        fetch_snapshot("org/model", progress=False)
+
+    with scoring_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        with pytest.raises(HubError, match="answers 501"):
+            fetch_snapshot("org/model", progress=False)

@@ -1,0 +1,242 @@
+"""What the vLLM engine is started with, and starts that must fail; vLLM itself is not needed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine.contract import AnyItem, ScoreItem
+from service.engine.fake import FakeEngine
+from service.engine.remote_core import EngineLostError, RemoteCore
+from service.engine.vllm.config import Lora, VllmOptions, VllmStartError, engine_arguments
+from service.loading.engines import find_model
+from service.models.manifest import ModelError
+from service.process.orphans import OrphanGuard
+from service.queue.contract import Job
+from service.queue.memory import MemoryJobs
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.worker.loop import Worker
+from service.worker.scheduler import Batcher
+from tests.support.live import wait_for
+
+
+def options(**more: Any) -> VllmOptions:
+    """Options for labels, with these changes."""
+    return VllmOptions(**{"task": "labels", "max_tokens": 100, **more})
+
+
+def adapter(folder: Path, rank: int = 12) -> Path:
+    """The folder of an adapter, as far as it is looked at before vLLM reads it."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    (folder / "adapter_model.bin").write_bytes(bytes(10))
+    return folder
+
+
+def test_prompts_leave_room_for_the_label() -> None:
+    """The label counts as a token that is written; a classification head writes none."""
+    lengths = [engine_arguments(Path("m"), options(task=task))["max_model_len"] for task in ("labels", "classify")]
+
+    assert lengths == [101, 100]
+
+
+def test_the_output_layer_is_in_fp32_unless_told_otherwise() -> None:
+    """bf16 logits are too coarse; other overrides of the model's configuration leave that alone."""
+    more = engine_arguments(Path("m"), options(extra={"hf_overrides": {"rope_theta": 1.0}}))
+    other = engine_arguments(Path("m"), options(extra={"hf_overrides": {"head_dtype": "model"}}))
+
+    assert more["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
+    assert other["hf_overrides"] == {"head_dtype": "model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("max_model_len", "use --max-tokens"), ("enable_prefix_caching", "relies on")]
+)
+def test_arguments_that_have_a_flag_are_refused(name: str, advice: str) -> None:
+    """Two sources for one value could only disagree."""
+    with pytest.raises(VllmStartError, match=f"--vllm-args may not hold {name}: .*{advice}"):
+        engine_arguments(Path("m"), options(extra={name: 1}))
+
+
+def test_an_adapters_rank_is_rounded_up(tmp_path: Path) -> None:
+    """vLLM takes some ranks only as its limit."""
+    lora = Lora("mine", adapter(tmp_path / "a", rank=12))
+
+    assert engine_arguments(Path("m"), options(lora=lora))["max_lora_rank"] == 16
+
+
+def test_an_adapter_is_another_judge(tiny_model: Path, tmp_path: Path) -> None:
+    """Its name is the model's name, and queues and caches of the bare model are not shared."""
+    bare = find_model(Settings(engine="vllm", model=str(tiny_model)))
+    changed = find_model(
+        Settings(engine="vllm", model=str(tiny_model), lora=f"mine={adapter(tmp_path / 'a')}"),
+    )
+
+    assert (changed.id, changed.max_tokens) == ("mine", bare.max_tokens)
+    assert changed.fingerprint != bare.fingerprint
+
+
+def test_a_folder_without_an_adapter_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    """Before vLLM is started; and an engine that runs no adapters says so."""
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        find_model(Settings(engine="vllm", model=str(tiny_model), lora=f"mine={tmp_path}"))
+    with pytest.raises(ValueError, match="--lora needs --engine vllm"):
+        find_model(Settings(engine="torch", model=str(tiny_model), lora=f"mine={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"use_dora": True, "bias": "all"}, "use_dora, bias"),
+        ({"alpha_pattern": {"q_proj": 64}}, "alpha_pattern"),
+    ],
+)
+def test_an_adapter_that_vllm_would_serve_in_part_is_refused(
+    more: dict[str, Any], told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Before it is started; the message says how to serve it all the same."""
+    folder = adapter(tmp_path / "a")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, **more}))
+
+    with pytest.raises(ModelError, match=rf"an adapter with {told} beside its base: .*trainer\.merge"):
+        find_model(Settings(engine="vllm", model=str(tiny_model), lora=f"mine={folder}"))
+
+
+def test_the_longest_prompt_is_one_token_shorter(tiny_model: Path) -> None:
+    """As long as the model reads, less the label."""
+    longest = [find_model(Settings(engine=engine, model=str(tiny_model))).max_tokens for engine in ("torch", "vllm")]
+
+    assert longest == [2048, 2047]
+
+
+def test_arguments_come_as_json() -> None:
+    """From a flag or from the environment."""
+    assert Settings(vllm_args='{"enforce_eager": true}').vllm_args == {"enforce_eager": True}
+
+
+GUARDING = """
+import subprocess, sys, time
+from service.process.orphans import OrphanGuard
+guard = OrphanGuard()
+child = subprocess.Popen(["/bin/sh", "-c", "sleep 600 & echo $$ $!; wait"], stdout=subprocess.PIPE, text=True)
+print(child.stdout.readline(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_orphans_are_ended_with_their_parent() -> None:
+    """kill -9 of a process with a guard: its children and theirs are gone, too."""
+    parent = subprocess.Popen([sys.executable, "-c", GUARDING], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+
+    assert len(pids) == 2
+    assert wait_for(lambda: not any(map(alive, pids)), 20)
+
+
+def test_a_guard_ends_what_was_started_after_it() -> None:
+    """And nothing else; dismissed, nothing at all."""
+    before = subprocess.Popen(["/bin/sleep", "60"])
+    guard = OrphanGuard()
+    after = subprocess.Popen(["/bin/sleep", "60"])
+    guard.end_them()
+    dismissed = OrphanGuard()
+    spared = subprocess.Popen(["/bin/sleep", "60"])
+    dismissed.dismiss()
+    statuses = [after.wait(20), spared.poll(), before.poll()]
+    for process in (before, spared):
+        process.kill()
+        process.wait()
+
+    assert statuses == [-signal.SIGKILL, None, None]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs (a zombie does not)."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+class LostEngine(FakeEngine):
+    """An engine whose processes die while it is asked, and that notes the deadlines it is told."""
+
+    def check(self) -> None:
+        """They live until they are asked."""
+
+    def set_deadlines(self, deadlines: Sequence[float]) -> None:
+        """Kept for the test."""
+        told.append(list(deadlines))
+
+    def _read(self, items: Sequence[AnyItem]) -> None:  # noqa: ARG002 the fake engine's signature
+        raise EngineLostError("gone")
+
+
+told: list[list[float]] = []
+
+
+async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
+    """Its jobs are for another worker: no failure is sent, and the items are not tried one by one."""
+    queue = MemoryJobs(10, 10_000)
+    await queue.open()
+    jobs = [Job(name, ScoreItem([1, 2], (3,)), deadline=1e12, submitted=0.0) for name in "ab"]
+    futures = await queue.submit(jobs)
+    engine = LostEngine()
+    worker = Worker(engine, queue, Batcher(1000, 10, 0.0), Metrics())
+
+    with pytest.raises(EngineLostError):
+        worker.run(threading.Event())
+
+    assert isinstance(engine, RemoteCore)
+    assert told == [[1e12, 1e12]]
+    assert not any(future.done() and future.result().outcome for future in futures)
+    queue.cancel([job.id for job in jobs])
+
+
+def test_a_machine_without_a_gpu_is_named(tmp_path: Path) -> None:
+    """Not in vLLM's words, which are of an empty string: what is missing, and what runs without it."""
+    modules = {
+        "engine/arg_utils": "AsyncEngineArgs = None",
+        "platforms/__init__": "class current_platform:\n    is_unspecified = staticmethod(lambda: True)",
+        "usage/usage_lib": "UsageContext = None",
+    }
+    for name, text in {"__init__": "", **modules}.items():
+        file = tmp_path / "vllm" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    asked = (
+        "from pathlib import Path; from service.engine.vllm.config import *; "
+        "make_config(Path('m'), VllmOptions(task='labels', max_tokens=9))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+
+    said = subprocess.run(
+        [sys.executable, "-c", asked],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    ).stderr
+
+    assert "VllmStartError: vLLM finds no GPU here" in said
+    assert "--engine torch" in said
+
+
+def test_no_part_of_vllm_is_imported_for_its_arguments() -> None:
+    """The HTTP side reads these settings too."""
+    assert "vllm" not in sys.modules
+    assert "VLLM_BATCH_INVARIANT" not in os.environ

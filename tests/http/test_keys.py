@@ -1,0 +1,119 @@
+"""Keys of callers: nothing that stands for no key, however it is written, opens the service."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from pydantic import SecretStr, ValidationError
+from starlette.responses import PlainTextResponse
+
+from service.cli import settings_from
+from service.http.middleware import Authentication
+from service.settings import Settings, WorkerSettings
+from service.telemetry.metrics import Metrics
+from tests.process.test_process import run
+
+BLANK = [
+    "",
+    " ",
+    ",",
+    "secret,",
+    "secret, ",
+    ",secret",
+    "secret,,other",
+    "secret,\n",
+    "secret,\t",
+    "secret,\u00a0",
+    "\n",
+]
+UNSENDABLE = [
+    "se cret",
+    "se\ncret",
+    "s\u00e9cret",
+    "secret,\u200b",
+    "\ufeffsecret",
+    '["secret", ""]',
+    "secret\0",
+    '""',
+    "'secret'",
+]
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+@pytest.mark.parametrize("value", BLANK + UNSENDABLE)
+def test_a_list_with_a_key_that_is_none_is_refused_at_start(
+    way: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2 and one line that names the setting and repeats nothing of it."""
+    if way == "environment" and "\0" not in value:
+        monkeypatch.setenv("JUDGE_API_KEY", value)
+
+    with pytest.raises(SystemExit) as ended:
+        settings_from(Settings, ["--api-key", value] if way == "flag" or "\0" in value else [])
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.count("--api-key: ") == said.count("\n") == 1
+    assert "cret" not in said
+
+
+def test_flags_that_are_given_twice_are_one_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--api-key secret --api-key ""` holds a blank key as well."""
+    with pytest.raises(SystemExit) as ended:
+        settings_from(Settings, ["--api-key", "secret", "--api-key", ""])
+
+    assert ended.value.code == 2
+    assert "blank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", " ", ["secret", ""], ["secret", " "], [SecretStr("secret"), SecretStr("")]])
+def test_a_blank_key_given_in_code_is_refused(value: object) -> None:
+    """Text, lists and secrets alike; the error does not show what was given."""
+    with pytest.raises(ValidationError, match="blank") as refused:
+        Settings(api_key=value)
+
+    assert "secret" not in str(refused.value)
+
+
+def test_a_list_of_good_keys_is_taken_with_the_white_space_of_its_file() -> None:
+    """A file ends in a newline, and people write a space behind a comma."""
+    keys = Settings(api_key="first, second\n").api_key
+
+    assert [key.get_secret_value() for key in keys] == ["first", "second"]
+
+
+def test_a_service_does_not_start_with_a_blank_key() -> None:
+    """The process itself: one line, no traceback."""
+    ended = run("service", "--engine", "fake", "--port", "0", env={"JUDGE_API_KEY": "secret, "})
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "--api-key" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["template_file", "calibration_file"])
+def test_a_list_of_files_is_empty_or_has_no_blank_entry(name: str) -> None:
+    """Compose passes on what is set to nothing; a blank entry beside others is a mistake, not this folder."""
+    assert getattr(Settings(**{name: " "}), name) == []
+    with pytest.raises(ValidationError, match="blank"):
+        Settings(**{name: "a.toml, "})
+
+
+def test_a_workers_list_of_files_may_be_empty_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same variables reach both programs."""
+    monkeypatch.setenv("JUDGE_TEMPLATE_FILE", "")
+
+    assert settings_from(WorkerSettings, []).template_file == []
+
+
+@pytest.mark.parametrize(
+    "header", [{}, *({"Authorization": each} for each in ("Bearer", "Bearer ", "Bearer \u00a0", ""))]
+)
+async def test_no_key_is_never_a_key_whatever_was_configured(header: dict[str, str]) -> None:
+    """The guard itself does not rely on the settings' checks."""
+    guard = Authentication(PlainTextResponse("judged"), ["", "secret"], Metrics())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://judge") as http:
+        encoded = [(name.encode(), value.encode("latin-1")) for name, value in header.items()]
+        bare = await http.get("/score", headers=encoded)
+        good = await http.get("/score", headers={"Authorization": "Bearer secret"})
+
+    assert (bare.status_code, good.status_code) == (401, 200)

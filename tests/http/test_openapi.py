@@ -1,0 +1,68 @@
+"""Requests made up from the live OpenAPI document: whatever is sent, the service stands, and keeps its own promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.support.live import Live, live_service
+
+PROMISES = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch"]
+READING = ["/templates", "/v1/models", "/health", "/ready", "/metrics"]
+FITTING, UNFITTING = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+TRIALS = [
+    *(("post", path, mode) for path in JUDGING for mode in (FITTING, UNFITTING)),
+    *(("get", path, FITTING) for path in READING),
+]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """A service whose bodies are small, so that the limit is met as well."""
+    with live_service(max_body_bytes=20_000) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def openapi(live: Live) -> schemathesis.BaseSchema:
+    """The document that the running service shows."""
+    return schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+
+
+def test_every_documented_operation_is_tried(openapi: schemathesis.BaseSchema) -> None:
+    """A new route must be added to the list above."""
+    documented = {(operation.ok().method.lower(), operation.ok().path) for operation in openapi.get_all_operations()}
+
+    assert documented == {(method, path) for method, path, _ in TRIALS}
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), TRIALS)
+def test_no_made_up_request_breaks_the_service(
+    openapi: schemathesis.BaseSchema, method: str, path: str, mode: GenerationMode
+) -> None:
+    """No 500, and every status, header, content type and body is one that the document promises."""
+
+    @given(case=openapi[path][method].as_strategy(generation_mode=mode))
+    @settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def send(case: schemathesis.Case) -> None:
+        case.call_and_validate(checks=PROMISES)
+
+    send()

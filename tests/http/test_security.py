@@ -1,0 +1,345 @@
+"""What an attacker sends, and what an operator must not find in the log. Bodies and texts of other kinds of bad input
+are in test_bad_input.py, the page's in test_playground.py and test_playground_browser.py."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+from structlog.testing import capture_logs
+
+from bench.support.process import free_port
+from client.errors import ErrorCode
+from service.errors import ServiceError
+from service.http.guard import MAX_HEAD_BYTES
+from service.http.middleware import RequestContext
+from service.prompts.templates import TemplateLibrary
+from service.telemetry.metrics import Metrics
+from tests.prompts.test_prompt import CHAT, builder, decoded
+from tests.support.fleet import Program
+from tests.support.live import Live, live_service, wait_for
+
+PAIR = {"prompt": "What is 2+2?", "response": "4"}
+BODY = json.dumps(PAIR).encode()
+SIZE = str(len(BODY)).encode()
+CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+# What a proxy in front would take for a part of the first request.
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HEADS = {
+    "length and chunked": (b"Content-Length: %s\r\nTransfer-Encoding: chunked" % SIZE, b"0\r\n\r\n"),
+    "chunked and length": (b"Transfer-Encoding: chunked\r\nContent-Length: 4", b"0\r\n\r\n"),
+    "two lengths": (b"Content-Length: %s\r\nContent-Length: 0" % SIZE, BODY),
+    "a list of lengths": (b"Content-Length: %s, %s" % (SIZE, SIZE), BODY),
+    "length with a sign": (b"Content-Length: +%s" % SIZE, BODY),
+    "negative length": (b"Content-Length: -1", BODY),
+    "length in hex": (b"Content-Length: 0x10", BODY),
+    "length over 64 bits": (b"Content-Length: 99999999999999999999999", BODY),
+    "unknown coding": (b"Transfer-Encoding: xchunked", CHUNK),
+    "chunked not last": (b"Transfer-Encoding: chunked, identity", CHUNK),
+    "coding behind a control character": (b"Transfer-Encoding: \x0bchunked", CHUNK),
+    "two codings": (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity", CHUNK),
+    "space before the colon": (b"Transfer-Encoding : chunked\r\nContent-Length: 5", CHUNK),
+    "folded header": (b"X-A: b\r\n Content-Length: 3", BODY),
+    "NUL in a header": (b"X-A: b\0c\r\nContent-Length: %s" % SIZE, BODY),
+    "bare CR in a header": (b"X-Request-Id: a\rSet-Cookie: b\r\nContent-Length: %s" % SIZE, BODY),
+    "chunk size that is none": (b"Transfer-Encoding: chunked", b"zz\r\n%s\r\n0\r\n\r\n" % BODY),
+    "negative chunk": (b"Transfer-Encoding: chunked", b"-1\r\n%s\r\n0\r\n\r\n" % BODY),
+    "chunk size with 0x": (b"Transfer-Encoding: chunked", b"0x1f\r\n%s\r\n0\r\n\r\n" % BODY),
+    "chunk size over 64 bits": (b"Transfer-Encoding: chunked", b"10000000000000001\r\n%s\r\n0\r\n\r\n" % BODY),
+    "chunk longer than it says": (b"Transfer-Encoding: chunked", b"3\r\n%s\r\n0\r\n\r\n" % BODY),
+    "chunks between bare LFs": (b"Transfer-Encoding: chunked", CHUNK.replace(b"\r\n", b"\n")),
+    "bare CR in a chunk's extension": (b"Transfer-Encoding: chunked", CHUNK.replace(b"\r\n", b";a\rb\r\n", 1)),
+}
+WHOLE = {
+    "bare LFs": b"POST /score HTTP/1.1\nHost: localhost\nContent-Length: %s\n\n%s" % (SIZE, BODY),
+    "two versions": b"GET /health HTTP/1.1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "CR in the path": b"GET /health\rX HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    **{
+        name: b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%s\r\n\r\n%s" % each
+        for name, each in HEADS.items()
+    },
+}
+INJECTIONS = [
+    "{prompt.__class__}",
+    "{0}",
+    "{prompt!r:>1000}",
+    "{instruction.__init__.__globals__}",
+    "{{config}}",
+    "{{ 7*7 }}",
+    "{% include '/etc/passwd' %}",
+    "{% for c in ().__class__.__base__.__subclasses__() %}{{c}}{% endfor %}",
+    "${HOME} $(id) `id` %s %(prompt)s",
+]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """A service that allows small bodies only, and little time for them."""
+    with live_service(max_body_bytes=10_000, body_timeout=0.5) as service:
+        yield service
+
+
+def connected(live: Live) -> socket.socket:
+    address = httpx.URL(live.url)
+    return socket.create_connection((address.host, address.port or 80), timeout=20)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that the service answers before it closes the connection; raises TimeoutError where it does not."""
+    got = b""
+    with suppress(ConnectionError):
+        while part := connection.recv(65536):
+            got += part
+    return got
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_proxies_could_read_in_two_ways_is_refused(live: Live, name: str) -> None:
+    """One 400 and a closed connection; the request that is hidden behind it gets no answer."""
+    with connected(live) as connection:
+        connection.sendall(WHOLE[name] + SMUGGLED)
+        got = until_closed(connection)
+
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert got.count(b"HTTP/1.1 ") == 1
+    assert b"fingerprint" not in got
+
+
+def test_a_request_within_a_body_is_a_body(live: Live) -> None:
+    """Where a route does not read its body, that is not taken for the next request."""
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED)
+    with connected(live) as connection:
+        connection.sendall(head + SMUGGLED)
+        got = until_closed(connection)
+
+    assert (got[:13], got.count(b"HTTP/1.1 ")) == (b"HTTP/1.1 200 ", 1)
+
+
+@pytest.mark.parametrize("sent", ["a\tb", "a\u00e9b", "x" * 129, "a b"])
+def test_a_request_id_that_could_break_a_header_or_a_log_is_replaced(live: Live, sent: str) -> None:
+    """What is echoed is visible ASCII, and short."""
+    echoed = httpx.get(f"{live.url}/health", headers=[(b"X-Request-Id", sent.encode())]).headers["x-request-id"]
+
+    assert len(echoed) == 32
+    assert echoed != sent
+
+
+def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
+    """Ten gigabytes are announced, none is sent, and the answer comes."""
+    with connected(live) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
+        got = until_closed(connection)
+
+    assert got.startswith(b"HTTP/1.1 413 ")
+    assert b"payload_too_large" in got
+    assert b"\r\nconnection: close\r\n" in got.lower()
+
+
+def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None:
+    """The caller never says that it is at its end."""
+    with connected(live) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b"4000\r\n%s\r\n" % (b"x" * 0x4000))
+        got = until_closed(connection)
+
+    assert got.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_that_trickles_in_is_given_up(live: Live) -> None:
+    """The time is for the whole body: a byte now and then does not prolong it."""
+    with connected(live) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        with suppress(ConnectionError):
+            while not trickled(connection, b"x"):
+                pass
+        got = until_closed(connection)
+
+    assert got.startswith(b"HTTP/1.1 408 ")
+
+
+def trickled(connection: socket.socket, byte: bytes) -> bool:
+    """Send one more byte; whether there is an answer already."""
+    connection.sendall(byte)
+    connection.settimeout(0.05)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK)) or True
+    except TimeoutError:
+        return False
+    finally:
+        connection.settimeout(20)
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nX-A: b"])
+def test_a_head_that_does_not_come_ends_the_connection(live: Live, begun: bytes) -> None:
+    """Nor does a connection that says nothing, or half of its headers, stay for ever."""
+    with connected(live) as connection:
+        connection.sendall(begun)
+
+        assert until_closed(connection) == b""
+
+
+def test_a_head_that_comes_after_another_request_has_its_time_too(live: Live) -> None:
+    """On a connection that has been used before."""
+    with connected(live) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nX-A")
+
+        assert until_closed(connection).count(b"HTTP/1.1 200 ") == 1
+
+
+def test_a_head_without_end_is_refused() -> None:
+    """Headers are bounded like bodies, however much time there is for them."""
+    with live_service(body_timeout=60) as patient, connected(patient) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+            connection.sendall(b"X-A: %s\r\n" % (b"a" * MAX_HEAD_BYTES) * 4)
+        got = until_closed(connection)
+
+    # Where more of the head is on its way than is read, the connection is reset and the answer lost.
+    assert got == b"" or got.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 9000, b'{"prompt":' * 900, b'{"prompt":"a","response":"b","template":{"layout":' + b"[" * 9000]
+)
+def test_a_body_nested_without_end_is_400(live: Live, body: bytes) -> None:
+    """The parser's depth is a mistake of the caller's."""
+    answer = live.http.post("/score", content=body, headers={"Content-Type": "application/json"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/metrics", "/health", "/openapi.json", "/v1/models", "/nowhere"])
+def test_no_answer_is_left_to_be_guessed(live: Live, path: str) -> None:
+    """Every answer, errors too, tells browsers to take it for what it says it is, and names no server."""
+    headers = live.http.get(path).headers
+
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "server" not in headers
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_cannot_be_framed_and_run_scripts_of_their_own_alone(live: Live, path: str) -> None:
+    """The policy is there on whatever a person opens."""
+    policy = live.http.get(path).headers["content-security-policy"]
+
+    assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_template_of_a_file_is_text_and_nothing_else(tmp_path: Path, text: str) -> None:
+    """Fields of formats, Jinja and the shell stand in the prompt as they were written."""
+    layout = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:"
+    mine = {"name": "mine", "version": 1, "format": "raw", "layout": layout, "instruction": text}
+    labels = {"yes": [" Yes"], "no": [" No"]}
+    (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine | {"labels": labels}]}), encoding="utf-8")
+    with live_service(worker=False, template_file=[tmp_path / "mine.json"]) as live:
+        listed = live.http.get("/templates").json()["templates"]
+
+    (found,) = [each for each in listed if each["name"] == "mine"]
+    assert (found["layout"], found["instruction"]) == (layout, text)
+
+
+@pytest.mark.parametrize("form", ["chat", "raw"])
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_templates_text_reaches_the_model_as_it_was_written(tmp_path: Path, form: str, text: str) -> None:
+    """Neither reading the file nor filling its slots interprets anything."""
+    mine = {"name": "mine", "version": 1, "format": form, "instruction": text, "labels": {"yes": ["Yes"], "no": ["No"]}}
+    mine["layout"] = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:\n"
+    (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine]}), encoding="utf-8")
+    library = TemplateLibrary.load("chat", [tmp_path / "mine.json"])
+
+    built = builder().build(library.get("mine"), "p", ["r"], "error")
+
+    assert f"{text} {text} p r\nVerdict:" in decoded("tiny", built)
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_a_callers_text_is_not_interpreted_by_the_models_chat_template(text: str) -> None:
+    """The model's Jinja is run over a stand-in; prompt and response reach the model as they were sent."""
+    built = builder().build(CHAT.default("pointwise"), text, [text], "error")
+
+    assert decoded("tiny", built).count(text) == 2
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "..\\..\\boot.ini", "a\0b"])
+def test_a_template_name_opens_no_file(live: Live, name: str) -> None:
+    """A name is looked up among those that are loaded, and not repeated."""
+    answer = live.http.post("/score", json={**PAIR, "template": name})
+
+    assert answer.status_code in (404, 422)
+    assert "etc" not in answer.text
+    assert "boot" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("deep.toml", "templates = " + "[" * 50_000),
+        ("deep.json", '{"templates": ' + "[" * 200_000),
+        ("huge.json", '{"templates": [{"name": "x", "version": ' + "9" * 5000 + "}]}"),
+        ("device.toml", "\0" * 100),
+    ],
+)
+def test_a_file_made_to_break_the_parser_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
+    """Nesting and numbers without end are told like any other mistake."""
+    (tmp_path / file).write_text(content, encoding="utf-8")
+
+    with pytest.raises(ServiceError, match=file) as refused:
+        TemplateLibrary.load("chat", [tmp_path / file])
+
+    assert refused.value.code == ErrorCode.BAD_TEMPLATE
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_neither_keys_nor_texts_are_in_the_log(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At level debug: a good key, a wrong one in every place, texts in every field, broken requests, a failed batch."""
+    monkeypatch.setenv("JUDGE_API_KEY", "good-KEY-1,good-KEY-2")
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ["--engine", "fake", "--port", str(port), "--log-format", form, "--log-level", "debug"]
+    service = Program(["service", *flags], tmp_path / "log")
+    assert wait_for(lambda: not service.alive or "listening" in service.output, seconds=100), service.output
+    judged = {"prompt": "PRIVATE prompt", "response": "PRIVATE response"}
+    statuses = [
+        httpx.post(f"{url}{path}", json=body, headers=headers, timeout=60).status_code
+        for path, body, headers in [
+            ("/score", judged, {"Authorization": "Bearer good-KEY-1"}),
+            ("/score", judged | {"template": "PRIVATE-template"}, {"Authorization": "Bearer good-KEY-2"}),
+            ("/score", judged | {"PRIVATE": "field"}, {"Authorization": "Bearer good-KEY-2"}),
+            ("/score", judged, {"Authorization": "Bearer wrong-KEY"}),
+            ("/score", judged, {"Authorization": "Basic wrong-KEY"}),
+            ("/score?api_key=wrong-KEY", judged, {}),
+            ("/PRIVATE-path?api_key=good-KEY-1", judged, {"Authorization": "Bearer good-KEY-1"}),
+            ("/score", judged, {"Authorization": "Bearer good-KEY-1", "X-Request-Timeout": "PRIVATE"}),
+        ]
+    ]
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(b"GET /PRIVATE HTTP/1.1\r\nAuthorization: Bearer wrong-KEY\r\nBad Header: PRIVATE\r\n\r\n")
+        until_closed(connection)
+    service.terminate()
+
+    assert (service.wait(), statuses) == (0, [200, 404, 422, 401, 401, 401, 404, 400])
+    assert service.output.count("request_id") >= len(statuses)
+    assert not [secret for secret in ("good-KEY", "wrong-KEY", "PRIVATE") if secret in service.output]
+
+
+async def test_what_nobody_caught_is_told_without_its_words() -> None:
+    """An exception's message may hold the caller's text: log and caller get the kind, the place and the code alone."""
+
+    async def broken(scope: Scope, _: Receive, __: Send) -> None:
+        raise ValueError(scope["path"])
+
+    transport = httpx.ASGITransport(RequestContext(broken, Metrics()))
+    with capture_logs() as events:
+        async with httpx.AsyncClient(transport=transport, base_url="http://judge") as http:
+            answer = await http.get("/PRIVATE")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert [event["error"] for event in events if event["event"] == "unhandled"] == ["ValueError"]
+    assert "PRIVATE" not in f"{events} {answer.text} {answer.headers}"

@@ -1,0 +1,61 @@
+"""Files that are replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.runtime.files import write_whole
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from client.runtime.files import write_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_whole(Path(sys.argv[1]), b"y" * 5000)
+"""
+
+
+@pytest.mark.parametrize("data", ["new \u00e9", "new \u00e9".encode()])
+def test_a_file_is_replaced(tmp_path: Path, data: str | bytes) -> None:
+    """Text is written in UTF-8, and nothing is left beside the file."""
+    (tmp_path / "file").write_text("old")
+
+    write_whole(tmp_path / "file", data)
+
+    assert (tmp_path / "file").read_text("utf-8") == "new \u00e9"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    """And no part of the new one, under any name."""
+    (tmp_path / "file").write_text("old")
+
+    ended = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "file")], capture_output=True, check=False)
+
+    assert ended.returncode == 1
+    assert (tmp_path / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """What it leads to is replaced."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
+
+    write_whole(tmp_path / "link", "new")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def test_a_device_is_written_to() -> None:
+    """`--out /dev/null` does not put a file in its place."""
+    write_whole(Path(os.devnull), "new")
+
+    assert not Path(os.devnull).is_file()

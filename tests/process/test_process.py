@@ -1,0 +1,190 @@
+"""The service as a process of its own: start, flags, environment, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench.support.process import running_service
+from tests.support.live import wait_for
+
+PAIR = {"prompt": "What is 2+2?", "response": "4"}
+SLOW = ("--engine", "fake", "--fake-delay", "1")
+
+
+def run(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        check=False,
+    )
+
+
+def test_help_explains_every_flag() -> None:
+    """--help names each setting with its meaning, and does not wait for a model library."""
+    shown = run("service", "--help")
+
+    assert shown.returncode == 0
+    assert {"--host", "--model", "--engine", "--api-key", "--queue-url", "--max-tokens"} <= set(shown.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--port", "99999"], "--port"),
+        (["--engine", "abacus"], "--engine"),
+        (["--queue-url", "ftp://localhost"], "--queue-url"),
+        (["--no-such-flag"], "unrecognized"),
+    ],
+)
+def test_bad_flags_end_with_status_2_and_say_which(arguments: list[str], said: str) -> None:
+    """A mistake in the settings is one line, not a traceback."""
+    ended = run("service", *arguments)
+
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_bad_setting_does_not_show_the_keys() -> None:
+    """Keys in the environment never reach the screen, also when the settings are refused."""
+    ended = run("service", "--port", "99999", env={"JUDGE_API_KEY": "hunter2"})
+
+    assert "hunter2" not in ended.stdout + ended.stderr
+
+
+def test_an_unknown_model_ends_with_status_1_and_what_to_do() -> None:
+    """The known names are listed."""
+    ended = run("service", "--model", "no-such-model")
+
+    assert ended.returncode == 1
+    assert "smollm2-135m-instruct" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_template_file_that_does_not_load_ends_with_status_1(tmp_path: Path) -> None:
+    """The file is named."""
+    (tmp_path / "mine.toml").write_text("[[template]\n")
+
+    ended = run("service", "--engine", "fake", "--template-file", str(tmp_path / "mine.toml"))
+
+    assert ended.returncode == 1
+    assert "mine.toml" in ended.stderr
+
+
+def test_a_port_in_use_ends_with_an_error() -> None:
+    """Two services cannot share a port: the second says so and ends."""
+    with running_service("--engine", "fake") as service:
+        ended = run("service", "--engine", "fake", "--port", str(httpx.URL(service.url).port))
+
+    assert ended.returncode != 0
+    assert "in use" in ended.stderr
+
+
+def test_settings_come_from_the_environment_too() -> None:
+    """JUDGE_API_KEY guards the routes like --api-key."""
+    with running_service("--engine", "fake", env={"JUDGE_API_KEY": "hunter2"}) as service:
+        without = httpx.post(f"{service.url}/score", json=PAIR)
+        with_key = httpx.post(f"{service.url}/score", json=PAIR, headers={"Authorization": "Bearer hunter2"})
+
+    assert (without.status_code, with_key.status_code) == (401, 200)
+
+
+def test_a_real_model_behind_http(tiny_model: Path) -> None:
+    """The torch engine with a model folder: the whole way from the command line to a score."""
+    with running_service("--model", str(tiny_model), "--dtype", "float32") as service:
+        first = httpx.post(f"{service.url}/score", json=PAIR, timeout=60).json()
+        again = httpx.post(f"{service.url}/score/batch", json={"items": [PAIR, PAIR]}, timeout=60).json()["results"]
+        (model,) = httpx.get(f"{service.url}/v1/models").json()["data"]
+
+    assert 0 < first["score"] < 1
+    assert [each["result"]["log_odds"] for each in again] == pytest.approx([first["log_odds"]] * 2, abs=1e-5)
+    (worker,) = model["workers"]
+    assert (worker["engine"], worker["dtype"], worker["max_tokens"]) == ("torch", "float32", 2048)
+    assert (worker["rung"], worker["stable"]) == ("packed", True)
+    assert len(worker["digest"]) == 12
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+def test_an_unknown_parameter_of_the_queues_address_is_told_in_a_line(program: str) -> None:
+    """Where the client library for Redis raises a TypeError."""
+    ended = run(program, "--engine", "fake", "--queue-url", "redis://127.0.0.1:1?bogus=1")
+
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "--queue-url" in ended.stderr
+
+
+def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
+    """Draining: the request in hand is answered, /ready and new requests say 503, then the process ends with 0."""
+    with running_service("--engine", "fake", "--fake-delay", "3") as service, ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(httpx.post, f"{service.url}/score", json=PAIR, timeout=30)
+        assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{service.url}/metrics").text)
+        service.process.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: httpx.get(f"{service.url}/ready").status_code == 503)
+        refused = httpx.post(f"{service.url}/score", json=PAIR)
+
+        assert accepted.result().status_code == 200
+        assert refused.json()["error"]["code"] == "draining"
+        assert service.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_the_service_at_once() -> None:
+    """Somebody in a hurry does not wait for the drain."""
+    with running_service(*SLOW, "--cache-entries", "0") as service, ThreadPoolExecutor(1) as pool:
+        pool.submit(httpx.post, f"{service.url}/score/batch", json={"items": [PAIR] * 1000}, timeout=30)
+        assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
+        service.process.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: httpx.get(f"{service.url}/ready").status_code == 503)
+        service.process.send_signal(signal.SIGTERM)
+
+        assert service.process.wait(20) is not None
+
+
+def test_what_outlives_the_drain_is_told_so() -> None:
+    """Work that is not done when the drain's time is over is refused like new work: it may be sent elsewhere."""
+    flags = (*SLOW, "--cache-entries", "0", "--drain-timeout", "0.1")
+    with running_service(*flags) as service, ThreadPoolExecutor(1) as pool:
+        items = {"items": [PAIR] * 1000}
+        accepted = pool.submit(httpx.post, f"{service.url}/score/batch", json=items, timeout=30)
+        assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
+        service.process.send_signal(signal.SIGTERM)
+        answer = accepted.result()
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
+
+
+def test_the_three_packages_are_ours_from_anywhere(tmp_path: Path) -> None:
+    """The names service, client and trainer resolve to this distribution in a process started in another folder."""
+    code = "import client, service, trainer; print(client.__file__, service.__file__, trainer.__file__)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+
+    root = Path(__file__).parents[2]
+    assert shown.stdout.split() == [str(root / name / "__init__.py") for name in ("client", "service", "trainer")]
+
+
+def test_the_http_side_needs_no_torch() -> None:
+    """With the fake engine and torch out of reach the service still answers."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from tests.support.live import live_service\n"
+        "with live_service() as live:\n"
+        "    print(live.http.post('/score', json={'prompt': '2+2?', 'response': '4'}).status_code)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+
+    assert shown.stdout.strip().endswith("200"), shown.stderr

@@ -1,0 +1,366 @@
+"""How the service and its worker stop: at any moment, by any signal, and whatever has become of their log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench.support.process import free_port
+from tests.support.fleet import Fleet
+from tests.support.live import wait_for
+from tests.support.redis_server import RedisServer, running_redis
+
+ROOT = Path(__file__).parents[2]
+PAIR = {"prompt": "What is 2+2?", "response": "4"}
+FAKE = ("--engine", "fake")
+TALKATIVE = ("--log-level", "debug", "--cache-entries", "0")
+
+
+@contextmanager
+def blocked_pipe() -> Iterator[int]:
+    """A pipe that is full, and whose reader has paused for ever."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * size)
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(reader)
+    os.close(writer)
+
+
+@contextmanager
+def closed_pipe() -> Iterator[int]:
+    """A pipe whose reader has left, as `tee` does at Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@contextmanager
+def full_disk() -> Iterator[int]:
+    """A file that takes nothing."""
+    with open("/dev/full", "wb") as file:
+        yield file.fileno()
+
+
+Log = Callable[[], AbstractContextManager[int]]
+
+
+@contextmanager
+def started(
+    *arguments: str, stderr: int = subprocess.PIPE, modules: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`python -m …` in a process group of its own, as a terminal's; killed in the end.
+
+    `modules` is a folder with modules that stand in for installed ones.
+    """
+    command = [sys.executable, "-m", *arguments]
+    path = os.pathsep.join([str(modules or ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def slow_import(folder: Path, module: str) -> Path:
+    """Have the import of the module hang, after it has said so by making the file that is returned."""
+    begun = folder / "begun"
+    (folder / f"{module}.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(600)\n")
+    return begun
+
+
+def status_of(url: str) -> int:
+    """The status of a GET; 0 where nobody answers."""
+    try:
+        return httpx.get(url, timeout=10).status_code
+    except httpx.HTTPError:
+        return 0
+
+
+@pytest.mark.parametrize("log", [blocked_pipe, closed_pipe, full_disk])
+def test_a_log_that_cannot_be_written_holds_up_neither_requests_nor_the_end(log: Log) -> None:
+    """From the start, under load and at Ctrl-C: a paused reader, one who has left, a full disk."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with log() as stderr, started("service", *FAKE, *TALKATIVE, "--port", str(port), stderr=stderr) as service:
+        assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
+        with httpx.Client(base_url=url, timeout=30) as http:
+            answers = [http.post("/score", json=PAIR).status_code for _ in range(50)]
+        os.killpg(service.pid, signal.SIGINT)
+
+        assert answers == [200] * 50
+        assert service.wait(30) == 0
+
+
+@pytest.mark.parametrize("log", [blocked_pipe, closed_pipe])
+def test_a_worker_stops_whatever_has_become_of_its_log(log: Log, redis_server: RedisServer) -> None:
+    """Its heartbeat shows that it works; SIGTERM ends it with 0."""
+    flags = ("--queue-url", redis_server.url)
+    with log() as stderr, started("service.worker", *FAKE, *flags, stderr=stderr) as worker:
+        with redis_server.client() as client:
+            assert wait_for(lambda: client.zcard("judge:{fake}:workers") == 1, 60)
+        worker.send_signal(signal.SIGTERM)
+
+        assert worker.wait(30) == 0
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, status: int, tmp_path: Path) -> None:
+    """While it imports what it needs; sent to the whole group, as a terminal does."""
+    begun = slow_import(tmp_path, "structlog")
+    with started(program, *FAKE, "--queue-url", "redis://127.0.0.1:1", modules=tmp_path) as process:
+        assert wait_for(begun.exists, 60)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=30)[1]
+
+    assert process.returncode == status
+    assert said.splitlines() == [f"python -m {program}: stopped by {signal.Signals(number).name}"]
+
+
+@pytest.fixture
+def slow_file(tmp_path: Path) -> Path:
+    """A file that a start waits for, as on a disk that hangs."""
+    os.mkfifo(tmp_path / "slow.toml")
+    return tmp_path / "slow.toml"
+
+
+def is_being_read(fifo: Path) -> bool:
+    with suppress(OSError):
+        os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        return True
+    return False
+
+
+def test_a_stop_while_the_start_hangs_is_a_line_of_json(slow_file: Path) -> None:
+    """What is said about it has the log's form."""
+    flags = ("--port", "0", "--template-file", str(slow_file), "--log-format", "json")
+    with started("service", *FAKE, *flags) as service:
+        assert wait_for(lambda: is_being_read(slow_file), 60)
+        service.send_signal(signal.SIGINT)
+        said = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 130
+    assert [json.loads(line)["text"] for line in said.splitlines()] == ["python -m service: stopped by SIGINT"]
+
+
+def test_a_stop_while_start_and_log_hang_ends_the_process(slow_file: Path) -> None:
+    """Nothing can be said, and nothing is waited for."""
+    flags = ("--port", "0", "--template-file", str(slow_file))
+    with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
+        assert wait_for(lambda: is_being_read(slow_file), 60)
+        service.send_signal(signal.SIGTERM)
+
+        assert service.wait(30) == 143
+
+
+def test_a_stop_while_the_model_loads_is_in_good_order(tiny_model: Path) -> None:
+    """The socket listens already, nobody waits: no traceback, no abort by a thread in native code, status 0."""
+    with started("service", "--model", str(tiny_model), "--port", "0") as service:
+        assert service.stderr is not None
+        said = service.stderr.readline()
+        service.send_signal(signal.SIGINT)
+        said += service.communicate(timeout=60)[1]
+
+        assert service.returncode == 0
+        assert "listening" in said
+        assert not {"Traceback", "terminate called", "error"} & set(said.split())
+
+
+def test_the_second_signal_ends_the_service_whatever_hangs() -> None:
+    """An engine that never returns holds up the drain, and a blocked log the words about it, but not this."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ("--port", str(port), "--fake-delay", "1000")
+    with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
+        assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
+        with httpx.Client(timeout=1) as http, pytest.raises(httpx.TimeoutException):
+            http.post(f"{url}/score", json=PAIR)
+        service.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: status_of(f"{url}/ready") != 200)
+        service.send_signal(signal.SIGTERM)
+
+        assert service.wait(10) == 143
+
+
+def test_the_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) -> None:
+    """The first one waits for the batch."""
+    api, worker = fleet.api(), fleet.worker("--fake-delay", "1000")
+    fleet.wait_ready()
+    with httpx.Client(timeout=1) as http, pytest.raises(httpx.TimeoutException):
+        http.post(f"{api.url}/score", json=PAIR)
+    worker.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(0.5)
+    worker.process.send_signal(signal.SIGINT)
+
+    assert worker.wait(10) == 130
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_port_in_use_is_told_before_anything_is_loaded(host: str) -> None:
+    """One line says which port would do; the model, which there is none of, is not looked for."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as other:
+        other.bind((host, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with started("service", "--model", "no-such-model", "--host", host, "--port", str(port)) as service:
+            said = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 1
+    (line,) = said.splitlines()
+    assert line.endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid cannot be resolved"),
+        (["--host", "a" * 70], "cannot be resolved"),
+        (["--host", "192.0.2.1"], "192.0.2.1 is no address of this machine; try --host 127.0.0.1"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_one_line(flags: list[str], said: str) -> None:
+    """It says what is wrong and which flag decides."""
+    with started("service", *FAKE, *flags) as service:
+        heard = service.communicate(timeout=30)[1]
+
+    assert service.returncode == 1
+    (line,) = heard.splitlines()
+    assert said in line
+
+
+def test_a_workers_metrics_port_in_use_is_told_by_its_flag() -> None:
+    """Before the model is loaded, too."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        flags = ("--queue-url", "redis://127.0.0.1:1", "--metrics-port", str(port))
+        with started("service.worker", "--model", "no-such-model", *flags) as worker:
+            said = worker.communicate(timeout=30)[1]
+
+    assert worker.returncode == 1
+    assert f"port {port} is in use; try --metrics-port {port + 1}" in said
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker", "service.models"])
+def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> None:
+    """Where only the client is installed, there is no pydantic-settings, no structlog and no rich."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules.update(dict.fromkeys(['structlog', 'pydantic_settings', 'fastapi', 'rich', 'rich.console']))\n"
+        f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"python -m {program}: ")
+    assert line.endswith("is missing: pip install 'judge-as-api[service]'")
+
+
+@pytest.mark.parametrize("flags", [["service"], ["service.worker", "--queue-url", "redis://127.0.0.1:1"]])
+def test_an_engine_that_is_not_installed_is_told_before_the_model_is_fetched(flags: list[str]) -> None:
+    """The HTTP side does not need torch; a process that runs the model does."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = {['x', *flags[1:], '--model', 'no-such-model', *(['--port', '0'] if len(flags) == 1 else [])]}\n"
+        f"runpy.run_module('{flags[0]}', run_name='__main__', alter_sys=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in line
+
+
+@pytest.mark.parametrize("program", ["service", "service.worker"])
+@pytest.mark.parametrize("secret", ["", ":wrong@"])
+def test_a_password_that_redis_refuses_is_told_at_the_start(program: str, secret: str) -> None:
+    """It would never get better by itself, unlike a Redis that is not there yet."""
+    with running_redis(password="right") as server:
+        url = f"redis://{secret}127.0.0.1:{server.port}/0"
+        with started(program, *FAKE, "--queue-url", url) as process:
+            said = process.communicate(timeout=30)[1]
+
+    assert process.returncode == 1
+    (line,) = said.splitlines()
+    assert "cannot start: Redis refuses the user or the password of --queue-url" in line
+    assert "wrong" not in line
+
+
+# A program whose work does not end when it is asked to, and whose beginning of the end hangs where `hangs` is set.
+STUBBORN = """
+import sys, time
+from service.process import stopping
+
+def work(stop):
+    stop.in_good_order(lambda: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
+    print("working", flush=True)
+    time.sleep(600)
+
+stopping.finish(lambda: stopping.run("stubborn", work))
+"""
+
+
+@pytest.mark.parametrize(("argument", "signals", "status"), [("", 1, 1), ("hangs", 2, 143)])
+def test_an_end_is_bounded_whatever_the_work_does(argument: str, signals: int, status: int) -> None:
+    """By its time, with an error, or by the second signal, also where the reaction to the first one hangs."""
+    command = [sys.executable, "-c", STUBBORN, argument]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "working\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+
+        assert process.wait(20) == status
+        assert ("ended as it is" in process.stderr.read()) == (status == 1)
+
+
+DOUBLED = """
+import os, signal, threading
+from service.process import stopping
+
+def work(stop):
+    begun = threading.Event()
+    stop.in_good_order(begun.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    begun.wait()
+    return 0
+
+stopping.finish(lambda: stopping.run("doubled", work))
+"""
+
+
+def test_signals_that_come_together_are_one() -> None:
+    """What was accepted is not lost to `timeout`, which sends its signal twice."""
+    assert subprocess.run([sys.executable, "-c", DOUBLED], cwd=ROOT, timeout=60, check=False).returncode == 0

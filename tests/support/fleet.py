@@ -1,0 +1,176 @@
+"""API processes and workers as processes of their own, with what they say in files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from bench.support.process import peak_of
+from tests.support.live import wait_for
+from tests.support.redis_server import free_port
+
+ROOT = Path(__file__).parents[2]
+# Python, its imports and a tokenizer, on two busy cores.
+START_SECONDS = 60.0
+
+
+class Program:
+    """`python -m …`, running; its output goes to a file."""
+
+    def __init__(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+        """`env` is added to the environment."""
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
+            )
+
+    @property
+    def output(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text("utf-8", "replace")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.poll() is None
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory that it had in use at most so far (Linux)."""
+        return peak_of(self.process.pid)
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait(20)
+
+    def terminate(self) -> None:
+        """Ask it to finish and end."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Hold it where it stands."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.process.send_signal(signal.SIGCONT)
+
+    def wait(self, seconds: float = 40) -> int:
+        """Its exit status, when it has ended; raises subprocess.TimeoutExpired."""
+        return self.process.wait(seconds)
+
+
+class Api(Program):
+    """A `python -m service` of which `url` is the address; started again by `start_again`."""
+
+    def __init__(self, flags: list[str], log: Path, port: int, env: Mapping[str, str] | None = None) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(["service", "--port", str(port), *flags], log, env)
+
+    def status(self, path: str) -> int:
+        """The HTTP status of a GET; 0 where nobody answers."""
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}{path}", timeout=10).status_code
+        return 0
+
+
+class Fleet:
+    """Processes that share one queue; all of them are killed in the end."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        """`flags` go to every process; their logs go to `folder`."""
+        self.apis: list[Api] = []
+        self.workers: list[Program] = []
+        self._folder = folder
+        self._flags = ["--engine", "fake", *flags]
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for program in [*self.apis, *self.workers]:
+            program.kill()
+
+    def api(self, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None) -> Api:
+        """Start an API process; on a free port unless one is given."""
+        api = Api([*self._flags, "--cache-entries", "0", *flags], self._log("api"), port or free_port(), env)
+        self.apis.append(api)
+        return api
+
+    def worker(self, *flags: str, env: Mapping[str, str] | None = None) -> Program:
+        """Start a worker."""
+        worker = Program(["service.worker", *self._flags, *flags], self._log("worker"), env)
+        self.workers.append(worker)
+        return worker
+
+    def _log(self, kind: str) -> Path:
+        self._count += 1
+        return self._folder / f"{self._count:02d}-{kind}.log"
+
+    def wait_ready(self) -> None:
+        """Wait until every API process is ready and every worker takes jobs; raises RuntimeError with their logs."""
+        for worker in self.workers:
+            _wait(worker, partial(_says, worker, "working"))
+        for api in self.apis:
+            _wait(api, partial(_answers, api))
+
+    @property
+    def output(self) -> str:
+        """What all processes have said."""
+        return "".join(program.output for program in [*self.apis, *self.workers])
+
+    @contextmanager
+    def replacing_the_dead(self, *flags: str) -> Iterator[None]:
+        """Start a worker for each one that ends, as a process manager does."""
+        done = threading.Event()
+        replaced: set[int] = set()
+
+        def watch() -> None:
+            while not done.wait(0.1):
+                for number, worker in enumerate(list(self.workers)):
+                    if not worker.alive and number not in replaced:
+                        replaced.add(number)
+                        self.worker(*flags)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _wait(program: Program, ready: Callable[[], bool]) -> None:
+    wait_for(lambda: not program.alive or ready(), START_SECONDS)
+    if not program.alive or not ready():
+        raise RuntimeError(f"not ready (status {program.process.returncode}); its log: {program.output}")
+
+
+def _says(program: Program, word: str) -> bool:
+    return word in program.output
+
+
+def _answers(api: Api) -> bool:
+    return api.status("/ready") == 200

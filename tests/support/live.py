@@ -1,0 +1,81 @@
+"""A real service on a loopback port, in a thread of the test's process, so that a test can hold its engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import httpx
+
+from service.engine.contract import Engine
+from service.engine.fake import FakeEngine
+from service.queue.memory import MemoryJobs
+from service.server import Server, compose, find_model
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.worker.loop import Worker
+from service.worker.scheduler import Batcher
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A running service: its address, and its parts to look at."""
+
+    url: str
+    http: httpx.Client
+    server: Server
+    queue: MemoryJobs
+    metrics: Metrics
+
+    def value(self, name: str, **labels: str) -> float:
+        """A metric's value, 0 where nothing was counted yet."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextmanager
+def live_service(engine: Engine | None = None, *, worker: bool = True, **settings: object) -> Iterator[Live]:
+    """Start a service with these settings over `engine` (a FakeEngine by default); with no worker nothing is judged."""
+    config = Settings(engine="fake", host="127.0.0.1", port=0, **settings)
+    judge = engine or FakeEngine()
+    if isinstance(judge, FakeEngine):
+        judge = replace(judge, task=config.task)
+    metrics = Metrics()
+    queue = MemoryJobs(config.max_queue_jobs, config.max_queue_tokens)
+
+    def work(stop: threading.Event) -> None:
+        if worker:
+            Worker(judge, queue, Batcher(judge.info.batch_tokens, 256, 0.002), metrics).run(stop)
+
+    with ThreadPoolExecutor(2) as executor:
+        service = compose(config, find_model(config), queue, metrics, executor)
+        server = Server(service, config, work)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            url = _address(server)
+            with httpx.Client(base_url=url, timeout=30) as http:
+                yield Live(url, http, server, queue, metrics)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+def _address(server: Server) -> str:
+    while not server.started:
+        time.sleep(0.005)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether `condition()` came true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True

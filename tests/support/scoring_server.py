@@ -1,0 +1,60 @@
+"""A service of its own thread that scores a response by the number that it is, and says over which connection."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from tests.support.fake_judge import SCORE
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ScoringServer
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.connections.append(self.client_address[1])
+        self.server.heads.append(dict(self.headers.items()))
+        items = [{"index": number, "result": _score(item)} for number, item in enumerate(asked.get("items", []))]
+        body = json.dumps({"results": items} if items else _score(asked)).encode()
+        self.send_response(200)
+        self.send_header("X-Request-Id", self.headers["X-Request-Id"])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Tests need no log."""
+
+
+def _score(asked: Any) -> dict[str, Any]:
+    return {**SCORE, "log_odds": float(asked["response"])}
+
+
+class ScoringServer(ThreadingHTTPServer):
+    """`connections` holds the caller's port of each request, `heads` its headers."""
+
+    daemon_threads = True
+    disable_nagle_algorithm = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.connections: list[int] = []
+        self.heads: list[dict[str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def scoring_server() -> Iterator[ScoringServer]:
+    """The server while the context lasts."""
+    with ScoringServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join(10)

@@ -1,0 +1,321 @@
+"""Merging: the merged model says what base and adapter say together, loads everywhere, and goes nowhere by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from service.engine.contract import ScoreItem
+from service.engine.torch.engine import TorchEngine
+from tests.support.tiny import CHAT_TEMPLATE
+from tests.support.training import toy_preferences, toy_settings, with_nan
+from trainer.dpo import train_dpo
+from trainer.merge import main, merge
+from trainer.policy.models import ModelError, load_model, load_tokenizer, quiet_libraries, resolve_model
+from trainer.tuning.preferences import Split
+from trainer.tuning.rounding import kept_update, merge_and_weigh
+
+IDS = torch.arange(3, 43)[None]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that moves the tiny model a good deal."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_dpo(tiny_model, Split(toy_preferences(16), []), folder, toy_settings())
+    return folder / "adapter"
+
+
+def logits(model: Any) -> torch.Tensor:
+    """The model's logits for IDS."""
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, adapter: Path) -> torch.Tensor:
+    """The logits of base and adapter together."""
+    with quiet_libraries():
+        return logits(PeftModel.from_pretrained(load_model(tiny_model, torch.float32), str(adapter)))
+
+
+def test_the_merged_model_is_base_and_adapter(
+    tiny_model: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    """In fp32 the logits agree to rounding, and are not the base's."""
+    merged = merge(adapter, tmp_path / "merged", dtype="float32")
+
+    assert torch.allclose(logits(load_model(merged, torch.float32)), expected, atol=1e-4)
+    assert not torch.allclose(logits(load_model(tiny_model, torch.float32)), expected, atol=0.1)
+
+
+def test_bf16_rounds_once(adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """Saved in bf16 by default, the logits differ by that format's rounding of the weights alone."""
+    merged = merge(adapter, tmp_path / "merged")
+
+    with safe_open(merged / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118 - no mapping
+    difference = logits(load_model(merged, torch.float32)) - expected
+    assert difference.square().mean().sqrt() < 0.02 * expected.std()
+
+
+def test_tied_embeddings_stay_tied(adapter: Path, tmp_path: Path) -> None:
+    """The output layer is not saved a second time, and is the embeddings after loading."""
+    merged = merge(adapter, tmp_path / "merged")
+    model = load_model(merged, torch.float32)
+
+    with safe_open(merged / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - no mapping
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_all_that_belongs_to_a_model_is_there(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Tokenizer, chat template and generation settings are the base's."""
+    merged = merge(adapter, tmp_path / "merged")
+
+    tokenizers = [load_tokenizer(folder) for folder in (tiny_model, merged)]
+    generation = [GenerationConfig.from_pretrained(folder).to_diff_dict() for folder in (tiny_model, merged)]
+    assert tokenizers[1].chat_template == CHAT_TEMPLATE
+    assert tokenizers[0]("def add(2) <|im_end|>") == tokenizers[1]("def add(2) <|im_end|>")
+    assert generation[0] == generation[1]
+
+
+def test_the_service_loads_it(adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """The judge's engine reads the labels' log-probabilities that base and adapter give."""
+    engine = TorchEngine.load(merge(adapter, tmp_path / "merged", dtype="float32"), dtype="float32", device="cpu")
+
+    answer = engine.run([ScoreItem(tuple(IDS[0].tolist()), (5, 6))])[0]
+
+    assert answer.logprobs == pytest.approx(expected[0, -1].log_softmax(0)[[5, 6]].tolist(), abs=1e-4)
+
+
+def test_the_card_has_the_runs_numbers(adapter: Path, tmp_path: Path) -> None:
+    """README.md shows the numbers given, by title."""
+    merged = merge(adapter, tmp_path / "merged", numbers={"evaluation": {"win_rate": {"mean": 0.58251}}})
+
+    card = (merged / "README.md").read_text("utf-8")
+    assert "## evaluation" in card
+    assert "| win_rate.mean | 0.58251 |" in card
+
+
+def test_a_failed_merge_leaves_what_was_there(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong while writing, the folder of that name is the old one or none."""
+    before = (merge(adapter, tmp_path / "merged") / "model.safetensors").read_bytes()
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        merge(adapter, tmp_path / "merged", dtype="float32")
+
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_is_no_model(adapter: Path, tmp_path: Path) -> None:
+    """An adapter where a model is wanted, and a model with no adapter, say what to do."""
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(ModelError, match=r"python -m trainer\.merge"):
+        resolve_model(str(adapter))
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        merge(tmp_path / "empty", tmp_path / "merged")
+
+
+def test_a_fully_trained_model_is_rounded(tiny_model: Path, tmp_path: Path) -> None:
+    """A whole model in the adapter's place comes out the same, in the dtype asked for."""
+    merged = merge(tiny_model, tmp_path / "merged")
+
+    difference = logits(load_model(merged, torch.float32)) - logits(load_model(tiny_model, torch.float32))
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
+    assert 0 < difference.abs().max() < 0.5
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What would have gone to the hub, which the tests cannot reach."""
+    found: list[tuple[str, Path]] = []
+
+    def upload(_: object, *, repo_id: str, folder_path: Path, **__: object) -> None:
+        found.append((repo_id, folder_path))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda _, repo, **__: f"https://hub/{repo}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    return found
+
+
+def test_nothing_is_pushed_unless_asked(
+    adapter: Path, tmp_path: Path, uploads: list[tuple[str, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command prints the folder that it made, and uploads only to the repository that a flag names."""
+    codes = [main([str(adapter), "--output", str(tmp_path / "plain")])]
+    assert uploads == []
+
+    codes.append(main([str(adapter), "--output", str(tmp_path / "pushed"), "--push-to-hub", "me/better"]))
+
+    assert codes == [0, 0]
+    assert uploads == [("me/better", tmp_path / "pushed")]
+    assert capsys.readouterr().out.splitlines()[0] == str(tmp_path / "plain")
+
+
+def test_an_existing_folder_is_not_overwritten_unasked(adapter: Path, tmp_path: Path) -> None:
+    """A second merge into the same folder needs --overwrite."""
+    command = [str(adapter), "--output", str(tmp_path / "merged")]
+
+    assert [main(command), main(command), main([*command, "--overwrite"])] == [0, 2, 0]
+
+
+def made_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    """A random adapter of this kind, as PEFT itself saves it."""
+    torch.manual_seed(0)
+    known = {"r": 8, "lora_alpha": 16, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
+    with quiet_libraries():
+        tuned: Any = get_peft_model(load_model(base, torch.float32), LoraConfig(**{**known, **config}))
+    for name, weights in tuned.named_parameters():
+        if "modules_to_save" in name:
+            weights.data += 0.1 * torch.randn_like(weights)
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that embeddings are saved too
+        tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"alpha_pattern": {"q_proj": 64}, "rank_pattern": {"v_proj": 2}},
+    ],
+)
+def test_every_kind_of_adapter_is_merged_exactly(config: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """Tied layers that an adapter tells apart become two; the logits are those of base and adapter."""
+    adapter = made_adapter(tiny_model, tmp_path / "adapter", **config)
+    with quiet_libraries():
+        together = logits(PeftModel.from_pretrained(load_model(tiny_model, torch.float32), str(adapter)))
+
+    merged = logits(load_model(merge(adapter, tmp_path / "merged", dtype="float32"), torch.float32))
+
+    assert torch.allclose(merged, together, atol=1e-3)
+    assert (together - logits(load_model(tiny_model, torch.float32))).abs().max() > 0.1
+
+
+def test_tokens_that_were_added_in_training_are_merged(tiny_model: Path, tmp_path: Path) -> None:
+    """Embeddings with more rows than the base's come with the adapter."""
+    model = load_model(tiny_model, torch.float32)
+    rows = model.get_input_embeddings().weight.shape[0] + 8
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    known: Any = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    with quiet_libraries():
+        tuned: Any = get_peft_model(model, LoraConfig(**known))
+    tuned.peft_config["default"].base_model_name_or_path = str(tiny_model)
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+
+    merged = load_model(merge(tmp_path / "adapter", tmp_path / "merged", dtype="float32"), torch.float32)
+
+    assert merged.get_input_embeddings().weight.shape[0] == rows
+    assert torch.allclose(logits(merged), logits(tuned), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_two_layers_stay_two_in_bf16(tiny_model: Path, tmp_path: Path) -> None:
+    """An output layer of its own is saved beside the embeddings, which are the base's."""
+    merged = merge(made_adapter(tiny_model, tmp_path / "adapter", target_modules=["lm_head"]), tmp_path / "merged")
+
+    model, base = load_model(merged, torch.float32), load_model(tiny_model, torch.bfloat16)
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(model.get_input_embeddings().weight.bfloat16(), base.get_input_embeddings().weight)
+    assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_logits_that_are_off_leave_no_model(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever PEFT does to the weights: a sum that says something else is an error, and is not kept."""
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, *_, **__: self.unload())
+
+    code = main([str(adapter), "--output", str(tmp_path / "merged")])
+
+    assert code == 1
+    assert "the logits are off by" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nan_is_not_merged(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An adapter of a training that broke is named, with exit code 1, and nothing is left."""
+    name = next(name for name in load_file(adapter / "adapter_model.safetensors") if "lora_B" in name)
+    broken = with_nan(adapter, tmp_path / "broken", name)
+
+    code = main([str(broken), "--output", str(tmp_path / "merged")])
+
+    assert code == 1
+    assert "NaN" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_quantised_base_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its weights are no numbers to add to; the message names --base."""
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+
+    with pytest.raises(ModelError, match="--base"):
+        merge(adapter, tmp_path / "merged", base=str(base))
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+@pytest.mark.parametrize(
+    "config", [{"base_model_name_or_path": None}, {"peft_type": "NO_SUCH_KIND"}, {"lora_bias": True}]
+)
+def test_an_adapter_that_cannot_be_merged_is_refused(config: dict[str, Any], adapter: Path, tmp_path: Path) -> None:
+    """With a sentence in the place of a traceback."""
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+
+    with pytest.raises(ModelError, match="adapter"):
+        merge(folder, tmp_path / "merged")
+
+
+def test_an_update_that_rounding_swallows_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    """A merged model with its base's weights is said to be that, and so does merge.json."""
+    base = merge(tiny_model, tmp_path / "base")
+    train_dpo(base, Split(toy_preferences(4), []), tmp_path, toy_settings(lr=1e-9, epochs=1.0))
+
+    warning = merge_and_weigh(tmp_path / "adapter", tmp_path / "merged", str(base), "bfloat16")
+
+    assert warning is not None
+    assert "nothing of the training is left" in warning
+    assert json.loads((tmp_path / "merge.json").read_text())["changed"] is False
+
+
+@pytest.mark.parametrize("config", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64, "v_proj": 64}}, {}])
+def test_what_is_kept_is_measured_in_the_adapters_own_scale(
+    config: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    """In fp32 all of the update is kept, whatever its scale."""
+    adapter = made_adapter(tiny_model, tmp_path / "adapter", **config)
+    merged = merge(adapter, tmp_path / "merged", dtype="float32")
+
+    assert kept_update(tiny_model, adapter, merged) == pytest.approx(1, abs=1e-3)

@@ -1,0 +1,298 @@
+"""Scores to pairs: best against worst, everything left out counted, and files that training reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.data_utils import is_conversational, maybe_apply_chat_template
+
+from service.engine.fake import fake_tokenizer
+from trainer.labels.candidates import KEPT_MARGIN, Candidate, Judged, balanced
+from trainer.labels.pairs import NoPairsError, PairOptions, make_pairs, write_pairs
+from trainer.run.records import (
+    Finish,
+    Instruction,
+    Pair,
+    PairStats,
+    Sample,
+    Score,
+    ScoreError,
+    read_record,
+    read_records,
+)
+from trainer.run.stages import StageError
+
+Row = tuple[str, float | str | None, Finish]
+
+
+def case(*groups: Sequence[Row]) -> tuple[list[Instruction], list[Sample], list[Score]]:
+    """One instruction for each group; a row is a response, its log-odds (or error code, or nothing), and its end."""
+    instructions = [
+        Instruction(id=f"{n}", prompt=f"Question {n}?", category=("code", "math")[n % 2]) for n in range(len(groups))
+    ]
+    samples, scores = [], []
+    for n, group in enumerate(groups):
+        for k, (response, verdict, finish) in enumerate(group):
+            samples.append(Sample(id=f"{n}", sample=k, response=response, tokens=1, finish=finish))
+            if isinstance(verdict, str):
+                scores.append(Score(id=f"{n}", sample=k, error=ScoreError(code=verdict, message="m")))
+            elif verdict is not None:
+                scores.append(Score(id=f"{n}", sample=k, log_odds=verdict, score=0.5))
+    return instructions, samples, scores
+
+
+def row(response: str, verdict: float | str | None = 0.0, finish: Finish = "stop") -> Row:
+    """A row of `case`."""
+    return response, verdict, finish
+
+
+def texts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Chosen and rejected response of each pair."""
+    return [(pair.chosen[0].content, pair.rejected[0].content) for pair in pairs]
+
+
+def made(*groups: Sequence[Row], **options: Any) -> tuple[list[tuple[str, str]], PairStats]:
+    """The texts of the pairs, and the statistics."""
+    pairs, stats = make_pairs(*case(*groups), PairOptions(**options))
+    return texts(pairs), stats
+
+
+def test_the_best_meets_the_worst() -> None:
+    """By log-odds, which a saturated score cannot tell apart."""
+    instructions, samples, _ = case([row("a"), row("b"), row("c")])
+    scores = [Score(id="0", sample=k, log_odds=40.0 + k, score=1.0) for k in (2, 0, 1)]
+    (pair,), _ = make_pairs(instructions, samples, scores, PairOptions())
+
+    assert texts([pair]) == [("c", "a")]
+    assert pair.margin == 2.0
+    assert (pair.id, pair.category, pair.prompt[0].role, pair.prompt[0].content) == ("0", "code", "user", "Question 0?")
+    assert (pair.chosen[0].role, pair.rejected[0].role) == ("assistant", "assistant")
+
+
+def test_the_order_of_the_lines_does_not_matter() -> None:
+    """A resumed run, whose lines came otherwise, has the same pairs; of two scores of a sample the later counts."""
+    rng = random.Random(0)
+    group = [row(f"r{k}", rng.choice([0.0, 1.0, 2.0])) for k in range(4)]
+    instructions, samples, scores = case(group, group[::-1], [*group, row("r0 ", 5.0)])
+    shuffled = random.Random(1).sample(scores, len(scores))
+    before = [Score(id="0", sample=0, log_odds=99.0, score=0.5)]
+
+    for options in (PairOptions(), PairOptions(length_balance=True)):
+        expected = make_pairs(instructions, samples, scores, options)
+        assert make_pairs(instructions, samples[::-1], [*before, *shuffled], options) == expected
+
+
+def test_ties_and_small_margins_make_no_pair() -> None:
+    """Both are counted; the share of ties is among the instructions that could be compared."""
+    pairs, stats = made(
+        [row("a", 1.0), row("b", 1.0)],
+        [row("a", 1.0), row("b", 1.4)],
+        [row("a", 1.0), row("b", 1.5)],
+        [row("a", 1.0)],
+        min_margin=0.5,
+    )
+
+    assert pairs == [("b", "a")]
+    assert (stats.ties, stats.below_margin, stats.too_few, stats.pairs) == (1, 1, 1, 1)
+    assert stats.tie_share == pytest.approx(1 / 3)
+
+
+def test_unusable_samples_are_left_out_and_counted() -> None:
+    """Failed, unscored, empty and repeated ones; what remains is paired."""
+    pairs, stats = made(
+        [
+            row("good", 2.0),
+            row(" good\n", 2.0),
+            row("bad", -1.0),
+            row("failed", "inference_failed"),
+            row("unscored", None),
+            row(" ", "empty_response"),
+        ]
+    )
+
+    assert pairs == [("good", "bad")]
+    assert (stats.samples, stats.usable, stats.failed, stats.unscored, stats.empty, stats.duplicates) == (
+        6,
+        2,
+        1,
+        1,
+        1,
+        1,
+    )
+    assert stats.failures == {"inference_failed": 1}
+
+
+CUT = [row("half", 3.0, "length"), row("whole", 1.0), row("poor", 0.0), row("poor half", -1.0, "length")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected", "cut_off", "chosen_cut_off"),
+    [
+        ("reject-only", ("whole", "poor half"), 0, 0),
+        ("keep", ("half", "poor half"), 0, 1),
+        ("drop", ("whole", "poor"), 2, 0),
+    ],
+)
+def test_cut_off_responses(policy: Any, expected: tuple[str, str], cut_off: int, chosen_cut_off: int) -> None:
+    """By default one may be rejected and never chosen; it may also be treated like others, or be left out."""
+    pairs, stats = made(CUT, cut_off=policy)
+
+    assert pairs == [expected]
+    assert (stats.cut_off, stats.chosen_cut_off, stats.cut_off_share) == (cut_off, chosen_cut_off, 0.5)
+
+
+def test_nothing_finished_is_nothing_to_choose() -> None:
+    """Where all were cut off, or the finished one is the worst, there is no pair."""
+    pairs, stats = made([row("a", 1.0, "length"), row("b", 2.0, "length")], [row("a", 1.0), row("b", 2.0, "length")])
+
+    assert not pairs
+    assert (stats.unfinished, stats.below_margin) == (1, 1)
+
+
+def test_of_equal_margins_the_finished_response_is_chosen() -> None:
+    """Then the earlier one."""
+    pairs, _ = made([row("cut", 1.0, "length"), row("first", 1.0), row("second", 1.0), row("bad", 0.0)], cut_off="keep")
+
+    assert pairs == [("first", "bad")]
+
+
+def test_statistics_describe_the_pairs() -> None:
+    """Margins, lengths and categories are those of the pairs that were made."""
+    _, stats = made(
+        [row("aaaa", 2.0), row("b", 0.0)],
+        [row("a", 4.0), row("bb", 0.0)],
+        [row("aa", 1.0), row("bb", 0.0)],
+        [row("a", 0.0), row("b", 0.0)],
+    )
+
+    assert (stats.margin_mean, stats.margin_median) == (pytest.approx(7 / 3), 2.0)
+    assert stats.length_difference == pytest.approx(2 / 3)
+    assert stats.chosen_longer == pytest.approx(0.5)
+    assert stats.margins.edges[0] == 0.0
+    assert stats.margins.edges[-1] == 4.0
+    assert [index for index, count in enumerate(stats.margins.counts) if count] == [5, 10, 19]
+    assert {name: (one.instructions, one.pairs) for name, one in stats.by_category.items()} == {
+        "code": (2, 2),
+        "math": (2, 1),
+    }
+
+
+verdicts = st.one_of(st.none(), st.just("bad_label"), st.integers(-3, 3).map(float))
+rows = st.tuples(st.sampled_from(["", "a", "bb", "ccc", "dddd"]), verdicts, st.sampled_from(["stop", "length"]))
+
+
+@given(
+    st.lists(st.lists(rows, min_size=1, max_size=5), max_size=5),
+    st.sampled_from(["reject-only", "keep", "drop"]),
+    st.floats(0, 3),
+    st.booleans(),
+)
+def test_every_sample_and_instruction_is_accounted_for(
+    groups: list[list[Row]], cut_off: Any, min_margin: float, length_balance: bool
+) -> None:
+    """The counts add up whatever the samples, and every pair keeps the rules."""
+    options = PairOptions(min_margin, cut_off, length_balance)
+    pairs, stats = make_pairs(*case(*groups), options)
+
+    left_out = stats.failed + stats.unscored + stats.empty + stats.cut_off + stats.duplicates
+    assert stats.samples == sum(map(len, groups)) == stats.usable + left_out
+    assert stats.instructions == len(groups)
+    assert stats.instructions == stats.pairs + stats.too_few + stats.unfinished + stats.ties + stats.below_margin
+    assert len(pairs) == stats.pairs == sum(stats.margins.counts)
+    assert all(pair.margin >= min_margin and pair.margin > 0 for pair in pairs)
+
+
+def by_length(count: int) -> dict[str, list[Candidate]]:
+    """Candidates of instructions whose judge likes length: the wider the margin, the longer the chosen response."""
+    rng = random.Random(3)
+    choices = {}
+    for n in range(count):
+        judged = []
+        for k in range(4):
+            length = rng.randint(10, 400)
+            sample = Sample(id=f"{n}", sample=k, response="x" * length, tokens=1, finish="stop")
+            judged.append(Judged(sample, length / 150 + rng.gauss(0, 2), 0.5))
+        found = [Candidate(a, b) for a in judged for b in judged if a.log_odds > b.log_odds]
+        choices[f"{n}"] = sorted(found, key=lambda candidate: -candidate.margin)
+    return choices
+
+
+def test_length_balance_evens_out_the_lengths() -> None:
+    """Chosen responses that were much longer on average are no longer so, and margins stay wide."""
+    choices = by_length(200)
+    plain, even = {name: found[0] for name, found in choices.items()}, balanced(choices)
+    before = sum(candidate.length_difference for candidate in plain.values()) / 200
+    after = sum(candidate.length_difference for candidate in even.values()) / 200
+
+    assert before > 50
+    assert abs(after) < 3
+    assert all(even[name].margin >= KEPT_MARGIN * plain[name].margin for name in plain)
+    assert sum(one.margin for one in even.values()) > 0.8 * sum(one.margin for one in plain.values())
+
+
+def test_length_balance_works_both_ways() -> None:
+    """A judge that likes short responses is evened out too."""
+    choices = by_length(200)
+    short = {
+        name: sorted(
+            (
+                Candidate(
+                    Judged(one.rejected.sample, -one.rejected.log_odds, 0.5),
+                    Judged(one.chosen.sample, -one.chosen.log_odds, 0.5),
+                )
+                for one in found
+            ),
+            key=lambda candidate: -candidate.margin,
+        )
+        for name, found in choices.items()
+    }
+
+    assert abs(sum(candidate.length_difference for candidate in balanced(short).values())) / 200 < 3
+    assert balanced({}) == {}
+
+
+def test_no_pairs_is_an_error_that_explains_itself(tmp_path: Path) -> None:
+    """Where the samples and the instructions went is told, and the statistics are on disk."""
+    with pytest.raises(NoPairsError, match=r"no usable pairs: of 4 samples 1 could not be scored; of 2 instructions"):
+        write_pairs(tmp_path, *case([row("a", 1.0), row("b", 1.0)], [row("a", "e"), row("b", 1.0)]), PairOptions())
+
+    stats = read_record(tmp_path / "pairs_stats.json", PairStats)
+    assert (stats.ties, stats.too_few) == (1, 1)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_negative_margin_is_refused() -> None:
+    """It would choose the worse response."""
+    with pytest.raises(ValueError, match="minimum margin"):
+        PairOptions(min_margin=-1.0)
+
+
+def test_a_sample_of_no_instruction_is_an_error() -> None:
+    """Files of different runs are not put together."""
+    _, samples, scores = case([row("a", 1.0), row("b", 2.0)])
+
+    with pytest.raises(StageError, match="belongs to no instruction"):
+        make_pairs([], samples, scores, PairOptions())
+
+
+def test_the_file_is_what_trl_trains_on(tmp_path: Path) -> None:
+    """`datasets` reads it, and TRL takes it for conversational preference data that its chat template fits."""
+    write_pairs(
+        tmp_path, *case([row("good\u2028one", 1.0), row("bad", 0.0)], [row("c", 1.0), row("d", 2.0)]), PairOptions()
+    )
+    data = Dataset.from_json(str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
+    rendered = maybe_apply_chat_template(data[0], fake_tokenizer())
+
+    assert is_conversational(data[0])
+    assert data.column_names[:3] == ["prompt", "chosen", "rejected"]
+    assert data["margin"][:] == [1.0, 1.0]
+    assert rendered["prompt"].endswith("Question 0?<|im_end|>\n<|im_start|>assistant\n")
+    assert rendered["chosen"] == "good\u2028one<|im_end|>\n"
+    assert len(read_records(tmp_path / "pairs.jsonl", Pair)) == 2

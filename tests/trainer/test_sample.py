@@ -1,0 +1,280 @@
+"""Sampling: the same responses however they are batched or interrupted, ends and cut-offs, models with no template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from client.schema import Message
+from tests.support.tiny import make_tiny_model
+from trainer.policy.generation import Decoding, _draw, _uniforms, generate, row_seed
+from trainer.policy.models import ModelError, chat_ids, eos_ids, load_model, load_tokenizer, quiet_libraries
+from trainer.policy.samplers import SampleSettings
+from trainer.programs import InputError
+from trainer.run.records import Instruction, read_records
+from trainer.sample import Sampled, main, sample_responses
+
+INSTRUCTIONS = [Instruction(id=f"q{n}", prompt=f"What is {n}? " + "the quick fox " * n) for n in range(7)]
+SMALL = {"dtype": "float32", "device": "cpu", "max_new_tokens": 12}
+
+
+@pytest.fixture
+def samples(tiny_model: Path, tmp_path: Path) -> Any:
+    """A function: settings -> the path of a new samples.jsonl made with them."""
+
+    def make(name: str = "samples", model: Path = tiny_model, **settings: Any) -> Path:
+        output = tmp_path / f"{name}.jsonl"
+        sample_responses(model, INSTRUCTIONS, output, SampleSettings(**{**SMALL, **settings}))
+        return output
+
+    return make
+
+
+@pytest.fixture
+def ending_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model, with one token in eight as the end of a response."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "ending"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 600, 8))}))
+    return folder
+
+
+def texts(path: Path) -> dict[tuple[str, int], str]:
+    """The responses of a file by instruction and number."""
+    return {line.key: line.response for line in read_records(path, Sampled)}
+
+
+def test_every_instruction_gets_its_samples(samples: Any) -> None:
+    """Each instruction has k samples, duplicates counted in `copies`."""
+    lines = read_records(samples(samples=3), Sampled)
+
+    counts = Counter[str]()
+    for line in lines:
+        counts[line.id] += line.copies
+    assert counts == {instruction.id: 3 for instruction in INSTRUCTIONS}
+
+
+def test_the_seed_decides(samples: Any) -> None:
+    """The same seed gives the same file, another seed other responses."""
+    first, again, other = samples("first", seed=1), samples("again", seed=1), samples("other", seed=2)
+
+    assert first.read_bytes() == again.read_bytes()
+    assert texts(first) != texts(other)
+
+
+def test_a_response_does_not_depend_on_its_batch(samples: Any, ending_model: Path) -> None:
+    """One instruction at a time gives the responses that all of them together give, though rows leave as they end."""
+    alone, together = (samples(f"by-{rows}", ending_model, rows=rows) for rows in (1, 1000))
+
+    assert texts(alone) == texts(together)
+    assert {line.finish for line in read_records(together, Sampled)} == {"stop", "length"}
+
+
+def test_an_interrupted_run_ends_like_an_undisturbed_one(samples: Any, ending_model: Path) -> None:
+    """Half a batch and a torn line are made again, and the file comes out the same, byte for byte."""
+    whole = samples("whole", ending_model, rows=8)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    whole.with_name("resumed.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:9])
+
+    resumed = samples("resumed", ending_model, rows=8)
+
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_complete_file_is_left_alone(samples: Any) -> None:
+    """A rerun over a complete file writes nothing."""
+    before = samples().stat()
+
+    after = samples().stat()
+
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_equal_responses_are_kept_once(samples: Any) -> None:
+    """Greedy sampling gives one line for each instruction, which counts its copies."""
+    lines = read_records(samples(temperature=0.0, samples=3), Sampled)
+
+    assert [line.copies for line in lines] == [3] * len(INSTRUCTIONS)
+
+
+def test_a_cut_off_response_is_marked(samples: Any) -> None:
+    """A response that the limit ended has finish "length" and as many tokens as were allowed."""
+    lines = read_records(samples(max_new_tokens=2), Sampled)
+
+    cut = [line for line in lines if line.finish == "length"]
+    assert cut
+    assert {line.tokens for line in cut} == {2}
+
+
+def test_every_end_token_of_the_generation_configuration_stops(samples: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """A second end-of-sequence token ends a response, and is no part of it."""
+    model, tokenizer = load_model(tiny_model, torch.float32).eval(), load_tokenizer(tiny_model)
+    prompt = chat_ids(tokenizer, [Message(role="user", content=INSTRUCTIONS[0].prompt)], answer=True)
+    likeliest = generate(model, [prompt], [[0]], Decoding(temperature=0.0, max_new_tokens=3), frozenset())[0][
+        0
+    ].token_ids
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "two-ends"))
+    ends = [tokenizer.eos_token_id, likeliest[2]]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    line = next(one for one in read_records(samples(model=folder, temperature=0.0), Sampled) if one.id == "q0")
+
+    assert (line.finish, line.tokens) == ("stop", likeliest.index(likeliest[2]))
+
+
+def test_padding_and_cache_change_nothing(ending_model: Path) -> None:
+    """Greedy responses to prompts of several lengths are those of the library's own generate, one at a time."""
+    model, tokenizer = load_model(ending_model, torch.float32).eval(), load_tokenizer(ending_model)
+    eos = eos_ids(ending_model, tokenizer)
+    prompts = [tokenizer(one.prompt)["input_ids"] for one in INSTRUCTIONS]
+
+    ours = generate(model, prompts, [[0]] * len(prompts), Decoding(temperature=0.0, max_new_tokens=16), eos)
+
+    with quiet_libraries():
+        own = [
+            model.generate(
+                input_ids=torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=16,
+            )[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+    assert [row[0].token_ids for row in ours] == [[token for token in row if token not in eos] for row in own]
+
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "sliding window": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+    "windows and soft caps": lambda: transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=8),
+    "states of convolutions": lambda: transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_kind_of_cache_gives_the_models_own_tokens(kind: str) -> None:
+    """Windows, and states that no row can leave, change nothing: greedy responses are those of single prompts."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    prompts = [list(range(3, 3 + length)) for length in (4, 9, 21)]
+    greedy = Decoding(temperature=0.0, max_new_tokens=12)
+    ends = frozenset(range(0, 128, 8))
+
+    together = generate(model, prompts, [[0, 1]] * 3, greedy, ends)
+
+    alone = [generate(model, [prompt], [[0, 1]], greedy, frozenset())[0] for prompt in prompts]
+    for row, single in zip(together, alone, strict=True):
+        assert [one.token_ids for one in row] == [single[0].token_ids[: len(row[0].token_ids)]] * 2
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    """Over evenly spread uniform numbers each token comes up as often as softmax says."""
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    uniforms = (torch.arange(10_000) + 0.5) / 10_000
+
+    drawn = _draw(logits.expand(10_000, -1), uniforms, Decoding(temperature=0.5))
+
+    shares = torch.bincount(drawn, minlength=4) / 10_000
+    assert torch.allclose(shares, (logits / 0.5).softmax(0), atol=2e-4)
+
+
+def test_top_p_leaves_out_the_tail() -> None:
+    """Only the likeliest tokens that together hold top_p of the probability are drawn."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+
+    drawn = _draw(logits.expand(1000, -1), uniforms, Decoding(temperature=1.0, top_p=0.7))
+
+    assert set(drawn.tolist()) == {0, 1}
+
+
+def test_random_numbers_belong_to_a_sample() -> None:
+    """Each sample of each instruction has a seed of its own, and its numbers do not depend on the others'."""
+    seeds = [row_seed(1, name, sample) for name in ("a", "b") for sample in (0, 1)]
+
+    assert len(set(seeds)) == 4
+    assert torch.equal(_uniforms(seeds, 5)[2], _uniforms(seeds[2:3], 5)[0])
+
+
+def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> None:
+    """A base model is asked as "User: …" and "Assistant:", and its answers end with its own end token."""
+    folder = make_tiny_model(tmp_path / "base")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = load_tokenizer(folder)
+    turns = [Message(role="user", content="Hi"), Message(role="assistant", content="Yes")]
+
+    assert tokenizer.decode(chat_ids(tokenizer, turns[:1], answer=True)) == "User: Hi\n\nAssistant:"
+    assert tokenizer.decode(chat_ids(tokenizer, turns, answer=False)) == "User: Hi\n\nAssistant: Yes<|im_end|>\n\n"
+
+
+def test_a_prompt_without_room_is_counted(tmp_path: Path) -> None:
+    """An instruction that fills the model's context is left out and counted."""
+    folder = make_tiny_model(tmp_path / "short", max_tokens=40)
+
+    stats = sample_responses(folder, INSTRUCTIONS, tmp_path / "s.jsonl", SampleSettings(**SMALL))
+
+    assert stats.too_long > 0
+    assert stats.instructions == len(INSTRUCTIONS) - stats.too_long
+
+
+def test_ids_that_repeat_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Two instructions of one id could not be told apart in what follows."""
+    with pytest.raises(InputError, match="share their id"):
+        sample_responses(tiny_model, [INSTRUCTIONS[0], INSTRUCTIONS[0]], tmp_path / "s.jsonl")
+
+
+def test_an_unknown_model_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """A name that is neither folder nor hub id says how to get the folder of a model that the service knows."""
+    with pytest.raises(ModelError, match=r"python -m service\.models path smollm2"):
+        sample_responses("smollm2", INSTRUCTIONS, tmp_path / "s.jsonl")
+
+
+def test_the_command_samples_once(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command writes samples.jsonl; a repetition finds it complete, other settings are refused."""
+    (tmp_path / "i.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in INSTRUCTIONS[:2]))
+    command = [
+        "--model",
+        str(tiny_model),
+        "--instructions",
+        str(tmp_path / "i.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+
+    codes = [main([*command, "--max-new-tokens", limit]) for limit in ("4", "4", "5")]
+
+    assert codes == [0, 0, 1]
+    assert "is complete" in capsys.readouterr().err
+    assert len({line.id for line in read_records(tmp_path / "out" / "samples.jsonl", Sampled)}) == 2
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--samples", "0"], ["--model", "nowhere"]])
+def test_what_cannot_be_sampled_is_usage(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    """Impossible settings and models exit with 2."""
+    (tmp_path / "i.jsonl").write_text(INSTRUCTIONS[0].model_dump_json() + "\n")
+    command = [
+        "--model",
+        str(tiny_model),
+        "--instructions",
+        str(tmp_path / "i.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+
+    assert main([*command, *flags]) == 2

@@ -1,0 +1,174 @@
+"""The page of a run: complete, alone in the world, safe with whatever the texts hold, at every stage of the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.benchmarks.results.records import Row
+from client.schema import Message
+from tests.benchmarks.test_report import EVIL, Page
+from trainer.evaluation.verdicts import make_duels, measure
+from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.report import MAX_TEXT, TEXTS, cut, spread, write_run_report
+from trainer.run.records import Instruction, Pair, Sample, Score, write_record, write_records
+
+
+def said(name: str, number: int, text: str) -> Sample:
+    """A response."""
+    return Sample(id=name, sample=number, response=text, tokens=5, finish="stop")
+
+
+def row(name: str, margin: float) -> Row:
+    """What the judge said of base and new."""
+    answer = {"log_odds": margin / 2, "score": 0.5, "label_mass": 0.8, "length": 5}
+    told = {"margins": [[margin]], "flips": 0, "first_log_odds": 0.5, "model": EVIL, "fingerprint": "f"}
+    return Row.model_validate({"id": name, "subset": "chat", "chosen": answer, "rejected": answer, **told})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of one whole round with hostile texts everywhere, and a second one that has its pairs only."""
+    config = {"model": EVIL, "labels": {"labeler": "ipo"}, "dpo.beta": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = [f"{n}" for n in range(30)]
+    instructions = [Instruction(id=name, prompt=f"{EVIL} {name}", category=EVIL) for name in names]
+    write_records(tmp_path / "held_out.jsonl", instructions)
+    write_records(tmp_path / "base.jsonl", [said(name, 0, f"{EVIL} old") for name in names])
+    for number in (1, 2):
+        add_pairs(tmp_path / f"round-{number}", instructions)
+    part = tmp_path / "round-1"
+    write_records(part / "new.jsonl", [said(name, 0, f"{EVIL} new") for name in names])
+    add_training(part)
+    rows = [row(name, float(name) - 9.5) for name in names]
+    (part / "pairwise").mkdir()
+    (part / "pairwise" / "items.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in rows))
+    duels = make_duels(instructions, *([said(name, 0, text) for name in names] for text in ("old", "new one")))
+    metrics = measure(duels, {"pairwise": rows, "pointwise": rows}, (EVIL, EVIL), {"model": EVIL})
+    write_record(part / "metrics.json", metrics.model_copy(update={"judge_is_labeler": True}))
+    return tmp_path
+
+
+def add_pairs(folder: Path, instructions: list[Instruction]) -> None:
+    """Pairs of hostile texts, and their statistics."""
+    samples = [said(one.id, k, f"{EVIL}{k}" + "long " * k * int(one.id)) for one in instructions for k in range(2)]
+    scores = [Score(id=s.id, sample=s.sample, log_odds=s.sample * float(s.id), score=0.5) for s in samples]
+    pairs, stats = make_pairs(instructions, samples, scores, PairOptions())
+    write_records(folder / "pairs.jsonl", pairs)
+    write_record(folder / "pairs_stats.json", stats)
+
+
+def add_training(folder: Path) -> None:
+    """A training's log and result."""
+    log: list[dict[str, Any]] = [
+        {"step": n, "loss": 0.7 - n / 20, "rewards/margins": n / 10, "rewards/accuracies": 0.5} for n in range(1, 6)
+    ]
+    log.append({"step": 5, "eval_loss": 0.6, "eval_rewards/margins": 0.2})
+    (folder / "dpo_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    result = {"method": "lora", "base": EVIL, "pairs": 26, "held_out": 3, "too_long": 0, "steps": 5}
+    (folder / "dpo.json").write_text(json.dumps(result))
+
+
+def test_the_page_needs_nothing_from_outside(run: Path) -> None:
+    """No scripts, no addresses to load from; references stay on the page, each to one id."""
+    page = Page(text := write_run_report(run).read_text())
+
+    assert page.open == []
+    assert not page.of("script") + page.of("link") + page.of("img") + page.of("iframe")
+    links = [attributes.get("xlink:href") or attributes.get("href") for _, attributes in page.elements]
+    assert all(link.startswith("#") for link in links if link)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(ids)
+
+
+def test_untrusted_texts_stay_text(run: Path) -> None:
+    """Markup and template code in instructions, responses, names and settings are shown, not run."""
+    text = write_run_report(run).read_text()
+
+    assert "{{ 7*7 }}" in text
+    assert EVIL not in text
+
+
+def test_each_round_is_told(run: Path) -> None:
+    """Figures of pairs, loss, rewards and win rates, with the warning about a judge that judges its own taste."""
+    text = write_run_report(run).read_text()
+
+    assert text.count("<figure>") == 9
+    assert "from 0.650 to 0.450" in text
+    assert "the judge that labelled the training data" in text
+    assert "20 : 0 : 10" in text
+
+
+def test_a_round_that_is_not_over_says_so(run: Path) -> None:
+    """What is there is shown."""
+    text = write_run_report(run).read_text()
+
+    second = text[text.index("Round 2") :]
+    assert "Not evaluated, and not trained yet" in second
+    assert "29 pairs of 30 instructions" in second
+
+
+def test_what_failed_is_listed(run: Path) -> None:
+    """The instruction whose two samples tie is told, by number."""
+    text = write_run_report(run).read_text()
+
+    assert "instructions whose samples tie</th><td>1</td>" in text
+
+
+def test_the_same_run_gives_the_same_page(run: Path) -> None:
+    """Byte for byte; and a page that would not change is not written."""
+    first = write_run_report(run)
+    before = first.read_bytes(), first.stat().st_mtime_ns
+    again = write_run_report(run)
+    after = again.stat().st_mtime_ns
+    again.unlink()
+
+    assert write_run_report(run).read_bytes() == before[0]
+    assert after == before[1]
+
+
+def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
+    """Before the first round there is nothing to show, and nothing fails."""
+    assert "0 rounds" in write_run_report(tmp_path).read_text()
+
+
+def test_shown_answers_are_spread_from_losses_to_wins() -> None:
+    """The worst and the best are among them, in order."""
+    names = [f"{n}" for n in range(50)]
+    instructions = [Instruction(id=name, prompt="Why?") for name in names]
+    duels = make_duels(instructions, *([said(name, 0, text) for name in names] for text in ("old", "new")))
+    shown = spread(duels, {name: row(name, float(name) - 25) for name in names}, TEXTS)
+
+    found = [one.log_odds for one in shown]
+    assert len(found) == TEXTS
+    assert (found[0], found[-1]) == (-25, 24)
+    assert found == sorted(found, key=lambda one: one or 0)
+
+
+def test_long_texts_are_cut_where_it_shows() -> None:
+    """With the number of characters that are left out."""
+    assert cut("x" * MAX_TEXT) == "x" * MAX_TEXT
+    assert cut("x" * (MAX_TEXT + 1234)).endswith("x\n[… 1,234 more characters]")
+
+
+def test_pairs_of_conversations_are_measured_by_their_answers(run: Path) -> None:
+    """A pair's length difference is that of its last messages."""
+    message = Message(role="assistant", content="Short.")
+    longer = Message(role="assistant", content="Much longer.")
+    pair = Pair(
+        prompt=[Message(role="user", content="q")],
+        chosen=[longer],
+        rejected=[message],
+        id="1",
+        margin=1.0,
+        score_chosen=0.7,
+        score_rejected=0.5,
+    )
+    write_records(run / "round-2" / "pairs.jsonl", [pair])
+
+    assert "Length differences, +6 characters on average" in write_run_report(run).read_text()

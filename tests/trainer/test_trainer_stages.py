@@ -1,0 +1,260 @@
+"""The folder of a run: each stage once, half-done work gone on with, nothing mixed."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from trainer.run.records import (
+    Instruction,
+    RecordError,
+    Sample,
+    Score,
+    ScoreError,
+    appending,
+    read_records,
+    write_records,
+)
+from trainer.run.stages import RunFolder, Stage, StageError, content_digest, open_run
+
+
+def instruction(number: int) -> Instruction:
+    """An instruction of its own."""
+    return Instruction(id=f"{number}", prompt=f"Question\u2028{number}?", category="chat")
+
+
+def stage(folder: Path, **inputs: object) -> Stage:
+    """A stage with one file and one folder as outputs."""
+    return Stage(folder, "made", ("made.txt", "parts"), inputs)
+
+
+def make(folder: Path, text: str = "made") -> Callable[[], None]:
+    """The work of `stage`."""
+
+    def work() -> None:
+        (folder / "made.txt").write_text(text)
+        (folder / "parts").mkdir(exist_ok=True)
+
+    return work
+
+
+def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
+    """What is appended is read again, line separators inside texts included."""
+    wanted = [instruction(number) for number in range(3)]
+    with appending(tmp_path / "a.jsonl") as append:
+        for one in wanted:
+            append(one)
+
+    assert read_records(tmp_path / "a.jsonl", Instruction) == wanted
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    """A line that a kill broke off is not read, and the next one starts on its own."""
+    file = tmp_path / "a.jsonl"
+    write_records(file, [instruction(1), instruction(2)])
+    file.write_bytes(file.read_bytes()[:-1])
+    before = read_records(file, Instruction)
+    with appending(file) as append:
+        append(instruction(3))
+
+    assert before == [instruction(1)]
+    assert read_records(file, Instruction) == [instruction(1), instruction(3)]
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    """A whole line that is no record is an error with file, line and field."""
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"id": "1", "sample": 0, "response": "r", "tokens": 1, "finish": "stop"}\n{"id": "2"}\n')
+
+    with pytest.raises(RecordError, match=r"samples\.jsonl, line 2: not a Sample: sample"):
+        read_records(file, Sample)
+
+
+def test_a_score_has_a_number_or_an_error() -> None:
+    """Neither both nor none: a failure is never taken for a score."""
+    with pytest.raises(ValueError, match="either log_odds"):
+        Score(id="1", sample=0)
+    with pytest.raises(ValueError, match="either log_odds"):
+        Score(id="1", sample=0, log_odds=0.0, score=0.5, error=ScoreError(code="c", message="m"))
+
+
+def test_two_processes_cannot_append_to_one_file(tmp_path: Path) -> None:
+    """The second one is told so."""
+    file = tmp_path / "a.jsonl"
+
+    with appending(file), pytest.raises(RecordError, match="another process"), appending(file):
+        pass
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """No file of this process may grow over `size` bytes: the system takes what fits, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """Where only a part of a line fits, the error says what to do, and the lines before stay whole."""
+    file = tmp_path / "a.jsonl"
+    with appending(file) as append:
+        append(instruction(1))
+        before = file.read_bytes()
+
+        with files_no_longer_than(len(before) + 10), pytest.raises(RecordError, match=r"cannot be written.*Make room"):
+            append(instruction(2))
+
+    assert file.read_bytes() == before
+
+
+def test_a_file_written_whole_is_never_seen_half(tmp_path: Path) -> None:
+    """Where the disk is full, the old contents stay and no part is left behind."""
+    write_records(tmp_path / "a.jsonl", [instruction(1)])
+
+    with files_no_longer_than(100), pytest.raises(RecordError, match=r"cannot be written"):
+        write_records(tmp_path / "a.jsonl", [instruction(number) for number in range(10)])
+    assert read_records(tmp_path / "a.jsonl", Instruction) == [instruction(1)]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_stage_is_done_once(tmp_path: Path) -> None:
+    """The second run skips it, and the marker says what it was made from."""
+    run = RunFolder(tmp_path, {})
+    first = run.run_stage(stage(tmp_path, k=4), make(tmp_path))
+    second = run.run_stage(stage(tmp_path, k=4), pytest.fail)
+
+    assert (first, second) == (True, False)
+    assert json.loads((tmp_path / "made.done").read_text()) == {"k": 4}
+    assert stage(tmp_path, k=4).done
+
+
+def test_an_interrupted_stage_goes_on_with_what_it_wrote(tmp_path: Path) -> None:
+    """Outputs without the marker are kept for the same inputs, and the stage is not done."""
+    run = RunFolder(tmp_path, {})
+
+    def interrupted() -> None:
+        (tmp_path / "made.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run_stage(stage(tmp_path, k=4), interrupted)
+
+    assert not stage(tmp_path, k=4).done
+    assert stage(tmp_path, k=4).begin()
+    assert (tmp_path / "made.txt").read_text() == "half"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_outputs_of_other_inputs_are_refused(tmp_path: Path, finished: bool) -> None:
+    """Whether done or half done: what differs is named, and nothing is lost."""
+    stage(tmp_path, k=4, seed=0).begin()
+    make(tmp_path)()
+    marker = tmp_path / "made.begun"
+    marker.rename(tmp_path / ("made.done" if finished else "made.begun"))
+
+    with pytest.raises(StageError, match=r"made\.txt was made from something else \(other k\).*--overwrite"):
+        stage(tmp_path, k=8, seed=0).begin()
+    assert (tmp_path / "made.txt").exists()
+
+
+def test_overwrite_makes_anew_only_what_changed(tmp_path: Path) -> None:
+    """Outputs of other inputs are removed, finished work of the same inputs stays."""
+    run = RunFolder(tmp_path, {}, overwrite=True)
+    run.run_stage(stage(tmp_path, k=4), make(tmp_path, "old"))
+    again = run.run_stage(stage(tmp_path, k=4), pytest.fail)
+    begun = stage(tmp_path, k=8).begin(overwrite=True)
+
+    assert (again, begun) == (False, True)
+    assert not (tmp_path / "made.txt").exists()
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
+    """A path among the inputs stands for its contents, a folder's included."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_text("1")
+    stage(tmp_path, source=tmp_path / "in").begin()
+    make(tmp_path)()
+    stage(tmp_path, source=tmp_path / "in").finish()
+    same = stage(tmp_path, source=tmp_path / "in").done
+    (tmp_path / "in" / "a").write_text("2")
+
+    assert same
+    assert not stage(tmp_path, source=tmp_path / "in").done
+
+
+def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
+    """A marker without its files counts for nothing."""
+    run = RunFolder(tmp_path, {})
+    run.run_stage(stage(tmp_path), make(tmp_path))
+    (tmp_path / "made.txt").unlink()
+
+    assert run.run_stage(stage(tmp_path), make(tmp_path))
+
+
+def test_a_stage_without_its_outputs_is_not_finished(tmp_path: Path) -> None:
+    """Work that wrote less than it should is an error, and no marker is set."""
+    with pytest.raises(StageError, match=r"ended without parts"):
+        RunFolder(tmp_path, {}).run_stage(stage(tmp_path), (tmp_path / "made.txt").touch)
+    assert not (tmp_path / "made.done").exists()
+
+
+def test_identity_follows_the_inputs(tmp_path: Path) -> None:
+    """A later stage can name an earlier one's outputs without reading them."""
+    stage(tmp_path, k=4).begin()
+    make(tmp_path)()
+    with pytest.raises(StageError, match="not finished"):
+        stage(tmp_path, k=4).identity()
+    stage(tmp_path, k=4).finish()
+    first = stage(tmp_path, k=4).identity()
+    stage(tmp_path, k=8).begin(overwrite=True)
+    make(tmp_path)()
+    stage(tmp_path, k=8).finish()
+
+    assert first != stage(tmp_path, k=8).identity()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    """The differing settings are named; --overwrite takes the folder over."""
+    with open_run(tmp_path / "run", {"samples": 4}):
+        pass
+
+    with pytest.raises(StageError, match=r"other samples\).*--overwrite"), open_run(tmp_path / "run", {"samples": 8}):
+        pass
+    with open_run(tmp_path / "run", {"samples": 8}, overwrite=True) as run:
+        assert run.config == {"samples": 8}
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    """Files that no run wrote are not built upon."""
+    (tmp_path / "thesis.tex").touch()
+
+    with pytest.raises(StageError, match="holds files, but no run"), open_run(tmp_path, {}):
+        pass
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    """The second one is told so, and the folder is free again afterwards."""
+    with open_run(tmp_path, {}), pytest.raises(StageError, match="another process"), open_run(tmp_path, {}):
+        pass
+    with open_run(tmp_path, {}) as run:
+        assert run.round_folder(1).is_dir()
+
+
+def test_the_digest_of_a_folder_is_of_names_and_contents(tmp_path: Path) -> None:
+    """Renaming a file changes it."""
+    (tmp_path / "a").write_text("1")
+    before = content_digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+
+    assert before != content_digest(tmp_path)
+    with pytest.raises(StageError, match="cannot be read"):
+        content_digest(tmp_path / "missing")

@@ -1,0 +1,244 @@
+"""Who gives the scores: the arms of an experiment, alike in everything else, and the way to the judge.
+
+ipo            P(Yes)/(P(Yes)+P(No)) by the template of the instruction's category, from the service
+self-reward    the same route of a service whose --judge is self-reward
+reward-model   the same route of a service whose --judge is reward-model
+random         no judge: numbers drawn by a hash of seed and text, the control
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Final, Literal, Protocol, TypeAlias
+
+from client.benchmarks.run import TEMPLATES, judge_identity, template_digests
+from client.bulk import BulkOptions, stream_scores
+from client.errors import JudgeAPIError, JudgeError
+from client.judge import AsyncJudge
+from client.runtime.cli import CALL_TIMEOUT
+from client.schema import InlineTemplate, ModelInfo, ScoreRequest, TemplatesResult, Truncation
+from trainer.run.records import GENERAL, ScoreError
+from trainer.run.stages import StageError
+
+Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random"]
+
+RANDOM: Final = "random"
+# What GET /v1/models must say of the judge for each arm.
+JUDGE_OF_ARM: Final[Mapping[Arm, str]] = {
+    "ipo": "yes-no",
+    "self-reward": "self-reward",
+    "reward-model": "reward-model",
+}
+# Of the templates that judge one response.
+_MODES: Final = ("pointwise", "graded", "rubric")
+# Half the width of the random numbers, in log-odds: wide, so that a minimum margin costs this arm few pairs.
+RANDOM_SPREAD: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeOptions:
+    """Where the judge is and how hard it may be pressed. `start_timeout` is in seconds; `api_key` as in AsyncJudge."""
+
+    url: str
+    api_key: str | None = None
+    bulk: BulkOptions = field(default_factory=BulkOptions)
+    start_timeout: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOptions:
+    """How samples are labelled. `judge` may be None for the random arm only.
+
+    `template` names one template for all instructions in the place of their categories' (ipo only). `max_failures` is
+    the share of samples that may fail; empty responses, which are the policy's fault, do not count.
+    """
+
+    labeler: Arm = field(default="ipo", metadata={"help": "who says which response is better"})
+    judge: JudgeOptions | None = None
+    template: str | InlineTemplate | None = field(
+        default=None, metadata={"help": "one template of the service for all instructions, not their categories'"}
+    )
+    truncation: Truncation = field(
+        default="error", metadata={"help": "what becomes of texts over the judge's length: a counted failure, or cut"}
+    )
+    max_failures: float = 0.02
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What is judged: a response to a prompt, by the rules of a category."""
+
+    category: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A labeler's verdict; the fields are those of trainer.run.records.Score."""
+
+    log_odds: float
+    score: float
+    label_mass: float | None
+    template: str
+    model: str
+    fingerprint: str | None
+    asked_with: str | None = None
+
+
+class Labeler(Protocol):
+    """What gives the labels. `model` and `fingerprint` are what all of its labels must carry."""
+
+    model: str
+    fingerprint: str | None
+
+    def described(self) -> dict[str, object]:
+        """The part of a run's configuration that decides the labels."""
+
+    def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
+        """(index in `texts`, label or error) for each text once, as they become known. Raises StageError."""
+
+
+class RandomLabeler:
+    """Log-odds drawn uniformly from ±RANDOM_SPREAD: for one seed, the same text always gets the same number."""
+
+    def __init__(self, seed: int) -> None:
+        self.model = RANDOM
+        self.fingerprint: str | None = None
+        self._seed = seed
+
+    def described(self) -> dict[str, object]:
+        """See Labeler."""
+        return {"labeler": RANDOM, "seed": self._seed}
+
+    async def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
+        """See Labeler."""
+        for index, text in enumerate(texts):
+            log_odds = RANDOM_SPREAD * (2 * self._uniform(text) - 1)
+            score = 1 / (1 + math.exp(-log_odds))
+            yield index, Label(log_odds, score, None, f"{RANDOM}@{self._seed}", RANDOM, None)
+
+    def _uniform(self, text: Text) -> float:
+        digest = sha256(repr((self._seed, text.prompt, text.response)).encode()).digest()
+        return int.from_bytes(digest[:6], "big") / 2**48
+
+
+class ServiceLabeler:
+    """Labels by /score of a judge-as-api service, by the templates and for the categories that are `offered`."""
+
+    def __init__(self, judge: AsyncJudge, info: ModelInfo, offered: TemplatesResult, options: LabelOptions) -> None:
+        assert options.judge is not None
+        self.model = info.id
+        self.fingerprint: str | None = info.fingerprint
+        self._judge, self._info, self._categories = judge, info, frozenset(offered.categories)
+        self._templates = template_digests([one for one in offered.templates if one.mode in _MODES])
+        self._options, self._address = options, options.judge
+
+    def described(self) -> dict[str, object]:
+        """See Labeler."""
+        template = self._options.template
+        return {
+            "labeler": self._options.labeler,
+            "template": template.model_dump() if isinstance(template, InlineTemplate) else template,
+            "truncation": self._options.truncation,
+            "judge": judge_identity(self._info),
+            TEMPLATES: {} if isinstance(template, InlineTemplate) else self._templates,
+        }
+
+    async def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
+        """See Labeler."""
+        requests = (self._request(text) for text in texts)
+        try:
+            async with aclosing(stream_scores(self._judge, requests, self._address.bulk)) as outcomes:
+                async for index, outcome in outcomes:
+                    if isinstance(outcome, JudgeAPIError):
+                        yield index, ScoreError(code=outcome.code, message=outcome.message)
+                        continue
+                    yield (
+                        index,
+                        Label(
+                            log_odds=outcome.log_odds,
+                            score=outcome.score,
+                            label_mass=outcome.label_mass,
+                            template=outcome.template,
+                            model=outcome.model,
+                            fingerprint=outcome.fingerprint,
+                            asked_with=outcome.asked_with,
+                        ),
+                    )
+        except JudgeError as error:
+            raise lost(self._address, error) from error
+
+    def _request(self, text: Text) -> ScoreRequest:
+        category = template = None
+        if self._options.labeler == "ipo":
+            template = self._options.template
+            if template is None:
+                category = text.category if text.category in self._categories else GENERAL
+        return ScoreRequest(
+            prompt=text.prompt,
+            response=text.response,
+            category=category,
+            template=template,
+            truncation=self._options.truncation,
+        )
+
+
+@asynccontextmanager
+async def connected(options: JudgeOptions) -> AsyncIterator[tuple[AsyncJudge, ModelInfo]]:
+    """The judge and its model. Raises StageError within `start_timeout` seconds where it cannot judge now."""
+    try:
+        async with AsyncJudge(options.url, api_key=options.api_key, timeout=options.start_timeout) as judge:
+            await judge.ready()
+            info = (await judge.models()).data[0]
+    except (JudgeError, ValueError) as error:
+        raise StageError(
+            f"the judge at {shown_url(options)} cannot be used: {error}. Start the service, or give another --judge-url"
+        ) from error
+    async with AsyncJudge(options.url, api_key=options.api_key, timeout=CALL_TIMEOUT) as judge:
+        yield judge, info
+
+
+@asynccontextmanager
+async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
+    """The labeler of `options`. Raises StageError at once where its judge is out of reach or of another kind."""
+    if options.labeler == RANDOM:
+        yield RandomLabeler(options.seed)
+        return
+    if options.judge is None:
+        raise StageError(f"the labeler {options.labeler} needs a judge: give --judge-url")
+    async with connected(options.judge) as (judge, info):
+        wanted = JUDGE_OF_ARM[options.labeler]
+        if info.judge != wanted:
+            raise StageError(
+                f"the labeler {options.labeler} needs a service whose judge is {wanted}, and "
+                f"{shown_url(options.judge)} runs {info.judge}: start it with --judge {wanted} where it has that, "
+                "or give another --labeler"
+            )
+        yield ServiceLabeler(judge, info, await _offered(judge, options.judge), options)
+
+
+def lost(options: JudgeOptions, error: JudgeError) -> StageError:
+    """The error for a judge that failed after it had answered."""
+    return StageError(
+        f"the judge at {shown_url(options)} gives no more answers: {error}. What it said is kept: when it "
+        "is back, the same command goes on from there"
+    )
+
+
+async def _offered(judge: AsyncJudge, options: JudgeOptions) -> TemplatesResult:
+    try:
+        return await judge.templates()
+    except JudgeError as error:
+        raise lost(options, error) from error
+
+
+def shown_url(options: JudgeOptions) -> str:
+    """The address for messages, without a password in it."""
+    return re.sub(r"//[^/@]*@", "//", options.url)

@@ -1,0 +1,307 @@
+"""What the stages hand to each other: JSON lines in the run's folder, one small model for each kind of file.
+
+    instructions.jsonl, held_out.jsonl    Instruction        pairs.jsonl         Pair (TRL's conversational format)
+    samples.jsonl                         Sample             pairs_stats.json    PairStats
+    scores.jsonl                          Score
+
+Unknown fields are passed over, so that a file of a newer version, or one with notes of a user's own, can be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
+
+from client.benchmarks.results.records import RowError
+from client.runtime import files, jsonl
+from client.runtime.jsonl import first_problem, line_of, read_lines
+from client.schema import Message
+from client.texts import messages_in
+
+CONFIG_FILE: Final = "config.json"
+INSTRUCTIONS_FILE: Final = "instructions.jsonl"
+HELD_OUT_FILE: Final = "held_out.jsonl"
+INSTRUCTIONS_STATS_FILE: Final = "instructions_stats.json"
+SAMPLES_FILE: Final = "samples.jsonl"
+SCORES_FILE: Final = "scores.jsonl"
+PAIRS_FILE: Final = "pairs.jsonl"
+PAIRS_STATS_FILE: Final = "pairs_stats.json"
+ADAPTER_FOLDER: Final = "adapter"
+MODEL_FOLDER: Final = "model"
+MERGED_FOLDER: Final = "merged"
+METRICS_FILE: Final = "metrics.json"
+REPORT_FILE: Final = "report.html"
+
+GENERAL: Final = "general"
+CATEGORIES: Final = (GENERAL, "chat", "code", "math", "safety")
+
+_CHUNK: Final = 1 << 20
+
+Finish: TypeAlias = Literal["stop", "length"]
+# The instruction's id and the number of the sample: what a sample and its score share.
+Key: TypeAlias = tuple[str, int]
+
+
+class StageError(RuntimeError):
+    """The run cannot go on; the message says why and what to do. What is written stays, and a rerun goes on from it."""
+
+
+class RecordError(StageError):
+    """A file of the run cannot be read or written; the message names the file, the line, and what to do."""
+
+
+class Record(BaseModel):
+    """One line of a file."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Instruction(Record):
+    """What the policy is asked. `category` names the judge's template; those of other names are judged as general."""
+
+    id: str
+    prompt: str
+    category: str = GENERAL
+
+    @field_validator("prompt")
+    @classmethod
+    def _is_a_text(cls, prompt: str) -> str:
+        if not isinstance(messages_in(prompt, "the prompt"), str):
+            raise ValueError("holds a list of messages as text: give the question itself")
+        return prompt
+
+
+class Sample(Record):
+    """One response of the policy, without its end-of-sequence token.
+
+    `sample` counts from 0 within the instruction; `tokens` is the response's length in the policy's tokens; `finish` is
+    "length" where the limit of new tokens cut the response off.
+    """
+
+    id: str
+    sample: int
+    response: str
+    tokens: int
+    finish: Finish
+
+    @property
+    def key(self) -> Key:
+        """See `Key`."""
+        return self.id, self.sample
+
+
+class ScoreError(RowError):
+    """Why a sample has no score: the service's wire code, or one of the client's own (`empty_response`)."""
+
+
+class Score(Record):
+    """What the labeler said of one sample: `log_odds` with all that belongs to it, or an `error`, never both.
+
+    `label_mass`, `fingerprint` and `asked_with` are as in client.schema.ScoreResult, and null where the labeler is no
+    model.
+    """
+
+    id: str
+    sample: int
+    log_odds: FiniteFloat | None = None
+    score: FiniteFloat | None = None
+    label_mass: FiniteFloat | None = None
+    template: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+    asked_with: str | None = None
+    error: ScoreError | None = None
+
+    @model_validator(mode="after")
+    def _score_or_error(self) -> Self:
+        if (self.log_odds is None) == (self.error is None) or (self.score is None) != (self.log_odds is None):
+            raise ValueError("a line has either log_odds with score, or an error")
+        return self
+
+    @property
+    def key(self) -> Key:
+        """See `Key`."""
+        return self.id, self.sample
+
+
+class Pair(Record):
+    """One line of pairs.jsonl, as TRL and `datasets` read it: conversations, and columns that training passes over.
+
+    `margin` is the difference of the two log-odds; `score_chosen` and `score_rejected` are P(Yes)/(P(Yes)+P(No)).
+    """
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    id: str
+    category: str = GENERAL
+    margin: FiniteFloat
+    score_chosen: FiniteFloat
+    score_rejected: FiniteFloat
+
+
+class Histogram(Record):
+    """`counts[i]` values lie in [edges[i], edges[i + 1]), the last one's upper edge included."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+class CategoryStats(Record):
+    """How many instructions of a category had samples, and how many gave a pair."""
+
+    instructions: int
+    pairs: int
+
+
+class PairStats(Record):
+    """How samples became pairs, and what the pairs are like. Lengths are in characters, margins in log-odds.
+
+    Samples: `samples = usable + failed + unscored + empty + cut_off + duplicates`; `failures` counts the failed ones by
+    error code, `cut_off` those left out for being cut off, and `cut_off_share` is the share of all samples that were.
+    Instructions: `instructions = pairs + too_few + unfinished + ties + below_margin`, where `too_few` had fewer than
+    two usable samples, `unfinished` none that may be chosen, and `ties` a best pair of equal log-odds; `tie_share` is
+    ties / (pairs + ties + below_margin).
+    Of the pairs: `length_difference` is the mean of chosen minus rejected, `chosen_longer` the share of pairs whose
+    chosen response is the longer one (of equal lengths a half), `chosen_cut_off` how many chosen ones were cut off.
+    What would be a mean over nothing is null.
+    """
+
+    instructions: int
+    samples: int
+    usable: int
+    failed: int
+    failures: dict[str, int]
+    unscored: int
+    empty: int
+    cut_off: int
+    cut_off_share: float | None
+    duplicates: int
+    too_few: int
+    unfinished: int
+    ties: int
+    tie_share: float | None
+    below_margin: int
+    pairs: int
+    chosen_cut_off: int
+    margin_mean: float | None
+    margin_median: float | None
+    margins: Histogram
+    length_difference: float | None
+    chosen_longer: float | None
+    by_category: dict[str, CategoryStats]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """The records of a JSON-lines file, in its order.
+
+    A last line with no newline after it, as a killed process leaves it, is passed over. Raises RecordError for a broken
+    line anywhere else, and for a file that cannot be read.
+    """
+    try:
+        return read_lines(path, kind)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RecordError(f"{error}; remove that line or the file") from error
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a whole file, which is there under its name only when it is complete. Raises RecordError."""
+    write_whole(path, b"".join(line_of(record) for record in records))
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write one record as indented JSON, complete or not at all. Raises RecordError."""
+    write_whole(path, record.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """The file's one record. Raises RecordError."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise RecordError(f"{path}: not a {kind.__name__}: {first_problem(error)}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an indented JSON value, complete or not at all. Raises RecordError, and ValueError for NaN or infinity."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex. Raises OSError."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` beside the file and then put it in the file's place. Raises RecordError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, data)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Record], None]]:
+    """A function that appends a record's line and has handed it to the system when it returns.
+
+    What a killed process left of a last line is cut off first. Raises RecordError where another process is appending to
+    the same file, and when the disk is full; the lines before stay.
+    """
+    with ExitStack() as stack:
+        with _writing(path):
+            append_line = stack.enter_context(jsonl.appending(path))
+
+        def append(record: Record) -> None:
+            with _writing(path):
+                append_line(record)
+
+        yield append
+
+
+def count_by(values: Iterable[str]) -> dict[str, int]:
+    """How often each value occurs, the most frequent first, equals by name."""
+    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
+
+
+def unwritable(path: Path, error: OSError) -> RecordError:
+    """The error for a file that could not be written."""
+    return RecordError(
+        f"{path}: cannot be written: {error.strerror or error}. Make room or give another --output; "
+        "a rerun goes on from what is written"
+    )
+
+
+def lock(file: IO[bytes], path: Path) -> None:
+    """Keep other processes off; the lock goes with the file's closing or the process. Raises RecordError."""
+    with _writing(path):
+        jsonl.lock(file)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong with writing `path`, as a RecordError."""
+    try:
+        yield
+    except BlockingIOError as error:
+        raise RecordError(f"{path}: another process is writing it: wait for it, or give another --output") from error
+    except OSError as error:
+        raise unwritable(path, error) from error
