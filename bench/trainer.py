@@ -27,9 +27,9 @@ from rich.table import Table
 
 from client.runtime.cli import judge_address
 from service.models import resolve as models
+from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
 from service.prompts.builder import PromptBuilder
 from service.prompts.templates import TemplateLibrary
-from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import PairOptions, make_pairs
