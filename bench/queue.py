@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench.load import Measured, closed_loop, open_loop
 from bench.support.process import free_port, peak_of, running, running_service, wait_for_status
-from client.transport.traffic import NUMBER, Answered, Load, percentile
+from client.load.traffic import NUMBER, Load, RequestOutcome, percentile
 from tests.support.redis_server import RedisServer, running_redis
 
 PROMPT = "What is 2+2?"
@@ -203,7 +203,7 @@ def watched_depth(redis: RedisServer) -> Iterator[list[int]]:
         thread.join()
 
 
-def _overload_table(answers: Sequence[Answered], seconds: float, depth: int, grown: int) -> Table:
+def _overload_table(answers: Sequence[RequestOutcome], seconds: float, depth: int, grown: int) -> Table:
     by_status = {status: [a for a in answers if a.status == status] for status in sorted({a.status for a in answers})}
     title = f"400 requests/s offered for {seconds:g} s, capacity 200/s, queue of 200, deadline 4 s"
     table = Table("answer", "count", "per second", "p50 ms", "p99 ms", "max ms", "Retry-After", title=title)

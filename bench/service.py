@@ -24,8 +24,8 @@ from rich.table import Table
 from bench.load import closed_loop
 from bench.support.process import running_service
 from client import Judge
+from client.load.traffic import Load
 from client.schema import ScoreRequest
-from client.transport.traffic import Load
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.models import resolve as models

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before the imports that take a while
 from collections.abc import Sequence
 from typing import Final
 
-from client.runtime.cli import command_named
+from client.runtime.cli import find_command
 
 COMMANDS: Final = {
     "rewardbench": ("client.benchmarks.rewardbench", "evaluate a judge on RewardBench"),
@@ -18,15 +18,15 @@ COMMANDS: Final = {
     "pairs": ("client.benchmarks.pairs", "evaluate a judge on any pairwise or best-of-N file"),
     "compare": ("client.benchmarks.compare", "put finished runs side by side, with paired tests"),
     "search": ("client.benchmarks.search", "choose among candidate questions on one half, report on the other"),
-    "calibrate": ("client.calibrate", "fit temperature and bias for the service's answers"),
-    "load": ("client.load", "put a service under a seeded load and measure it"),
+    "calibrate": ("client.calibrate.__main__", "fit temperature and bias for the service's answers"),
+    "load": ("client.load.__main__", "put a service under a seeded load and measure it"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
-    return command_named("python -m client", COMMANDS, argv)()
+    return find_command("python -m client", COMMANDS, argv)()
 
 
 if __name__ == "__main__":
-    program.finish(command_named("python -m client", COMMANDS, None))
+    program.finish(find_command("python -m client", COMMANDS, None))

@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before the imports that take a while
 from collections.abc import Sequence
 from typing import Final
 
-from client.runtime.cli import command_named
+from client.runtime.cli import find_command
 
 COMMANDS: Final = {
     "self-improve": ("trainer.self_improve", "the whole loop: sample, label, train on pairs, evaluate"),
@@ -24,8 +24,8 @@ COMMANDS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
-    return command_named("python -m trainer", COMMANDS, argv)()
+    return find_command("python -m trainer", COMMANDS, argv)()
 
 
 if __name__ == "__main__":
-    program.finish(command_named("python -m trainer", COMMANDS, None))
+    program.finish(find_command("python -m trainer", COMMANDS, None))

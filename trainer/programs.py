@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from client.runtime.cli import FAILED, INTERRUPTED, OK, USAGE, fail
+from client.runtime.cli import fail
+from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.proxies import exempt_loopback
 from trainer.policy.models import needs_trainer
 from trainer.run.bars import Tell, advance_bar

@@ -34,18 +34,9 @@ from client.benchmarks.standing import Benchmark
 from client.bulk import BulkOptions
 from client.errors import JudgeError
 from client.judge import AsyncJudge
-from client.runtime.cli import (
-    CALL_TIMEOUT,
-    FAILED,
-    INTERRUPTED,
-    OK,
-    USAGE,
-    fail,
-    judge_address,
-    stderr_console,
-    stdout_console,
-)
+from client.runtime.cli import CALL_TIMEOUT, fail, judge_address, stderr_console, stdout_console
 from client.runtime.files import write_whole
+from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.schema import Format, ModelInfo, TemplateInfo, Truncation
 from client.transport.proxies import exempt_loopback
 

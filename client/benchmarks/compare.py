@@ -27,9 +27,10 @@ from client.benchmarks.results.paired import Estimate, Paired, Scoring, paired
 from client.benchmarks.results.records import ITEMS_FILE, SUMMARY_FILE, Row, TiePolicy, read_rows
 from client.benchmarks.results.summary import summarise
 from client.benchmarks.standing import Benchmark
-from client.runtime.cli import FAILED, INTERRUPTED, OK, USAGE, fail, stdout_console
+from client.runtime.cli import fail, stdout_console
 from client.runtime.extras import needs
 from client.runtime.files import write_whole
+from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""What the client's programs have in common: exit codes, where the judge is, how they tell what went wrong."""
+"""What command-line programs share: the judge's flags, subcommands, error lines and consoles."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
 from client.runtime.extras import needs
-from client.runtime.program import BROKEN_PIPE
+from client.runtime.program import BROKEN_PIPE, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
-# Seconds for one call of many judgements: a large model on a CPU takes minutes for them.
+# Seconds for one batch call: a large model on a CPU takes minutes for it.
 CALL_TIMEOUT: Final = 900.0
 # Columns of tables that go into a file or a pipe.
-WIDTH: Final = 100
-
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+PIPE_WIDTH: Final = 100
 
 
 class Arguments(Protocol):
@@ -33,46 +31,46 @@ class Arguments(Protocol):
 
 
 def judge_address(parser: Arguments, purpose: str = "") -> None:
-    """The flags --judge-url and --api-key; `purpose` says what they are for where they are not always needed."""
+    """Add --judge-url and --api-key. `purpose` goes in front of their help, e.g. "for --data: "."""
     url = os.environ.get("JUDGE_URL", DEFAULT_URL)
     parser.add_argument("--judge-url", default=url, help=f"{purpose}the service (JUDGE_URL; default: {DEFAULT_URL})")
     parser.add_argument("--api-key", default=None, help=f"{purpose}its key (default: JUDGE_API_KEY)")
 
 
-def command_named(
+def find_command(
     program: str, commands: Mapping[str, tuple[str, str]], argv: Sequence[str] | None
 ) -> Callable[[], int]:
-    """The command that the first argument names, imported and ready to run: it returns its exit code.
+    """The subcommand that `argv` (or the command line) starts with, imported; calling it returns its exit code.
 
-    `commands` are modules with a `main`, and what they do, by name. Where there is none such, a list of them is written
-    and the code is 2.
+    `commands` maps a name to a module with a `main` and a description. Without a known name the result prints the list
+    of commands and returns 2 (0 after --help).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in commands:
         return partial(import_module(commands[arguments[0]][0]).main, arguments[1:])
-    return partial(_list, program, commands, asked=arguments[:1] in (["-h"], ["--help"]))
+    return partial(_list_commands, program, commands, wants_help=arguments[:1] in (["-h"], ["--help"]))
 
 
-def _list(program: str, commands: Mapping[str, tuple[str, str]], *, asked: bool) -> int:
-    lines = [f"  {name:<12} {what}" for name, (_, what) in commands.items()]
+def _list_commands(program: str, commands: Mapping[str, tuple[str, str]], *, wants_help: bool) -> int:
+    lines = [f"  {name:<12} {description}" for name, (_, description) in commands.items()]
     text = "\n".join([f"usage: {program} COMMAND [--help | flags]", "", *lines, ""])
-    (sys.stdout if asked else sys.stderr).write(text)
-    return OK if asked else USAGE
+    (sys.stdout if wants_help else sys.stderr).write(text)
+    return OK if wants_help else USAGE
 
 
 def fail(problem: object, code: int) -> int:
-    """Say on stderr what went wrong, or that it was interrupted; the exit code."""
+    """Write the problem to stderr, as an error unless the program was interrupted; returns `code`."""
     sys.stderr.write(f"\n{problem}\n" if code == INTERRUPTED else f"error: {problem}\n")
     return code
 
 
 def stderr_console() -> Console:
-    """Where progress goes; raises ImportError, which says what to install, where rich is missing."""
+    """For progress. Raises an ImportError that says what to install if rich is missing."""
     return _console(stderr=True)
 
 
 def stdout_console() -> Console:
-    """Where results go; raises ImportError as `stderr_console`."""
+    """For results. Raises ImportError as `stderr_console` does."""
     return _console(stderr=False)
 
 
@@ -85,4 +83,4 @@ def _console(*, stderr: bool) -> Console:
             raise SystemExit(BROKEN_PIPE)
 
     console = PipedConsole(stderr=stderr)
-    return console if console.is_terminal else PipedConsole(stderr=stderr, width=WIDTH)
+    return console if console.is_terminal else PipedConsole(stderr=stderr, width=PIPE_WIDTH)

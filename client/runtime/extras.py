@@ -1,4 +1,4 @@
-"""Packages that the client's base install leaves out."""
+"""Packages that the base install leaves out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @contextmanager
 def needs(extra: Literal["benchmarks", "hub"]) -> Iterator[None]:
-    """Around imports: a package that is missing raises an ImportError that says what to install."""
+    """Wrap imports in this: for a missing package it raises an ImportError that says what to install."""
     try:
         yield
     except ImportError as error:

@@ -13,6 +13,8 @@ from typing import IO, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from client.runtime.validation import first_problem
+
 M = TypeVar("M", bound=BaseModel)
 
 _BLOCK: Final = 65_536
@@ -65,12 +67,6 @@ def lock(file: IO[bytes]) -> None:
     except ImportError:  # not POSIX: nothing is locked
         return
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Where a record is wrong, and how, without repeating what it holds."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'line'}: {first['msg']}"
 
 
 def _parsed(path: Path, number: int, line: bytes, kind: type[M]) -> M:

@@ -1,4 +1,4 @@
-"""How our programs begin and end: what signals do, what a missing package is told, which status is left behind.
+"""How our programs start and end: signals, missing packages, exit codes.
 
 if __name__ == "__main__":  # before the imports below, which take a while
     from client.runtime import program
@@ -26,17 +26,21 @@ from typing import Final, NoReturn
 from client.runtime import stderr
 
 STOPS: Final = (signal.SIGINT, signal.SIGTERM)
-FAILED, INTERRUPTED, TERMINATED, BROKEN_PIPE = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGPIPE
+
+# Exit codes. By the shell's convention, 128 plus a signal's number means that the signal ended the program.
+OK, FAILED, USAGE = 0, 1, 2
+INTERRUPTED, TERMINATED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGPIPE
 
 _OURS: Final = {"bench", "client", "deploy", "service", "tests", "trainer"}
 _terminated: list[bool] = []
 
 
 def begin(name: str, extra: str = "") -> None:
-    """Call it first of all: from here on SIGINT or SIGTERM ends the process at once, with a line and status 130 or 143.
+    """Prepare the process; call it before everything else, the slow imports included.
 
-    A package that is missing ends it with a line too, which names the `extra` that brings it, and status 1. Standard
-    streams that are closed become /dev/null, and stderr never blocks or raises any more.
+    From here on SIGINT or SIGTERM ends the process at once, with one line and exit code 130 or 143. A missing package
+    also ends it with one line, which names the `extra` to install, and exit code 1. Closed standard streams become
+    /dev/null, and stderr never blocks or raises.
     """
     _open_standard_streams()
     stderr.install()
@@ -45,25 +49,26 @@ def begin(name: str, extra: str = "") -> None:
 
 
 def on_signals(handle: Callable[[int, FrameType | None], None]) -> None:
-    """What SIGINT and SIGTERM do from now on."""
+    """Handle SIGINT and SIGTERM with this function from now on."""
     for number in STOPS:
         signal.signal(number, handle)
 
 
 def finish(main: Callable[[], int]) -> NoReturn:
-    """Run a command's main and end the process with its status.
+    """Run `main` and end the process with its exit code.
 
-    Ctrl-C and SIGTERM raise KeyboardInterrupt in it: files are closed, children ended. The status is then 130 or 143. A
-    reader of stdout who has left (`| head`) is nothing to talk about: 141. What cannot be written or read is one line.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt in `main`, so that files are closed and child processes ended; the exit
+    code is then 130 or 143. A reader of stdout who has left (`| head`) ends it silently with 141; any other OSError
+    becomes one line and 1.
     """
     stderr.install()
-    # Python's own: asyncio.run cancels its task in good order where it finds it.
+    # Python's own handler: asyncio.run recognises it, and then cancels its task instead of raising anywhere.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _interrupt_again
-    status: object
+    code: object
     try:
-        status = _status_of(main)
+        code = _exit_code_of(main)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = _interrupted()
@@ -74,12 +79,12 @@ def finish(main: Callable[[], int]) -> NoReturn:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         leave(FAILED)
-    if status == INTERRUPTED:
+    if code == INTERRUPTED:
         leave(_interrupted())
-    raise SystemExit(status)
+    raise SystemExit(code)
 
 
-def _status_of(main: Callable[[], int]) -> object:
+def _exit_code_of(main: Callable[[], int]) -> object:
     try:
         return main()
     except SystemExit as ended:
@@ -87,12 +92,12 @@ def _status_of(main: Callable[[], int]) -> object:
 
 
 def _interrupted() -> int:
-    """The status of a command that was interrupted; from here on a signal changes nothing but that it ends now."""
+    """The exit code of an interrupted program. From here on another signal ends the process immediately."""
     on_signals(lambda number, _: os._exit(128 + number))
-    # A reader of stdout who pauses does not hold up the end.
-    last = threading.Thread(target=_flush_stdout, daemon=True)
-    last.start()
-    last.join(stderr.CLOSE_SECONDS)
+    # In a thread, with a limit: a reader of stdout who pauses must not hold up the end.
+    flushing = threading.Thread(target=_flush_stdout, daemon=True)
+    flushing.start()
+    flushing.join(stderr.CLOSE_SECONDS)
     return TERMINATED if _terminated else INTERRUPTED
 
 
@@ -101,11 +106,11 @@ def _flush_stdout() -> None:
         sys.stdout.flush()
 
 
-def leave(status: int) -> NoReturn:
-    """End the process now, once stderr is written; the interpreter's own end would wait for threads, or abort them."""
+def leave(code: int) -> NoReturn:
+    """Flush stderr and end the process now; the interpreter's own shutdown would wait for threads, or abort them."""
     if isinstance(sys.stderr, stderr.Stderr):
         sys.stderr.writer.flush()
-    os._exit(status)
+    os._exit(code)
 
 
 def _stop_at_once(name: str, number: int, _frame: FrameType | None) -> None:
@@ -121,7 +126,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in finalizers and callbacks of C code: a KeyboardInterrupt is sent once more."""
+    """Send SIGINT again: Python drops a KeyboardInterrupt that is raised in a finalizer or a C library's callback."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
@@ -142,7 +147,7 @@ def _explain(
 
 
 def _open_standard_streams() -> None:
-    """Otherwise the next file or socket takes the number of a closed one, and gets what is written to it."""
+    """Otherwise the next file or socket would get a closed stream's number, and whatever is written to that stream."""
     while (free := os.open(os.devnull, os.O_RDWR)) <= stderr.STDERR:
         pass
     os.close(free)

@@ -1,16 +1,16 @@
-"""What the client can ask: for each method its route, its body, and how its answer is read. No network here."""
+"""What can be asked of a service: each call's route and body, and how its answer is read. No network here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import pydantic
 
 from client.errors import STATUS, TYPE, ErrorCode, JudgeAPIError, JudgeError, class_of_status
+from client.runtime.validation import first_problem
 from client.schema import (
-    CompareBatchItem,
     CompareBatchRequest,
     CompareBatchResult,
     CompareRequest,
@@ -23,7 +23,6 @@ from client.schema import (
     ReadyResult,
     Request,
     Result,
-    ScoreBatchItem,
     ScoreBatchRequest,
     ScoreBatchResult,
     ScoreRequest,
@@ -33,6 +32,7 @@ from client.schema import (
 )
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 R = TypeVar("R", bound=Result)
 
 Prompt: TypeAlias = str | Sequence[Message | Mapping[str, str]]
@@ -55,7 +55,7 @@ class CompareOptions(ScoreOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A success from the service: its body, and the request's id for what is made of it."""
+    """A successful answer's body, and the id of its request for error messages."""
 
     body: bytes
     request_id: str
@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One question to the service. `read` makes the method's value of the answer; `probe` calls are never retried."""
+    """One request to the service. `read` turns its answer into a value; a `probe` is never retried."""
 
     method: Literal["GET", "POST"]
     path: str
@@ -72,18 +72,27 @@ class Call(Generic[T]):
     probe: bool = False
 
     def content(self) -> bytes | None:
-        """The body as JSON. Defaults are left out: an older service would refuse a field that it does not know."""
+        """The body as JSON. Defaults are left out, because an older service refuses fields that it does not know."""
         return None if self.body is None else self.body.model_dump_json(exclude_defaults=True).encode()
 
 
+class _BatchEntry(Protocol[T_co]):
+    @property
+    def index(self) -> int: ...
+    @property
+    def result(self) -> T_co | None: ...
+    @property
+    def error(self) -> ErrorBody | None: ...
+
+
 def score(prompt: Prompt, response: str, options: ScoreOptions) -> Call[ScoreResult]:
-    """One judgement."""
+    """POST /score. Raises pydantic.ValidationError if the arguments do not make a valid request."""
     request = ScoreRequest.model_validate({"prompt": prompt, "response": response, **options})
     return Call("POST", "/score", _as(ScoreResult), request)
 
 
 def compare(prompt: Prompt, responses: Sequence[str], options: CompareOptions) -> Call[CompareResult]:
-    """One comparison."""
+    """POST /compare. Raises pydantic.ValidationError as `score` does."""
     request = CompareRequest.model_validate({"prompt": prompt, "responses": responses, **options})
 
     def read(answer: Answer) -> CompareResult:
@@ -96,62 +105,56 @@ def compare(prompt: Prompt, responses: Sequence[str], options: CompareOptions) -
 
 
 def score_batch(items: Sequence[ScoreRequest]) -> Call[list[ScoreResult | JudgeAPIError]]:
-    """Many judgements."""
+    """POST /score/batch; the value has one entry per item."""
 
     def read(answer: Answer) -> list[ScoreResult | JudgeAPIError]:
-        results = parse(ScoreBatchResult, answer).results
-        _check_indices([item.index for item in results], len(items))
-        return [_outcome(item, item.result, answer.request_id) for item in results]
+        return _outcomes(parse(ScoreBatchResult, answer).results, len(items), answer.request_id)
 
     return Call("POST", "/score/batch", read, ScoreBatchRequest(items=list(items)))
 
 
 def compare_batch(items: Sequence[CompareRequest]) -> Call[list[CompareResult | JudgeAPIError]]:
-    """Many comparisons."""
+    """POST /compare/batch; the value has one entry per item."""
 
     def read(answer: Answer) -> list[CompareResult | JudgeAPIError]:
-        results = parse(CompareBatchResult, answer).results
-        _check_indices([item.index for item in results], len(items))
-        return [_outcome(item, item.result, answer.request_id) for item in results]
+        return _outcomes(parse(CompareBatchResult, answer).results, len(items), answer.request_id)
 
     return Call("POST", "/compare/batch", read, CompareBatchRequest(items=list(items)))
 
 
 def templates() -> Call[TemplatesResult]:
-    """What may be named as template or category."""
+    """GET /templates."""
     return Call("GET", "/templates", _as(TemplatesResult))
 
 
 def models() -> Call[ModelsResult]:
-    """Which model judges."""
+    """GET /v1/models."""
     return Call("GET", "/v1/models", _as(ModelsResult))
 
 
 def health() -> Call[HealthResult]:
-    """Does the process answer?"""
+    """GET /health, once."""
     return Call("GET", "/health", _as(HealthResult), probe=True)
 
 
 def ready() -> Call[ReadyResult]:
-    """Can the service judge now?"""
+    """GET /ready, once."""
     return Call("GET", "/ready", _as(ReadyResult), probe=True)
 
 
 def parse(model: type[R], answer: Answer) -> R:
-    """The body as `model`; raises JudgeError where it does not fit."""
+    """The body as `model`; raises JudgeError if it does not fit."""
     try:
         return model.model_validate_json(answer.body)
     except pydantic.ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
         raise JudgeError(
-            f"the answer is not a {model.__name__} ({where}: {first['msg']}): "
+            f"the answer is not a {model.__name__} ({first_problem(exc, whole='body')}): "
             f"is this the URL of a judge-as-api service, and of this version? [request {answer.request_id}]"
         ) from exc
 
 
 def error_of(error: ErrorBody, *, status: int, request_id: str, retry_after: float | None = None) -> JudgeAPIError:
-    """The exception that stands for an error on the wire."""
+    """The exception for an error on the wire."""
     return class_of_status(status)(
         error.message,
         status=status,
@@ -162,27 +165,31 @@ def error_of(error: ErrorBody, *, status: int, request_id: str, retry_after: flo
     )
 
 
+def status_of(error: ErrorBody) -> int:
+    """The HTTP status that an item's error would have had by itself; by its type if the code is unknown here."""
+    if error.code in set(ErrorCode):
+        return STATUS[ErrorCode(error.code)]
+    return next((status for status, name in TYPE.items() if name == error.type), 500)
+
+
 def _as(model: type[R]) -> Callable[[Answer], R]:
     return lambda answer: parse(model, answer)
 
 
 def _check_indices(indices: Sequence[int], count: int) -> None:
-    """A result must never be taken for a neighbour's."""
+    """A result must never be taken for its neighbour's."""
     if list(indices) != list(range(count)):
         raise JudgeError(f"the answer should have one entry for each of {count} asked, and has {list(indices)}")
 
 
-def _outcome(item: ScoreBatchItem | CompareBatchItem, result: T | None, request_id: str) -> T | JudgeAPIError:
-    if (result is None) == (item.error is None):
-        raise JudgeError(f"item {item.index} of the answer should have either a result or an error")
-    if item.error is not None:
-        return error_of(item.error, status=status_of(item.error), request_id=request_id)
-    assert result is not None
-    return result
+def _outcomes(entries: Sequence[_BatchEntry[T]], count: int, request_id: str) -> list[T | JudgeAPIError]:
+    _check_indices([entry.index for entry in entries], count)
+    return [_outcome(entry, request_id) for entry in entries]
 
 
-def status_of(error: ErrorBody) -> int:
-    """The HTTP status that an item's error would have had by itself; by its type where the code is a newer one."""
-    if error.code in set(ErrorCode):
-        return STATUS[ErrorCode(error.code)]
-    return next((status for status, name in TYPE.items() if name == error.type), 500)
+def _outcome(entry: _BatchEntry[T], request_id: str) -> T | JudgeAPIError:
+    if entry.result is not None and entry.error is None:
+        return entry.result
+    if entry.error is not None and entry.result is None:
+        return error_of(entry.error, status=status_of(entry.error), request_id=request_id)
+    raise JudgeError(f"item {entry.index} of the answer should have either a result or an error")

@@ -1,6 +1,7 @@
-"""The httpx client behind a Judge: opened when it is first needed, and anew in each process and for each event loop.
+"""The httpx client behind a Judge: opened on first use, and separately in each process and for each event loop.
 
-Connections that two processes share after a fork swap their answers, and those of an event loop end with it.
+Two processes that share a connection after a fork would read each other's answers, and an event loop's connections do
+not outlive it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import httpx
 from client.transport.proxies import Proxy, proxy_of, url_of
 
 MAX_CONNECTIONS: Final = 256
-# Shorter than the 5 s after which uvicorn closes an idle connection, so that a call seldom meets one just closed.
+# Shorter than the 5 s after which uvicorn closes an idle connection, so that a call rarely meets one just closed.
 _KEEPALIVE_S: Final = 4.0
 _LIMITS: Final = httpx.Limits(
     max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS, keepalive_expiry=_KEEPALIVE_S
 )
 
-_Key: TypeAlias = tuple[int, asyncio.AbstractEventLoop]
-_Held: TypeAlias = tuple[AsyncGenerator[httpx.AsyncClient, None], httpx.AsyncClient]
+_LoopKey: TypeAlias = tuple[int, asyncio.AbstractEventLoop]
+_OpenClient: TypeAlias = tuple[AsyncGenerator[httpx.AsyncClient, None], httpx.AsyncClient]
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a service is, what goes with every request, and the proxy in between, where there is one."""
+    """A service's address, the headers of every request, and the proxy on the way to it, if any."""
 
     base_url: str
     headers: Mapping[str, str]
@@ -39,7 +40,7 @@ class Origin:
 
     @classmethod
     def of(cls, base_url: str, key: str, headers: Mapping[str, str] | None, *, direct: bool) -> Origin:
-        """With no proxy where it is `direct`. Raises ValueError for what is no http:// or https:// address."""
+        """Look up the proxy, unless `direct`. Raises ValueError if `base_url` is not an http:// or https:// address."""
         if not re.match(r"https?://[^/?#\s]", base_url):
             raise ValueError("base_url must start with http:// or https:// and name a host, e.g. http://localhost:8000")
         try:
@@ -50,87 +51,104 @@ class Origin:
         always = {"User-Agent": f"judge-as-api/{_version()}", **authorization, **(headers or {})}
         return cls(base_url, always, None if direct else proxy_of(base_url))
 
-    def client(self, given: httpx.BaseTransport | None) -> httpx.Client:
-        """Over the transport that is given, else over connections of its own."""
-        way = given or httpx.HTTPTransport(limits=_LIMITS, proxy=self.proxy.address if self.proxy else None)
-        return httpx.Client(transport=way, base_url=self.base_url, headers=self.headers)
+    def client(self, transport: httpx.BaseTransport | None) -> httpx.Client:
+        """A client over `transport`, or over connections of its own."""
+        transport = transport or httpx.HTTPTransport(limits=_LIMITS, proxy=self.proxy.address if self.proxy else None)
+        return httpx.Client(transport=transport, base_url=self.base_url, headers=self.headers)
 
-    def async_client(self, given: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
-        """The same for asyncio."""
-        way = given or httpx.AsyncHTTPTransport(limits=_LIMITS, proxy=self.proxy.address if self.proxy else None)
-        return httpx.AsyncClient(transport=way, base_url=self.base_url, headers=self.headers)
+    def async_client(self, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
+        """`client` for asyncio."""
+        proxy = self.proxy.address if self.proxy else None
+        transport = transport or httpx.AsyncHTTPTransport(limits=_LIMITS, proxy=proxy)
+        return httpx.AsyncClient(transport=transport, base_url=self.base_url, headers=self.headers)
 
 
 class ProcessConnections:
-    """A client for each process that uses it: a forked child never touches what its parent opened. Has no lock."""
+    """One client per process: a forked child never touches what its parent opened.
+
+    There is no lock, because a lock held at the moment of the fork would stay locked in the child.
+    """
 
     def __init__(self, make: Callable[[], httpx.Client]) -> None:
         self._make = make
-        self._of: dict[int, httpx.Client] = {}
+        self._clients: dict[int, httpx.Client] = {}
         self.closed = False
 
     def http(self) -> httpx.Client:
         """This process's client. Raises RuntimeError after `close`."""
         check_open(self.closed)
-        return self._of.get(os.getpid()) or self._of.setdefault(os.getpid(), self._make())
+        return self._clients.get(os.getpid()) or self._clients.setdefault(os.getpid(), self._make())
 
     def close(self) -> None:
-        """Close this process's connections, for good."""
+        """Close this process's connections for good."""
         self.closed = True
-        if (http := self._of.pop(os.getpid(), None)) is not None:
+        if (http := self._clients.pop(os.getpid(), None)) is not None:
             http.close()
 
 
 class LoopConnections:
-    """A client for each event loop of each process, closed when its loop ends in the way that asyncio.run ends one."""
+    """One client per event loop and process, closed when asyncio.run (or a Runner) ends the loop."""
 
     def __init__(self, make: Callable[[], httpx.AsyncClient]) -> None:
         self._make = make
-        self._of: dict[_Key, _Held] = {}
+        self._clients: dict[_LoopKey, _OpenClient] = {}
         self.closed = False
 
     async def http(self) -> httpx.AsyncClient:
         """The running loop's client. Raises RuntimeError after `aclose`."""
         check_open(self.closed)
         key = os.getpid(), asyncio.get_running_loop()
-        if key not in self._of:
-            self._forget_ended_loops()
-            holder = _hold(self._make, self._of, key)
-            self._of[key] = holder, await anext(holder)
-        return self._of[key][1]
+        if key not in self._clients:
+            self._forget_closed_loops()
+            opening = _open_until_loop_ends(self._make, self._clients, key)
+            self._clients[key] = opening, await anext(opening)
+        return self._clients[key][1]
 
     async def aclose(self) -> None:
-        """Close the running loop's connections, for good; another loop's are closed when it ends."""
+        """Close the running loop's connections for good; those of other loops close when their loop ends."""
         self.closed = True
-        if (held := self._of.pop((os.getpid(), asyncio.get_running_loop()), None)) is not None:
-            await held[0].aclose()
+        if (open_client := self._clients.pop((os.getpid(), asyncio.get_running_loop()), None)) is not None:
+            await open_client[0].aclose()
 
-    def _forget_ended_loops(self) -> None:
-        """Those that were closed without ending their generators. A parent's are left alone."""
-        for pid, loop in list(self._of):
+    def _forget_closed_loops(self) -> None:
+        """Drop loops that were closed without ending their generators; a parent process's entries stay untouched."""
+        for pid, loop in list(self._clients):
             if pid == os.getpid() and loop.is_closed():
-                self._of.pop((pid, loop), None)
+                self._clients.pop((pid, loop), None)
 
 
-async def _hold(
-    make: Callable[[], httpx.AsyncClient], known: MutableMapping[_Key, Any], key: _Key
+async def _open_until_loop_ends(
+    make: Callable[[], httpx.AsyncClient], clients: MutableMapping[_LoopKey, Any], key: _LoopKey
 ) -> AsyncGenerator[httpx.AsyncClient, None]:
-    """A client while this generator lives: asyncio ends unfinished ones on the loop where they began, before it ends.
+    """A client that is closed with this generator, which asyncio.run ends before it ends the loop.
 
-    Nothing else tells of a loop's end in time to close its connections.
+    Ending unfinished generators (`shutdown_asyncgens`) is asyncio's only hook at a loop's end that can still await.
     """
     http = make()
     try:
         yield http
     finally:
-        known.pop(key, None)
+        clients.pop(key, None)
         await http.aclose()
 
 
 def check_open(closed: bool) -> None:
-    """Raises RuntimeError for a client that is closed."""
+    """Raises RuntimeError if the client is closed."""
     if closed:
-        raise RuntimeError("this judge is closed: ask inside of its `with` block, or make another one")
+        raise RuntimeError("this judge is closed: use it inside its `with` block, or make another one")
+
+
+def resolve_api_key(api_key: str | None) -> str:
+    """The key to send, "" for none; None takes JUDGE_API_KEY from the environment.
+
+    Raises ValueError, without repeating the key, for a list of keys and for text that no header can hold.
+    """
+    key = ((os.environ.get("JUDGE_API_KEY") if api_key is None else api_key) or "").strip()
+    if "," in key or key.startswith("["):
+        raise ValueError("api_key (or JUDGE_API_KEY) holds a list, which only a service takes: give the client one key")
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        raise ValueError("api_key (or JUDGE_API_KEY) must be printable ASCII without spaces")
+    return key
 
 
 @cache

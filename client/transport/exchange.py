@@ -1,4 +1,4 @@
-"""One call on its way: headers, deadline, retries, and what is made of what comes back; sync and async share it."""
+"""One call from start to result: headers, deadline, retries, and how its answer is read. Sync and async share it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import httpx
 import pydantic
@@ -22,18 +22,19 @@ from client.transport.retries import failure_of, parse_retry_after, retry_policy
 
 T = TypeVar("T")
 
-UNKNOWN_CODE = "unknown"
-_SHOWN_ID = 128
-
-_ERROR = re.compile(rb'\s*\{\s*"error"')
+UNKNOWN_CODE: Final = "unknown"
+# Characters of another request's id that a message repeats.
+_SHOWN_ID: Final = 128
+_ERROR: Final = re.compile(rb'\s*\{\s*"error"')
 
 _log = logging.getLogger("client")
 
 
 class Exchange(Generic[T]):
-    """One call from its start to its value or its error, over all of its attempts.
+    """One call over all of its attempts, until it has a value or an error.
 
-    `timeout` (seconds) is counted from here on. `backoff` is the upper bound of the first wait, in seconds.
+    `timeout` (seconds) starts now and covers all attempts and the waits between them. `backoff` is the upper bound of
+    the first wait, in seconds.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class Exchange(Generic[T]):
         self._proxy = proxy
 
     def remaining(self) -> float:
-        """Seconds until the deadline; raises JudgeTimeoutError when it has passed."""
+        """Seconds until the deadline; raises JudgeTimeoutError once it has passed."""
         seconds = self._deadline - time.monotonic()
         if seconds <= 0:
             raise JudgeTimeoutError(self._timeout_message())
         return seconds
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """The next attempt. The service is told how long anybody waits, so that it can drop the work after that."""
+        """The next attempt. X-Request-Timeout lets the service drop the work once the caller has given up."""
         seconds = self.remaining()
         headers = {"X-Request-Id": self.request_id, "X-Request-Timeout": f"{seconds:.3f}"}
         if self._content is not None:
@@ -65,34 +66,35 @@ class Exchange(Generic[T]):
             self.call.method, self.call.path, content=self._content, headers=headers, timeout=seconds
         )
 
-    def check_whose(self, response: httpx.Response) -> None:
-        """Refuse another request's answer before its body is read, so that its connection is dropped and not kept.
+    def check_request_id(self, response: httpx.Response) -> None:
+        """Raises JudgeConnectionError for the answer to another request.
 
-        Two processes that write to one connection get each other's answers. An answer without an id passes: servers
-        and proxies that do not know the header leave it out. So does an error that is not in the service's form.
+        Two processes that write to one connection get each other's answers. Called before the body is read, so that
+        the connection is dropped, not reused. An answer without an id passes, because servers and proxies that do not
+        know the header leave it out; an error is checked in `read`, because a gateway's own page has the gateway's id.
         """
-        if response.is_success and self._is_anothers(response):
-            raise self._mixed_up(response)
+        if response.is_success and self._answers_another(response):
+            raise self._mix_up(response)
 
-    def _is_anothers(self, response: httpx.Response) -> bool:
+    def _answers_another(self, response: httpx.Response) -> bool:
         ids = response.headers.get_list("X-Request-Id", split_commas=True)
         return bool(ids) and self.request_id not in ids
 
-    def _mixed_up(self, response: httpx.Response) -> JudgeConnectionError:
+    def _mix_up(self, response: httpx.Response) -> JudgeConnectionError:
         return JudgeConnectionError(
             f"the answer to {self._name} is another request's: its X-Request-Id is "
             f"{response.headers['X-Request-Id'][:_SHOWN_ID]!r}, and {self.request_id} was sent. Do other processes use "
             "this connection, or does a gateway set the header itself? Then have it pass the caller's on"
         )
 
-    def in_time(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass the chunks on until the deadline: httpx times each read by itself, and drops of data reset its clock."""
+    def until_deadline(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass chunks on until the deadline: httpx times each read by itself, so a drip of bytes would never end."""
         for chunk in chunks:
             self.remaining()
             yield chunk
 
     @contextmanager
-    def errors_translated(self, http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
+    def translated_errors(self, http: httpx.Client | httpx.AsyncClient) -> Iterator[None]:
         """The one place where the transport's exceptions become the client's."""
         try:
             yield
@@ -103,12 +105,12 @@ class Exchange(Generic[T]):
             raise JudgeConnectionError(f"no answer from {base} to {self._name}: {self._reason(exc)}") from exc
 
     def read(self, response: httpx.Response, body: bytes) -> T:
-        """The method's value; raises JudgeAPIError for an answer that is an error, JudgeError for an unreadable one."""
+        """The call's value. Raises JudgeAPIError if the answer is an error, JudgeError if it is unreadable."""
         error = _error_in_success(body) if response.is_success else _error_body(response, body, self._proxy)
         if error is None:
             return self.call.read(Answer(body, self.request_id))
-        if error.code != UNKNOWN_CODE and self._is_anothers(response):
-            raise self._mixed_up(response)
+        if error.code != UNKNOWN_CODE and self._answers_another(response):
+            raise self._mix_up(response)
         raise error_of(
             error,
             status=status_of(error) if response.is_success else response.status_code,
@@ -117,11 +119,11 @@ class Exchange(Generic[T]):
         )
 
     def retry_policy(self) -> dict[str, Any]:
-        """The arguments of tenacity's Retrying and AsyncRetrying: the last error is raised as it is."""
+        """Arguments for tenacity's Retrying and AsyncRetrying; the last error is raised unchanged."""
         policy = retry_policy(is_retryable, retries=self._max_retries, backoff=self._backoff, deadline=self._deadline)
-        return {**policy, "before_sleep": self._tell}
+        return {**policy, "before_sleep": self._log_retry}
 
-    def _tell(self, state: RetryCallState) -> None:
+    def _log_retry(self, state: RetryCallState) -> None:
         _log.info(
             "%s [request %s] is retried in %.2f s after: %s",
             self._name,
@@ -148,22 +150,25 @@ class Exchange(Generic[T]):
 
 
 def is_retryable(exc: BaseException | None) -> bool:
-    """Whether asking again can help: broken connections and 429, 502, 503, 504; never a deadline or a cancellation."""
+    """Whether a retry can help: after broken connections and 429, 502, 503, 504, never after a timeout.
+
+    An attempt has all the time that is left, so one that timed out was the last.
+    """
     if isinstance(exc, JudgeAPIError):
         return exc.status in RETRYABLE_STATUS
     return isinstance(exc, JudgeConnectionError) and not isinstance(exc, JudgeTimeoutError)
 
 
 def _has_cause(exc: BaseException, kind: type[BaseException]) -> bool:
-    """Whether `kind` stands anywhere in the chain: async transports wrap the system's error several times."""
+    """Whether `kind` occurs anywhere in the chain; async transports wrap the system's error several times."""
     if isinstance(exc, kind):
         return True
-    inner = [exc.__cause__ or exc.__context__, *(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ())]
-    return any(_has_cause(one, kind) for one in inner if one is not None)
+    causes = [exc.__cause__ or exc.__context__, *(exc.exceptions if isinstance(exc, BaseExceptionGroup) else ())]
+    return any(_has_cause(cause, kind) for cause in causes if cause is not None)
 
 
 def _error_in_success(body: bytes) -> ErrorBody | None:
-    """The service's error where a gateway in between has made its status 200."""
+    """The service's error, where a gateway has turned its status into 200."""
     if _ERROR.match(body) is None:
         return None
     with suppress(pydantic.ValidationError):
@@ -172,7 +177,7 @@ def _error_in_success(body: bytes) -> ErrorBody | None:
 
 
 def _error_body(response: httpx.Response, body: bytes, proxy: Proxy | None) -> ErrorBody:
-    """The service's own words, or a short stand-in for whatever a proxy or another server said instead."""
+    """The service's own error, or a short one in place of what a proxy or another server sent."""
     try:
         return ErrorResult.model_validate_json(body).error
     except pydantic.ValidationError:

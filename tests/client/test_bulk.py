@@ -26,8 +26,9 @@ from client import (
     OverloadedError,
     PayloadTooLargeError,
 )
-from client.bulk import BulkOptions, Throttle, stream_compares, stream_scores
+from client.bulk import BulkOptions, stream_compares, stream_scores
 from client.schema import CompareRequest, ScoreRequest, ScoreResult
+from client.transport.pacing import Throttle
 from service.engine.fake import FakeEngine
 from tests.support.fake_judge import COMPARE, SCORE, busy, own_environment
 from tests.support.live import live_service, wait_for

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from client import calibration
-from client.calibrate import main
-from client.evidence import EvidenceError, Pair, from_runs, read_pairs
-from client.fitting import Labelled, calibrate, fit, halves, quality
+from client.calibrate.__main__ import main
+from client.calibrate.evidence import EvidenceError, Pair, from_runs, read_pairs
+from client.calibrate.fitting import Labelled, calibrate, fit, halves, quality
 from client.stats import sigmoid
 from tests.support.live import Live, live_service
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from client import load
-from client.transport.raw_http import Origin
-from client.transport.traffic import Answered, Load, on_schedule, percentile, poisson_arrivals, uniform_arrivals
+from client.load import __main__ as load
+from client.load.bodies import bodies
+from client.load.raw_http import Endpoint
+from client.load.report import summarise_load
+from client.load.traffic import Load, RequestOutcome, percentile, poisson_arrivals, run_open_loop, uniform_arrivals
 from service.engine.fake import FakeEngine
 from tests.support.fake_judge import own_environment
 from tests.support.live import live_service, wait_for
@@ -82,7 +84,7 @@ def test_a_request_that_was_due_counts_its_waiting() -> None:
     """Latency runs from the scheduled time: one sent a second too late took a second at least, all of it lag."""
     with live_service() as live:
         asked = Load(live.url, "/score", b'{"prompt": "p", "response": "r"}', 1, 1.0)
-        (answer,) = asyncio.run(on_schedule(asked, [-1.0]))
+        (answer,) = asyncio.run(run_open_loop(asked, [-1.0]))
 
     assert answer.seconds > answer.late >= 1.0
 
@@ -99,10 +101,10 @@ def test_refusals_are_counted_beside_the_latencies(tmp_path: Path) -> None:
 
 def test_successes_alone_have_latencies() -> None:
     """Each outcome is counted under its own name, and 504 with those who heard nothing."""
-    slow = [Answered(503, 9.0), Answered(429, 9.0), Answered(504, 9.0), Answered(500, 9.0)]
-    silent = [Answered(0, 9.0, trouble="timeout"), Answered(0, 9.0, trouble="connection")]
+    slow = [RequestOutcome(503, 9.0), RequestOutcome(429, 9.0), RequestOutcome(504, 9.0), RequestOutcome(500, 9.0)]
+    silent = [RequestOutcome(0, 9.0, failure="timeout"), RequestOutcome(0, 9.0, failure="connection")]
 
-    numbers = load.summary([Answered(200, 0.001), *slow, *silent], elapsed=2.0)
+    numbers = summarise_load([RequestOutcome(200, 0.001), *slow, *silent], elapsed=2.0)
 
     counted = ("succeeded", "refused_503", "rate_limited_429", "timeouts", "other_errors")
     assert [numbers[name] for name in counted] == [1, 1, 1, 2, 2]
@@ -123,18 +125,18 @@ def test_a_service_that_vanishes_is_counted() -> None:
     half = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     with tcp_server([half]) as (url, _):
         asked = Load(url, "/health", b"", 1, 1.0)
-        answers = asyncio.run(on_schedule(asked, [0.0]))
+        answers = asyncio.run(run_open_loop(asked, [0.0]))
 
-    assert [(answer.status, answer.trouble) for answer in answers] == [(0, "connection")]
+    assert [(answer.status, answer.failure) for answer in answers] == [(0, "connection")]
 
 
 def test_silence_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that never answers costs a request its timeout, and is counted so."""
-    monkeypatch.setattr("client.transport.traffic.GRACE", 0.0)
+    monkeypatch.setattr("client.load.traffic.GRACE", 0.0)
     with tcp_server([None]) as (url, _):
-        (answer,) = asyncio.run(on_schedule(Load(url, "/health", b"", 1, 1.0, timeout=0.05), [0.0]))
+        (answer,) = asyncio.run(run_open_loop(Load(url, "/health", b"", 1, 1.0, timeout=0.05), [0.0]))
 
-    assert (answer.status, answer.trouble) == (0, "timeout")
+    assert (answer.status, answer.failure) == (0, "timeout")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_silence_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_servers_ways_are_understood(reply: bytes) -> None:
     """Chunks, no length at all, and a connection that ends with the answer."""
     with tcp_server([reply]) as (url, requests):
-        (answer,) = asyncio.run(on_schedule(Load(f"{url}/base/", "/health", b"", 1, 1.0), [0.0]))
+        (answer,) = asyncio.run(run_open_loop(Load(f"{url}/base/", "/health", b"", 1, 1.0), [0.0]))
 
     assert answer.status == 200
     assert requests[0].startswith(b"GET /base/health HTTP/1.1\r\n")
@@ -168,7 +170,7 @@ def test_rows_of_a_file_are_sent_in_turn(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b", "category": "math"}, {"prompt": "c", "chosen": "d", "rejected": "e"}]
     file.write_text("\n".join(json.dumps(row) for row in rows))
 
-    body = load.bodies("score", file)
+    body = bodies("score", file)
 
     sent = [json.loads(body(number)) for number in range(3)]
     assert sent == [rows[0], {"prompt": "c", "response": "d"}, rows[0]]
@@ -179,7 +181,7 @@ def test_pairs_are_compared(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "c", "chosen": "d", "rejected": "e"}\n')
 
-    assert json.loads(load.bodies("compare", file)(0)) == {"prompt": "c", "responses": ["d", "e"]}
+    assert json.loads(bodies("compare", file)(0)) == {"prompt": "c", "responses": ["d", "e"]}
 
 
 def test_progress_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +266,6 @@ def test_bad_rows_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 )
 def test_a_url_says_where_and_whether_encrypted(url: str, port: int, tls: bool) -> None:
     """https means TLS, and each scheme has its port."""
-    origin = Origin.of(url)
+    origin = Endpoint.of(url)
 
     assert (origin.host, origin.port, origin.tls) == ("h", port, tls)

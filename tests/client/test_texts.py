@@ -18,9 +18,9 @@ from client.benchmarks.data.samples import SampleError, load_pairs, load_rewardb
 from client.benchmarks.plan import Question
 from client.benchmarks.results.records import Sample
 from client.benchmarks.run import Asking, RunFolder, judge_samples
-from client.evidence import EvidenceError, read_pairs
+from client.calibrate.evidence import EvidenceError, read_pairs
 from client.judge import AsyncJudge
-from client.load import UsageError, bodies
+from client.load.bodies import UsageError, bodies
 from client.schema import Message
 from client.texts import is_blank, messages_in
 from tests.support.fake_judge import SCORE, own_environment

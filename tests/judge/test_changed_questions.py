@@ -15,8 +15,8 @@ from client.benchmarks import pairs, search
 from client.benchmarks.plan import Question
 from client.benchmarks.results.records import CONFIG_FILE, ITEMS_FILE, Sample
 from client.benchmarks.run import Asking, JudgeChangedError, RunFolder, judge_samples
+from client.calibrate.evidence import EvidenceError, from_runs
 from client.calibration import CalibrationError
-from client.evidence import EvidenceError, from_runs
 from tests.support.live import Live, live_service
 from trainer.labels.labelers import JudgeOptions, Label, LabelOptions
 from trainer.labels.labeling import Labelling, describe_labeler, label_samples, run_labelling

@@ -13,7 +13,7 @@ from collections import Counter
 
 from bench.load import open_loop
 from client.errors import JudgeConnectionError
-from client.transport.traffic import Load
+from client.load.traffic import Load
 from service.engine.fake import CRASH_STATUS, fake_tokenizer
 from service.queue.redis_protocol import GROUP, Keys
 from service.worker.loop import STALLED_STATUS

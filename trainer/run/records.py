@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_
 
 from client.benchmarks.results.records import RowError
 from client.runtime import files, jsonl
-from client.runtime.jsonl import first_problem, line_of, read_lines
+from client.runtime.jsonl import line_of, read_lines
+from client.runtime.validation import first_problem
 from client.schema import Message
 from client.texts import messages_in
 

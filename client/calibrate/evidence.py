@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from client.benchmarks.data.tables import SampleError, read_table
 from client.benchmarks.results.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
 from client.bulk import in_order, stream_scores
+from client.calibrate.fitting import Labelled
 from client.calibration import TEMPLATE_ID
 from client.errors import JudgeAPIError
-from client.fitting import Labelled
 from client.judge import AsyncJudge
-from client.runtime.jsonl import first_problem
+from client.runtime.validation import first_problem
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
 from client.texts import is_blank, messages_in, said
 

@@ -1,6 +1,6 @@
 """`python -m client.calibrate`: fit temperature and bias to a judge's log-odds, for the service's --calibration-file.
 
-run folders or pairs ── client.evidence ──> labelled log-odds by template ── client.fitting ──> table, file
+run folders or pairs ── evidence ──> labelled log-odds by template ── fitting ──> table, file
 """
 
 from __future__ import annotations
@@ -17,22 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from client.calibrate.evidence import Evidence, EvidenceError, from_judge, from_runs, read_pairs
+from client.calibrate.fitting import Labelled, calibrate
 from client.calibration import Calibration, FittedOn, Quality, TemplateCalibration, save
 from client.errors import JudgeError
-from client.evidence import Evidence, EvidenceError, from_judge, from_runs, read_pairs
-from client.fitting import Labelled, calibrate
 from client.judge import AsyncJudge
-from client.runtime.cli import (
-    CALL_TIMEOUT,
-    FAILED,
-    INTERRUPTED,
-    OK,
-    USAGE,
-    fail,
-    judge_address,
-    stderr_console,
-    stdout_console,
-)
+from client.runtime.cli import CALL_TIMEOUT, fail, judge_address, stderr_console, stdout_console
+from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
