@@ -39,7 +39,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional
 
-from bench.support.process import cpu_seconds, family_of
+from bench.support.process import cpu_seconds, process_tree
 from bench.support.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
@@ -113,7 +113,7 @@ class Way:
 
     def run(self, read: Callable[[], object]) -> None:
         """One round, to the end of what it has a GPU do."""
-        family = family_of(os.getpid())
+        family = process_tree(os.getpid())
         cpu, wall = cpu_seconds(family), time.perf_counter()
         read()
         if torch.cuda.is_available():

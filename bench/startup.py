@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.service import BATCH, texts
-from bench.support.process import family_of, peak_memory, reset_peak_memory, running_service
+from bench.support.process import peak_memory, process_tree, reset_peak_memory, running_service
 from client import Judge
 from client.schema import ScoreRequest
 
@@ -83,7 +83,7 @@ def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
             ready = time.perf_counter()
             judge.score(items[0].prompt, items[0].response)
             answered = time.perf_counter()
-            family = family_of(service.process.pid)
+            family = process_tree(service.process.pid)
             memory = sum(process.memory_info().rss for process in family)
             reset_peak_memory(family)
             for first in range(0, len(items), BATCH):

@@ -15,10 +15,10 @@ from service.process import stopping
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service; returns the process's exit status. `--help` explains the flags."""
-    return stopping.run("python -m service", partial(_run, argv))
+    return stopping.run_stoppable("python -m service", partial(_serve, argv))
 
 
-def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
+def _serve(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
     from service import cli
     from service.process.listening import bind
     from service.settings import Settings
@@ -30,7 +30,7 @@ def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
 
         return serve(settings, sockets, stop)
 
-    return cli.run(cli.settings_from(Settings, argv), body)
+    return cli.run_program(cli.settings_from(Settings, argv), body)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _add_flag(groups: Mapping[str, _ArgumentGroup], _: ArgumentParser, *flags: s
     groups[dest].add_argument(*flags, dest=dest, **options)
 
 
-def run(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
+def run_program(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
     """Run a program's body; what it cannot start with becomes one line and status 1."""
     logs.configure(settings.log_format, settings.log_level)
     try:

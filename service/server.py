@@ -22,14 +22,14 @@ from fastapi import FastAPI
 from client.schema import Format, ModelInfo
 from service.errors import ServiceError
 from service.http.app import Limits, Service, create_app
-from service.http.guard import guarded
+from service.http.guard import guarded_protocol
 from service.judge import calibration as calibrations
 from service.judge.dispatch import Asker, Scores
 from service.judge.judges import Judge, judge_of
 from service.judge.pipeline import Judging, Provenance, settings_digest
 from service.judge.score_cache import MemoryCache, redis_cache
 from service.loading.engines import Model, check_engine, find_model, load_engine
-from service.process.background import report, start_thread
+from service.process.background import log_failure, start_thread
 from service.process.hosts import AllowedHosts, is_loopback
 from service.process.listening import listen, url_of
 from service.process.stopping import Stop
@@ -43,8 +43,7 @@ from service.queue.redis_client import RedisJobs
 from service.queue.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import OFF, Tracing
-from service.telemetry.tracing import start as start_tracing
+from service.telemetry.tracing import OFF, Tracing, start_tracing
 from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import make_batcher
 
@@ -83,7 +82,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
             keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
             shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
-        server.on_listening = lambda: stop.in_good_order(server.drain, settings.drain_timeout + END_SECONDS)
+        server.on_listening = lambda: stop.on_signal(server.drain, settings.drain_timeout + END_SECONDS)
         listen(sockets)
         server.run(list(sockets))
     return STALLED_STATUS if server.stalled else 1 if server.worker_failed else 0
@@ -113,7 +112,7 @@ def compose(
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
     templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
     check_templates(prompts, templates, judge)
-    fingerprint = _fingerprint(settings, model, prompts)
+    fingerprint = _service_fingerprint(settings, model, prompts)
     provenance = Provenance(model.id, fingerprint, {}, judge, settings_digest(judge, settings.floor))
     calibrated = calibrations.load_all(settings.calibration_file, provenance, templates)
     if calibrated:
@@ -161,7 +160,7 @@ def _builder(settings: Settings, model: Model, longest: int, chat_date: date | N
     return PromptBuilder(model.tokenizer, longest, conversation, chat_date)
 
 
-def _fingerprint(settings: Settings, model: Model, prompts: Prompts) -> str:
+def _service_fingerprint(settings: Settings, model: Model, prompts: Prompts) -> str:
     """The model's, and where a date of the service's own changes what its chat template writes, that too.
 
     Results of other prompts must not be taken for the same judge's. Workers get tokens: their queue needs none of it.
@@ -197,7 +196,7 @@ class Server(uvicorn.Server):
             app,
             settings.host,
             settings.port,
-            http=guarded(settings.body_timeout),
+            http=guarded_protocol(settings.body_timeout),
             ws="none",
             log_config=None,
             access_log=False,
@@ -225,7 +224,7 @@ class Server(uvicorn.Server):
         gc.freeze()
         thread = start_thread("worker", self._run_worker, self._worker_died)
         watch = asyncio.ensure_future(self._watch())
-        watch.add_done_callback(report)
+        watch.add_done_callback(log_failure)
         try:
             yield
         finally:
@@ -234,7 +233,7 @@ class Server(uvicorn.Server):
             for close in (self._service.queue.close, self._service.judging.close):
                 # One that fails does not keep the others from being closed.
                 task = asyncio.ensure_future(close())
-                task.add_done_callback(report)
+                task.add_done_callback(log_failure)
                 await asyncio.wait([task])
             # A batch in hand has nobody waiting any more; the daemon thread does not hold the process up for long.
             await asyncio.to_thread(thread.join, 1.0)

@@ -23,8 +23,8 @@ from pydantic_settings import BaseSettings, CliSuppress, SettingsConfigDict
 from service.engine.contract import Task
 from service.engine.upstream.openai_client import base_url
 from service.flag_values import ApiKeys, CommaSeparated, JsonObject, OptionalName
-from service.process.hosts import checked_pattern
-from service.telemetry.tracing import checked_endpoint
+from service.process.hosts import parse_host_pattern
+from service.telemetry.tracing import parse_endpoint
 
 MEMORY_URL = "memory://"
 # How long a batch may take; generated texts take longer, and so does vLLM, whose requests end at their own deadlines.
@@ -216,7 +216,7 @@ class LogSettings(SettingsGroup, title="logging and tracing"):
 
     log_format: Literal["console", "json"] = Field("console", description="format of log lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
-    otel_endpoint: Annotated[str | None, AfterValidator(checked_endpoint)] = Field(
+    otel_endpoint: Annotated[str | None, AfterValidator(parse_endpoint)] = Field(
         None,
         description="send traces to this OpenTelemetry collector with OTLP over HTTP, such as http://localhost:4318; "
         "needs `pip install 'judge-as-api[otel]'`; unset: no traces",
@@ -257,7 +257,7 @@ class HttpSettings(SettingsGroup, title="HTTP"):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0: all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
-    allowed_hosts: CommaSeparated[Annotated[str, AfterValidator(checked_pattern)]] = Field(
+    allowed_hosts: CommaSeparated[Annotated[str, AfterValidator(parse_host_pattern)]] = Field(
         [],
         description="more names that callers may use for the service, comma-separated; *.example.com: all names below "
         "it; *: any; unset: any if there are keys, else those of loopback, --host and, if --host is not loopback, IP "

@@ -92,7 +92,7 @@ def free_port() -> int:
     return port
 
 
-def family_of(pid: int) -> list[psutil.Process]:
+def process_tree(pid: int) -> list[psutil.Process]:
     """This process and those that it has started, and they."""
     own = psutil.Process(pid)
     return [own, *own.children(recursive=True)]

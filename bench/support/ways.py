@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.support.calls import in_calls
 from bench.support.checkout import Checkout
-from bench.support.process import family_of, peak_memory, reset_peak_memory
+from bench.support.process import peak_memory, process_tree, reset_peak_memory
 from service.engine.contract import Engine, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import DType
@@ -122,7 +122,7 @@ def peak_alone(settings: Settings, name: str, items: Sequence[ScoreItem]) -> int
     """The most resident bytes while `items` are read this way: for a process in which nothing else was loaded."""
     with Ways(settings) as ways:
         read = ways.load(name)
-        family = family_of(os.getpid())
+        family = process_tree(os.getpid())
         reset_peak_memory(family)
         read(items)
         return peak_memory(family)

@@ -199,12 +199,12 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
         separate_input_output_schemas=False,
     )
     app.state.service = service
-    http_errors.install(app, service.metrics)
+    http_errors.add_error_handlers(app, service.metrics)
     _add_judging(app, service)
     _add_information(app, service)
-    documentation.install(app, documentation.swagger_files())
+    documentation.add_docs(app, documentation.swagger_files())
     if page:
-        playground.install(app)
+        playground.add_playground(app)
     # Added last runs first.
     app.add_middleware(
         WholeBody,
@@ -223,7 +223,7 @@ def _each_alone(kind: type[Item], value: object) -> Item | ServiceError:
     try:
         return kind.model_validate(value)
     except ValidationError as exc:
-        return http_errors.of_validation(exc.errors(include_url=False, include_context=False))
+        return http_errors.from_validation_errors(exc.errors(include_url=False, include_context=False))
 
 
 class ScoreBatch(ScoreBatchRequest):

@@ -18,10 +18,10 @@ from service.http import playground
 PACKAGE: Final = "fastapi-swagger"
 _FOLDER: Final = "fastapi_swagger/resources"
 _FROM_PACKAGE: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
-PATHS: Final = frozenset({"/docs", "/docs/start.js", *(f"/docs/{name}" for name in _FROM_PACKAGE)})
+DOCS_PATHS: Final = frozenset({"/docs", "/docs/start.js", *(f"/docs/{name}" for name in _FROM_PACKAGE)})
 
 # Swagger UI sets markup by itself, so trusted types cannot be asked of it.
-HEADERS: Final = {**playground.HEADERS, "Content-Security-Policy": playground.policy()}
+DOCS_HEADERS: Final = {**playground.PAGE_HEADERS, "Content-Security-Policy": playground.policy()}
 
 # Addresses are relative, for proxies that strip a path prefix.
 _PAGE: Final = """<!doctype html>
@@ -61,7 +61,7 @@ _WITHOUT: Final = f"""<!doctype html>
 """
 
 
-def install(app: FastAPI, folder: Path | None) -> None:
+def add_docs(app: FastAPI, folder: Path | None) -> None:
     """Add the routes, with Swagger UI's files out of `folder`; without one the page says what is missing."""
     _add(app, "/docs", (_PAGE if folder else _WITHOUT).encode(), "text/html; charset=utf-8")
     if folder is None:
@@ -72,7 +72,7 @@ def install(app: FastAPI, folder: Path | None) -> None:
 
 
 def _add(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
-    serve = playground.fixed(content, media_type, HEADERS)
+    serve = playground.static_route(content, media_type, DOCS_HEADERS)
     app.add_api_route(path, serve, methods=["GET", "HEAD"], include_in_schema=False)
 
 

@@ -44,7 +44,7 @@ def error_response(error: ServiceError, headers: Mapping[str, str] | None = None
     return Response(body, error.status, extra, media_type="application/json")
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
+def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Have the application answer every exception that a route or the router raises in the contract's form."""
 
     def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
@@ -57,7 +57,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
-        return answer(await _of_body(request) or of_validation(exc.errors(), skip=1))
+        return answer(await _of_body(request) or from_validation_errors(exc.errors(), skip=1))
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: Request, exc: HTTPException) -> Response:
@@ -99,11 +99,11 @@ def _unsupported(message: str, header: str) -> ServiceError:
     return ServiceError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, message, param=header)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> ServiceError:
+def from_validation_errors(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> ServiceError:
     """What pydantic found wrong, in one error; the first `skip` parts of each location are not the caller's."""
     if any(error["type"] == "json_invalid" for error in errors):
         return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON")
-    found = list(dict.fromkeys((_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
+    found = list(dict.fromkeys((_field_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
     # What fits no branch of a union is reported for every branch: the one that came furthest was meant.
     outer = {path[: end.start()] for path, _ in found for end in _STEP.finditer(path)} - {""}
     problems = [problem for problem in found if problem[0] not in outer]
@@ -112,7 +112,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> Service
     return ServiceError(ErrorCode.INVALID_REQUEST, told + more, param=problems[0][0] or None)
 
 
-def _path(location: Sequence[str | int]) -> str:
+def _field_path(location: Sequence[str | int]) -> str:
     """`("items", 3, "response")` as `items[3].response`; whatever is no name of ours is left out."""
     path = ""
     for part in location:

@@ -196,6 +196,6 @@ class GuardedHttp(HttpToolsProtocol):
         return waiting
 
 
-def guarded(patience: float) -> type[GuardedHttp]:
+def guarded_protocol(patience: float) -> type[GuardedHttp]:
     """The protocol with this patience, in seconds, for a head that does not come and an answer that is not read."""
     return type("Guarded", (GuardedHttp,), {"patience": patience})

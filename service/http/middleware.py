@@ -25,11 +25,13 @@ from service.http import documentation, playground
 from service.http.errors import error_response
 from service.process.hosts import AllowedHosts
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import OFF, Span, Tracing
+from service.telemetry.tracing import OFF, TraceSpan, Tracing
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/openapi.json"}) | documentation.PATHS | playground.PATHS
+OPEN_PATHS = (
+    frozenset({"/health", "/ready", "/metrics", "/openapi.json"}) | documentation.DOCS_PATHS | playground.PAGE_PATHS
+)
 CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -85,12 +87,12 @@ class RequestContext:
             finally:
                 self._done(scope, span, status, time.perf_counter() - started)
 
-    def _span(self, scope: Scope) -> AbstractContextManager[Span]:
+    def _span(self, scope: Scope) -> AbstractContextManager[TraceSpan]:
         # What probes and scrapers ask for all the time is in nobody's interest.
         tracing = OFF if scope["path"] in OPEN_PATHS else self._tracing
         return tracing.request(Headers(scope=scope).get("traceparent"))
 
-    def _done(self, scope: Scope, span: Span, status: int, seconds: float) -> None:
+    def _done(self, scope: Scope, span: TraceSpan, status: int, seconds: float) -> None:
         # The route's pattern, never the path as sent: that is the caller's text, and unbounded as a label.
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if route != "other" else "other"
@@ -140,14 +142,14 @@ class Authentication:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_key_digest(key) for key in keys]
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
             key = sent.strip()
-            digest = _digest(key)
+            digest = _key_digest(key)
             equal = [hmac.compare_digest(digest, mine) for mine in self._digests]
             # Whatever it was configured with: no key at all is never a key.
             known = any(equal) and key != ""
@@ -249,10 +251,10 @@ class WholeBody:
             watcher.cancel()
 
 
-def _marks(request_id: str, span: Span) -> dict[str, str]:
+def _marks(request_id: str, span: TraceSpan) -> dict[str, str]:
     """What a request's log lines are found by."""
     return {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
 
 
-def _digest(key: str) -> bytes:
+def _key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

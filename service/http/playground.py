@@ -38,7 +38,7 @@ FILES: Final = {
         )
     },
 }
-PATHS: Final = frozenset(FILES)
+PAGE_PATHS: Final = frozenset(FILES)
 
 
 def policy(*more: str) -> str:
@@ -56,7 +56,7 @@ def policy(*more: str) -> str:
     return "; ".join((*parts, *more))
 
 
-HEADERS: Final = {
+PAGE_HEADERS: Final = {
     # No string becomes markup.
     "Content-Security-Policy": policy("require-trusted-types-for 'script'", "trusted-types 'none'"),
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -68,18 +68,20 @@ HEADERS: Final = {
 }
 
 
-def install(app: FastAPI) -> None:
+def add_playground(app: FastAPI) -> None:
     """Add the page's routes; they are not in the OpenAPI document. Reads the files once, now."""
     folder = package_files("service.http").joinpath("page")
     for path, name in FILES.items():
-        serve = fixed(folder.joinpath(name).read_bytes(), _TYPES[name.rpartition(".")[2]], HEADERS)
+        serve = static_route(folder.joinpath(name).read_bytes(), _TYPES[name.rpartition(".")[2]], PAGE_HEADERS)
         app.add_api_route(path, serve, methods=["GET", "HEAD"], include_in_schema=False)
 
 
-def fixed(content: bytes, media_type: str, common: Mapping[str, str]) -> Callable[[Request], Awaitable[Response]]:
-    """A route that always answers the same, and 304 to who has it already; `common` are its headers beside the ETag."""
+def static_route(
+    content: bytes, media_type: str, headers: Mapping[str, str]
+) -> Callable[[Request], Awaitable[Response]]:
+    """A route that always answers the same, and 304 to who has it already; `headers` go with both, beside the ETag."""
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    headers = {**common, "ETag": etag}
+    headers = {**headers, "ETag": etag}
 
     async def serve(request: Request) -> Response:
         if _knows(request.headers.get("if-none-match", ""), etag):

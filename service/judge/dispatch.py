@@ -31,7 +31,7 @@ from service.errors import ServiceError
 from service.judge.judges import LabelReader, Reader
 from service.judge.score_cache import Kept, ScoreCache, item_key, variant_key
 from service.judge.scoring import Judgement
-from service.process.background import report
+from service.process.background import log_failure
 from service.prompts.text_builder import Prompt
 from service.queue.contract import Bounds, Job, JobFailure, JobQueue, Lane, Reply
 from service.telemetry.metrics import Metrics
@@ -255,7 +255,7 @@ class Asker:
         task = asyncio.ensure_future(scores.cache.put(found))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
-        task.add_done_callback(report)
+        task.add_done_callback(log_failure)
 
     async def _replies(self, items: Sequence[AnyItem], call: Call) -> list[Reply | None]:
         """What the queue answers to each item; None where that is nothing before the deadline."""

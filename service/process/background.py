@@ -12,7 +12,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
-def report(task: asyncio.Task[Any]) -> None:
+def log_failure(task: asyncio.Task[Any]) -> None:
     """A done callback for a task that nobody awaits: logs what it died of, which is lost otherwise."""
     if not task.cancelled() and (exc := task.exception()) is not None:
         log.error("a background task died", task=task.get_name(), error=type(exc).__name__, reason=str(exc))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-_HOST: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::\d{0,5})?", re.IGNORECASE)
-_NAME: Final = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE | re.ASCII)
+_HOST_HEADER: Final = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]\\]+)(?::\d{0,5})?", re.IGNORECASE)
+_HOST_NAME: Final = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE | re.ASCII)
 
 
 class AllowedHosts:
@@ -26,18 +26,18 @@ class AllowedHosts:
 
     def __init__(self, listens_on: str, named: Sequence[str] = (), *, has_keys: bool = False) -> None:
         self._any = "*" in named or (has_keys and not named)
-        self._names = {"localhost", "127.0.0.1", "::1", *map(_plain, (listens_on, *named))}
-        self._suffixes = tuple(name[1:] for name in map(_plain, named) if name.startswith("*."))
-        self._addresses = not is_loopback(_plain(listens_on))
+        self._names = {"localhost", "127.0.0.1", "::1", *map(_normalized, (listens_on, *named))}
+        self._suffixes = tuple(name[1:] for name in map(_normalized, named) if name.startswith("*."))
+        self._addresses = not is_loopback(_normalized(listens_on))
         if self._addresses:
-            self._names.add(_plain(socket.gethostname()))
+            self._names.add(_normalized(socket.gethostname()))
 
     def allows(self, host: str) -> bool:
         """Whether a request with this `Host`, a name or an address with a port or none, is answered."""
-        found = _HOST.fullmatch(host)
+        found = _HOST_HEADER.fullmatch(host)
         if self._any or found is None:
             return self._any
-        name = _plain(found[1])
+        name = _normalized(found[1])
         return (
             name in self._names
             or is_loopback(name)
@@ -46,7 +46,7 @@ class AllowedHosts:
         )
 
 
-def answering_known_hosts(app: WSGIApplication, hosts: AllowedHosts) -> WSGIApplication:
+def require_known_host(app: WSGIApplication, hosts: AllowedHosts) -> WSGIApplication:
     """The WSGI application, for requests alone that name an allowed host, or as HTTP/1.0 may, none."""
 
     def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -58,10 +58,10 @@ def answering_known_hosts(app: WSGIApplication, hosts: AllowedHosts) -> WSGIAppl
     return guarded
 
 
-def checked_pattern(name: str) -> str:
+def parse_host_pattern(name: str) -> str:
     """A host as `--allowed-hosts` takes it, in lower case; raises ValueError for anything else."""
-    plain = _plain(name)
-    if name != "*" and not _NAME.fullmatch(name) and not _is_address(plain):
+    plain = _normalized(name)
+    if name != "*" and not _HOST_NAME.fullmatch(name) and not _is_address(plain):
         raise ValueError(
             "hosts are names or addresses, separated by commas, without scheme, port or path; *.example.com is all "
             "below that name, * any host"
@@ -82,6 +82,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _plain(host: str) -> str:
+def _normalized(host: str) -> str:
     """In lower case, without a dot at its end and without brackets."""
     return host.lower().removesuffix(".").removeprefix("[").removesuffix("]")

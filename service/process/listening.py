@@ -29,7 +29,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     if serious or not bound:
         for each in bound:
             each.close()
-        raise told((serious or errors)[0], host, port)
+        raise bind_error((serious or errors)[0], host, port)
     return bound
 
 
@@ -40,10 +40,10 @@ def listen(sockets: Sequence[socket.socket]) -> None:
         try:
             each.listen(BACKLOG)
         except OSError as error:
-            raise told(error, host, port) from error
+            raise bind_error(error, host, port) from error
 
 
-def told(error: OSError, host: str, port: int, prefix: str = "--") -> OSError:
+def bind_error(error: OSError, host: str, port: int, prefix: str = "--") -> OSError:
     """The error in a sentence; `prefix` is what the flags for host and port begin with."""
     match error.errno:
         case errno.EADDRINUSE:

@@ -37,7 +37,7 @@ class OrphanGuard:
         )
         os.environ[_MARK] = value
 
-    def end_them(self) -> None:
+    def kill_all(self) -> None:
         """End the processes now."""
         self._close()
 

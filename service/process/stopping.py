@@ -23,7 +23,7 @@ from client.runtime import program
 # Signals that come so close together, in seconds, are one: `timeout` sends it to its child and to the group, and Ctrl-C
 # comes from the terminal and from a program between.
 _ONE_SIGNAL: Final = 0.02
-_LOOK_SECONDS: Final = 0.5
+_POLL_SECONDS: Final = 0.5
 
 
 class Stop:
@@ -39,7 +39,7 @@ class Stop:
         self._status = 0
         self._error: BaseException | None = None
 
-    def in_good_order(self, begin: Callable[[], None], seconds: float | None = None) -> None:
+    def on_signal(self, begin: Callable[[], None], seconds: float | None = None) -> None:
         """From now on the first signal calls `begin`, which makes the work end, within so many seconds."""
         self._seconds = seconds
         self._begin = begin
@@ -63,7 +63,7 @@ class Stop:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             with suppress(Empty):
-                return self._heard.get(timeout=min(left, _LOOK_SECONDS))
+                return self._heard.get(timeout=min(left, _POLL_SECONDS))
         raise Empty
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -95,7 +95,7 @@ class Stop:
             program.leave(program.FAILED)
 
 
-def run(name: str, work: Callable[[Stop], int]) -> int:
+def run_stoppable(name: str, work: Callable[[Stop], int]) -> int:
     """See Stop.run; outside of the main thread, which alone can handle signals, they are left as they are."""
     stop = Stop(name)
     return stop.run(work) if threading.current_thread() is threading.main_thread() else work(stop)

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from client.errors import ErrorCode
 from service.errors import ServiceError
-from service.process.background import report
+from service.process.background import log_failure
 from service.queue import redis_protocol as protocol
 from service.queue import redis_scripts as scripts
 from service.queue.contract import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
@@ -96,7 +96,7 @@ class RedisJobs:
     async def open(self) -> None:
         """Begin to read replies. Redis need not be there yet, nor answer: requests are refused until it does."""
         self._reader = asyncio.ensure_future(self._read_replies())
-        self._reader.add_done_callback(report)
+        self._reader.add_done_callback(log_failure)
 
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
         if self._closed:
@@ -124,7 +124,7 @@ class RedisJobs:
     def _undo(self, adding: asyncio.Task[None], opened: Iterable[str]) -> None:
         # A refusal has nobody left to be told.
         if adding.cancelled() or not isinstance(adding.exception(), ServiceError):
-            report(adding)
+            log_failure(adding)
         self.cancel(opened)
 
     async def _add(self, jobs: Sequence[Job], opened: dict[str, _Open]) -> None:
@@ -165,7 +165,7 @@ class RedisJobs:
             self._delete_soon(gone)
 
     def _delete_soon(self, jobs: Iterable[_Open]) -> None:
-        self._spawn(self._delete(list(jobs))).add_done_callback(report)
+        self._spawn(self._delete(list(jobs))).add_done_callback(log_failure)
 
     async def _delete(self, jobs: Sequence[_Open]) -> None:
         """Take jobs out of the stream, so that no worker does what nobody waits for."""

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 TRACES_PATH: Final = "/v1/traces"
 # How long the end of a process waits for the last spans to be sent.
-CLOSE_SECONDS: Final = 2.0
+FLUSH_SECONDS: Final = 2.0
 
 Attribute = str | int | float | bool
 
 
-class Span:
+class TraceSpan:
     """What is open now; this one is of no trace, and remembers nothing."""
 
     traceparent: str | None = None
@@ -64,12 +64,12 @@ class TracedJob(Protocol):
 class Tracing:
     """Traces that are off."""
 
-    def request(self, traceparent: str | None) -> AbstractContextManager[Span]:
+    def request(self, traceparent: str | None) -> AbstractContextManager[TraceSpan]:
         """A request of HTTP, in the trace that the caller's header names or in a new one; closes at the end."""
         del traceparent
         return nullcontext(_NOTHING)
 
-    def span(self, name: str, **attributes: Attribute) -> AbstractContextManager[Span]:
+    def span(self, name: str, **attributes: Attribute) -> AbstractContextManager[TraceSpan]:
         """A part of the request that is open in this task; without one nothing is recorded."""
         del name, attributes
         return nullcontext(_NOTHING)
@@ -77,12 +77,12 @@ class Tracing:
     def waited(self, jobs: Sequence[TracedJob], until: float, dropped: str | None = None) -> None:
         """Jobs have left the queue at `until` (of `time.monotonic()`); `dropped` says why they are not judged."""
 
-    def batch(self, jobs: Sequence[TracedJob], started: float) -> AbstractContextManager[Span]:
+    def batch(self, jobs: Sequence[TracedJob], started: float) -> AbstractContextManager[TraceSpan]:
         """Jobs are judged together, since `started`."""
         del jobs, started
         return nullcontext(_NOTHING)
 
-    def below(self, parent: Span, name: str) -> AbstractContextManager[Span]:
+    def child_of(self, parent: TraceSpan, name: str) -> AbstractContextManager[TraceSpan]:
         """What follows from a span that may be closed already."""
         del parent, name
         return nullcontext(_NOTHING)
@@ -91,11 +91,11 @@ class Tracing:
         """Send what is left, for some seconds at most."""
 
 
-_NOTHING: Final = Span()
+_NOTHING: Final = TraceSpan()
 OFF: Final = Tracing()
 
 
-def start(endpoint: str | None, program: str) -> Tracing:
+def start_tracing(endpoint: str | None, program: str) -> Tracing:
     """Traces sent by OTLP over HTTP to a collector's base address; off where that is None.
 
     `program` is the service's name in the traces unless OTEL_SERVICE_NAME has one; the SDK's other variables
@@ -129,7 +129,7 @@ def traces_url(endpoint: str) -> str:
     return endpoint if endpoint.endswith(TRACES_PATH) else endpoint.rstrip("/") + TRACES_PATH
 
 
-def checked_endpoint(value: str | None) -> str | None:
+def parse_endpoint(value: str | None) -> str | None:
     """The address as it was given, None where it is empty; raises ValueError for what is none."""
     if not value:
         return None
@@ -139,7 +139,7 @@ def checked_endpoint(value: str | None) -> str | None:
     return value
 
 
-class _Open(Span):
+class _RecordedSpan(TraceSpan):
     def __init__(self, span: OtelSpan) -> None:
         self._span = span
         context = span.get_span_context()
@@ -166,14 +166,14 @@ class _Recording(Tracing):
         self._tracer = provider.get_tracer("judge-as-api")
 
     @contextmanager
-    def request(self, traceparent: str | None) -> Iterator[Span]:
+    def request(self, traceparent: str | None) -> Iterator[TraceSpan]:
         from opentelemetry.trace import SpanKind
 
         with self._open("request", _context(traceparent), SpanKind.SERVER) as span:
             yield span
 
     @contextmanager
-    def span(self, name: str, **attributes: Attribute) -> Iterator[Span]:
+    def span(self, name: str, **attributes: Attribute) -> Iterator[TraceSpan]:
         from opentelemetry.trace import get_current_span
 
         if not get_current_span().get_span_context().is_valid:
@@ -184,13 +184,13 @@ class _Recording(Tracing):
             yield span
 
     @contextmanager
-    def _open(self, name: str, context: Context | None = None, kind: SpanKind | None = None) -> Iterator[Span]:
+    def _open(self, name: str, context: Context | None = None, kind: SpanKind | None = None) -> Iterator[TraceSpan]:
         from opentelemetry.trace import SpanKind, use_span
 
         opened = self._tracer.start_span(name, context, kind or SpanKind.INTERNAL)
         # Exceptions are left out: their messages may hold the caller's text.
         with use_span(opened, end_on_exit=True, record_exception=False, set_status_on_exception=False):
-            yield _Open(opened)
+            yield _RecordedSpan(opened)
 
     def waited(self, jobs: Sequence[TracedJob], until: float, dropped: str | None = None) -> None:
         from opentelemetry.trace import SpanKind
@@ -200,13 +200,13 @@ class _Recording(Tracing):
             span = self._tracer.start_span(
                 "queue wait", _context(traceparent), SpanKind.CONSUMER, start_time=_nanoseconds(begun)
             )
-            _Open(span).set(jobs=len(mine), tokens=sum(job.tokens for job in mine), attempt=mine[0].attempt)
+            _RecordedSpan(span).set(jobs=len(mine), tokens=sum(job.tokens for job in mine), attempt=mine[0].attempt)
             if dropped:
-                _Open(span).set(dropped=dropped)
+                _RecordedSpan(span).set(dropped=dropped)
             span.end(_nanoseconds(until))
 
     @contextmanager
-    def batch(self, jobs: Sequence[TracedJob], started: float) -> Iterator[Span]:
+    def batch(self, jobs: Sequence[TracedJob], started: float) -> Iterator[TraceSpan]:
         from opentelemetry.context import Context
         from opentelemetry.trace import Link, SpanKind, get_current_span
 
@@ -223,7 +223,7 @@ class _Recording(Tracing):
             links=[Link(each) for each in sampled],
             start_time=_nanoseconds(started),
         )
-        opened = _Open(span)
+        opened = _RecordedSpan(span)
         opened.set(jobs=len(jobs), tokens=sum(job.tokens for job in jobs))
         try:
             yield opened
@@ -231,7 +231,7 @@ class _Recording(Tracing):
             span.end()
 
     @contextmanager
-    def below(self, parent: Span, name: str) -> Iterator[Span]:
+    def child_of(self, parent: TraceSpan, name: str) -> Iterator[TraceSpan]:
         if parent.traceparent is None:
             yield _NOTHING
             return
@@ -242,7 +242,7 @@ class _Recording(Tracing):
         # In a thread: a collector that is away would hold the process's end up for as long as it is tried again.
         last = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         last.start()
-        last.join(CLOSE_SECONDS)
+        last.join(FLUSH_SECONDS)
 
 
 def _context(traceparent: str | None) -> Context:

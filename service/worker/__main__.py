@@ -19,13 +19,13 @@ from service import cli
 from service.engine.remote_core import EngineLostError
 from service.process import stopping
 from service.process.background import start_thread
-from service.process.hosts import AllowedHosts, answering_known_hosts, is_loopback
-from service.process.listening import told
+from service.process.hosts import AllowedHosts, is_loopback, require_known_host
+from service.process.listening import bind_error
 from service.queue.redis_protocol import Keys
 from service.queue.redis_worker import RedisSource, Timing
 from service.settings import MEMORY_URL, WorkerSettings
 from service.telemetry.metrics import Metrics
-from service.telemetry.tracing import start as start_tracing
+from service.telemetry.tracing import start_tracing
 from service.worker.loop import CLOSE_SECONDS, GOODBYE_SECONDS, STALLED_STATUS, Worker
 
 log = structlog.get_logger(__name__)
@@ -33,11 +33,11 @@ log = structlog.get_logger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker process; returns its exit status. `--help` explains the flags."""
-    return stopping.run("python -m service.worker", partial(_run, argv))
+    return stopping.run_stoppable("python -m service.worker", partial(_run, argv))
 
 
 def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
-    return cli.run(cli.settings_from(WorkerSettings, argv), partial(work, stop=stop))
+    return cli.run_program(cli.settings_from(WorkerSettings, argv), partial(work, stop=stop))
 
 
 def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
@@ -80,7 +80,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
             start_thread("close", close, lambda: None).join(CLOSE_SECONDS)
             leave(0)
 
-    stop.in_good_order(finish, CLOSE_SECONDS)
+    stop.on_signal(finish, CLOSE_SECONDS)
     log.info("working", model=model.id, engine=engine.info.engine, dtype=engine.info.dtype)
     try:
         worker.run(stopping_now)
@@ -98,9 +98,9 @@ def _serve_metrics(metrics: Metrics, host: str, port: int) -> None:
     try:
         server, _ = start_http_server(port, host, metrics.registry)
     except OSError as error:
-        raise told(error, host, port, "--metrics-") from error
+        raise bind_error(error, host, port, "--metrics-") from error
     if is_loopback(host):
-        server.set_app(answering_known_hosts(make_wsgi_app(metrics.registry), AllowedHosts(host)))
+        server.set_app(require_known_host(make_wsgi_app(metrics.registry), AllowedHosts(host)))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Worker:
                 Reply(job.id, outcome, _waited(job, started), took, self._info.variant)
                 for job, outcome in zip(live, outcomes, strict=True)
             ]
-            with self._tracing.below(span, "reply"):
+            with self._tracing.child_of(span, "reply"):
                 self._source.reply(replies)
 
     def _outcomes(self, jobs: Sequence[Job]) -> list[Outcome]:

@@ -219,7 +219,7 @@ def test_traces_for_a_collector_on_loopback_go_there(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("http_proxy", ABSENT)
     monkeypatch.setenv("NO_PROXY", "[::1]")
     with collector() as found:
-        started = tracing.start(found.url, "judge-api")
+        started = tracing.start_tracing(found.url, "judge-api")
         with started.request(None):
             pass
         started.close()

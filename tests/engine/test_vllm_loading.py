@@ -154,7 +154,7 @@ def test_a_guard_ends_what_was_started_after_it() -> None:
     before = subprocess.Popen(["/bin/sleep", "60"])
     guard = OrphanGuard()
     after = subprocess.Popen(["/bin/sleep", "60"])
-    guard.end_them()
+    guard.kill_all()
     dismissed = OrphanGuard()
     spared = subprocess.Popen(["/bin/sleep", "60"])
     dismissed.dismiss()

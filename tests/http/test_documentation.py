@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from service.http import documentation
 from tests.support.live import Live, live_service
 
-PATHS = sorted(documentation.PATHS)
+PATHS = sorted(documentation.DOCS_PATHS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_page_asks_no_other_host(live: Live) -> None:
 def test_without_the_package_the_page_says_so() -> None:
     """It names what to install, and where the document is."""
     app = FastAPI(docs_url=None)
-    documentation.install(app, None)
+    documentation.add_docs(app, None)
 
     page = TestClient(app).get("/docs")
 

@@ -16,7 +16,7 @@ from tests.support.live import wait_for
 ROOT = Path(__file__).parents[2]
 NOISE = (
     "import logging, sys, threading, warnings\n"
-    "from service import logs\n"
+    "from service.telemetry import logs\n"
     "logs.configure('json', 'info')\n"
     "from tqdm import tqdm\n"
     "list(tqdm(range(3), desc='a bar'))\n"
@@ -61,7 +61,7 @@ def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
     """The disk was full for a while: what can be written again is JSON, and so is the word about the rest."""
     code = (
         "import os, structlog\n"
-        "from service import logs\n"
+        "from service.telemetry import logs\n"
         "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\n"
         "logs.configure('json', 'info')\n"
         "for number in range(3): structlog.get_logger().info('lost')\n"
@@ -80,7 +80,7 @@ def test_a_reason_is_spelt_out_for_people() -> None:
     """Its lines are lines, and not an escaped string at the end of one."""
     code = (
         "import structlog\n"
-        "from service import logs\n"
+        "from service.telemetry import logs\n"
         "logs.configure('console', 'info')\n"
         "structlog.get_logger().error('cannot start', reason='no model\\nWhat to do: fetch one')\n"
     )

@@ -321,11 +321,11 @@ import sys, time
 from service.process import stopping
 
 def work(stop):
-    stop.in_good_order(lambda: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
+    stop.on_signal(lambda: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
     print("working", flush=True)
     time.sleep(600)
 
-stopping.finish(lambda: stopping.run("stubborn", work))
+stopping.finish(lambda: stopping.run_stoppable("stubborn", work))
 """
 
 
@@ -351,13 +351,13 @@ from service.process import stopping
 
 def work(stop):
     begun = threading.Event()
-    stop.in_good_order(begun.set)
+    stop.on_signal(begun.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     begun.wait()
     return 0
 
-stopping.finish(lambda: stopping.run("doubled", work))
+stopping.finish(lambda: stopping.run_stoppable("doubled", work))
 """
 
 

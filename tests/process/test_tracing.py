@@ -143,7 +143,7 @@ def test_a_batch_of_several_callers_is_linked_to_each() -> None:
     """One inference span for two traces belongs to neither and names both; a job without a trace changes nothing."""
     first, second = f"00-{'a1' * 16}-{PARENT}-01", f"00-{'b2' * 16}-{PARENT}-01"
     with collector() as found:
-        recording = tracing.start(found.url, "judge-worker")
+        recording = tracing.start_tracing(found.url, "judge-worker")
         jobs = [job("1", first), job("2", second), job("3", first), job("4", None)]
         recording.waited(jobs, time.monotonic())
         with recording.batch(jobs, time.monotonic()):
@@ -159,7 +159,7 @@ def test_a_batch_of_several_callers_is_linked_to_each() -> None:
 def test_jobs_that_come_too_late_say_so() -> None:
     """A wait that ended in nothing has the reason."""
     with collector() as found:
-        recording = tracing.start(found.url, "judge-worker")
+        recording = tracing.start_tracing(found.url, "judge-worker")
         recording.waited([job("1", CALLERS["traceparent"])], time.monotonic(), dropped="deadline")
         recording.close()
 
@@ -213,7 +213,7 @@ def test_what_is_off_is_not_imported() -> None:
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     """The setting is checked before anything is started."""
     with pytest.raises(ValueError, match="OTLP/HTTP collector"):
-        tracing.checked_endpoint(address)
+        tracing.parse_endpoint(address)
 
 
 @pytest.mark.parametrize(

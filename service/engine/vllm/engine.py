@@ -91,7 +91,7 @@ class VllmEngine:
         try:
             engine = cls(loop.run(_started(config)), loop, guard, options)
         except BaseException:
-            guard.end_them()
+            guard.kill_all()
             loop.close()
             raise
         try:
@@ -139,7 +139,7 @@ class VllmEngine:
             self._loop.cancel_all()
             llm.shutdown(timeout=0 if lost else _CLOSE_SECONDS)
         finally:
-            (self._guard.end_them if lost else self._guard.dismiss)()
+            (self._guard.kill_all if lost else self._guard.dismiss)()
             self._loop.close()
 
     def _probe(self) -> None:
