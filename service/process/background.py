@@ -1,4 +1,4 @@
-"""Work in the background: what dies there of an unexpected exception says so, and ends its process where it must."""
+"""Background tasks and threads whose unexpected death is logged, and ends the process where it must."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ log = structlog.get_logger(__name__)
 
 
 def log_failure(task: asyncio.Task[Any]) -> None:
-    """A done callback for a task that nobody awaits: logs what it died of, which is lost otherwise."""
+    """Done callback for a task that nobody awaits: logs its exception, which would be lost otherwise."""
     if not task.cancelled() and (exc := task.exception()) is not None:
         log.error("a background task died", task=task.get_name(), error=type(exc).__name__, reason=str(exc))
 
 
 def start_thread(name: str, work: Callable[[], None], on_death: Callable[[], None]) -> threading.Thread:
-    """A started daemon thread; when `work` raises, that is logged and `on_death` is called, in the thread."""
+    """Start a daemon thread. If `work` raises, the exception is logged and `on_death` is called in that thread."""
 
     def run() -> None:
         try:

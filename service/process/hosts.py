@@ -1,4 +1,8 @@
-"""Which hosts a request may name: no page shall reach a service without keys by a name of its own (DNS rebinding)."""
+"""Which `Host` a request may name: the defence of a service without keys against DNS rebinding.
+
+A malicious web page can point a name of its own at this machine's address, and its visitor's browser then treats the
+service as part of that page. The `Host` header still carries the page's name, so unknown names are refused.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,11 @@ _HOST_NAME: Final = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNO
 
 
 class AllowedHosts:
-    """Decides by the `Host` of a request.
+    """Decides by a request's `Host` whether to answer it.
 
-    Loopback's names, the host that is listened on, and those in `named` (`*.example.com` for all below a name) are
-    answered. A service that listens elsewhere than on loopback also answers to IP addresses, which no page can take for
-    its name, and to this machine's name. With `*`, or with keys and nothing named, every host is answered: a page that
-    comes by another name has no key.
+    Always allowed: loopback's names, the host that the service listens on, and `named` (`*.example.com` covers all
+    subdomains). Off loopback, also IP addresses, which cannot be a page's own name, and this machine's name. `*` allows
+    every host, and so do keys with nothing named: a rebinding page has no key.
     """
 
     def __init__(self, listens_on: str, named: Sequence[str] = (), *, has_keys: bool = False) -> None:
@@ -33,11 +36,11 @@ class AllowedHosts:
             self._names.add(_normalized(socket.gethostname()))
 
     def allows(self, host: str) -> bool:
-        """Whether a request with this `Host`, a name or an address with a port or none, is answered."""
-        found = _HOST_HEADER.fullmatch(host)
-        if self._any or found is None:
+        """Whether to answer a request with this `Host`: a name or an address, with or without a port."""
+        match = _HOST_HEADER.fullmatch(host)
+        if self._any or match is None:
             return self._any
-        name = _normalized(found[1])
+        name = _normalized(match[1])
         return (
             name in self._names
             or is_loopback(name)
@@ -47,30 +50,30 @@ class AllowedHosts:
 
 
 def require_known_host(app: WSGIApplication, hosts: AllowedHosts) -> WSGIApplication:
-    """The WSGI application, for requests alone that name an allowed host, or as HTTP/1.0 may, none."""
+    """Wrap a WSGI application: a `Host` that is not allowed gets 400. HTTP/1.0 may omit it."""
 
-    def guarded(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def checked(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if hosts.allows(environ.get("HTTP_HOST", "localhost")):
             return app(environ, start_response)
         start_response("400 Bad Request", [("Content-Type", "text/plain; charset=utf-8")])
-        return [b"these metrics do not answer to the name in the Host header\n"]
+        return [b"metrics are not served under the name in the Host header\n"]
 
-    return guarded
+    return checked
 
 
 def parse_host_pattern(name: str) -> str:
-    """A host as `--allowed-hosts` takes it, in lower case; raises ValueError for anything else."""
+    """An entry of --allowed-hosts in lower case. Raises ValueError unless it is a host, *.name or *."""
     plain = _normalized(name)
     if name != "*" and not _HOST_NAME.fullmatch(name) and not _is_address(plain):
         raise ValueError(
-            "hosts are names or addresses, separated by commas, without scheme, port or path; *.example.com is all "
-            "below that name, * any host"
+            "expected host names or addresses, separated by commas, without scheme, port or path; *.example.com covers "
+            "all subdomains, * any host"
         )
     return plain
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this name or address is this machine's own, which no other machine can reach."""
+    """Whether this name or address is reachable from this machine only."""
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
@@ -83,5 +86,5 @@ def _is_address(host: str) -> bool:
 
 
 def _normalized(host: str) -> str:
-    """In lower case, without a dot at its end and without brackets."""
+    """In lower case, without a trailing dot or brackets."""
     return host.lower().removesuffix(".").removeprefix("[").removesuffix("]")

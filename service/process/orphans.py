@@ -1,4 +1,4 @@
-"""An end for processes whose parent is killed, where they would not notice by themselves."""
+"""Kills child processes when their parent is killed, for children that would not notice (vLLM's workers, say)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 _MARK: Final = "JUDGE_ORPHANS_OF"
-# Reads from a pipe that nobody writes to, and that ends with the process that holds the other end, however that ends.
+# Blocks on a pipe that nobody writes to. The kernel closes it when the guarded process ends, even by SIGKILL.
 _WATCH: Final = """
 read _
 for process in /proc/[0-9]*; do
@@ -20,9 +20,9 @@ done
 
 
 class OrphanGuard:
-    """Ends all processes that this one starts from now on, and theirs, when this one is killed (Linux).
+    """Kills every descendant that this process starts from now on if this process is killed (Linux only).
 
-    They are known by a mark in their environment. A second process, a shell, waits for the end of this one.
+    A shell process waits for this one to end, then kills the descendants, which carry a mark in their environment.
     """
 
     def __init__(self) -> None:
@@ -38,11 +38,11 @@ class OrphanGuard:
         os.environ[_MARK] = value
 
     def kill_all(self) -> None:
-        """End the processes now."""
+        """Kill the descendants now."""
         self._close()
 
     def dismiss(self) -> None:
-        """Watch no longer, and leave in peace what still runs."""
+        """Stop watching; descendants keep running."""
         self._shell.kill()
         self._close()
 
@@ -58,7 +58,7 @@ class OrphanGuard:
 
 @contextmanager
 def no_orphans() -> Iterator[None]:
-    """What is started inside ends with this process, also where that is killed (Linux)."""
+    """Processes started inside are killed if this process is (Linux only)."""
     guard = OrphanGuard()
     try:
         yield

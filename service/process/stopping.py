@@ -1,7 +1,7 @@
-"""How the service and the worker stop: at once while they start, in good order later, at once at the second signal.
+"""How the service and the worker stop: at once during startup, gracefully later, at once on a second signal.
 
-Their work runs in a thread. The main thread, where Python runs signal handlers, does nothing but wait: a signal is
-heard whatever the work is doing, and its handler only passes it on.
+Their work runs in a thread, and the main thread, where Python runs signal handlers, only waits. So a signal is handled
+whatever the work hangs on, and no handler meets a lock that its own thread holds.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from typing import Final, NoReturn
 
 from client.runtime import program
 
-# Signals that come so close together, in seconds, are one: `timeout` sends it to its child and to the group, and Ctrl-C
-# comes from the terminal and from a program between.
+# Signals within this many seconds count as one: `timeout` signals both its child and the process group, and Ctrl-C may
+# arrive from the terminal and again from a wrapper program.
 _ONE_SIGNAL: Final = 0.02
 _POLL_SECONDS: Final = 0.5
 
 
 class Stop:
-    """What a program's work and the signals have to say to each other."""
+    """Carries signals to a program's work, and the end of the work to the main thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._begin: Callable[[], None] | None = None
         self._seconds: float | None = None
-        # Signals, and None when the work is done. Its `put` takes no lock that a handler could find taken.
-        self._heard: SimpleQueue[int | None] = SimpleQueue()
+        # Signal numbers, and None when the work is done. SimpleQueue.put is reentrant, so a handler may call it.
+        self._events: SimpleQueue[int | None] = SimpleQueue()
         self._stopping_since: float | None = None
         self._status = 0
         self._error: BaseException | None = None
 
     def on_signal(self, begin: Callable[[], None], seconds: float | None = None) -> None:
-        """From now on the first signal calls `begin`, which makes the work end, within so many seconds."""
+        """From now on the first signal calls `begin`, which must make the work end within `seconds`."""
         self._seconds = seconds
         self._begin = begin
 
     def run(self, work: Callable[[Stop], int]) -> int:
-        """Do the work, and what signals ask for; its status. Raises what it raises."""
-        program.on_signals(self._hear)
+        """Run the work until it ends or a signal stops it; returns its status. Re-raises its exception."""
+        program.on_signals(self._handle)
         threading.Thread(target=self._work, args=(work,), name="work", daemon=True).start()
         number = self._next(math.inf)
         if number is not None:
@@ -56,20 +56,20 @@ class Stop:
         return self._status
 
     def _next(self, seconds: float) -> int | None:
-        """What is heard next; raises Empty after so many seconds.
+        """The next event. Raises Empty after `seconds`.
 
-        Waits in turns: a signal that comes just before a wait begins does not end it, and is handled when it is over.
+        Polled: a signal that arrives just before a blocking wait does not interrupt it, and is handled only after it.
         """
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
             with suppress(Empty):
-                return self._heard.get(timeout=min(left, _POLL_SECONDS))
+                return self._events.get(timeout=min(left, _POLL_SECONDS))
         raise Empty
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._stopping_since is None:
             self._stopping_since = time.monotonic()
-            self._heard.put(number)
+            self._events.put(number)
         elif time.monotonic() - self._stopping_since > _ONE_SIGNAL:
             os._exit(128 + number)
 
@@ -79,8 +79,8 @@ class Stop:
         except BaseException as error:
             self._error = error
         with suppress(OSError):
-            sys.stdout.flush()  # here, where a reader who pauses holds up nobody
-        self._heard.put(None)
+            sys.stdout.flush()  # in this thread: a stalled reader of stdout must not block the main one
+        self._events.put(None)
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -91,18 +91,21 @@ class Stop:
         try:
             self._next(math.inf if self._seconds is None else self._seconds)
         except Empty:
-            sys.stderr.write(f"{self._name}: not done {self._seconds:g} s after {name}; ended as it is\n")
+            sys.stderr.write(f"{self._name}: still busy {self._seconds:g} s after {name}; exiting anyway\n")
             program.leave(program.FAILED)
 
 
 def run_stoppable(name: str, work: Callable[[Stop], int]) -> int:
-    """See Stop.run; outside of the main thread, which alone can handle signals, they are left as they are."""
+    """Stop.run in the main thread. In other threads, which cannot handle signals, just runs the work."""
     stop = Stop(name)
     return stop.run(work) if threading.current_thread() is threading.main_thread() else work(stop)
 
 
 def finish(main: Callable[[], int]) -> NoReturn:
-    """Run a program's main and end the process with its status, without waiting for threads in native code."""
+    """Run a program's main and exit with its status.
+
+    The interpreter's own exit is skipped: it joins threads, and aborts those in native code (torch, tokenizers).
+    """
     try:
         status = main()
     except SystemExit as ended:

@@ -96,7 +96,7 @@ class MemoryJobs:
 
     async def ready(self) -> None:
         if self.stalled():
-            raise ServiceError(ErrorCode.NOT_READY, "the model stands still", retry_after=5.0)
+            raise ServiceError(ErrorCode.NOT_READY, "the model hangs", retry_after=5.0)
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
         if not self._workers:

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.upstream.openai_client import UpstreamError
+from service.http.uvicorn_server import Server
 from service.loading.engines import find_model, load_engine
 from service.loading.upstream import find_upstream
 from service.queue.memory import MemoryJobs
-from service.server import Server, compose
+from service.server import compose
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker

@@ -220,7 +220,7 @@ def test_the_prompt_leaves_room_for_the_text() -> None:
 def test_a_text_longer_than_the_model_is_refused_at_start() -> None:
     """There must be room for a prompt."""
     with (
-        pytest.raises(ValueError, match="--self-reward-tokens 400 leave no room"),
+        pytest.raises(ValueError, match="--self-reward-tokens 400 leaves no room"),
         live_service(**PARSED, max_tokens=300, self_reward_tokens=400),
     ):
         pass

@@ -241,7 +241,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(host: str) -> None:
     [
         (["--host", "no-such-host.invalid"], "--host no-such-host.invalid cannot be resolved"),
         (["--host", "a" * 70], "cannot be resolved"),
-        (["--host", "192.0.2.1"], "192.0.2.1 is no address of this machine; try --host 127.0.0.1"),
+        (["--host", "192.0.2.1"], "192.0.2.1 is not an address of this machine; try --host 127.0.0.1"),
     ],
 )
 def test_an_address_that_cannot_be_had_is_one_line(flags: list[str], said: str) -> None:
@@ -342,7 +342,7 @@ def test_an_end_is_bounded_whatever_the_work_does(argument: str, signals: int, s
             time.sleep(0.2)
 
         assert process.wait(20) == status
-        assert ("ended as it is" in process.stderr.read()) == (status == 1)
+        assert ("exiting anyway" in process.stderr.read()) == (status == 1)
 
 
 DOUBLED = """

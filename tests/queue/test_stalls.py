@@ -44,7 +44,7 @@ def test_a_model_that_hangs_ends_the_service_with_the_status_of_a_stall(tmp_path
     assert noticed
     assert [answer.status_code for answer in answers] == [503, 503]
     assert status == STALLED_STATUS
-    assert "the model stands still" in api.output
+    assert "the model hangs" in api.output
     assert "Traceback" not in api.output
 
 

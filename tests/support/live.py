@@ -13,8 +13,10 @@ import httpx
 
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine
+from service.http.uvicorn_server import Server
+from service.loading.engines import find_model
 from service.queue.memory import MemoryJobs
-from service.server import Server, compose, find_model
+from service.server import compose
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
