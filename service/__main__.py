@@ -1,4 +1,4 @@
-"""`python -m service`: answer HTTP, and run the model unless a queue on Redis leaves that to workers."""
+"""`python -m service`: answers HTTP, and runs the model unless workers on a Redis queue do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.process import stopping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service; returns the process's exit status. `--help` explains the flags."""
+    """Run the service; returns its exit status. `--help` explains the flags."""
     return stopping.run_stoppable("python -m service", partial(_serve, argv))
 
 
@@ -25,7 +25,7 @@ def _serve(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
 
     def body(settings: Settings) -> int:
         sockets = bind(settings.host, settings.port)
-        # Imported only now: it pulls in transformers, and neither --help nor a port in use should wait for that.
+        # Imported here: it loads transformers, and neither --help nor a port in use should wait for that.
         from service.server import serve
 
         return serve(settings, sockets, stop)

@@ -1,4 +1,4 @@
-"""What the mains of the programs share: reading settings, and ending with a status and one line."""
+"""Shared by the mains of both programs: read the settings, and turn a failed start into a status and one line."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from service.telemetry import logs
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup
 
-# How long a start waits for a silent Redis to say whether the password is right.
+# How long startup waits for Redis to check the password.
 PING_SECONDS = 1.0
 
-SomeSettings = TypeVar("SomeSettings", bound=CommonSettings)
+ProgramSettings = TypeVar("ProgramSettings", bound=CommonSettings)
 
 
 class _Parser(ArgumentParser):
-    """Says which flags it does not know, and no values: one of them may be a key."""
+    """Names unknown flags in its error, but no values: one of them may be a key."""
 
     def error(self, message: str) -> NoReturn:
         before, unknown, arguments = message.partition("unrecognized arguments: ")
@@ -40,8 +40,8 @@ class _Parser(ArgumentParser):
         super().error(message)
 
 
-def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSettings:
-    """The settings from flags and environment; ends the process with status 2 and a line for each mistake."""
+def settings_from(cls: type[ProgramSettings], argv: Sequence[str] | None) -> ProgramSettings:
+    """Read the settings from flags and environment. Mistakes get a line each on stderr and SystemExit(2)."""
     parser = _Parser(
         prog=cls.model_config["cli_prog_name"],
         usage="%(prog)s [flags]",
@@ -58,7 +58,7 @@ def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSe
     try:
         return cls(_cli_settings_source=source)
     except ValidationError as exc:
-        # Never the values: one of them may be a key.
+        # Without the values: one of them may be a key.
         errors = exc.errors(include_url=False, include_input=False)
         mistakes = [(f"--{error['loc'][0]}: " if error["loc"] else "", error["msg"]) for error in errors]
         for flag, message in dict.fromkeys(mistakes):
@@ -67,7 +67,7 @@ def settings_from(cls: type[SomeSettings], argv: Sequence[str] | None) -> SomeSe
 
 
 def _groups_by_field(parser: ArgumentParser, cls: type[CommonSettings]) -> dict[str, _ArgumentGroup]:
-    """A titled group of --help for each class of settings, by the fields that the class adds."""
+    """Each field's group of --help: the one of the class that declares it."""
     groups: dict[str, _ArgumentGroup] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, SettingsGroup):
@@ -78,15 +78,15 @@ def _groups_by_field(parser: ArgumentParser, cls: type[CommonSettings]) -> dict[
 
 
 def _add_flag(groups: Mapping[str, _ArgumentGroup], _: ArgumentParser, *flags: str, dest: str, **options: Any) -> None:
-    """ArgumentParser.add_argument, into the field's group; descriptions say themselves what "unset" means."""
+    """ArgumentParser.add_argument into the field's group. Empty defaults are dropped: the help says what unset means."""
     if "[" in (options.get("metavar") or ""):
         options["metavar"] = "JSON" if options["metavar"].startswith("dict") else "LIST"
     options["help"] = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])
     groups[dest].add_argument(*flags, dest=dest, **options)
 
 
-def run_program(settings: SomeSettings, program: Callable[[SomeSettings], int]) -> int:
-    """Run a program's body; what it cannot start with becomes one line and status 1."""
+def run_program(settings: ProgramSettings, program: Callable[[ProgramSettings], int]) -> int:
+    """Configure the log and run a program's body. An error that prevents the start becomes one line and status 1."""
     logs.configure(settings.log_format, settings.log_level)
     try:
         if settings.queue_url != MEMORY_URL:
@@ -98,8 +98,8 @@ def run_program(settings: SomeSettings, program: Callable[[SomeSettings], int]) 
 
 
 def _check_password(queue_url: str) -> None:
-    """Raises ValueError for a URL that is none, or whose user Redis refuses; one that is away may come later."""
-    # Here: --help should not wait for it.
+    """Raise ValueError if the URL is invalid or Redis refuses its user. An unreachable Redis may come up later."""
+    # Imported here: --help should not wait for it.
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -111,6 +111,6 @@ def _check_password(queue_url: str) -> None:
         except redis.AuthenticationError as exc:
             raise ValueError(f"Redis refuses the user or the password of --queue-url: {exc}") from exc
         except TypeError as exc:
-            raise ValueError(f"the part of --queue-url behind the ? is not known: {exc}") from exc
+            raise ValueError(f"--queue-url has an unknown parameter after the ?: {exc}") from exc
         except (redis.RedisError, OSError):
             pass

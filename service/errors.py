@@ -1,4 +1,4 @@
-"""The one exception that every layer of the service raises for something a caller can be told."""
+"""The exception that every layer of the service raises for errors that callers get to see."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from client.schema import ErrorBody
 
 
 class ServiceError(PicklableError):
-    """A failure with its wire code. `message` is written for the caller and never repeats the caller's text.
+    """An error with its wire code. `message` is written for the caller and never repeats the caller's text.
 
-    `param` names the request's field at fault; `retry_after` is in seconds.
+    `param` names the request field at fault; `retry_after` is in seconds.
     """
 
     def __init__(
@@ -27,5 +27,5 @@ class ServiceError(PicklableError):
         return STATUS[self.code]
 
     def body(self) -> ErrorBody:
-        """The error as it goes over the wire."""
+        """The error's wire format."""
         return ErrorBody(message=self.message, type=TYPE[self.status], param=self.param, code=self.code)

@@ -1,1 +1,1 @@
-"""Engines: whatever turns token ids into the log-probabilities of the labels. `contract` says what one must do."""
+"""Engines turn token ids into label log-probabilities, rewards or texts. `contract` is the door: what each must do."""

@@ -1,0 +1,1 @@
+"""What any server process needs: sockets, allowed hosts, signals, background threads, orphaned children."""

@@ -1,0 +1,1 @@
+"""Prompts: templates and texts become token ids with label ids. The door is `builder.PromptBuilder`."""
