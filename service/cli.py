@@ -78,7 +78,7 @@ def _groups_by_field(parser: ArgumentParser, cls: type[CommonSettings]) -> dict[
 
 
 def _add_flag(groups: Mapping[str, _ArgumentGroup], _: ArgumentParser, *flags: str, dest: str, **options: Any) -> None:
-    """ArgumentParser.add_argument into the field's group. Empty defaults are dropped: the help says what unset means."""
+    """ArgumentParser.add_argument into the field's group, without empty defaults: the help says what unset means."""
     if "[" in (options.get("metavar") or ""):
         options["metavar"] = "JSON" if options["metavar"].startswith("dict") else "LIST"
     options["help"] = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])

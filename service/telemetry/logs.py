@@ -1,4 +1,4 @@
-"""Log lines: one event with fields each, for people or as JSON. A caller's text is never among the fields."""
+"""Logging: events with fields, rendered for people or as JSON. No field ever holds a caller's text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import structlog
 
 from client.runtime import stderr
 
-# Libraries that draw progress bars read these when they are imported, which is after the log is configured.
+# Read by libraries that draw progress bars when they are imported, which happens after `configure`.
 _NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 
 
 def configure(log_format: Literal["console", "json"], level: str) -> None:
-    """Send structlog's events, and the standard library's (uvicorn's, transformers'), to stderr in one form.
+    """Send events of structlog and of the standard library (uvicorn's, transformers') to stderr in one format.
 
-    As JSON every line of stderr is an object: what is written to it by others (warnings, bars, tracebacks) becomes the
-    `text` of an event `stderr`, a line each. What a library in C writes to the file itself stays as it is. No call
-    waits for the log's reader, or fails: see client.runtime.stderr.
+    In JSON format every line of stderr is an object: warnings, progress bars and tracebacks, which are written to
+    sys.stderr directly, become the `text` of events named `stderr`, one per line. Only what C code writes to the file
+    descriptor stays as it is. Logging never blocks on the log's reader and never fails: see client.runtime.stderr.
     """
     writer = stderr.install()
     threshold = logging.getLevelNamesMapping()[level.upper()]
@@ -55,21 +55,21 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
 
 
 def _spell_out_reason(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """For people the cause belongs to the sentence, and its lines are lines."""
+    """Append the reason to the event's sentence, so that people read its line breaks as such, not escaped."""
     if "reason" in event:
         event["event"] = f"{event['event']}: {event.pop('reason')}"
     return event
 
 
 def _rendered(processors: list[structlog.typing.Processor], event: str, lines: int) -> str:
-    said: Any = {"event": event, "lines": lines}
+    rendered: Any = {"event": event, "lines": lines}
     for process in processors:
-        said = process(None, "warning", said)
-    return f"{said}\n"
+        rendered = process(None, "warning", rendered)
+    return f"{rendered}\n"
 
 
 class _Events:
-    """What structlog hands its rendered events to. It has no lock, as the writer needs none."""
+    """structlog's output. Unlike structlog's own loggers it takes no lock: the writer needs none."""
 
     def __init__(self, writer: stderr.Writer) -> None:
         self._writer = writer
@@ -81,16 +81,16 @@ class _Events:
 
 
 class _Lines(stderr.Stderr):
-    """Text for stderr, line by line in events."""
+    """A sys.stderr that turns every line into an event."""
 
     def __init__(self, writer: stderr.Writer) -> None:
         super().__init__(writer)
-        self._begun = ""
+        self._unfinished = ""
         self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
         with self._lock:
-            *lines, self._begun = (self._begun + text).replace("\r", "\n").split("\n")
+            *lines, self._unfinished = (self._unfinished + text).replace("\r", "\n").split("\n")
             for line in filter(str.strip, lines):
                 structlog.get_logger(__name__).warning("stderr", text=line)
         return len(text)

@@ -1,15 +1,16 @@
-"""Prometheus metrics, in a registry of their own so that several apps can live in one process."""
+"""Prometheus metrics, in a registry of their own, so that one process can hold several apps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from client.errors import ErrorCode
 from service.engine.contract import EngineInfo
 
-# Why a job that was taken is not judged.
+# Reasons why a worker drops a job that it has taken.
 DROPPED = ("caller_gone", "deadline", "unreadable")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _JOBS = tuple(2**n for n in range(10))
@@ -18,107 +19,108 @@ _MASS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.01)
 
 
 class Metrics:
-    """Everything that the service counts. Methods may be called from any thread."""
+    """All metrics of a process. Methods may be called from any thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        reg = self.registry
-        ProcessCollector(registry=reg)
-        self._requests = Counter("judge_requests", "HTTP requests", ["method", "route", "status"], registry=reg)
-        self._latency = Histogram("judge_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=reg)
-        self._in_flight = Gauge("judge_requests_in_flight", "HTTP requests being worked on", registry=reg)
-        self._errors = Counter("judge_errors", "Errors sent to callers, batch items included", ["code"], registry=reg)
-        self._judgements = Counter("judge_judgements", "Judgements answered", registry=reg)
-        self._wait = Histogram("judge_queue_seconds", "Time a job waited", buckets=_SECONDS, registry=reg)
-        self._mass = Histogram("judge_label_mass", "P(Yes)+P(No) of each judgement", buckets=_MASS, registry=reg)
-        self._unparseable = Counter("judge_unparseable", "Written texts without a grade to be read", registry=reg)
-        self._hits = Counter("judge_cache_hits", "Judgements known from before", registry=reg)
-        self._misses = Counter("judge_cache_misses", "Judgements looked up in vain", registry=reg)
-        self._tokens = Counter("judge_tokens", "Tokens judged", registry=reg)
-        self._dropped = Counter("judge_jobs_dropped", "Jobs taken and not judged", ["reason"], registry=reg)
-        self._redelivered = Counter("judge_jobs_redelivered", "Jobs of lost workers, taken over", registry=reg)
-        self._dead = Counter("judge_dead_letters", "Jobs given up: too many lost workers, or unreadable", registry=reg)
-        self._batch_jobs = Histogram("judge_batch_jobs", "Jobs in a batch", buckets=_JOBS, registry=reg)
-        self._batch_tokens = Histogram("judge_batch_tokens", "Tokens in a batch", buckets=_TOKENS, registry=reg)
-        self._inference = Histogram("judge_inference_seconds", "Time for a batch", buckets=_SECONDS, registry=reg)
-        self._queue_jobs = Gauge("judge_queue_jobs", "Jobs accepted and not yet answered", registry=reg)
-        self._queue_tokens = Gauge("judge_queue_tokens", "Their tokens", registry=reg)
-        self._engine = Gauge(
+        ProcessCollector(registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self._requests = counter("judge_requests", "HTTP requests answered", ["method", "route", "status"])
+        self._latency = histogram("judge_request_seconds", "Time to answer a request", ["route"], buckets=_SECONDS)
+        self._in_flight = gauge("judge_requests_in_flight", "HTTP requests in progress")
+        self._errors = counter("judge_errors", "Errors sent to callers, including those of batch items", ["code"])
+        self._judgements = counter("judge_judgements", "Judgements answered")
+        self._wait = histogram("judge_queue_seconds", "Time that a job waited in the queue", buckets=_SECONDS)
+        self._mass = histogram("judge_label_mass", "P(Yes) + P(No) of each judgement", buckets=_MASS)
+        self._unparseable = counter("judge_unparseable", "Generated texts without a readable grade")
+        self._hits = counter("judge_cache_hits", "Judgements found in the score cache")
+        self._misses = counter("judge_cache_misses", "Judgements not found in the score cache")
+        self._tokens = counter("judge_tokens", "Tokens judged")
+        self._dropped = counter("judge_jobs_dropped", "Jobs taken from the queue but not judged", ["reason"])
+        self._redelivered = counter("judge_jobs_redelivered", "Jobs taken over from lost workers")
+        self._dead = counter("judge_dead_letters", "Jobs given up: unreadable, or taken by too many lost workers")
+        self._batch_jobs = histogram("judge_batch_jobs", "Jobs per batch", buckets=_JOBS)
+        self._batch_tokens = histogram("judge_batch_tokens", "Tokens per batch", buckets=_TOKENS)
+        self._inference = histogram("judge_inference_seconds", "Engine time per batch", buckets=_SECONDS)
+        self._queue_jobs = gauge("judge_queue_jobs", "Jobs accepted but not yet answered")
+        self._queue_tokens = gauge("judge_queue_tokens", "Tokens of jobs accepted but not yet answered")
+        self._engine = gauge(
             "judge_engine_info",
-            "The engine that is loaded, and what computes its numbers",
+            "The loaded engine, and what computes its numbers",
             ["engine", "task", "dtype", "rung", "digest", "stable"],
-            registry=reg,
         )
-        # From 0 on: a rate does not see the first one of a series that begins with it.
+        # Export these at 0 from the start: rate() misses the first increment of a series that begins with it.
         for code in ErrorCode:
             self._errors.labels(code.value)
         for reason in DROPPED:
             self._dropped.labels(reason)
 
     def watch_queue(self, jobs: Callable[[], int], tokens: Callable[[], int]) -> None:
-        """Read the queue's fill whenever the metrics are read."""
+        """Read the queue's size from these functions at every scrape."""
         self._queue_jobs.set_function(jobs)
         self._queue_tokens.set_function(tokens)
 
     def loaded(self, info: EngineInfo) -> None:
-        """An engine begins to work."""
-        run = info.executor
-        stable = "unchecked" if run.stable is None else str(run.stable).lower()
-        self._engine.labels(info.engine, info.task, info.dtype, run.rung, run.digest, stable).set(1)
+        """Record the engine that was loaded."""
+        executor = info.executor
+        stable = "unchecked" if executor.stable is None else str(executor.stable).lower()
+        self._engine.labels(info.engine, info.task, info.dtype, executor.rung, executor.digest, stable).set(1)
 
     def request_started(self) -> None:
-        """A request has come."""
+        """Count an HTTP request as in progress."""
         self._in_flight.inc()
 
     def request_done(self, method: str, route: str, status: int, seconds: float) -> None:
-        """It has been answered; status 499 stands for a caller who left."""
+        """Record a request's answer and duration; status 499 means that the caller disconnected."""
         self._in_flight.dec()
         self._requests.labels(method, route, str(status)).inc()
         self._latency.labels(route).observe(seconds)
 
     def error(self, code: str) -> None:
-        """An error was sent, as a whole answer or for one item of a batch."""
+        """Count an error, sent as a whole answer or for one item of a batch."""
         self._errors.labels(code).inc()
 
     def judged(self, label_masses: Sequence[float]) -> None:
-        """Judgements were answered."""
+        """Count answered judgements, with their label masses."""
         self._judgements.inc(len(label_masses))
         for mass in label_masses:
             self._mass.observe(mass)
 
     def unparseable(self, count: int) -> None:
-        """So many texts of a judge that writes stated no grade."""
+        """Count generated texts without a readable grade."""
         self._unparseable.inc(count)
 
     def queued(self, seconds: Sequence[float]) -> None:
-        """Jobs were answered that had waited so long."""
+        """Record how long answered jobs waited in the queue, in seconds."""
         for wait in seconds:
             self._wait.observe(wait)
 
     def looked_up(self, hits: int, misses: int) -> None:
-        """The score cache was asked."""
+        """Count score cache lookups."""
         self._hits.inc(hits)
         self._misses.inc(misses)
 
     def dropped(self, reason: str, count: int) -> None:
-        """Jobs were dropped unscored."""
+        """Count jobs dropped unscored; `reason` is one of DROPPED."""
         self._dropped.labels(reason).inc(count)
 
     def redelivered(self, count: int) -> None:
-        """Jobs whose worker was lost have been taken over."""
+        """Count jobs taken over from lost workers."""
         self._redelivered.inc(count)
 
     def dead_lettered(self) -> None:
-        """A job was given up."""
+        """Count a job that was given up."""
         self._dead.inc()
 
     def batch(self, tokens: Sequence[int], seconds: float) -> None:
-        """The engine has judged jobs of these sizes together."""
+        """Record a batch: the tokens of each of its jobs, and the engine's seconds for all."""
         self._tokens.inc(sum(tokens))
         self._batch_jobs.observe(len(tokens))
         self._batch_tokens.observe(sum(tokens))
         self._inference.observe(seconds)
 
     def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,14 +1,14 @@
-"""Traces for OpenTelemetry, through the API, the queue and the worker; where they are off, nothing is imported or done.
+"""OpenTelemetry traces through the API, the queue and the worker. While off, nothing is imported or recorded.
 
-    POST /score          API      the request; goes on with the caller's trace where it sends a `traceparent`
-      tokenize           API      templates rendered and tokenised
+    POST /score          API      the request; continues the caller's trace if it sends a `traceparent`
+      tokenize           API      rendering and tokenizing the templates
       judge              API      from submitting the jobs to the last reply; its context travels with the jobs
-        queue wait       worker   one for each `judge` span in a batch, from the submission to the batch's start
-        inference        worker   one for each batch, linked to its `judge` spans, and below it where it is one
-          reply          worker   the answers handed back
+        queue wait       worker   one per `judge` span in a batch, from submission to the batch's start
+        inference        worker   one per batch, linked to its `judge` spans; a child if there is only one
+          reply          worker   sending the answers back
 
-No attribute ever holds what a caller wrote: they are counts, codes, and names of our own routes. The caller's
-`tracestate` is not passed on for the same reason.
+Attributes are counts, codes and names of our own routes, never text from a caller. For the same reason the caller's
+`tracestate` is not passed on.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanKind
 
 TRACES_PATH: Final = "/v1/traces"
-# How long the end of a process waits for the last spans to be sent.
+# How long shutdown waits for the last spans to be sent.
 FLUSH_SECONDS: Final = 2.0
 
 Attribute = str | int | float | bool
 
 
 class TraceSpan:
-    """What is open now; this one is of no trace, and remembers nothing."""
+    """An open span. This base class records nothing."""
 
     traceparent: str | None = None
     trace_id: str | None = None
 
     def set(self, **attributes: Attribute) -> None:
-        """Say more about it; each name gets the prefix `judge.`."""
+        """Set attributes; each name is prefixed with `judge.`."""
 
     def answered(self, method: str, route: str, status: int) -> None:
-        """Of a request: by which route, and how."""
+        """Set a request's route and status."""
 
 
 class TracedJob(Protocol):
-    """What spans say of a job of the queue; see service.queue.contract.Job."""
+    """The fields of a queue job that spans use; see service.queue.contract.Job."""
 
     @property
     def traceparent(self) -> str | None: ...
@@ -62,33 +62,33 @@ class TracedJob(Protocol):
 
 
 class Tracing:
-    """Traces that are off."""
+    """Opens spans. This base class is tracing turned off."""
 
     def request(self, traceparent: str | None) -> AbstractContextManager[TraceSpan]:
-        """A request of HTTP, in the trace that the caller's header names or in a new one; closes at the end."""
+        """An HTTP request's span, in the trace named by the caller's header or in a new one."""
         del traceparent
         return nullcontext(_NOTHING)
 
     def span(self, name: str, **attributes: Attribute) -> AbstractContextManager[TraceSpan]:
-        """A part of the request that is open in this task; without one nothing is recorded."""
+        """A child of the request that is open in this task; records nothing if none is."""
         del name, attributes
         return nullcontext(_NOTHING)
 
     def waited(self, jobs: Sequence[TracedJob], until: float, dropped: str | None = None) -> None:
-        """Jobs have left the queue at `until` (of `time.monotonic()`); `dropped` says why they are not judged."""
+        """Record that jobs left the queue at `until` (time.monotonic()); `dropped` is why they are not judged."""
 
     def batch(self, jobs: Sequence[TracedJob], started: float) -> AbstractContextManager[TraceSpan]:
-        """Jobs are judged together, since `started`."""
+        """The span of a batch that started at `started` (time.monotonic())."""
         del jobs, started
         return nullcontext(_NOTHING)
 
     def child_of(self, parent: TraceSpan, name: str) -> AbstractContextManager[TraceSpan]:
-        """What follows from a span that may be closed already."""
+        """A child of a span that may be closed already."""
         del parent, name
         return nullcontext(_NOTHING)
 
     def close(self) -> None:
-        """Send what is left, for some seconds at most."""
+        """Send the remaining spans, for FLUSH_SECONDS at most."""
 
 
 _NOTHING: Final = TraceSpan()
@@ -96,11 +96,10 @@ OFF: Final = Tracing()
 
 
 def start_tracing(endpoint: str | None, program: str) -> Tracing:
-    """Traces sent by OTLP over HTTP to a collector's base address; off where that is None.
+    """Export traces over OTLP/HTTP to a collector's base URL; OFF if that is None.
 
-    `program` is the service's name in the traces unless OTEL_SERVICE_NAME has one; the SDK's other variables
-    (OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, …) hold as everywhere. Raises ValueError where the packages are
-    missing.
+    OTEL_SERVICE_NAME overrides `program` as the service's name; the SDK's other variables (OTEL_TRACES_SAMPLER,
+    OTEL_EXPORTER_OTLP_HEADERS, …) work as usual. Raises ValueError if the packages are missing.
     """
     if endpoint is None:
         return OFF
@@ -113,12 +112,12 @@ def start_tracing(endpoint: str | None, program: str) -> Tracing:
         raise ValueError(
             "--otel-endpoint needs OpenTelemetry's packages: pip install 'judge-as-api[otel]', or leave it out"
         ) from exc
-    # Here and not above: it loads an HTTP client, as the exporter does.
+    # Imported here: it loads an HTTP client, which a process without traces may not need.
     from client.transport.proxies import exempt_loopback
 
     exempt_loopback()
     name = os.environ.get("OTEL_SERVICE_NAME") or program
-    # Not made the process's global provider: other libraries' spans could hold addresses and texts.
+    # Not the process's global provider: spans of other libraries could hold addresses and texts.
     provider = TracerProvider(resource=Resource.create({"service.name": name}), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(traces_url(endpoint))))
     return _Recording(provider)
@@ -130,12 +129,12 @@ def traces_url(endpoint: str) -> str:
 
 
 def parse_endpoint(value: str | None) -> str | None:
-    """The address as it was given, None where it is empty; raises ValueError for what is none."""
+    """The URL of a collector as given, None if empty. Raises ValueError for anything else."""
     if not value:
         return None
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("must be the address of an OTLP/HTTP collector, as http://localhost:4318")
+        raise ValueError("must be the URL of an OTLP/HTTP collector, such as http://localhost:4318")
     return value
 
 
@@ -152,7 +151,9 @@ class _RecordedSpan(TraceSpan):
     def answered(self, method: str, route: str, status: int) -> None:
         from opentelemetry.trace import StatusCode
 
-        self._span.update_name(route if route == method else f"{method} {route}")  # "other" alone
+        self._span.update_name(
+            route if route == method else f"{method} {route}"
+        )  # both are "other" for an unknown path
         self._span.set_attributes(
             {"http.request.method": method, "http.route": route, "http.response.status_code": status}
         )
@@ -211,24 +212,24 @@ class _Recording(Tracing):
         from opentelemetry.trace import Link, SpanKind, get_current_span
 
         contexts = [_context(traceparent) for traceparent in _by_trace(jobs)]
-        of_jobs = [get_current_span(context).get_span_context() for context in contexts]
-        sampled = [each for each in of_jobs if each.is_valid and each.trace_flags.sampled]
+        judge_spans = [get_current_span(context).get_span_context() for context in contexts]
+        sampled = [span for span in judge_spans if span.is_valid and span.trace_flags.sampled]
         if not sampled:
             yield _NOTHING
             return
-        span = self._tracer.start_span(
+        inference = self._tracer.start_span(
             "inference",
             contexts[0] if len(contexts) == 1 else Context(),
             SpanKind.CONSUMER,
-            links=[Link(each) for each in sampled],
+            links=[Link(judge_span) for judge_span in sampled],
             start_time=_nanoseconds(started),
         )
-        opened = _RecordedSpan(span)
+        opened = _RecordedSpan(inference)
         opened.set(jobs=len(jobs), tokens=sum(job.tokens for job in jobs))
         try:
             yield opened
         finally:
-            span.end()
+            inference.end()
 
     @contextmanager
     def child_of(self, parent: TraceSpan, name: str) -> Iterator[TraceSpan]:
@@ -239,14 +240,14 @@ class _Recording(Tracing):
             yield span
 
     def close(self) -> None:
-        # In a thread: a collector that is away would hold the process's end up for as long as it is tried again.
+        # In a thread: with the collector unreachable, shutdown would block until the last retry.
         last = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         last.start()
         last.join(FLUSH_SECONDS)
 
 
 def _context(traceparent: str | None) -> Context:
-    """The trace that a header names; an empty one for none, and for what is no such header."""
+    """The context named by a `traceparent`; empty without one, or if it is malformed."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -255,14 +256,14 @@ def _context(traceparent: str | None) -> Context:
 
 
 def _by_trace(jobs: Sequence[TracedJob]) -> dict[str, list[TracedJob]]:
-    found: dict[str, list[TracedJob]] = {}
+    groups: dict[str, list[TracedJob]] = {}
     for job in jobs:
         if job.traceparent is not None:
-            found.setdefault(job.traceparent, []).append(job)
-    return found
+            groups.setdefault(job.traceparent, []).append(job)
+    return groups
 
 
-@lru_cache(maxsize=16)  # where one span ends as another begins, both show the same
+@lru_cache(maxsize=16)  # so that a span that ends as another begins shows the same time
 def _nanoseconds(moment: float) -> int:
-    """A moment of `time.monotonic()` as nanoseconds of the wall clock, which is what spans show."""
+    """A moment of time.monotonic() in nanoseconds of the wall clock, the clock of spans."""
     return time.time_ns() - int((time.monotonic() - moment) * 1e9)
