@@ -181,7 +181,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=100)
 
 
-@pytest.mark.parametrize("program", ["service.__main__", "service.worker"])
+@pytest.mark.parametrize("program", ["service.__main__", "service.worker.__main__"])
 def test_without_the_packages_the_start_says_what_to_install(program: str) -> None:
     """Both programs end with status 1 and one line."""
     code = (
