@@ -44,10 +44,10 @@ from bench.support.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import DType, choose_dtype, dtype_name
+from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 PEAK_ROWS = {"cpu": 2048, "cuda": 16_384}
@@ -125,7 +125,7 @@ class Way:
 def texts(folder: Path, args: argparse.Namespace) -> list[ScoreItem]:
     """The service's prompts for seeded pairs; `--compare` answers of each prompt one after the other."""
     prompts = PromptBuilder(load_tokenizer(folder), MAX_TOKENS)
-    library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
+    library = load_library("chat" if prompts.has_chat_template else "raw")
     rng = random.Random(0)
     rows = rewardbench(args.data) if args.data.exists() else made_up(rng)
     rng.shuffle(rows)

@@ -36,9 +36,9 @@ from service.engine.fake import fake_tokenizer
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions, engine_arguments, prepare_environment
 from service.engine.vllm.engine import VllmEngine
+from service.judge.template_files import load_library
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 from service.queue.contract import Job, Lane
 from service.queue.memory import MemoryJobs
 from service.telemetry.metrics import Metrics
@@ -159,7 +159,7 @@ def make_round(args: argparse.Namespace, seed: int) -> Round:
     """New texts whose prompts have about `args.tokens` tokens: a word of WORDS is one token."""
     rng = random.Random(seed)
     builder = PromptBuilder(load_tokenizer(args.model), MAX_TOKENS)
-    template = TemplateLibrary.load("chat").default("pointwise")
+    template = load_library("chat").default("pointwise")
     frame = len(builder.build(template, "word", ["word"], "error").token_ids) - 2
     asked = args.tokens // 8
     texts = [

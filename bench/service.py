@@ -26,12 +26,11 @@ from bench.support.process import running_service
 from client import Judge
 from client.load.traffic import Load
 from client.schema import ScoreRequest
-from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
+from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 BATCH = 64
@@ -74,16 +73,15 @@ def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
     files = models.resolve(name)
     engine = TorchEngine.load(files.path)
     prompts = PromptBuilder(load_tokenizer(files.path), engine.info.max_tokens)
-    library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
+    library = load_library("chat" if prompts.has_chat_template else "raw")
     built = [prompts.build(library.default("pointwise"), item.prompt, [item.response], "error") for item in items]
-    work = [ScoreItem(prompt.token_ids, prompt.yes_ids + prompt.no_ids, prompt.boundaries) for prompt in built]
-    tokens = sum(len(item.token_ids) for item in work)
+    tokens = sum(prompt.tokens for prompt in built)
     with (
         running_service("--model", str(files.path), "--cache-entries", "0") as service,
         Judge(service.url, timeout=3600) as judge,
     ):
         ways: dict[str, Callable[[], object]] = {
-            "engine directly": lambda: engine.run(work),
+            "engine directly": lambda: engine.run(built),
             f"/score/batch of {BATCH}": lambda: [
                 judge.score_batch(items[start : start + BATCH]) for start in range(0, len(items), BATCH)
             ],

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from client.runtime.cli import judge_address
+from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import PairOptions, make_pairs
@@ -105,7 +105,7 @@ def plain(policy: Path, judge: Path, asked: Sequence[Instruction], settings: Sam
     tokenizer, model = load_tokenizer(policy), load_model(policy, choose_dtype("auto", device)).to(device).eval()
     judging = model if judge == policy else load_model(judge, choose_dtype("auto", device)).to(device).eval()
     prompts = PromptBuilder(load_judge_tokenizer(judge), judging.config.max_position_embeddings)
-    library = TemplateLibrary.load("chat" if prompts.has_chat_template else "raw")
+    library = load_library("chat" if prompts.has_chat_template else "raw")
     ends = eos_ids(policy, tokenizer)
 
     def sample(seed: int) -> list[Sample]:
@@ -144,7 +144,9 @@ def plain(policy: Path, judge: Path, asked: Sequence[Instruction], settings: Sam
             with torch.inference_mode():
                 logits = judging(torch.tensor([list(prompt.token_ids)], device=device)).logits[0, -1].float()
             chances = logits.softmax(dim=-1)
-            yes, no = (float(chances[list(ids)].sum()) for ids in (prompt.yes_ids, prompt.no_ids))
+            first = prompt.spellings[0]
+            sides = (prompt.label_ids[:first], prompt.label_ids[first:])
+            yes, no = (float(chances[list(ids)].sum()) for ids in sides)
             score = yes / (yes + no)
             log_odds = float(torch.logit(torch.tensor(score, dtype=torch.float64), eps=1e-12))
             found.append(Score(id=one.id, sample=one.sample, log_odds=log_odds, score=score))

@@ -28,16 +28,18 @@ from bench.support.calls import in_calls
 from client.benchmarks.progress import shown
 from client.benchmarks.run import Progress
 from client.runtime.jsonl import appending, read_lines
-from service.engine.contract import Engine, LabelLogprobs, ScoreItem
+from service.engine.contract import Engine, LabelLogprobs
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine
-from service.judge.scoring import judgement
+from service.judge.readers import LabelReader
+from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import JudgePrompt, PromptBuilder
-from service.prompts.templates import TemplateLibrary
+from service.questions import Predicate
 
+_QUESTION: Final = Predicate.of(["Yes"], ["No"])
 DATA: Final = Path(__file__).parents[2] / "shared" / "data" / "rewardbench_dev.jsonl"
 OUT: Final = Path("runs") / "vllm_agreement"
 MAX_TOKENS: Final = 2048
@@ -158,7 +160,7 @@ def answers(path: Path, count: int) -> list[tuple[str, str]]:
 def judge_prompts(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[JudgePrompt]:
     """What the service asks by default for questions and answers; too long answers are cut in their middle."""
     builder = PromptBuilder(load_tokenizer(folder), MAX_TOKENS)
-    template = TemplateLibrary.load("chat" if builder.has_chat_template else "raw").default("pointwise")
+    template = load_library("chat" if builder.has_chat_template else "raw").default("pointwise")
     return [builder.build(template, question, [answer], "response_middle") for question, answer in pairs]
 
 
@@ -201,15 +203,14 @@ def _key(prompt: JudgePrompt) -> str:
 
 def _judge(prompts: Sequence[JudgePrompt], engine: Engine) -> list[Answered]:
     """One call. Raises RuntimeError where an item has no answer."""
-    items = [ScoreItem(prompt.token_ids, prompt.label_ids, prompt.boundaries) for prompt in prompts]
     started = time.perf_counter()
-    found = engine.run(items)
-    pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in items)
+    found = engine.run(prompts)
+    pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in prompts)
     answers = []
     for prompt, answer in zip(prompts, found, strict=True):
         if not isinstance(answer, LabelLogprobs):
             raise RuntimeError(f"a prompt of {len(prompt.token_ids)} tokens has no answer: {answer}")
-        judged = judgement(answer, prompt.yes_ids, prompt.no_ids)
+        judged = LabelReader().judgement(_QUESTION, prompt, [answer])
         tokens = len(prompt.token_ids)
         answers.append(
             Answered(

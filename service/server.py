@@ -18,17 +18,19 @@ from service.errors import ServiceError
 from service.http.app import Limits, Service
 from service.http.uvicorn_server import Server
 from service.judge import calibration as calibrations
-from service.judge.dispatch import Asker, Scores
+from service.judge.dispatch import Dispatcher, Scores
 from service.judge.judges import Judge, judge_of
-from service.judge.pipeline import Judging, Provenance, settings_digest
+from service.judge.pipeline import Pipeline
+from service.judge.provenance import Provenance, settings_digest
 from service.judge.score_cache import MemoryCache, redis_cache
+from service.judge.template_files import load_library
+from service.judge.templates import TemplateLibrary
 from service.loading.engines import Model, check_engine, find_model, load_engine
 from service.process.hosts import AllowedHosts
 from service.process.listening import listen
 from service.process.stopping import Stop
 from service.prompts.builder import PromptBuilder
 from service.prompts.chat_template import ConversationFrame
-from service.prompts.templates import TemplateLibrary
 from service.prompts.text_builder import Prompts, TextPrompts
 from service.queue.contract import JobQueue
 from service.queue.memory import MemoryJobs
@@ -37,6 +39,7 @@ from service.queue.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing, start_tracing
+from service.wires.native import NativeWire
 from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import make_batcher
 
@@ -97,7 +100,7 @@ def compose(
     prompts = _prompts(settings, model)
     judge = judge_of(settings, model, prompts.text_of)
     default_format: Format = "chat" if prompts.has_chat_template else "raw"
-    templates = TemplateLibrary.load(default_format, settings.template_file, judge.template_modes)
+    templates = load_library(default_format, settings.template_file, judge.template_modes)
     check_templates(prompts, templates, judge)
     fingerprint = _service_fingerprint(settings, model, prompts)
     provenance = Provenance(model.id, fingerprint, {}, judge, settings_digest(judge, settings.floor))
@@ -122,11 +125,12 @@ def compose(
         request_timeout=settings.request_timeout,
         rate=settings.rate_limit,
     )
-    asker = Asker(queue, metrics, _scores(settings, model), judge.reader, tracing)
-    judging = Judging(provenance, prompts, templates, asker, executor, tracing)
+    dispatcher = Dispatcher(queue, metrics, _scores(settings, model), judge.reader.task, tracing)
+    pipeline = Pipeline(prompts, judge.reader, dispatcher, executor, metrics, tracing)
     keys = [key.get_secret_value() for key in settings.api_key]
     hosts = AllowedHosts(settings.host, settings.allowed_hosts, has_keys=bool(keys))
-    return Service(judging, queue, metrics, info, limits, hosts, keys, tracing=tracing)
+    wire = NativeWire(pipeline, templates, provenance)
+    return Service(wire, pipeline, queue, metrics, info, limits, hosts, keys, tracing=tracing)
 
 
 def _prompts(settings: Settings, model: Model) -> Prompts:

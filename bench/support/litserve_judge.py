@@ -11,11 +11,10 @@ from typing import Any
 import litserve
 
 from client.schema import ScoreRequest
-from service.engine.contract import ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
-from service.judge.scoring import judgement
+from service.judge.readers import LabelReader
+from service.judge.template_files import load_library
 from service.prompts.builder import JudgePrompt, PromptBuilder
-from service.prompts.templates import TemplateLibrary
 
 # What our worker has by default.
 MAX_BATCH = 256
@@ -28,8 +27,9 @@ class JudgeAPI(litserve.LitAPI):
     def setup(self, device: str) -> None:  # noqa: ARG002 LitServe's signature
         """In the worker process."""
         self.prompts = PromptBuilder(fake_tokenizer(), 4096)
-        self.template = TemplateLibrary.load("chat").default("pointwise")
+        self.template = load_library("chat").default("pointwise")
         self.engine = FakeEngine()
+        self.reader = LabelReader()
 
     def decode_request(self, request: dict[str, Any]) -> JudgePrompt:
         """From JSON to a prompt."""
@@ -42,9 +42,11 @@ class JudgeAPI(litserve.LitAPI):
 
     def predict(self, prompts: list[JudgePrompt]) -> list[dict[str, Any]]:
         """One call of the engine."""
-        items = [ScoreItem(p.token_ids, p.yes_ids + p.no_ids, p.boundaries) for p in prompts]
-        answers = self.engine.run(items)
-        verdicts = [judgement(a, p.yes_ids, p.no_ids) for a, p in zip(answers, prompts, strict=True)]
+        answers = self.engine.run(prompts)
+        verdicts = [
+            self.reader.judgement(self.template.question, prompt, [answer])
+            for answer, prompt in zip(answers, prompts, strict=True)
+        ]
         return [
             {
                 "score": verdict.score,

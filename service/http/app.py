@@ -44,12 +44,13 @@ from service.http import errors as http_errors
 from service.http.middleware import Authentication, KnownHost, RequestContext, WholeBody
 from service.http.rate_limit import RateLimiter
 from service.judge.dispatch import Call
-from service.judge.pipeline import AnyRequest, Judging
+from service.judge.pipeline import Pipeline
+from service.judge.templates import Template
 from service.process.hosts import AllowedHosts
-from service.prompts.templates import Template
 from service.queue.contract import JobQueue, Lane, WorkerInfo
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
+from service.wires.native import AnyRequest, NativeWire
 
 VERSION = version("judge-as-api")
 
@@ -74,7 +75,8 @@ class Limits:
 class Service:
     """Everything that the routes use, put together once at start. `draining` turns new work away."""
 
-    judging: Judging
+    wire: NativeWire
+    pipeline: Pipeline
     queue: JobQueue
     metrics: Metrics
     model: ModelInfo
@@ -99,7 +101,7 @@ class Service:
     def admit(self, caller: str, requests: Sequence[AnyRequest]) -> None:
         """Refuse work that is not to be begun; raises ServiceError."""
         self.admit_items(len(requests))
-        judgements = self.judging.admit(requests)
+        judgements = self.wire.admit(requests)
         if self.limiter:
             self.limiter.spend(caller, judgements)
 
@@ -262,18 +264,18 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
         service.admit(request.state.caller, [body])
-        return _json(_or_raise((await service.judging.score([body], call))[0]))
+        return _json(_or_raise((await service.wire.score([body], call))[0]))
 
     @app.post("/compare", response_model=CompareResult, responses=_errors(*_SINGLE), tags=["judging"])
     async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
         service.admit(request.state.caller, [body])
-        return _json(_or_raise((await service.judging.compare([body], call))[0]))
+        return _json(_or_raise((await service.wire.compare([body], call))[0]))
 
     @app.post("/score/batch", response_model=ScoreBatchResult, responses=_errors(*_BATCH), tags=["judging"])
     async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
         """Many score requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await judge_batch(ScoreRequest, body.items, service.judging.score, request.state.caller, call)
+        answers = await judge_batch(ScoreRequest, body.items, service.wire.score, request.state.caller, call)
         return _json(
             ScoreBatchResult(
                 results=[
@@ -288,7 +290,7 @@ def _add_judging(app: FastAPI, service: Service) -> None:
     @app.post("/compare/batch", response_model=CompareBatchResult, responses=_errors(*_BATCH), tags=["judging"])
     async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
         """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await judge_batch(CompareRequest, body.items, service.judging.compare, request.state.caller, call)
+        answers = await judge_batch(CompareRequest, body.items, service.wire.compare, request.state.caller, call)
         return _json(
             CompareBatchResult(
                 results=[
@@ -318,7 +320,7 @@ def _template_info(template: Template) -> TemplateInfo:
         version=template.version,
         mode=template.mode,
         format=template.format,
-        layout=template.layout,
+        layout=template.text,
         instruction=template.instruction,
         labels=Labels(yes=list(template.yes), no=list(template.no)) if template.yes else None,
         grades=list(template.grades) or None,
@@ -329,7 +331,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/templates", responses=_errors(*_GUARDED), tags=["information"])
     async def templates() -> TemplatesResult:
         """The templates that a request may name, and the categories."""
-        library = service.judging.templates
+        library = service.wire.templates
         return TemplatesResult(templates=[_template_info(t) for t in library.all()], categories=library.categories())
 
     @app.get("/v1/models", responses=_errors(*_GUARDED), tags=["information"])

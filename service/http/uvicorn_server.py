@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
         finally:
             watch.cancel()
             self._stop_worker.set()
-            for close in (self._service.queue.close, self._service.judging.close):
+            for close in (self._service.queue.close, self._service.pipeline.close):
                 # As a task: if one fails, the other is still closed.
                 task = asyncio.ensure_future(close())
                 task.add_done_callback(log_failure)
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
     def _stuck(self) -> str | None:
         if self._service.queue.stalled():
             return "the model hangs"
-        all_stuck = self._service.judging.stuck(self._stall_seconds) >= self._tokenizer_threads
+        all_stuck = self._service.pipeline.stuck(self._stall_seconds) >= self._tokenizer_threads
         return "the tokenizer threads hang" if all_stuck else None
 
     def _run_worker(self) -> None:

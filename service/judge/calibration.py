@@ -8,8 +8,8 @@ from pathlib import Path
 from client import calibration
 from client.calibration import CalibrationError, TemplateCalibration
 from service.judge.judges import REWARD_TEMPLATE
-from service.judge.pipeline import Provenance
-from service.prompts.templates import TemplateLibrary
+from service.judge.provenance import Provenance
+from service.judge.templates import TemplateLibrary
 
 
 def load_all(

@@ -1,4 +1,4 @@
-"""From prompts to judgements: look up what is known, queue the rest, await, remember. Knows no templates."""
+"""From items to replies: look up known answers, queue the rest, wait, remember. Knows no prompts and no questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -19,20 +19,14 @@ from service.engine.contract import (
     AnyItem,
     Classified,
     ClassifyItem,
-    Generated,
-    GeneratedText,
     LabelLogprobs,
     ScoreItem,
+    Task,
     TextScoreItem,
     prompt_tokens,
-    tokens_of,
 )
-from service.errors import ServiceError
-from service.judge.judges import LabelReader, Reader
 from service.judge.score_cache import Kept, ScoreCache, item_key, variant_key
-from service.judge.scoring import Judgement
 from service.process.background import log_failure
-from service.prompts.text_builder import Prompt
 from service.queue.contract import Bounds, Job, JobFailure, JobQueue, Lane, Reply
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
@@ -53,144 +47,74 @@ class Call:
 
     @property
     def seconds_left(self) -> float:
-        """How long to wait for what has the deadline itself: a little longer, for its own answer to arrive."""
+        """How long to wait for work that has the deadline itself: a little longer, for its own answer to arrive."""
         return max(0.0, self.deadline - time.monotonic()) + GRACE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Where known scores are kept, and the fingerprint of the model that they are of."""
+    """Where known answers are kept, and the fingerprint of the model that gave them."""
 
     cache: ScoreCache
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One prompt's judgement. `queued` and `inference` are in seconds, 0 where it was known from before.
+class TokenMeter:
+    """Counts a call's tokens while threads build its prompts, so that more than the queue ever holds is not built."""
 
-    The tokens are those of all items that were asked for: `prompt_tokens` read, `completion_tokens` written.
-    """
-
-    judgement: Judgement
-    prompt: Prompt
-    queued: float
-    inference: float
-    cached_tokens: int
-    prompt_tokens: int
-    completion_tokens: int = 0
-
-
-Outcome = Judged | ServiceError
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """What came of one item."""
-
-    outcome: AnyAnswer | JobFailure
-    queued: float
-    inference: float
-    cached_tokens: int
-
-
-class Meter:
-    """What a call's prompts come to, counted while threads build them: more than the queue ever holds is not built."""
-
-    def __init__(self, bounds: Bounds, reader: Reader) -> None:
+    def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self._reader = reader
         self._lock = threading.Lock()
         self._tokens = 0
 
-    def foresee(self, prompts: int, tokens: int) -> None:
-        """Refuse so many prompts that read so many tokens together; raises ServiceError(PAYLOAD_TOO_LARGE)."""
-        self._bounds.check(prompts * self._reader.samples, tokens * self._reader.samples)
-
-    def add(self, prompt: Prompt) -> None:
-        """Count one more prompt; raises as `check` does."""
-        size = sum(map(tokens_of, self._reader.items(prompt)))
+    def add(self, tokens: int) -> None:
+        """Count them; raises as `check` does."""
         with self._lock:
-            self._tokens += size
+            self._tokens += tokens
         self.check()
 
     def check(self) -> None:
-        """Raise ServiceError(PAYLOAD_TOO_LARGE) where what was counted is too much already."""
+        """Raise ServiceError(PAYLOAD_TOO_LARGE) where the tokens so far are too many for an empty queue."""
         self._bounds.check(0, self._tokens)
 
 
-class Asker:
-    """Has prompts judged by a model behind a queue; with `scores` each is judged once, whoever asks again."""
+class Dispatcher:
+    """Has items of one task answered by a model behind a queue; with `scores` each is computed once, whoever asks."""
 
     def __init__(
         self,
         queue: JobQueue,
         metrics: Metrics,
         scores: Scores | None = None,
-        reader: Reader | None = None,
+        task: Task = "labels",
         tracing: Tracing = OFF,
     ) -> None:
-        """`reader` says what is asked for each prompt; by default the probabilities of its labels."""
         self._queue = queue
         self._metrics = metrics
-        self._reader = reader or LabelReader()
+        self._task = task
         self._tracing = tracing
-        # Text that was written is not kept.
-        self._scores = None if self._reader.task == "generate" else scores
+        # Generated text is not kept: it would take a hundred times the memory of a number.
+        self._scores = None if task == "generate" else scores
         self._name = os.urandom(8).hex()
         self._count = itertools.count()
         self._storing: set[asyncio.Task[None]] = set()
         self._mixed: list[str] = []
 
-    def meter(self) -> Meter:
-        """For the prompts of one call."""
-        return Meter(self._queue.bounds, self._reader)
+    @property
+    def bounds(self) -> Bounds:
+        """The most that the queue holds."""
+        return self._queue.bounds
 
-    async def ask(self, prompts: Sequence[Prompt], call: Call) -> list[Outcome]:
-        """One outcome for each prompt, in order; raises ServiceError for what befalls them all (a full queue)."""
-        if not prompts:
+    async def ask(self, items: Sequence[AnyItem], call: Call) -> list[Reply]:
+        """One reply for each item, in order: its answer, or a JobFailure such as DEADLINE_EXCEEDED.
+
+        Raises ServiceError for what befalls them all (a full queue).
+        """
+        if not items:
             return []
-        wanted = [self._reader.items(prompt) for prompt in prompts]
-        items = [item for some in wanted for item in some]
         if self._scores is None:
-            found = [_answered(reply) for reply in await self._replies(items, call)]
-        else:
-            found = await self._look_up(items, call, self._scores)
-        answered = iter(found)
-        outcomes = [
-            self._outcome(prompt, list(itertools.islice(answered, len(some))))
-            for prompt, some in zip(prompts, wanted, strict=True)
-        ]
-        judged = [outcome for outcome in outcomes if isinstance(outcome, Judged)]
-        self._metrics.judged([each.judgement.label_mass for each in judged])
-        return outcomes
-
-    def _outcome(self, prompt: Prompt, answered: Sequence[_Answered]) -> Outcome:
-        """The judgement, or why there is none: one item that failed fails the prompt."""
-        answers = []
-        for each in answered:
-            if isinstance(each.outcome, JobFailure):
-                return ServiceError(each.outcome.code, each.outcome.message)
-            answers.append(each.outcome)
-        try:
-            verdict = self._reader.judgement(prompt, answers)
-        except ServiceError as error:
-            self._metrics.unparseable(len(answers))
-            return error
-        except (TypeError, ValueError, OverflowError):
-            # Of a worker of another version, say: an answer of another kind, or with other labels.
-            return ServiceError(ErrorCode.INFERENCE_FAILED, "the worker's answer does not fit the question")
-        if verdict.samples:
-            self._metrics.unparseable(verdict.samples.drawn - verdict.samples.parsed)
-        return Judged(
-            verdict,
-            prompt,
-            queued=max(each.queued for each in answered),
-            inference=max(each.inference for each in answered),
-            cached_tokens=sum(each.cached_tokens for each in answered),
-            prompt_tokens=len(answered) * prompt.tokens,
-            completion_tokens=sum(each.new_tokens for each in answers if isinstance(each, Generated | GeneratedText)),
-        )
+            return await self._replies(items, call)
+        return await self._look_up(items, call, self._scores)
 
     async def close(self) -> None:
         """Finish what is being remembered, and let go of the cache."""
@@ -199,14 +123,14 @@ class Asker:
             await self._scores.cache.close()
 
     def _variants(self) -> list[str]:
-        """What the workers that are there now compute with: the answers of any of them could come, of no others."""
+        """What the present workers compute with: an answer can come from any of them, and from no others."""
         variants = sorted({each.variant for each in self._queue.workers() if each.variant})
         if len(variants) > 1 and variants != self._mixed:
             log.warning("workers compute in different ways: scores may differ in their last digits", ways=variants)
             self._mixed = variants
         return variants
 
-    async def _look_up(self, items: Sequence[AnyItem], call: Call, scores: Scores) -> list[_Answered]:
+    async def _look_up(self, items: Sequence[AnyItem], call: Call, scores: Scores) -> list[Reply]:
         keys = [item_key(item) for item in items]
         asked = dict(zip(keys, items, strict=True))
         variants = self._variants()
@@ -216,16 +140,15 @@ class Asker:
             self._metrics.looked_up(len(keys) - len(missing), len(missing))
         fresh = dict(zip(missing, await self._replies(list(missing.values()), call), strict=True))
         self._remember(fresh, asked, scores)
-        answered: list[_Answered] = []
+        replies: list[Reply] = []
         for key, item in zip(keys, items, strict=True):
-            answer, reply = known.get(key), fresh.get(key)
-            if answer is not None:
-                answered.append(_Answered(answer, queued=0.0, inference=0.0, cached_tokens=prompt_tokens(item)))
+            if (answer := known.get(key)) is not None:
+                replies.append(Reply("", replace(answer, cached_tokens=prompt_tokens(item))))
                 continue
-            answered.append(_answered(reply))
-            if reply and (kept := _kept(item, reply.outcome)):
-                known[key] = kept  # the same prompt again in this call costs nothing
-        return answered
+            replies.append(fresh[key])
+            if kept := _kept(item, fresh[key].outcome):
+                known[key] = kept  # the same item again in this call costs nothing
+        return replies
 
     async def _known(
         self, asked: Mapping[bytes, AnyItem], variants: Sequence[str], scores: Scores
@@ -239,33 +162,33 @@ class Asker:
         return known
 
     def _key(self, item: bytes, variant: str, scores: Scores) -> bytes:
-        task = [] if self._reader.task == "labels" else [self._reader.task]
+        task = [] if self._task == "labels" else [self._task]
         return variant_key(" ".join([scores.fingerprint, *task, variant]), item)
 
-    def _remember(self, replies: Mapping[bytes, Reply | None], asked: Mapping[bytes, AnyItem], scores: Scores) -> None:
-        """Keep each answer under what computed it, as its reply says; who says nothing may be anybody."""
+    def _remember(self, replies: Mapping[bytes, Reply], asked: Mapping[bytes, AnyItem], scores: Scores) -> None:
+        """Keep each answer under what computed it, which its reply says. A reply that does not say is not kept."""
         found: dict[bytes, Kept] = {
             self._key(key, reply.variant, scores): kept
             for key, reply in replies.items()
-            if reply and reply.variant and (kept := _kept(asked[key], reply.outcome))
+            if reply.variant and (kept := _kept(asked[key], reply.outcome))
         }
         if not found:
             return
-        # In the background: nobody has to wait for it.
+        # In the background: no request waits for it.
         task = asyncio.ensure_future(scores.cache.put(found))
         self._storing.add(task)
         task.add_done_callback(self._storing.discard)
         task.add_done_callback(log_failure)
 
-    async def _replies(self, items: Sequence[AnyItem], call: Call) -> list[Reply | None]:
-        """What the queue answers to each item; None where that is nothing before the deadline."""
+    async def _replies(self, items: Sequence[AnyItem], call: Call) -> list[Reply]:
+        """What the queue answers to each item, or that it did not before the deadline."""
         if not items:
             return []
         with self._tracing.span("judge", jobs=len(items)) as span:
             replies = await self._submit([self._job(item, call, span.traceparent) for item in items], call)
             span.set(unanswered=sum(reply is None for reply in replies))
         self._metrics.queued([reply.queued for reply in replies if reply is not None])
-        return replies
+        return [reply or _LATE for reply in replies]
 
     async def _submit(self, jobs: Sequence[Job], call: Call) -> list[Reply | None]:
         try:
@@ -278,12 +201,15 @@ class Asker:
             await _all_done(futures, call.seconds_left)
             return [future.result() if _has_reply(future) else None for future in futures]
         finally:
-            # Whatever is still open has nobody waiting: the deadline has passed, or the caller has left.
+            # Nobody waits for what is still open: the deadline has passed, or the caller has left.
             self._queue.cancel([job.id for job, future in zip(jobs, futures, strict=True) if not _has_reply(future)])
 
     def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
         return Job(name, item, call.deadline, time.monotonic(), call.lane, traceparent=traceparent or call.traceparent)
+
+
+_LATE = Reply("", JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline"))
 
 
 async def _all_done(futures: Sequence[asyncio.Future[Reply]], seconds: float) -> None:
@@ -303,17 +229,11 @@ def _has_reply(future: asyncio.Future[Reply]) -> bool:
 
 
 def _kept(item: AnyItem, answer: AnyAnswer | JobFailure) -> Kept | None:
-    """What may be remembered: a number for each label, or the logit, that was asked for. Others may write anything."""
+    """What may be remembered: a number for each label, or the logit, that was asked for. A stranger may write anything
+    to Redis."""
     match item, answer:
         case ScoreItem(label_ids=labels) | TextScoreItem(labels=labels), LabelLogprobs(logprobs):
             return answer if len(logprobs) == len(labels) else None
         case ClassifyItem(), Classified():
             return answer
     return None
-
-
-def _answered(reply: Reply | None) -> _Answered:
-    if reply is None:
-        return _Answered(JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline"), 0.0, 0.0, 0)
-    cached = 0 if isinstance(reply.outcome, JobFailure) else reply.outcome.cached_tokens
-    return _Answered(reply.outcome, reply.queued, reply.inference, cached)

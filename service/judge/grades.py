@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from service.prompts.templates import TOP_GRADE
+from service.questions import TOP_GRADE
 
 _DECORATION: Final = str.maketrans("", "", "*_`[](){}$")
 _STATEMENT: Final = re.compile(

@@ -1,10 +1,10 @@
-"""The scoring rule: from an engine's answers to a judgement, and from judgements to a ranking.
+"""The scoring rule: from an engine's answer to a judgement, and from judgements to a ranking. Pure.
 
-Source of the rule for labels: "IPO: Your Language Model is Secretly a Preference Classifier" (arXiv 2502.16182), with
-the label's spellings summed over distinct token ids and everything kept in log space, where nothing underflows. Every
-label has a weight from 0 to 1, its share in Yes; the rest of it goes to No. Yes and No themselves are the case of 1 and
-0, the grades k from 0 to 5 have k/5. A reward model's logit and grades that were read from text are brought to the same
-numbers, so that one ranking serves all judges.
+Source of the rule: "IPO: Your Language Model is Secretly a Preference Classifier" (arXiv 2502.16182), with an option's
+spellings summed over distinct token ids, and everything kept in log space, where nothing underflows. Every option has a
+weight from 0 to 1, its share in Yes; the rest goes to No. Yes and No themselves weigh 1 and 0, level k of a scale of n
+weighs k/(n-1). A reward model's logit and grades read from text are brought to the same numbers, so that one ranking
+serves all judges.
 """
 
 from __future__ import annotations
@@ -12,27 +12,45 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from client.stats import logsumexp, sigmoid
 from service.engine.contract import LabelLogprobs
-from service.prompts.templates import GRADE_WEIGHTS, TOP_GRADE
+from service.questions import TOP_GRADE, Question, Scale
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """How many texts were written for a judgement, and from how many of them a grade could be read."""
+    """How many texts were generated for a judgement, and from how many of them a grade was read."""
 
     drawn: int
     parsed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """Natural-log probabilities of both sides, over the full vocabulary.
+class Cost:
+    """What a judgement took: times in seconds (0 for a cached one), tokens of all its items together.
 
-    `exact_log_odds` is there where the log-odds were known first, so that rounding moves neither them nor a tie.
-    `grade` (0 to 5) is that of a judge who grades, `samples` of one whose grade is read from text; `floored` as in
-    LabelLogprobs.
+    `tokenize` is the time of the chunk of prompts that this one was tokenized with. `truncated`: its texts were cut.
+    """
+
+    tokenize: float = 0.0
+    queued: float = 0.0
+    inference: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The answer to a question. Log-probabilities are natural ones, over the full vocabulary.
+
+    `yes_logprob` and `no_logprob` are the two sides that the options' weights add up to, `logprobs` the options
+    themselves, in the question's order; empty where a judge reads no labels. `exact_log_odds` is set where the log-odds
+    are known first, so that rounding changes neither them nor a tie. `grade` (from 0) is the expected level of a scale,
+    `samples` is set where grades were read from text; `floored` as in LabelLogprobs.
     """
 
     yes_logprob: float
@@ -42,6 +60,8 @@ class Judgement:
     floored: bool = False
     grade: float | None = None
     samples: Samples | None = None
+    logprobs: tuple[float, ...] = ()
+    cost: Cost = Cost()
 
     @property
     def log_odds(self) -> float:
@@ -55,8 +75,14 @@ class Judgement:
 
     @property
     def label_mass(self) -> float:
-        """`P(Yes) + P(No)`."""
+        """`P(Yes) + P(No)`: the probability that the next token is any of the labels."""
         return math.exp(self.yes_logprob) + math.exp(self.no_logprob)
+
+    @property
+    def distribution(self) -> tuple[float, ...]:
+        """The options' probabilities among themselves, summing to 1."""
+        total = logsumexp(self.logprobs)
+        return tuple(math.exp(value - total) for value in self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +105,36 @@ class OrderEffect:
     first_log_odds: float
 
 
-def judgement(answer: LabelLogprobs, yes_ids: Sequence[int], no_ids: Sequence[int]) -> Judgement:
-    """Apply the rule to an engine's answer, whose log-probabilities stand in the order `yes_ids + no_ids`."""
-    return weighted_judgement(answer, (*yes_ids, *no_ids), (1.0,) * len(yes_ids) + (0.0,) * len(no_ids))
+def label_judgement(
+    question: Question, answer: LabelLogprobs, label_ids: Sequence[int], spellings: Sequence[int]
+) -> Judgement:
+    """`P(Yes) = sum of w·p` over the question's options, `P(No) = sum of (1 - w)·p`.
 
-
-def weighted_judgement(answer: LabelLogprobs, label_ids: Sequence[int], weights: Sequence[float]) -> Judgement:
-    """The rule for labels with weights: `P(Yes) = sum of w·p`, `P(No) = sum of (1 - w)·p`.
-
-    `score` is then the mean weight within the labels, `label_mass` the sum of their probabilities. The answer stands in
-    the order of `label_ids`, which must be distinct: a spelling counted twice would weigh twice. Some weight must be
-    above 0, and some below 1.
+    `score` is then the mean weight within the labels, and for a Scale `grade` the expected level. The answer is in the
+    order of `label_ids`, of which the first `spellings[0]` belong to the first option, and so on; the ids are distinct,
+    because a spelling counted twice would weigh twice. Raises ValueError for an answer of another length.
     """
-    pairs = list(zip(answer.logprobs, weights, strict=True))
-    return Judgement(
-        yes_logprob=logsumexp([value + math.log(weight) for value, weight in pairs if weight > 0]),
-        no_logprob=logsumexp([value + math.log(1 - weight) for value, weight in pairs if weight < 1]),
+    if len(answer.logprobs) != sum(spellings):
+        raise ValueError(f"{len(answer.logprobs)} log-probabilities for {sum(spellings)} labels")
+    rest = iter(answer.logprobs)
+    logprobs = tuple(logsumexp(list(islice(rest, count))) for count in spellings)
+    weighted = list(zip(logprobs, question.weights, strict=True))
+    judged = Judgement(
+        yes_logprob=logsumexp([value + math.log(weight) for value, weight in weighted if weight > 0]),
+        no_logprob=logsumexp([value + math.log(1 - weight) for value, weight in weighted if weight < 1]),
         label_is_argmax=answer.argmax_id in label_ids,
         floored=answer.floored,
+        logprobs=logprobs,
     )
-
-
-def graded_judgement(answer: LabelLogprobs, label_ids: Sequence[int]) -> Judgement:
-    """The rule for one label for each grade: `grade` is the expected one within the labels, `score` a fifth of it."""
-    verdict = weighted_judgement(answer, label_ids, GRADE_WEIGHTS)
-    return replace(verdict, grade=TOP_GRADE * verdict.score)
+    return replace(judged, grade=question.top * judged.score) if isinstance(question, Scale) else judged
 
 
 def parsed_judgement(grades: Sequence[int | None]) -> Judgement | None:
-    """From the grades that were read in sampled texts, None where there was none to be read; None if there is none.
+    """From the grades read in generated texts, None for a text without one. Returns None if no text has a grade.
 
     `score = (mean + 1/2) / 6`: grade k stands for the middle of the k-th sixth of [0, 1]. So grades 0 and 5, which are
-    common, give log-odds that are finite (±2.4), 2.5 gives 0, and the order is that of the means. `label_mass` is the
-    share of the texts that held a grade.
+    common, give finite log-odds (±2.4), 2.5 gives 0, and the order is that of the means. `label_mass` is the share of
+    the texts that stated a grade, which is the nearest to what it says of labels: how often the judge answered at all.
     """
     read = [grade for grade in grades if grade is not None]
     if not read:
@@ -130,12 +153,12 @@ def parsed_judgement(grades: Sequence[int | None]) -> Judgement | None:
 
 
 def logit_judgement(logit: float) -> Judgement:
-    """A reward model's logit is the log-odds (Bradley-Terry): nothing is left for other tokens, `label_mass` is 1."""
+    """A reward model's logit is the log-odds (Bradley-Terry). Other tokens get nothing: `label_mass` is 1."""
     return Judgement(-softplus(-logit), -softplus(logit), label_is_argmax=True, exact_log_odds=logit)
 
 
 def softplus(value: float) -> float:
-    """`log(1 + e^v)`, which neither overflows nor loses small values."""
+    """`log(1 + e^v)`, without overflow and without losing small values."""
     return max(value, 0.0) + math.log1p(math.exp(-abs(value)))
 
 
@@ -149,8 +172,8 @@ def compare_pairwise(first_wins: Sequence[Sequence[float]], tie_margin: float) -
     """Rank responses that were judged two by two, in both orders.
 
     `first_wins[i][j]` is the log-odds that i is better when i is shown first and j second (the diagonal is not read).
-    An order-free log-odds is the mean of both orders: `m_ij = (l_ij - l_ji) / 2`. A response's own is its mean over the
-    others. A winner has flipped when the two orders disagree on the sign.
+    Averaging both orders removes the effect of the order: `m_ij = (l_ij - l_ji) / 2`. A response's own log-odds are its
+    mean over the others. A winner has flipped when the two orders disagree on the sign.
     """
     n = len(first_wins)
     mean = [[0.0 if i == j else (first_wins[i][j] - first_wins[j][i]) / 2 for j in range(n)] for i in range(n)]

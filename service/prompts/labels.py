@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
 from typing import Final
 
 from client.errors import ErrorCode
 from service.errors import ServiceError
-from service.prompts.templates import Side
 from service.prompts.tokenizer import Codec
+from service.questions import Option
 
 _CONTEXT_CHARS: Final = 48
 _CONTEXT_TOKENS: Final = 4
 _LONGEST: Final = 256
-"""Characters of a label at most: no vocabulary has a token of more, and what has been asked for is remembered."""
+"""Characters of a label at most: no vocabulary has a longer token, and lookups are remembered with their labels."""
 
 
 @dataclass(frozen=True, slots=True)
-class LabelIds:
-    """The labels' ids after a text, by side in the template's order, and the last tokens of that text."""
+class _LabelIds:
+    """The labels' distinct ids after a text, by option, and the last tokens of that text."""
 
-    after: tuple[int, ...]
-    sides: tuple[tuple[int, ...], ...]
+    by_option: tuple[tuple[int, ...], ...]
+    context: tuple[int, ...]
 
 
 class LabelFinder:
@@ -32,43 +31,50 @@ class LabelFinder:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self._after = lru_cache(maxsize=4096)(self._ask)
+        self._remembered = lru_cache(maxsize=4096)(self._find)
 
-    def find(self, sides: tuple[Side, ...], text: str, ids: Sequence[int], guarded: bool) -> LabelIds:
-        """The ids behind `text`, whose tokens are `ids`; raises ServiceError(BAD_LABEL).
+    def find(
+        self, options: tuple[Option, ...], text: str, ids: Sequence[int], guarded: bool
+    ) -> tuple[tuple[int, ...], ...]:
+        """The ids of each option's spellings behind `text`, whose tokens are `ids`; raises ServiceError(BAD_LABEL).
 
-        The prompt's last characters tell them, and that is cheap and cached; the whole prompt is asked where its last
-        tokens are not those of its last characters taken alone.
+        The prompt's last characters decide them, which is cheap to look up. The whole prompt is tokenized with each
+        label only where its last tokens are not those of its last characters taken alone.
         """
-        check_lengths(sides)
+        check_lengths(options)
         try:
-            found = self._after(text[-_CONTEXT_CHARS:], guarded, sides)
-            if tuple(ids[-len(found.after) :]) == found.after:
-                return found
+            found = self._remembered(text[-_CONTEXT_CHARS:], guarded, options)
+            if tuple(ids[-len(found.context) :]) == found.context:
+                return found.by_option
         except ServiceError:
             pass
-        return self._ask(text, guarded, sides)
+        return self._find(text, guarded, options).by_option
 
-    def _ask(self, text: str, guarded: bool, sides: tuple[Side, ...]) -> LabelIds:
+    def _find(self, text: str, guarded: bool, options: tuple[Option, ...]) -> _LabelIds:
         before = self._codec.ids(text, guarded)
-        ids: list[tuple[int, ...]] = []
-        for side in sides:
-            after = [self._codec.ids(text + label, guarded) for label in side.labels]
-            for index, tokens in enumerate(after):
-                if tokens[:-1] != before:
-                    raise bad_label(f"{side.name} label {index} {_why_not_one_token(before, tokens)}")
-            ids.append(tuple(dict.fromkeys(tokens[-1] for tokens in after)))
-        for first, second in combinations(range(len(sides)), 2):
-            if not set(ids[first]).isdisjoint(ids[second]):
-                raise bad_label(f"a {sides[first].name} label and a {sides[second].name} label are the same token")
-        return LabelIds(tuple(before[-_CONTEXT_TOKENS:]), tuple(ids))
+        by_option = [self._ids_of(option, text, before, guarded) for option in options]
+        owners: dict[int, Option] = {}
+        for option, ids in zip(options, by_option, strict=True):
+            for id_ in ids:
+                if (other := owners.setdefault(id_, option)) is not option:
+                    raise bad_label(f"a {other.name} label and a {option.name} label are the same token")
+        return _LabelIds(tuple(by_option), tuple(before[-_CONTEXT_TOKENS:]))
+
+    def _ids_of(self, option: Option, text: str, before: list[int], guarded: bool) -> tuple[int, ...]:
+        last_ids = []
+        for index, label in enumerate(option.spellings):
+            tokens = self._codec.ids(text + label, guarded)
+            if tokens[:-1] != before:
+                raise bad_label(f"{option.name} label {index} {_why_not_one_token(before, tokens)}")
+            last_ids.append(tokens[-1])
+        return tuple(dict.fromkeys(last_ids))
 
 
-def check_lengths(sides: Sequence[Side]) -> None:
+def check_lengths(options: Sequence[Option]) -> None:
     """Raise ServiceError(BAD_LABEL) for a label that is too long to be one token anywhere."""
-    for side in sides:
-        if max(map(len, side.labels)) > _LONGEST:
-            raise bad_label(f"a {side.name} label is over {_LONGEST} characters long, and must be one token")
+    for option in options:
+        if max(map(len, option.spellings)) > _LONGEST:
+            raise bad_label(f"a {option.name} label is over {_LONGEST} characters long, and must be one token")
 
 
 def bad_label(problem: str) -> ServiceError:

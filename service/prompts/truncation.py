@@ -1,9 +1,9 @@
-"""What is cut from a judge's prompt that is too long, in numbers: which texts, how much of each, and where; and how the
-rest is refused."""
+"""What is cut from a prompt that is too long: which texts, and how much of each; and how the rest is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from client.errors import ErrorCode
@@ -11,9 +11,9 @@ from client.schema import Truncation
 from service.errors import ServiceError
 
 CUT_MARK: Final = " [...] "
-"""Stands where the middle of a response was cut out."""
+"""Replaces the middle of a response that was cut."""
 MIN_KEPT_TOKENS: Final = 4
-"""A text that is cut keeps at least so many tokens; where that is still too much, the request is refused."""
+"""A text that is cut keeps at least this many tokens; if that is still too much, the request is refused."""
 
 
 def cuttable(turns: int, texts: int, truncation: Truncation) -> range:
@@ -21,10 +21,47 @@ def cuttable(turns: int, texts: int, truncation: Truncation) -> range:
     return {"error": range(0), "prompt_left": range(turns), "response_middle": range(turns, texts)}[truncation]
 
 
+@dataclass(frozen=True, slots=True)
+class Shortening:
+    """Cuts `texts` until the prompt fits. `lengths` has the tokens of each text that may be cut, by its index.
+
+    `refusal` is raised where nothing may be cut, or not enough.
+    """
+
+    texts: Sequence[str]
+    lengths: Mapping[int, int]
+    truncation: Truncation
+    refusal: ServiceError
+
+    def until_it_fits(
+        self, excess: int, cut: Callable[[int, int], str], measure: Callable[[list[str]], int]
+    ) -> list[str]:
+        """The shorter texts, from a prompt of `excess` tokens too many.
+
+        `cut(index, keep)` gives a text with so many of its tokens, `measure(texts)` by how many tokens the prompt of
+        these texts is still too long: a cut changes how its neighbourhood is tokenized, so the sum is not enough.
+        """
+        if not self.lengths:
+            raise self.refusal
+        kept_of = kept_behind if self.truncation == "prompt_left" else kept_evenly
+        shorter, drop = list(self.texts), 0
+        while excess > 0:
+            drop += excess
+            kept = kept_of(list(self.lengths.values()), drop)
+            shorter = list(self.texts)
+            for (index, length), keep in zip(self.lengths.items(), kept, strict=True):
+                if keep < min(length, MIN_KEPT_TOKENS):
+                    raise self.refusal
+                if keep < length:
+                    shorter[index] = cut(index, keep)
+            excess = measure(shorter)
+        return shorter
+
+
 def kept_behind(lengths: Sequence[int], drop: int) -> list[int]:
     """How many tokens each of the prompt's texts keeps when `drop` are cut from the left.
 
-    All but the last keep a few; the last one's number may come out as too few, or below 0.
+    All but the last keep a few. The last one may come out below its minimum, or below 0.
     """
     kept = []
     for length in lengths[:-1]:
@@ -35,8 +72,8 @@ def kept_behind(lengths: Sequence[int], drop: int) -> list[int]:
 
 
 def kept_evenly(lengths: Sequence[int], drop: int) -> list[int]:
-    """How many tokens each of one or two texts keeps when `drop` are cut, from the longer first, until both are equally
-    long; may come out as too few, or below 0."""
+    """How many tokens each of one or two texts keeps when `drop` are cut: from the longer one until both are equally
+    long, then from both. A number may come out below its minimum, or below 0."""
     longest, others = max(lengths), sum(lengths) - max(lengths)
     level = longest - drop
     if len(lengths) > 1 and level < others:

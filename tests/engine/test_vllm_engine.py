@@ -29,8 +29,9 @@ from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
 from service.engine.vllm.engine import VllmEngine
-from service.judge.scoring import judgement
+from service.judge.readers import LabelReader
 from service.models.resolve import resolve
+from service.questions import Predicate
 from service.worker.loop import STALLED_STATUS
 from tests.support.fleet import Api, Program
 from tests.support.live import wait_for
@@ -365,8 +366,8 @@ def test_the_whole_service_judges_with_vllm(stack: Stack, vllm_model: Path, torc
     worker.terminate()
 
     assert info["engine"] == "vllm"
-    (own,) = torch_engine.run([ScoreItem(prompt.token_ids, prompt.label_ids)])
-    expected = judgement(own, prompt.yes_ids, prompt.no_ids).log_odds
+    (own,) = torch_engine.run([prompt])
+    expected = LabelReader().judgement(Predicate.of(["Yes"], ["No"]), prompt, [own]).log_odds
     assert answer["log_odds"] == pytest.approx(expected, abs=1e-3)
     assert worker.wait(60) == 0
     assert wait_for(lambda: gone(core), 20)

@@ -19,7 +19,7 @@ from client.errors import ErrorCode
 from service.errors import ServiceError
 from service.http.guard import MAX_HEAD_BYTES
 from service.http.middleware import RequestContext
-from service.prompts.templates import TemplateLibrary
+from service.judge.template_files import load_library
 from service.telemetry.metrics import Metrics
 from tests.prompts.test_prompt import CHAT, builder, decoded
 from tests.support.fleet import Program
@@ -253,7 +253,7 @@ def test_a_templates_text_reaches_the_model_as_it_was_written(tmp_path: Path, fo
     mine = {"name": "mine", "version": 1, "format": form, "instruction": text, "labels": {"yes": ["Yes"], "no": ["No"]}}
     mine["layout"] = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:\n"
     (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine]}), encoding="utf-8")
-    library = TemplateLibrary.load("chat", [tmp_path / "mine.json"])
+    library = load_library("chat", [tmp_path / "mine.json"])
 
     built = builder().build(library.get("mine"), "p", ["r"], "error")
 
@@ -292,7 +292,7 @@ def test_a_file_made_to_break_the_parser_is_refused_by_name(tmp_path: Path, file
     (tmp_path / file).write_text(content, encoding="utf-8")
 
     with pytest.raises(ServiceError, match=file) as refused:
-        TemplateLibrary.load("chat", [tmp_path / file])
+        load_library("chat", [tmp_path / file])
 
     assert refused.value.code == ErrorCode.BAD_TEMPLATE
 

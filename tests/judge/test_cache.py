@@ -8,11 +8,12 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,7 +24,10 @@ from structlog.testing import capture_logs
 from client.errors import ErrorCode
 from service.engine.contract import Classified, LabelLogprobs, ScoreItem, TextScoreItem
 from service.engine.fake import FakeEngine
-from service.judge.dispatch import Asker, Call, Scores
+from service.errors import ServiceError
+from service.judge.dispatch import Call, Dispatcher, Scores
+from service.judge.pipeline import Pipeline
+from service.judge.readers import LabelReader
 from service.judge.score_cache import (
     REDIS_LIMIT,
     REDIS_PAUSE,
@@ -35,6 +39,7 @@ from service.judge.score_cache import (
     variant_key,
 )
 from service.prompts.builder import JudgePrompt
+from service.questions import Layout, Predicate, PromptSpec
 from service.queue.contract import JobFailure, Reply, WorkerInfo
 from service.queue.memory import MemoryJobs
 from service.telemetry.metrics import Metrics
@@ -242,26 +247,41 @@ async def test_an_error_that_redis_answers_is_a_miss(server: RedisServer) -> Non
     await cache.close()
 
 
+LAYOUT = Layout(
+    format="raw", text="{prompt}{response}", slots=("prompt", "response"), question=Predicate.of(["Yes"], ["No"])
+)
+
+
+class Numbered:
+    """Prompts that begin with the number that a spec's prompt is."""
+
+    def build_each(self, specs: Sequence[PromptSpec]) -> Iterator[JudgePrompt]:
+        """One for each spec."""
+        return (JudgePrompt((int(str(spec.prompt)), 2, 3), (5, 6), (1,), (1, 1)) for spec in specs)
+
+
 class Desk:
-    """An asker over a queue whose jobs this answers by hand, like a worker of `variant`; `info` is of one there."""
+    """A pipeline over a queue whose jobs this answers by hand, like a worker of `variant`; `info` is of one there."""
 
     def __init__(self, info: WorkerInfo | None = INFO) -> None:
         self.variant: str | None = INFO.variant
         self.queue = MemoryJobs(100, 10_000)
         self.metrics = Metrics()
         self.cache = MemoryCache(100)
-        self.asker = Asker(self.queue, self.metrics, Scores(self.cache, "model"))
+        dispatcher = Dispatcher(self.queue, self.metrics, Scores(self.cache, "model"))
+        prompts: Any = Numbered()
+        self.pipeline = Pipeline(prompts, LabelReader(), dispatcher, ThreadPoolExecutor(1), self.metrics)
         if info is not None:
             self.queue.attach(info)
 
-    async def ask(self, *firsts: int) -> tuple[int, list[object]]:
-        """How many jobs these prompts became, and their outcomes."""
-        prompts = [JudgePrompt((first, 2, 3), (5, 6), (1.0, 0.0), (1,), False) for first in firsts]
-        asked = asyncio.ensure_future(self.asker.ask(prompts, Call(math.inf)))
+    async def ask(self, *firsts: int) -> tuple[int, list[Any]]:
+        """How many jobs these prompts became, and their judgements, or errors."""
+        groups = [[PromptSpec(LAYOUT, f"{first}", ["an answer"])] for first in firsts]
+        asked = asyncio.ensure_future(self.pipeline.judge(groups, Call(math.inf)))
         await asyncio.sleep(0)
         jobs = self.queue.take(100, 0.0) if self.queue.waiting() else []
         self.queue.reply([Reply(job.id, self.answer(job.item), 1.0, 2.0, self.variant) for job in jobs])
-        return len(jobs), await asked
+        return len(jobs), [each if isinstance(each, ServiceError) else each[0] for each in await asked]
 
     def answer(self, item: ScoreItem) -> LabelLogprobs:
         return FakeEngine().run([item])[0]
@@ -274,9 +294,9 @@ async def test_the_second_time_nothing_is_judged() -> None:
     second_jobs, (second,) = await desk.ask(1)
 
     assert (first_jobs, second_jobs) == (1, 0)
-    assert second.judgement == first.judgement
-    assert (first.queued, first.inference, first.cached_tokens) == (1.0, 2.0, 0)
-    assert (second.queued, second.inference, second.cached_tokens) == (0.0, 0.0, 3)
+    assert second.logprobs == first.logprobs
+    assert (first.cost.queued, first.cost.inference, first.cost.cached_tokens) == (1.0, 2.0, 0)
+    assert (second.cost.queued, second.cost.inference, second.cost.cached_tokens) == (0.0, 0.0, 3)
 
 
 async def test_equal_prompts_of_one_call_are_judged_once() -> None:
@@ -286,9 +306,9 @@ async def test_equal_prompts_of_one_call_are_judged_once() -> None:
     jobs, mixed = await desk.ask(2, 1, 2, 3)
 
     assert jobs == 2
-    assert mixed[1].judgement == one.judgement
-    assert mixed[2].judgement == mixed[0].judgement != mixed[3].judgement
-    assert [each.cached_tokens for each in mixed] == [0, 3, 3, 0]
+    assert mixed[1].logprobs == one.logprobs
+    assert mixed[2].logprobs == mixed[0].logprobs != mixed[3].logprobs
+    assert [judged.cost.cached_tokens for judged in mixed] == [0, 3, 3, 0]
     assert desk.metrics.registry.get_sample_value("judge_cache_hits_total") == 2
     assert desk.metrics.registry.get_sample_value("judge_cache_misses_total") == 3
 
@@ -334,7 +354,7 @@ async def test_of_several_workers_scores_one_is_always_taken() -> None:
 
     assert [jobs for jobs, _ in found] == [2, 2]
     assert [jobs for jobs, _ in both] == [0, 0, 0]
-    assert {judged.judgement for _, each in both for judged in each} == {found[0][1][0].judgement}
+    assert {judged.logprobs for _, each in both for judged in each} == {found[0][1][0].logprobs}
 
 
 async def test_an_answer_that_does_not_say_what_computed_it_is_not_kept() -> None:
@@ -365,7 +385,7 @@ async def test_a_failure_is_not_remembered() -> None:
     jobs, (judged,) = await desk.ask(1)
 
     assert (failed_jobs, failed.code, again.code) == (1, ErrorCode.INFERENCE_FAILED, ErrorCode.INFERENCE_FAILED)
-    assert (jobs, judged.cached_tokens) == (1, 0)
+    assert (jobs, judged.cost.cached_tokens) == (1, 0)
 
 
 @pytest.mark.parametrize("wrong", [LabelLogprobs((-0.1,), 5), LabelLogprobs((-0.1,) * 3, 5), Classified(0.5)])
@@ -381,7 +401,7 @@ async def test_an_answer_to_another_question_is_neither_remembered_nor_believed(
     jobs, (again,) = await desk.ask(1)
 
     assert failed.code is ErrorCode.INFERENCE_FAILED
-    assert (jobs, again.judgement) == (1, judged.judgement)
+    assert (jobs, again.logprobs) == (1, judged.logprobs)
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
+from service.judge.template_files import load_library
 from service.models.resolve import resolve
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 from tests.support.reference import Judgement, Reference, generated_pairs, paper_file, paper_text, rewardbench_pairs
 
 SCORE_TOLERANCE = 1e-5
@@ -115,13 +115,12 @@ def test_the_services_prompts_get_the_papers_number(
     reference: Reference, engine: TorchEngine, expected: list[Judgement], tmp_path: Path
 ) -> None:
     """Rendered and tokenised by the service from a template in the paper's form, every pair gets the same score."""
-    template = TemplateLibrary.load("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
+    template = load_library("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
     builder = PromptBuilder(reference.tokenizer, engine.info.max_tokens)
 
     prompts = [builder.build(template, prompt, [response], "error") for prompt, response in generated_pairs(100)]
 
-    items = [ScoreItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
-    assert_same(engine.run(items), expected)
+    assert_same(engine.run(prompts), expected)
 
 
 @pytest.mark.models
@@ -131,16 +130,15 @@ def test_a_hundred_real_pairs_get_the_papers_number_from_smollm2(tmp_path: Path)
     with and without compiled kernels."""
     folder = resolve("smollm2-135m-instruct").path
     reference = Reference(folder)
-    template = TemplateLibrary.load("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
+    template = load_library("raw", [paper_file(tmp_path)]).get("paper/rewardbench/all")
     builder = PromptBuilder(load_tokenizer(folder), 8192)
     pairs = rewardbench_pairs(100)
     expected = [reference.judge(paper_text(*pair)) for pair in pairs]
 
     prompts = [builder.build(template, prompt, [response], "error") for prompt, response in pairs]
-    items = [ScoreItem(p.token_ids, (*p.yes_ids, *p.no_ids), p.boundaries) for p in prompts]
     for native, factor in ((False, 1.0), (True, NATIVE_FACTOR)):
         with closing(
             TorchEngine.load(folder, dtype="float32", threads=os.cpu_count(), native_kernels=native)
         ) as engine:
-            answers = [a for start in range(0, 100, 32) for a in engine.run(items[start : start + 32])]
+            answers = [a for start in range(0, 100, 32) for a in engine.run(prompts[start : start + 32])]
         assert_same(answers, expected, factor)

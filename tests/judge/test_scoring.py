@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -11,17 +12,29 @@ from hypothesis import strategies as st
 from client.stats import logsumexp, sigmoid
 from service.engine.contract import LabelLogprobs
 from service.judge.scoring import (
+    Judgement,
     Samples,
     compare_pairwise,
     compare_pointwise,
-    graded_judgement,
-    judgement,
+    label_judgement,
     logit_judgement,
     parsed_judgement,
-    weighted_judgement,
 )
+from service.questions import Predicate, Scale
 
 LOGPROBS = st.floats(min_value=-200, max_value=0)
+PREDICATE = Predicate.of(["Yes"], ["No"])
+GRADES = Scale.of([str(grade) for grade in range(6)])
+
+
+def judgement(answer: LabelLogprobs, yes_ids: Sequence[int], no_ids: Sequence[int]) -> Judgement:
+    """What the rule makes of an answer whose log-probabilities are those of `yes_ids + no_ids`."""
+    return label_judgement(PREDICATE, answer, [*yes_ids, *no_ids], [len(yes_ids), len(no_ids)])
+
+
+def graded(answer: LabelLogprobs, label_ids: Sequence[int]) -> Judgement:
+    """What it makes of the six grades."""
+    return label_judgement(GRADES, answer, label_ids, [1] * 6)
 
 
 def test_score_is_the_share_of_yes_in_both() -> None:
@@ -80,7 +93,7 @@ def test_weights_of_one_and_zero_are_the_plain_rule_to_the_last_bit(values: list
 @given(st.lists(st.floats(1e-9, 0.15), min_size=6, max_size=6))
 def test_the_expected_grade_is_what_the_definition_says(chances: list[float]) -> None:
     """Grade, score and mass by plain arithmetic on the probabilities."""
-    verdict = graded_judgement(LabelLogprobs(tuple(map(math.log, chances)), 12), tuple(range(10, 16)))
+    verdict = graded(LabelLogprobs(tuple(map(math.log, chances)), 12), tuple(range(10, 16)))
 
     mean = sum(k * p for k, p in enumerate(chances)) / sum(chances)
     assert verdict.grade == pytest.approx(mean, rel=1e-9)
@@ -93,7 +106,7 @@ def test_grades_that_all_but_vanish_still_rank() -> None:
     """Far below what exp can hold, the log-odds of the expected grade are those of the definition."""
     values = [-2000.0 - 2 * k for k in range(6)]
 
-    verdict = graded_judgement(LabelLogprobs(tuple(values), 0), tuple(range(6)))
+    verdict = graded(LabelLogprobs(tuple(values), 0), tuple(range(6)))
 
     shares = [math.exp(value - values[0]) for value in values]
     mean = sum(k * share for k, share in enumerate(shares)) / sum(shares)
@@ -102,10 +115,11 @@ def test_grades_that_all_but_vanish_still_rank() -> None:
 
 
 def test_labels_may_weigh_anything_between() -> None:
-    """A label of weight 1/4 gives a quarter of its probability to Yes."""
-    answer = LabelLogprobs((math.log(0.4), math.log(0.1)), 7)
+    """The second level of five gives a quarter of its probability to Yes."""
+    chances = (1e-300, 0.4, 1e-300, 1e-300, 0.1)
+    answer = LabelLogprobs(tuple(map(math.log, chances)), 7)
 
-    verdict = weighted_judgement(answer, (7, 8), (0.25, 1.0))
+    verdict = label_judgement(Scale.of(["a", "b", "c", "d", "e"]), answer, range(5), [1] * 5)
 
     assert math.exp(verdict.yes_logprob) == pytest.approx(0.2)
     assert math.exp(verdict.no_logprob) == pytest.approx(0.3)

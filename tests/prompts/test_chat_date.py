@@ -12,9 +12,9 @@ import pytest
 from client.errors import ErrorCode
 from client.schema import Message
 from service.errors import ServiceError
+from service.judge.template_files import load_library
 from service.prompts.builder import PromptBuilder
 from service.prompts.chat_template import ConversationFrame
-from service.prompts.templates import TemplateLibrary
 from tests.support.live import live_service
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from trainer.policy.models import chat_ids, load_tokenizer
@@ -27,7 +27,7 @@ LLAMA = (
     + CHAT_TEMPLATE
 )
 TOLD = "{{ date_string if date_string is defined else 'no day' }}\n" + CHAT_TEMPLATE
-CHAT = TemplateLibrary.load("chat").default("pointwise")
+CHAT = load_library("chat").default("pointwise")
 
 
 def tokenizer_with(template: str) -> Any:

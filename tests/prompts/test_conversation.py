@@ -102,7 +102,7 @@ def test_boundaries_are_where_the_question_begins_and_ends() -> None:
 
     end = one.boundaries[-1]
     assert one.token_ids[:end] == two.token_ids[:end]
-    assert (one.label_ids, one.weights) == ((), ())
+    assert (one.label_ids, one.spellings) == ((), ())
     assert len(one.boundaries) == 2
 
 
@@ -121,9 +121,9 @@ def test_what_is_too_long_is_refused_unless_it_may_be_cut(truncation: Truncation
 
 def wanted(prompt: Any, answer: str, truncation: Truncation) -> Any:
     """A judgement without a template, as the builder takes it."""
-    from service.prompts.builder import Wanted
+    from service.questions import PromptSpec
 
-    return Wanted(None, prompt, [answer], truncation)
+    return PromptSpec(None, prompt, [answer], truncation)
 
 
 def test_an_answer_is_cut_in_its_middle() -> None:

@@ -18,15 +18,19 @@ from transformers import PreTrainedTokenizerFast
 from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels, Message
 from service.errors import ServiceError
+from service.judge.template_files import load_library
+from service.judge.templates import Template, TemplateLibrary, from_inline
 from service.models.tokenizers import load_tokenizer
-from service.prompts.builder import CUT_MARK, JudgePrompt, PromptBuilder, Wanted, flatten
-from service.prompts.templates import Template, TemplateLibrary, from_inline
+from service.prompts.builder import JudgePrompt, PromptBuilder
+from service.prompts.rendering import flatten
+from service.prompts.truncation import CUT_MARK
+from service.questions import PromptSpec
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TRIMMING = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] | trim }} [/INST]{% endfor %}"
 CLOSED = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
 REWRITING = "{% for m in messages %}User: {{ m['content'] | replace('/no_think', '') }}\nBot:{% endfor %}"
-CHAT, RAW = TemplateLibrary.load("chat"), TemplateLibrary.load("raw")
+CHAT, RAW = load_library("chat"), load_library("raw")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 CONTROL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"]
 PARTS = [*CONTROL, "<|im_", "end|>", "<", "s>", " ", "\n", "é", "Yes", "\0"]
@@ -258,7 +262,7 @@ def test_labels_are_the_next_token(name: str, library: TemplateLibrary) -> None:
     text = text.removeprefix("<s> ")
     label = library.default("pointwise").yes[0]
     after = tokenizer_named(name)(text + label)["input_ids"]
-    assert after == [*built.token_ids, *built.yes_ids]
+    assert after == [*built.token_ids, *built.label_ids[: built.spellings[0]]]
 
 
 def test_spellings_of_one_token_count_once() -> None:
@@ -267,7 +271,7 @@ def test_spellings_of_one_token_count_once() -> None:
 
     built = builder("closed").build(template, "x", ["y"], "error")
 
-    assert built.yes_ids == (tokenizer_named("closed").convert_tokens_to_ids("▁Yes"),)
+    assert built.label_ids[:1] == (tokenizer_named("closed").convert_tokens_to_ids("▁Yes"),)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +314,7 @@ def test_labels_are_found_in_the_whole_context(answer: str) -> None:
     ]
 
     try:
-        found = builder("bare").build(template, "x", [answer], "error").yes_ids
+        found = builder("bare").build(template, "x", [answer], "error").label_ids[:1]
     except ServiceError:
         found = ()
 
@@ -391,7 +395,7 @@ def test_prompt_left_keeps_the_end_of_the_question() -> None:
     built = builder(max_tokens=600).build(template, LONG, ["The response."], "prompt_left")
 
     text = decoded("tiny", built)
-    head, tail = template.layout.format(instruction=template.instruction, prompt="\0", response="The response.").split(
+    head, tail = template.text.format(instruction=template.instruction, prompt="\0", response="The response.").split(
         "\0"
     )
     assert built.truncated
@@ -573,7 +577,7 @@ def test_real_models_read_what_their_chat_template_says(model: str) -> None:
 def test_together_each_prompt_is_what_it_is_alone(name: str, answers: list[str]) -> None:
     """Whatever the neighbours, equal ones among them, and however many: the same prompt, in its place."""
     prompts, template = builder(name), CHAT.default("pointwise")
-    wanted = [Wanted(template, "What?", [answer]) for answer in answers * 20]
+    wanted = [PromptSpec(template, "What?", [answer]) for answer in answers * 20]
 
     alone = [prompts.build(template, "What?", [answer], "error") for answer in answers]
 
@@ -584,7 +588,7 @@ def test_a_prompt_that_is_refused_leaves_its_neighbours() -> None:
     """Of many, the too long one and the one without a template for this model are errors, and the rest prompts."""
     prompts, template = builder(max_tokens=400), CHAT.default("pointwise")
     raw = inline("{prompt}{response}", yes=["two tokens"])
-    wanted = [Wanted(template, "A?", ["B."]), Wanted(template, "A?", [LONG]), Wanted(raw, "A?", ["B."])]
+    wanted = [PromptSpec(template, "A?", ["B."]), PromptSpec(template, "A?", [LONG]), PromptSpec(raw, "A?", ["B."])]
 
     good, long, bad = prompts.build_all(wanted)
 

@@ -11,7 +11,9 @@ import pytest
 from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels
 from service.errors import ServiceError
-from service.prompts.templates import Template, TemplateLibrary, from_inline, split_layout
+from service.judge.template_files import load_library
+from service.judge.templates import Template, TemplateLibrary, from_inline
+from service.questions import Layout, Predicate
 
 PAPER = Path(__file__).parents[2] / "../shared/data/paper_templates.json"
 OWN = {"name": "law", "version": 1, "category": "law", "instruction": "Judge as a lawyer."}
@@ -21,7 +23,7 @@ LAYOUT = "{instruction} {prompt} {response}"
 @pytest.fixture(scope="module")
 def library() -> TemplateLibrary:
     """The built-in templates for a model with a chat template."""
-    return TemplateLibrary.load("chat")
+    return load_library("chat")
 
 
 def write(folder: Path, *entries: dict[str, Any], name: str = "own.json") -> Path:
@@ -29,6 +31,21 @@ def write(folder: Path, *entries: dict[str, Any], name: str = "own.json") -> Pat
     path = folder / name
     path.write_text(json.dumps({"templates": entries}), encoding="utf-8")
     return path
+
+
+def own(name: str, text: str, instruction: str, yes: list[str], no: list[str]) -> Template:
+    """A raw template for one response, as a file's or a request's becomes."""
+    return Template(
+        name=name,
+        version=1,
+        mode="pointwise",
+        format="raw",
+        text=text,
+        slots=("prompt", "response"),
+        instruction=instruction,
+        question=Predicate.of(yes, no),
+        inline=name == "inline",
+    )
 
 
 def inline(layout: str, instruction: str = "") -> Template:
@@ -52,7 +69,7 @@ def test_every_category_has_a_template_in_both_modes(library: TemplateLibrary, m
 @pytest.mark.parametrize(("form", "labels"), [("chat", ("Yes", "No")), ("raw", (" Yes", " No"))])
 def test_labels_suit_the_format(form: Any, labels: tuple[str, str]) -> None:
     """A built-in template has labels that are natural where its format's layout ends."""
-    template = TemplateLibrary.load(form).default("pointwise")
+    template = load_library(form).default("pointwise")
 
     assert (template.format, template.yes, template.no) == (form, (labels[0],), (labels[1],))
 
@@ -60,7 +77,7 @@ def test_labels_suit_the_format(form: Any, labels: tuple[str, str]) -> None:
 @pytest.mark.parametrize("form", ["chat", "raw"])
 def test_built_in_layouts_do_not_end_in_space(form: Any) -> None:
     """No built-in layout ends in white space, which would make the label's token an unlikely one."""
-    layouts = [template.layout for template in TemplateLibrary.load(form).all()]
+    layouts = [template.text for template in load_library(form).all()]
 
     assert [layout for layout in layouts if layout != layout.rstrip()] == []
 
@@ -76,7 +93,7 @@ def test_a_name_means_the_newest_version(tmp_path: Path) -> None:
     """`general` is the newest version, `general@1` stays what it was, and the category moves to the newest too."""
     newer = {"name": "general", "version": 99, "category": "general", "instruction": "Newer."}
 
-    library = TemplateLibrary.load("chat", [write(tmp_path, newer)])
+    library = load_library("chat", [write(tmp_path, newer)])
 
     assert library.get("general").version == library.default("pointwise").version == 99
     assert library.get("general@1").version == 1
@@ -86,7 +103,7 @@ def test_versions_are_numbers_not_text(tmp_path: Path) -> None:
     """Version 10 is newer than version 9."""
     entries = [OWN | {"version": version} for version in (10, 9)]
 
-    library = TemplateLibrary.load("chat", [write(tmp_path, *entries)])
+    library = load_library("chat", [write(tmp_path, *entries)])
 
     assert library.get("law").id == "law@10"
 
@@ -111,17 +128,17 @@ def test_an_unknown_category_is_told_the_known_ones(library: TemplateLibrary) ->
 
 def test_a_file_adds_a_category(tmp_path: Path) -> None:
     """A template without a layout takes the built-in one of the model's format; its category can be asked for."""
-    library = TemplateLibrary.load("raw", [write(tmp_path, OWN)])
+    library = load_library("raw", [write(tmp_path, OWN)])
 
     template = library.for_category("law", "pointwise")
 
     assert (template.id, template.format, template.yes) == ("law@1", "raw", (" Yes",))
-    assert template.layout == library.get("general@1").layout
+    assert template.text == library.get("general@1").text
 
 
 def test_a_category_need_not_have_both_modes(tmp_path: Path) -> None:
     """A category with a pointwise template only is refused for pairwise judgements."""
-    library = TemplateLibrary.load("chat", [write(tmp_path, OWN)])
+    library = load_library("chat", [write(tmp_path, OWN)])
 
     with pytest.raises(ServiceError, match="pairwise"):
         library.for_category("law", "pairwise")
@@ -132,9 +149,9 @@ def test_a_frame_goes_with_the_models_format(tmp_path: Path, form: Any, labels: 
     """In the frame question-last the instruction comes after the response, whatever the format."""
     path = write(tmp_path, {"name": "late", "version": 1, "instruction": "Is it true?", "frame": "question-last"})
 
-    template = TemplateLibrary.load(form, [path]).get("late")
+    template = load_library(form, [path]).get("late")
 
-    assert split_layout(template.layout, "pointwise")[1::2] == ["prompt", "response", "instruction"]
+    assert template.parts[1::2] == ["prompt", "response", "instruction"]
     assert (template.format, template.yes) == (form, labels)
 
 
@@ -145,9 +162,9 @@ def test_a_template_may_ask_a_question_of_its_own(tmp_path: Path, form: Any, end
     """The question takes the place of the frame's, whatever the format; the rest of the frame stays."""
     path = write(tmp_path, OWN | {"question": "Is it legal?"})
 
-    template = TemplateLibrary.load(form, [path]).get("law")
+    template = load_library(form, [path]).get("law")
 
-    assert template.layout == "{instruction}\n\nRequest:\n{prompt}\n\nAnswer:\n{response}" + end
+    assert template.text == "{instruction}\n\nRequest:\n{prompt}\n\nAnswer:\n{response}" + end
 
 
 def test_toml_reads_as_json_does(tmp_path: Path) -> None:
@@ -159,9 +176,9 @@ def test_toml_reads_as_json_does(tmp_path: Path) -> None:
         encoding="utf-8",
     )
 
-    template = TemplateLibrary.load("chat", [path]).get("law")
+    template = load_library("chat", [path]).get("law")
 
-    assert template == Template("law", 1, "pointwise", "raw", "{prompt}{response}", "", (" good", " fine"), (" bad",))
+    assert template == own("law", "{prompt}{response}", "", [" good", " fine"], [" bad"])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +212,7 @@ def test_a_bad_file_is_refused_by_file_and_template(tmp_path: Path, change: dict
     path = write(tmp_path, OWN | change)
 
     with pytest.raises(ServiceError) as caught:
-        TemplateLibrary.load("chat", [path])
+        load_library("chat", [path])
 
     assert caught.value.code is ErrorCode.BAD_TEMPLATE
     assert caught.value.message.startswith(f"{path}: template {change.get('name', 'law')}")
@@ -211,13 +228,13 @@ def test_a_file_that_is_no_list_of_templates_is_refused(tmp_path: Path, content:
     path.write_text(content, encoding="utf-8")
 
     with pytest.raises(ServiceError, match=r"own\.json"):
-        TemplateLibrary.load("chat", [path])
+        load_library("chat", [path])
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     """A file that is not there stops the start, with its name."""
     with pytest.raises(ServiceError, match=r"gone\.toml"):
-        TemplateLibrary.load("chat", [tmp_path / "gone.toml"])
+        load_library("chat", [tmp_path / "gone.toml"])
 
 
 def test_a_file_cannot_reach_other_files(tmp_path: Path) -> None:
@@ -226,11 +243,11 @@ def test_a_file_cannot_reach_other_files(tmp_path: Path) -> None:
     entry = OWN | {"instruction": text, "layout": text + LAYOUT, "format": "raw"}
 
     with pytest.raises(ServiceError, match="exactly once"):
-        TemplateLibrary.load("chat", [write(tmp_path, entry | {"layout": LAYOUT + "{prompt}"})])
-    template = TemplateLibrary.load("chat", [write(tmp_path, entry | {"layout": "{% x %} {0} " + LAYOUT})]).get("law")
+        load_library("chat", [write(tmp_path, entry | {"layout": LAYOUT + "{prompt}"})])
+    template = load_library("chat", [write(tmp_path, entry | {"layout": "{% x %} {0} " + LAYOUT})]).get("law")
 
     assert template.instruction == text
-    assert split_layout(template.layout, "pointwise")[0] == "{% x %} {0} "
+    assert template.parts[0] == "{% x %} {0} "
 
 
 def test_the_papers_prompts_load_as_published() -> None:
@@ -239,13 +256,13 @@ def test_the_papers_prompts_load_as_published() -> None:
         pytest.skip("the authors' prompts are not here")
     data = json.loads(PAPER.read_text(encoding="utf-8"))
 
-    library = TemplateLibrary.load("chat", [PAPER])
+    library = load_library("chat", [PAPER])
 
     candidate = library.get("paper/candidates/hep-python/3@1")
     assert (candidate.format, candidate.yes, candidate.no) == ("raw", (" Yes",), (" No",))
-    assert candidate.layout == data["rewardbench"]["layout"]
+    assert candidate.text == data["rewardbench"]["layout"]
     assert candidate.instruction == data["candidates"]["hep-python"][3]
-    assert library.get("paper/rmbench/RM-Bench-chat@1").layout == data["rmbench"]["layout"]
+    assert library.get("paper/rmbench/RM-Bench-chat@1").text == data["rmbench"]["layout"]
     assert library.get("paper/self_improve/Math").instruction == data["self_improve"]["instructions"]["Math"]
     assert library.get("paper/candidates/default@1").instruction == data["candidates"]["default"]
 
@@ -256,7 +273,7 @@ def test_an_inline_template_is_taken_as_it_is() -> None:
 
     template = from_inline(InlineTemplate(format="raw", layout=LAYOUT, instruction="Judge.", labels=labels))
 
-    assert template == Template("inline", 1, "pointwise", "raw", LAYOUT, "Judge.", (" ok",), (" bad", " poor"))
+    assert template == own("inline", LAYOUT, "Judge.", [" ok"], [" bad", " poor"])
     assert template.id == "inline"
 
 
@@ -282,13 +299,15 @@ def test_an_inline_template_with_two_responses_is_pairwise() -> None:
 def test_a_bad_inline_layout_is_refused(layout: str) -> None:
     """A layout whose slots are not right is refused without being repeated."""
     with pytest.raises(ServiceError) as caught:
-        inline(layout)
+        inline(layout).check()
 
     assert (caught.value.code, caught.value.param) == (ErrorCode.BAD_TEMPLATE, "template")
 
 
 def test_other_braces_are_text() -> None:
     """Braces that are not one of the slots stay in the layout."""
-    parts = split_layout('{"q": "{prompt}", {x}, {response_a}: {response}}', "pointwise")
+    text = '{"q": "{prompt}", {x}, {response_a}: {response}}'
+
+    parts = Layout(format="raw", text=text, slots=("prompt", "response")).parts
 
     assert parts == ['{"q": "', "prompt", '", {x}, {response_a}: ', "response", "}"]

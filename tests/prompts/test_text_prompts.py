@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels, Message, Truncation
 from service.errors import ServiceError
-from service.prompts.builder import PromptBuilder, Wanted
-from service.prompts.templates import Mode, Template, TemplateLibrary, from_inline
+from service.judge.template_files import load_library
+from service.judge.templates import Mode, Template, from_inline
+from service.prompts.builder import PromptBuilder
 from service.prompts.text_builder import TextPrompt, TextPrompts
 from service.prompts.truncation import CUT_MARK
+from service.questions import PromptSpec
 from tests.support.tiny import tiny_tokenizer
 
 LAYOUT = "Q: {prompt} A: {response} ?"
 LETTERS = ["x", "é", "日", "🙂"]
 LONG = "y" * 5000
 PROMPTS = TextPrompts(1000)
-LIBRARY = TemplateLibrary.load("chat", modes=("pointwise", "pairwise", "graded", "rubric"))
+LIBRARY = load_library("chat", modes=("pointwise", "pairwise", "graded", "rubric"))
 
 
 def inline(layout: str = LAYOUT, yes: str = "Yes", no: str = "No") -> Template:
@@ -45,9 +47,9 @@ def test_a_prompt_is_what_its_template_says(prompt: str, response: str) -> None:
 
     built = PROMPTS.build(template, prompt, [response], "error")
 
-    head, _, rest = template.layout.replace("{instruction}", template.instruction).partition("{prompt}")
+    head, _, rest = template.text.replace("{instruction}", template.instruction).partition("{prompt}")
     middle, _, tail = rest.partition("{response}")
-    assert built == TextPrompt(head + prompt + middle + response + tail, ("Yes", "No"), (1.0, 0.0), truncated=False)
+    assert built == TextPrompt(head + prompt + middle + response + tail, ("Yes", "No"), (1, 1), truncated=False)
 
 
 @pytest.mark.parametrize("mode", ["pointwise", "pairwise", "graded", "rubric"])
@@ -66,7 +68,7 @@ def test_a_prompt_is_that_of_a_model(mode: Mode) -> None:
 
     assert text.text.strip() in tokenizer.decode(tokens.token_ids)
     assert [label.strip() for label in text.labels] == [tokenizer.decode([id_]).strip() for id_ in tokens.label_ids]
-    assert text.weights == tokens.weights
+    assert text.spellings == tokens.spellings
 
 
 def test_a_labels_place_is_its_id() -> None:
@@ -156,12 +158,12 @@ def test_spellings_of_one_side_are_asked_for_once_each() -> None:
 
     built = PROMPTS.build(template, "Hi", ["Ho"], "error")
 
-    assert (built.labels, built.weights) == (("Yes", " Yes", "No"), (1.0, 1.0, 0.0))
+    assert (built.labels, built.spellings) == (("Yes", " Yes", "No"), (2, 1))
 
 
 def test_each_has_its_own_error() -> None:
     """One that fails costs no other its prompt."""
-    wanted = [Wanted(inline(), text, ["Ho"]) for text in ("Hi", "x" * 9000, "Hi")]
+    wanted = [PromptSpec(inline(), text, ["Ho"]) for text in ("Hi", "x" * 9000, "Hi")]
 
     first, long, last = PROMPTS.build_each(wanted)
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from client.chat import own_turn, turn_end
 from client.schema import Message
 from service.engine.contract import Generated
-from service.judge.judges import TextReader, Writing, stop_ids_of
+from service.judge.judges import stop_ids_of
+from service.judge.readers import Sampling, TextReader
 from service.prompts.chat_template import ChatFrame
 from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
 from tests.support.training import TOY, said, toy_preferences, toy_settings
@@ -104,10 +105,10 @@ def test_both_sides_stop_at_the_templates_end_of_turn(tiny_model: Path, tmp_path
 
 def test_a_turn_that_ends_in_letters_is_cut_there() -> None:
     """A judge's grade counts as finished where its own turn ends, and the next turn's grades are not its own."""
-    reader = TextReader(Writing(1, 50, (0,), ("\nHuman:",)), lambda ids: "".join(map(chr, ids)))
+    reader = TextReader(Sampling(1, 50, (0,), ("\nHuman:",)), lambda ids: "".join(map(chr, ids)))
     text = "Score: 4\nHuman: again\nBot: Score: 1"
 
-    judgement = reader.judgement(None, [Generated(tuple(map(ord, text)), ended=False)])  # type: ignore[arg-type]
+    judgement = reader.judgement(None, None, [Generated(tuple(map(ord, text)), ended=False)])  # type: ignore[arg-type]
 
     assert judgement.score == pytest.approx(4.5 / 6)
     assert own_turn("a</s>b", False, ("</s>",)) == ("a", True)

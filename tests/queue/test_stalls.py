@@ -13,6 +13,7 @@ import pytest
 
 from service.engine.contract import AnyItem, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
+from service.prompts.builder import PromptBuilder
 from service.queue.contract import Job, Lane
 from service.queue.memory import MemoryJobs
 from service.queue.redis_protocol import GROUP, Keys
@@ -127,8 +128,7 @@ def test_a_tokenizer_that_hangs_is_a_504_and_then_the_end(monkeypatch: pytest.Mo
     """The deadline holds for rendering and tokenising too, and threads that never come back end the process."""
     release = threading.Event()
     with live_service(stall_timeout=STALL, tokenizer_threads=1) as live:
-        prompts = live.server._service.judging._prompts
-        monkeypatch.setattr(prompts, "build_each", lambda _: iter(range(int(release.wait(60)) - 1)))
+        monkeypatch.setattr(PromptBuilder, "build_each", lambda *_: iter(range(int(release.wait(60)) - 1)))
         long = {"prompt": "What is 2+2?" * 250, "response": "4"}
         answer = live.http.post("/score", json=long, headers={"X-Request-Timeout": "0.1"})
         ended = wait_for(lambda: live.server.stalled and live.server.should_exit, seconds=30)

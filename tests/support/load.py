@@ -14,11 +14,10 @@ from typing import Self
 from client import AsyncJudge, JudgeAPIError, JudgeError
 from client.errors import RETRYABLE_STATUS, JudgeTimeoutError
 from client.schema import ScoreRequest, ScoreResult
-from service.engine.contract import ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
-from service.judge.scoring import judgement
+from service.judge.readers import LabelReader
+from service.judge.template_files import load_library
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import TemplateLibrary
 
 PROMPT = "What is 2+2?"
 RETRY_PAUSE = 0.25
@@ -71,14 +70,13 @@ class Alone:
 
     def __init__(self) -> None:
         self._prompts = PromptBuilder(fake_tokenizer(), 4096)
-        self._template = TemplateLibrary.load("chat").default("pointwise")
+        self._template = load_library("chat").default("pointwise")
         self._engine = FakeEngine()
 
     def log_odds(self, response: str) -> float:
         """What the judge says of this response to PROMPT."""
         built = self._prompts.build(self._template, PROMPT, [response], "error")
-        item = ScoreItem(built.token_ids, built.yes_ids + built.no_ids, built.boundaries)
-        return judgement(self._engine.run([item])[0], built.yes_ids, built.no_ids).log_odds
+        return LabelReader().judgement(self._template.question, built, self._engine.run([built])).log_odds
 
 
 class RunningLoad:

@@ -22,10 +22,10 @@ from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.upstream.logprobs import owner
 from service.judge.judges import LabelReader
+from service.judge.templates import from_inline
 from service.loading.engines import Model
 from service.loading.upstream import find_upstream, load_upstream
 from service.prompts.builder import PromptBuilder
-from service.prompts.templates import from_inline
 from service.prompts.text_builder import Prompt, TextPrompts
 from service.settings import Settings
 from tests.support.openai_server import Reply, Seen, openai_server
