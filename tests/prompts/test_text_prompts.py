@@ -16,7 +16,7 @@ from service.judge.templates import Mode, Template, from_inline
 from service.prompts.builder import PromptBuilder
 from service.prompts.text_builder import TextPrompt, TextPrompts
 from service.prompts.truncation import CUT_MARK
-from service.questions import PromptSpec
+from service.questions import Predicate, PromptSpec
 from tests.support.tiny import tiny_tokenizer
 
 LAYOUT = "Q: {prompt} A: {response} ?"
@@ -154,7 +154,7 @@ def test_a_label_that_no_reply_can_tell_is_refused(yes: str, no: str, words: str
 
 def test_spellings_of_one_side_are_asked_for_once_each() -> None:
     """A spelling that is there twice would weigh twice."""
-    template = replace(inline(), yes=("Yes", " Yes", "Yes"))
+    template = replace(inline(), question=Predicate.of(["Yes", " Yes", "Yes"], ["No"]))
 
     built = PROMPTS.build(template, "Hi", ["Ho"], "error")
 
