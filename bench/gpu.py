@@ -39,11 +39,11 @@ from service.engine.vllm.engine import VllmEngine
 from service.judge.template_files import load_library
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.queue.contract import Job, Lane
-from service.queue.memory import MemoryJobs
+from service.queue.contract import Job, Priority
+from service.queue.memory import MemoryQueue
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 from tests.support.redis_server import running_redis
 
 # Layers, width, inner width, heads, heads of keys and values, vocabulary.
@@ -220,11 +220,11 @@ def through_torch(args: argparse.Namespace) -> Iterator[Run]:
 
 @contextmanager
 def through_worker(args: argparse.Namespace) -> Iterator[Run]:
-    """Queue, batcher and worker in this process, over our engine."""
+    """Queue, scheduler and worker in this process, over our engine."""
     with closing(VllmEngine.load(args.model, vllm_options(args))) as engine, asyncio.Runner() as runner:
-        queue = MemoryJobs(10**6, 10**9)
+        queue = MemoryQueue(10**6, 10**9)
         runner.run(queue.open())
-        worker = Worker(engine, queue, Batcher(engine.info.batch_tokens, BATCH_JOBS, 0.001), Metrics())
+        worker = Worker(engine, queue, Scheduler(engine.info.batch_tokens, BATCH_JOBS, 0.001), Metrics())
         stop = threading.Event()
         thread = threading.Thread(target=worker.run, args=(stop,))
         thread.start()
@@ -236,9 +236,9 @@ def through_worker(args: argparse.Namespace) -> Iterator[Run]:
             runner.run(queue.close())
 
 
-async def _through_queue(queue: MemoryJobs, work: Sequence[ScoreItem]) -> None:
+async def _through_queue(queue: MemoryQueue, work: Sequence[ScoreItem]) -> None:
     now = time.monotonic()
-    jobs = [Job(f"{now}-{number}", item, now + 3600, now, Lane.BULK) for number, item in enumerate(work)]
+    jobs = [Job(f"{now}-{number}", item, now + 3600, now, Priority.BULK) for number, item in enumerate(work)]
     replies = await asyncio.gather(*await queue.submit(jobs))
     _check([reply.outcome for reply in replies])
 

@@ -185,7 +185,7 @@ def overload(redis: RedisServer, seconds: float) -> Table:
 
 @contextmanager
 def watched_depth(redis: RedisServer) -> Iterator[list[int]]:
-    """The length of the interactive lane, looked at every 20 ms meanwhile."""
+    """The length of the interactive priority, looked at every 20 ms meanwhile."""
     depths = [0]
     over = threading.Event()
 

@@ -33,15 +33,15 @@ from service.prompts.builder import PromptBuilder
 from service.prompts.chat_template import ConversationFrame
 from service.prompts.text_builder import Prompts, TextPrompts
 from service.queue.contract import JobQueue
-from service.queue.memory import MemoryJobs
-from service.queue.redis_client import RedisJobs
+from service.queue.memory import MemoryQueue
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
 from service.settings import MEMORY_URL, Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing, start_tracing
 from service.wires.native import NativeWire
 from service.worker.loop import STALLED_STATUS, Worker
-from service.worker.scheduler import make_batcher
+from service.worker.scheduler import make_scheduler
 
 log = structlog.get_logger(__name__)
 
@@ -65,12 +65,12 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
         # Do not wait for its threads: one of them may hang for ever.
         ending.callback(executor.shutdown, wait=False, cancel_futures=True)
         if settings.queue_url == MEMORY_URL:
-            jobs = MemoryJobs(settings.max_queue_jobs, settings.max_queue_tokens, settings.stall_seconds)
+            jobs = MemoryQueue(settings.max_queue_jobs, settings.max_queue_tokens, settings.stall_seconds)
             service = compose(settings, model, jobs, metrics, executor, tracing)
             server = Server(service, settings, lambda ended: _work(settings, model, jobs, service, ended))
         else:
             keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
-            shared = RedisJobs(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
+            shared = RedisQueue(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
         server.on_listening = lambda: stop.on_signal(server.drain, settings.drain_timeout + END_SECONDS)
         listen(sockets)
@@ -78,11 +78,11 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
     return STALLED_STATUS if server.stalled else 1 if server.worker_failed else 0
 
 
-def _work(settings: Settings, model: Model, jobs: MemoryJobs, service: Service, stop: threading.Event) -> None:
+def _work(settings: Settings, model: Model, jobs: MemoryQueue, service: Service, stop: threading.Event) -> None:
     engine = load_engine(settings, model)
     try:
-        batcher = make_batcher(settings, engine)
-        Worker(engine, jobs, batcher, service.metrics, tracing=service.tracing).run(stop)
+        scheduler = make_scheduler(settings, engine)
+        Worker(engine, jobs, scheduler, service.metrics, tracing=service.tracing).run(stop)
     finally:
         engine.close()
 

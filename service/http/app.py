@@ -47,7 +47,7 @@ from service.judge.dispatch import Call
 from service.judge.pipeline import Pipeline
 from service.judge.templates import Template
 from service.process.hosts import AllowedHosts
-from service.queue.contract import JobQueue, Lane, WorkerInfo
+from service.queue.contract import JobQueue, Priority, WorkerInfo
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
 from service.wires.native import AnyRequest, NativeWire
@@ -120,8 +120,8 @@ async def _call(
         seconds = min(seconds, _seconds(x_request_timeout))
     trace = traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
     # Somebody waits for a single answer; a batch is work that may take its time.
-    lane = Lane.BULK if request.url.path.endswith("/batch") else Lane.INTERACTIVE
-    return Call(time.monotonic() + seconds, lane, trace)
+    priority = Priority.BULK if request.url.path.endswith("/batch") else Priority.INTERACTIVE
+    return Call(time.monotonic() + seconds, priority, trace)
 
 
 def _seconds(header: str) -> float:

@@ -27,7 +27,7 @@ from service.engine.contract import (
 )
 from service.judge.score_cache import Kept, ScoreCache, item_key, variant_key
 from service.process.background import log_failure
-from service.queue.contract import Bounds, Job, JobFailure, JobQueue, Lane, Reply
+from service.queue.contract import Bounds, Job, JobFailure, JobQueue, Priority, Reply
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
 
@@ -42,7 +42,7 @@ class Call:
     """What comes with a request besides its body. `deadline` is in seconds of `time.monotonic()`."""
 
     deadline: float
-    lane: Lane = Lane.INTERACTIVE
+    priority: Priority = Priority.INTERACTIVE
     traceparent: str | None = None
 
     @property
@@ -206,7 +206,9 @@ class Dispatcher:
 
     def _job(self, item: AnyItem, call: Call, traceparent: str | None) -> Job:
         name = f"{self._name}{next(self._count):x}"
-        return Job(name, item, call.deadline, time.monotonic(), call.lane, traceparent=traceparent or call.traceparent)
+        return Job(
+            name, item, call.deadline, time.monotonic(), call.priority, traceparent=traceparent or call.traceparent
+        )
 
 
 _LATE = Reply("", JobFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline"))

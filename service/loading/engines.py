@@ -1,4 +1,4 @@
-"""From settings to a model: its files and tokenizer at once, its engine and batcher when a worker wants them."""
+"""From settings to a model: its files and tokenizer at once, its engine and scheduler when a worker wants them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The queue's contract: what the HTTP side hands over, and what a worker hands back.
+"""The queue's contract: what the HTTP side submits, and what a worker takes and answers.
 
     submit ──> [ queue, bounded in jobs and tokens ] ──take──> worker ──reply──> the future that submit returned
 
-Every submitted job gets exactly one `Reply`: a result, or an error. A job whose caller is gone is dropped unscored.
-Times are seconds of this process's `time.monotonic()`, which nobody sets; between machines they travel as Redis' time.
-`memory_jobs` implements the contract; one conformance suite (tests/queue/test_jobs.py) is there for every
-implementation.
+Every submitted job gets exactly one `Reply`: a result or an error. Jobs whose caller has left are dropped unscored.
+Times are seconds of this process's `time.monotonic()`, because nobody can set that clock; on their way between
+machines they are Redis' time. One conformance suite (tests/queue/test_contract.py) runs against every implementation.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -22,8 +21,8 @@ from service.engine.contract import AnyAnswer, AnyItem, Executor, tokens_of
 from service.errors import ServiceError
 
 
-class Lane(StrEnum):
-    """How urgent a job is. Somebody waits for a single request; a batch of thousands must not make them wait."""
+class Priority(StrEnum):
+    """How urgent a job is: somebody waits for a single request, and a batch of thousands must not delay it."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
@@ -31,20 +30,24 @@ class Lane(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt on its way to a worker. `attempt` counts deliveries: above 1, a worker before was lost with it."""
+    """One prompt on its way to a worker.
+
+    `attempt` counts deliveries; above 1, an earlier worker was lost while it held the job. `tokens` is the job's size
+    for the queue's bounds and the scheduler's budget.
+    """
 
     id: str
     item: AnyItem
     deadline: float
     submitted: float
-    lane: Lane = Lane.INTERACTIVE
+    priority: Priority = Priority.INTERACTIVE
     attempt: int = 1
     traceparent: str | None = None
+    # Stored, because a job's size is read about ten times on its way.
+    tokens: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def tokens(self) -> int:
-        """The job's size, as the queue's bound and the batcher's budget count it."""
-        return tokens_of(self.item)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tokens_of(self.item))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,9 @@ class JobFailure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The one answer to a job. `queued` and `inference` are the seconds it waited, and was worked on.
+    """The one answer to a job. `queued` and `inference` are the seconds it waited and was computed.
 
-    `variant` says what computed it (`WorkerInfo`); None from a worker that does not tell.
+    `variant` says what computed it (see `WorkerInfo`); None from workers of earlier versions.
     """
 
     id: str
@@ -79,10 +82,10 @@ class QueueStats:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself when it starts to take jobs.
+    """What a worker reports about itself when it starts to take jobs.
 
-    `variant` is all that its answers depend on besides the model's files and the item, `executor` the part of it that
-    computes them; None where it does not tell, as earlier versions do not.
+    `variant` identifies everything its answers depend on besides the model's files and the item; `executor` is the
+    part of it that computes them. Both are None from workers of earlier versions.
     """
 
     engine: str
@@ -94,89 +97,90 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The most that a queue holds."""
+    """The most jobs and tokens that a queue holds."""
 
     jobs: int
     tokens: int
 
     def check(self, jobs: int, tokens: int) -> None:
-        """Refuse for good what does not fit an empty queue; raises ServiceError(PAYLOAD_TOO_LARGE)."""
+        """Raise ServiceError(PAYLOAD_TOO_LARGE) for what would not fit even an empty queue."""
         for count, most, what in ((jobs, self.jobs, "judgements"), (tokens, self.tokens, "tokens")):
             if count > most:
                 raise ServiceError(
                     ErrorCode.PAYLOAD_TOO_LARGE,
-                    f"this request comes to at least {count} {what}, and the queue holds {most} at most: send fewer "
+                    f"this request needs at least {count} {what}, and the queue holds at most {most}: send fewer "
                     "items in one request, fewer responses to compare, or shorter texts",
                 )
 
 
 class JobQueue(Protocol):
-    """The HTTP side. Lives on one event loop."""
+    """The HTTP side of a queue. Lives on one event loop."""
 
     @property
     def bounds(self) -> Bounds:
-        """The most that waits at a time, all processes together."""
+        """The most that may wait at a time, over all processes."""
 
     async def open(self) -> None:
-        """Connect, and begin to receive replies. To be called once, before anything else."""
+        """Connect and begin to receive replies. Called once, before anything else."""
 
     async def submit(self, jobs: Sequence[Job]) -> list[asyncio.Future[Reply]]:
-        """Accept all of the jobs or none; one future each, in order, that always gets its reply.
+        """Accept all of the jobs or none; returns one future each, in order, which always gets its reply.
 
-        Raises ServiceError: OVERLOADED with retry_after when they do not fit now, PAYLOAD_TOO_LARGE when they never do.
+        Raises ServiceError: OVERLOADED with retry_after if they do not fit now, PAYLOAD_TOO_LARGE if they never will.
         """
 
     def cancel(self, ids: Iterable[str]) -> None:
-        """Forget these jobs and cancel their futures: nobody waits for them any more. Unknown ids are ignored."""
+        """Forget jobs that nobody waits for any more, and cancel their futures. Unknown ids are ignored."""
 
     def waiting(self) -> int:
         """How many jobs of this process wait for their reply."""
 
     def stats(self) -> QueueStats:
-        """How full the queue is, all processes together; at most about a second old."""
+        """How full the queue is, over all processes; at most about a second old."""
 
     async def ready(self) -> None:
-        """Return if a job submitted now would be worked on; raises ServiceError(NOT_READY or DRAINING) if not."""
+        """Return if a job submitted now would be worked on; else raise ServiceError(NOT_READY or DRAINING)."""
 
     def stalled(self) -> bool:
-        """Whether this process's own worker stands still; workers elsewhere look after themselves."""
+        """Whether the worker in this process has stalled. Always False if workers are processes of their own."""
 
     def workers(self) -> list[WorkerInfo]:
         """The workers that take jobs now."""
 
     async def close(self) -> None:
-        """Answer what is still waiting with an error, and accept nothing more."""
+        """Answer every waiting job with an error, and accept no more."""
 
 
-class JobSource(Protocol):
-    """The worker's side. Called by one thread."""
+class WorkerQueue(Protocol):
+    """The worker's side of a queue. Called by one thread."""
 
     def attach(self, info: WorkerInfo) -> None:
-        """Say that this worker takes jobs from now on."""
+        """Announce that this worker takes jobs from now on."""
 
     def detach(self, info: WorkerInfo) -> None:
-        """Say that it no longer does."""
+        """Announce that it no longer does."""
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
-        """About `max_jobs` jobs, those of each lane oldest first: what is there now, else what comes in `timeout` s.
+        """About `max_jobs` jobs, oldest first within a priority: those there now, else what comes within `timeout` s.
 
-        Neither lane may be kept out by the other: each gets at least half of the places that it can fill.
+        Neither priority may starve the other: each gets at least half of the places if it has jobs to fill them.
         """
 
     def release(self, jobs: Sequence[Job]) -> None:
-        """Hand back jobs that were taken and not begun, for another worker."""
+        """Hand jobs that were taken and not begun to another worker."""
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
-        """The ids of those jobs whose caller is gone; they need no reply, and one that is sent is ignored."""
+        """The ids of the jobs whose caller has left. They need no reply; one that is sent is ignored."""
 
     def reply(self, replies: Sequence[Reply]) -> None:
         """Answer jobs that were taken. A second reply to a job is ignored."""
 
 
 class DrainRate:
-    """How fast the queue empties, to tell a refused caller when to come back."""
+    """How fast the queue empties, for the Retry-After of refused requests."""
 
     MIN_WAIT, MAX_WAIT = 1.0, 60.0
+    # Seconds over which the measured rate is averaged.
     WINDOW = 10.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -185,7 +189,7 @@ class DrainRate:
         self._rate: float | None = None
 
     def record(self, tokens: int, jobs_left: int) -> None:
-        """`tokens` have just been answered. With nothing left the clock stops: idle time says nothing of speed."""
+        """Count `tokens` just answered. An empty queue stops the clock, because idle time says nothing about speed."""
         now = self._clock()
         if self._last is not None and now > self._last:
             elapsed = now - self._last
@@ -195,7 +199,7 @@ class DrainRate:
         self._last = now if jobs_left else None
 
     def seconds_for(self, tokens: int) -> float:
-        """Seconds until `tokens` will have been worked off, within bounds that suit a Retry-After header."""
+        """Seconds until `tokens` will have been worked off, within MIN_WAIT and MAX_WAIT."""
         if not self._rate:
             return self.MIN_WAIT
         return min(self.MAX_WAIT, max(self.MIN_WAIT, tokens / self._rate))

@@ -1,4 +1,4 @@
-"""The queue within one process: the event loop submits, a worker's thread takes and replies."""
+"""The queue within one process: the event loop submits, a worker thread takes and replies."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from dataclasses import dataclass
 
 from client.errors import ErrorCode
 from service.errors import ServiceError
-from service.queue.contract import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+from service.queue.contract import Bounds, DrainRate, Job, JobFailure, Priority, QueueStats, Reply, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Accepted:
     job: Job
     future: asyncio.Future[Reply]
-    loop: asyncio.AbstractEventLoop
 
 
-class MemoryJobs:
-    """JobQueue and JobSource in one object, bounded by `max_jobs` and `max_tokens` accepted and not yet answered.
+class MemoryQueue:
+    """JobQueue and WorkerQueue in one object; holds at most `max_jobs` and `max_tokens` not yet answered.
 
-    A worker that is heard of no more for `stall` seconds, while it does not wait for jobs, stands still.
+    A worker that took jobs and then shows no sign of life for `stall` seconds has stalled.
     """
 
     def __init__(self, max_jobs: int, max_tokens: int, stall: float = math.inf) -> None:
         self.bounds = Bounds(max_jobs, max_tokens)
         self._changed = threading.Condition()
-        # Every accepted job without a reply; a cancelled one is gone from here, whoever holds it.
-        self._live: dict[str, _Waiting] = {}
-        self._pending: dict[Lane, OrderedDict[str, Job]] = {lane: OrderedDict() for lane in Lane}
+        # Every accepted job without a reply. A cancelled job leaves at once, even if a worker holds it.
+        self._open: dict[str, _Accepted] = {}
+        self._pending: dict[Priority, OrderedDict[str, Job]] = {priority: OrderedDict() for priority in Priority}
         self._tokens = 0
         self._rate = DrainRate()
         self._workers: list[WorkerInfo] = []
         self._closed = False
         self._stall = stall
-        # When the worker was last heard of; None while it waits for jobs, or loads.
-        self._heard: float | None = None
+        # The worker's last sign of life; None while it waits for jobs or loads, when silence means nothing.
+        self._last_sign: float | None = None
 
     async def open(self) -> None:
         """Nothing to connect to."""
@@ -49,23 +48,23 @@ class MemoryJobs:
         loop = asyncio.get_running_loop()
         tokens = sum(job.tokens for job in jobs)
         with self._changed:
-            self._admit(len(jobs), tokens)
-            entries = [_Waiting(job, loop.create_future(), loop) for job in jobs]
-            self._live.update((entry.job.id, entry) for entry in entries)
-            for job in jobs:
-                self._pending[job.lane][job.id] = job
+            self._check_room(len(jobs), tokens)
+            accepted = [_Accepted(job, loop.create_future()) for job in jobs]
+            for entry in accepted:
+                self._open[entry.job.id] = entry
+                self._pending[entry.job.priority][entry.job.id] = entry.job
             self._tokens += tokens
             self._changed.notify()
-        return [entry.future for entry in entries]
+        return [entry.future for entry in accepted]
 
-    def _admit(self, jobs: int, tokens: int) -> None:
+    def _check_room(self, jobs: int, tokens: int) -> None:
         if self._closed:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
         self.bounds.check(jobs, tokens)
-        if len(self._live) + jobs > self.bounds.jobs or self._tokens + tokens > self.bounds.tokens:
+        if len(self._open) + jobs > self.bounds.jobs or self._tokens + tokens > self.bounds.tokens:
             raise ServiceError(
                 ErrorCode.OVERLOADED,
-                f"the queue is full ({len(self._live)} judgements wait)",
+                f"the queue is full ({len(self._open)} judgements wait)",
                 retry_after=self._rate.seconds_for(self._tokens),
             )
 
@@ -76,23 +75,23 @@ class MemoryJobs:
                 if entry is not None:
                     entry.future.cancel()
 
-    def _forget(self, job_id: str) -> _Waiting | None:
-        entry = self._live.pop(job_id, None)
+    def _forget(self, job_id: str) -> _Accepted | None:
+        entry = self._open.pop(job_id, None)
         if entry is not None:
-            self._pending[entry.job.lane].pop(job_id, None)
+            self._pending[entry.job.priority].pop(job_id, None)
             self._tokens -= entry.job.tokens
         return entry
 
     def waiting(self) -> int:
-        return len(self._live)
+        return len(self._open)
 
     def stats(self) -> QueueStats:
         with self._changed:
-            return QueueStats(jobs=len(self._live), tokens=self._tokens)
+            return QueueStats(jobs=len(self._open), tokens=self._tokens)
 
     def stalled(self) -> bool:
-        heard = self._heard
-        return heard is not None and time.monotonic() - heard > self._stall
+        last_sign = self._last_sign
+        return last_sign is not None and time.monotonic() - last_sign > self._stall
 
     async def ready(self) -> None:
         if self.stalled():
@@ -108,7 +107,7 @@ class MemoryJobs:
     async def close(self) -> None:
         with self._changed:
             self._closed = True
-            left = list(self._live)
+            left = list(self._open)
             self._changed.notify_all()
         failure = JobFailure(ErrorCode.DRAINING, "the service stopped before this was judged")
         self._answer([Reply(job_id, failure) for job_id in left])
@@ -120,51 +119,49 @@ class MemoryJobs:
     def detach(self, info: WorkerInfo) -> None:
         with self._changed:
             self._workers.remove(info)
-            self._heard = None
+            self._last_sign = None
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:
         with self._changed:
-            self._heard = None
+            self._last_sign = None
             if not any(self._pending.values()) and not self._closed:
                 self._changed.wait(timeout)
-            # Each lane may use what the other leaves of its half.
-            counts = {lane: len(waiting) for lane, waiting in self._pending.items()}
-            bulk = min(counts[Lane.BULK], max(max_jobs // 2, max_jobs - counts[Lane.INTERACTIVE]))
-            interactive = min(counts[Lane.INTERACTIVE], max_jobs - bulk)
-            self._heard = time.monotonic()
-            return [*self._pop(Lane.INTERACTIVE, interactive), *self._pop(Lane.BULK, bulk)]
+            # Each priority may use what the other leaves of its half.
+            counts = {priority: len(pending) for priority, pending in self._pending.items()}
+            bulk = min(counts[Priority.BULK], max(max_jobs // 2, max_jobs - counts[Priority.INTERACTIVE]))
+            interactive = min(counts[Priority.INTERACTIVE], max_jobs - bulk)
+            self._last_sign = time.monotonic()
+            return [*self._pop(Priority.INTERACTIVE, interactive), *self._pop(Priority.BULK, bulk)]
 
-    def _pop(self, lane: Lane, count: int) -> list[Job]:
-        return [self._pending[lane].popitem(last=False)[1] for _ in range(count)]
+    def _pop(self, priority: Priority, count: int) -> list[Job]:
+        return [self._pending[priority].popitem(last=False)[1] for _ in range(count)]
 
     def release(self, jobs: Sequence[Job]) -> None:
         with self._changed:
-            for job in reversed([job for job in jobs if job.id in self._live]):
-                self._pending[job.lane][job.id] = job
-                self._pending[job.lane].move_to_end(job.id, last=False)
+            for job in reversed([job for job in jobs if job.id in self._open]):
+                self._pending[job.priority][job.id] = job
+                self._pending[job.priority].move_to_end(job.id, last=False)
             self._changed.notify()
 
     def abandoned(self, jobs: Sequence[Job]) -> set[str]:
         with self._changed:
-            self._heard = time.monotonic()
-            return {job.id for job in jobs if job.id not in self._live}
+            self._last_sign = time.monotonic()
+            return {job.id for job in jobs if job.id not in self._open}
 
     def reply(self, replies: Sequence[Reply]) -> None:
-        self._heard = time.monotonic()
+        self._last_sign = time.monotonic()
         self._answer(replies)
 
     def _answer(self, replies: Sequence[Reply]) -> None:
         with self._changed:
             answered = [(entry, reply) for reply in replies if (entry := self._forget(reply.id)) is not None]
-            self._rate.record(sum(entry.job.tokens for entry, _ in answered), len(self._live))
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, Reply]]] = {}
-        for entry, reply in answered:
-            by_loop.setdefault(entry.loop, []).append((entry, reply))
-        for loop, entries in by_loop.items():
-            loop.call_soon_threadsafe(_resolve, entries)
+            self._rate.record(sum(entry.job.tokens for entry, _ in answered), len(self._open))
+        if answered:
+            # One wake-up of the event loop for the whole batch.
+            answered[0][0].future.get_loop().call_soon_threadsafe(_resolve, answered)
 
 
-def _resolve(entries: Sequence[tuple[_Waiting, Reply]]) -> None:
-    for entry, reply in entries:
+def _resolve(answered: Sequence[tuple[_Accepted, Reply]]) -> None:
+    for entry, reply in answered:
         if not entry.future.done():
             entry.future.set_result(reply)

@@ -21,7 +21,7 @@ from service.errors import ServiceError
 from service.process.background import log_failure
 from service.queue import redis_protocol as protocol
 from service.queue import redis_scripts as scripts
-from service.queue.contract import Bounds, DrainRate, Job, JobFailure, Lane, QueueStats, Reply, WorkerInfo
+from service.queue.contract import Bounds, DrainRate, Job, JobFailure, Priority, QueueStats, Reply, WorkerInfo
 from service.queue.redis_clock import RedisClock
 from service.queue.redis_errors import trouble_of
 
@@ -49,12 +49,12 @@ class _Open:
     """A job that waits for its reply; `entry` is its place in the stream, once Redis has said it."""
 
     future: asyncio.Future[Reply]
-    lane: Lane
+    priority: Priority
     tokens: int
     entry: bytes | None = None
 
 
-class RedisJobs:
+class RedisQueue:
     """JobQueue on Redis, bounded by `max_jobs` and `max_tokens` over all processes together."""
 
     def __init__(self, url: str, keys: protocol.Keys, max_jobs: int, max_tokens: int) -> None:
@@ -104,7 +104,7 @@ class RedisJobs:
         self.bounds.check(len(jobs), sum(job.tokens for job in jobs))
         loop = asyncio.get_running_loop()
         # Known before Redis is told: the reply may be faster than Redis' answer to us.
-        opened = {job.id: _Open(loop.create_future(), job.lane, job.tokens) for job in jobs}
+        opened = {job.id: _Open(loop.create_future(), job.priority, job.tokens) for job in jobs}
         self._open.update(opened)
         # Shielded: a caller who leaves meanwhile must not leave jobs behind whose place in the stream nobody knows.
         adding = self._spawn(self._add(jobs, opened))
@@ -148,9 +148,9 @@ class RedisJobs:
 
     async def _ask_to_add(self, jobs: Sequence[Job]) -> list[Any]:
         keys = self._keys
-        lane = protocol.position(jobs[0].lane)
+        priority = protocol.position(jobs[0].priority)
         payloads = [protocol.encode_job(job, self._api, self._clock.offset) for job in jobs]
-        bounds = [lane, self.bounds.jobs, self.bounds.tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
+        bounds = [priority, self.bounds.jobs, self.bounds.tokens, sum(job.tokens for job in jobs), protocol.SEEN_TTL_MS]
         answer: list[Any] = await self._submit(
             keys=[*keys.streams, keys.tokens, keys.epoch, keys.seen(jobs[0].id)],
             args=[self._epoch, *bounds, *payloads],
@@ -173,7 +173,7 @@ class RedisJobs:
             part
             for job in jobs
             if job.entry is not None
-            for part in (protocol.position(job.lane), job.entry, job.tokens)
+            for part in (protocol.position(job.priority), job.entry, job.tokens)
         ]
         # Where Redis is away the worker sees the deadline, or its answer finds nobody.
         with suppress(*_BROKEN):
@@ -290,7 +290,7 @@ class RedisJobs:
         while self._unchecked:
             names, self._unchecked = self._unchecked[:LOOK_COUNT], self._unchecked[LOOK_COUNT:]
             known = [(name, job) for name in names if (job := self._open.get(name)) is not None]
-            asked = [(name, protocol.position(job.lane), job.entry) for name, job in known if job.entry is not None]
+            asked = [(name, protocol.position(job.priority), job.entry) for name, job in known if job.entry is not None]
             args: list[Any] = [part for _, *place in asked for part in place]
             gone = await self._gone(keys=self._keys.streams, args=args)
             if not gone:

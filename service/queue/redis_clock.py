@@ -1,4 +1,4 @@
-"""Redis' time, by this process's monotonic clock: the time in which deadlines travel between machines."""
+"""Redis' time on this process's monotonic clock: deadlines travel between machines in Redis' time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REFRESH_SECONDS = 1.0
 
 
 class RedisClock:
-    """Follows Redis' clock from its answers to TIME. This machine's own wall clock takes no part.
+    """Follows Redis' clock by its answers to TIME. This machine's wall clock plays no part: it may be wrong or be set.
 
     `offset` is Redis' time minus `time.monotonic()`, in seconds.
     """
@@ -20,14 +20,14 @@ class RedisClock:
 
     @property
     def stale(self) -> bool:
-        """Whether Redis has not been asked yet, or not for a second: its clock may have been set meanwhile."""
+        """Whether Redis' last answer is over a second old or missing: its clock may have been set since."""
         return time.monotonic() - self._learned > REFRESH_SECONDS
 
     def learn(self, answer: tuple[int, int], asked: float) -> None:
-        """Take what Redis answered to a TIME that was sent at `asked` (of `time.monotonic()`)."""
+        """Use Redis' answer to a TIME command that was sent at `asked` (in `time.monotonic()`)."""
         seconds, microseconds = answer
-        told = seconds + microseconds / 1e6
+        redis_time = seconds + microseconds / 1e6
         self._learned = time.monotonic()
-        # Redis looked at its clock between the two moments. What is known stays unless it contradicts that, so that
-        # a slow answer spoils nothing.
-        self.offset = min(max(self.offset, told - self._learned), told - asked)
+        # Redis read its clock at some moment between the two. The known offset stays unless that contradicts it, so a
+        # slow answer does no harm.
+        self.offset = min(max(self.offset, redis_time - self._learned), redis_time - asked)

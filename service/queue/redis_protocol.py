@@ -1,7 +1,7 @@
 """The queue on Redis: its keys and its messages. redis_scripts.py has its atomic steps; redis_jobs.py is the HTTP side,
 redis_source.py the worker's; both know Redis only through these files.
 
-    submit   jobs:<lane>   stream, one entry a job; its consumer group hands each entry to one worker at a time
+    submit   jobs:<priority>   stream, one entry a job; its consumer group hands each entry to one worker at a time
     reply    replies:<api> stream of each API process, which reads it from the beginning and deletes what it has read
     finish   deletes the job's entry, gives its tokens back and sends its reply, in one step
     lease    a worker renews what it holds; an entry left alone for longer is claimed by another worker
@@ -41,7 +41,7 @@ from service.engine.contract import (
     TokenItem,
 )
 from service.queue import strict_json
-from service.queue.contract import Job, JobFailure, Lane, Reply, WorkerInfo
+from service.queue.contract import Job, JobFailure, Priority, Reply, WorkerInfo
 
 GROUP: Final = "workers"
 PAYLOAD: Final = b"p"
@@ -66,7 +66,7 @@ _GENERATE: Final[Task] = "generate"
 # The same of text, which has the queues of its model to itself.
 _TEXT_LABELS: Final = "text labels"
 _TEXT_GENERATE: Final = "text generate"
-LANES: Final = (Lane.INTERACTIVE, Lane.BULK)
+PRIORITIES: Final = (Priority.INTERACTIVE, Priority.BULK)
 # Deliveries after which a job is given up: each one before ended with a lost worker.
 MAX_DELIVERIES: Final = 3
 # The replies of a process that is gone vanish after this long.
@@ -94,14 +94,14 @@ class Keys:
         """The keys of a model's queue for a task. Judges that need the same task can share workers."""
         return cls(f"{prefix}:{{{fingerprint}}}" if task == "labels" else f"{prefix}:{{{fingerprint}:{task}}}")
 
-    def jobs(self, lane: Lane) -> str:
-        """The stream of a lane's open jobs."""
-        return f"{self.base}:jobs:{lane}"
+    def jobs(self, priority: Priority) -> str:
+        """The stream of a priority's open jobs."""
+        return f"{self.base}:jobs:{priority}"
 
     @property
     def streams(self) -> list[str]:
         """Both lanes' streams, the interactive one first."""
-        return [self.jobs(lane) for lane in LANES]
+        return [self.jobs(priority) for priority in PRIORITIES]
 
     @property
     def tokens(self) -> str:
@@ -156,9 +156,9 @@ class Keys:
         return f"{self.base}:seen:{submission}"
 
 
-def position(lane: Lane) -> int:
-    """Which of a script's KEYS is the lane's stream."""
-    return LANES.index(lane) + 1
+def position(priority: Priority) -> int:
+    """Which of a script's KEYS is the priority's stream."""
+    return PRIORITIES.index(priority) + 1
 
 
 def by_stream(found: Any) -> list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]]:
@@ -204,19 +204,19 @@ class UnreadableJobError(ValueError):
         self.caller = caller
 
 
-def decode_job(payload: bytes, lane: Lane, attempt: int, offset: float = 0.0) -> tuple[Job, str]:
+def decode_job(payload: bytes, priority: Priority, attempt: int, offset: float = 0.0) -> tuple[Job, str]:
     """The job of an entry, and the id of the API process that waits for it. Raises UnreadableJobError for all else.
 
     `offset` is this process's: the job's times are then of its own monotonic clock.
     """
     try:
-        return _job(payload, lane, attempt, offset)
+        return _job(payload, priority, attempt, offset)
     except ValueError as exc:
         found = _CALLER.match(payload, 4)
         raise UnreadableJobError(str(exc), (found[1].decode(), found[2].decode()) if found else None) from exc
 
 
-def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, str]:
+def _job(payload: bytes, priority: Priority, attempt: int, offset: float) -> tuple[Job, str]:
     end = 4 + int.from_bytes(payload[:4], "little")
     if not 4 < end < len(payload):
         raise ValueError("its lengths do not fit")
@@ -228,7 +228,7 @@ def _job(payload: bytes, lane: Lane, attempt: int, offset: float) -> tuple[Job, 
     if not isinstance(traceparent, str | None):
         raise ValueError("its trace context is no text")
     times = strict_json.number(deadline, 0, _LATEST) - offset, strict_json.number(submitted, 0, _LATEST) - offset
-    return Job(_name(job_id), item, *times, lane, attempt, traceparent), _name(api)
+    return Job(_name(job_id), item, *times, priority, attempt, traceparent), _name(api)
 
 
 def _text_item(text: bytes, task: list[Any]) -> TextItem | None:

@@ -24,7 +24,7 @@ from client.errors import ErrorCode
 from service.process.background import start_thread
 from service.queue import redis_protocol as protocol
 from service.queue import redis_scripts as scripts
-from service.queue.contract import Job, JobFailure, Lane, Reply, WorkerInfo
+from service.queue.contract import Job, JobFailure, Priority, Reply, WorkerInfo
 from service.queue.redis_clock import RedisClock
 from service.queue.redis_errors import trouble_of
 from service.telemetry.metrics import Metrics
@@ -59,11 +59,11 @@ class _Held:
 
     @property
     def place(self) -> tuple[int, bytes]:
-        return protocol.position(self.job.lane), self.entry
+        return protocol.position(self.job.priority), self.entry
 
 
-class RedisSource:
-    """JobSource on Redis. `on_stall` is called, from another thread, when the loop stands still with jobs in hand."""
+class RedisWorkerQueue:
+    """WorkerQueue on Redis. `on_stall` is called, from another thread, when the loop stands still with jobs in hand."""
 
     def __init__(
         self, url: str, keys: protocol.Keys, timing: Timing, metrics: Metrics, on_stall: Callable[[], None]
@@ -172,7 +172,7 @@ class RedisSource:
             count=max_jobs,
             block=block,
         )
-        lanes = {self._keys.jobs(lane).encode(): lane for lane in protocol.LANES}
+        lanes = {self._keys.jobs(priority).encode(): priority for priority in protocol.PRIORITIES}
         return [
             job
             for stream, entries in protocol.by_stream(found)
@@ -193,38 +193,40 @@ class RedisSource:
         args: list[Any] = [protocol.GROUP, self._me, scripts.RELEASED, max_jobs]
         found: Any = self._take_released(keys=self._keys.streams, args=args)
         jobs = [
-            self._hold(protocol.LANES[lane - 1], entry, dict(zip(fields[::2], fields[1::2], strict=True)), attempt)
-            for lane, entry, fields, attempt in found
+            self._hold(
+                protocol.PRIORITIES[priority - 1], entry, dict(zip(fields[::2], fields[1::2], strict=True)), attempt
+            )
+            for priority, entry, fields, attempt in found
         ]
         return [job for job in jobs if job is not None]
 
-    def _hold(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
+    def _hold(self, priority: Priority, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
         payload = fields.get(protocol.PAYLOAD, b"")
         try:
-            job, api = protocol.decode_job(payload, lane, attempt, self._clock.offset)
+            job, api = protocol.decode_job(payload, priority, attempt, self._clock.offset)
         except protocol.UnreadableJobError as exc:
             log.error("an entry is no job", entry=entry.decode(), reason=exc.reason)
             # Where Redis fails meanwhile it stays as it is, and comes again when its lease is over.
             with suppress(*_BROKEN):
-                self._set_aside(lane, entry, payload, exc.caller)
+                self._set_aside(priority, entry, payload, exc.caller)
             return None
         with self._lock:
             self._held[job.id] = _Held(job, entry, api)
         return job
 
-    def _set_aside(self, lane: Lane, entry: bytes, payload: bytes, caller: tuple[str, str] | None) -> None:
+    def _set_aside(self, priority: Priority, entry: bytes, payload: bytes, caller: tuple[str, str] | None) -> None:
         """Take an entry that cannot be read out of the queue; its caller is told, where it says who that is."""
         job_id, api = caller or ("", "")
         failure = Reply(job_id, JobFailure(ErrorCode.INFERENCE_FAILED, protocol.UNREADABLE_JOB))
         message = protocol.encode_replies([failure]) if caller else b""
-        places: list[Any] = [protocol.position(lane), entry, 0]
+        places: list[Any] = [protocol.position(priority), entry, 0]
         self._finish(keys=self._keys.finish(api), args=[protocol.GROUP, protocol.REPLIES_TTL_MS, message, "", *places])
         self._metrics.dropped("unreadable", 1)
-        self._bury(lane, entry, payload, "unreadable")
+        self._bury(priority, entry, payload, "unreadable")
 
-    def _bury(self, lane: Lane, entry: bytes, payload: bytes, reason: str) -> None:
+    def _bury(self, priority: Priority, entry: bytes, payload: bytes, reason: str) -> None:
         self._metrics.dead_lettered()
-        letter: dict[Any, Any] = {"p": payload, "lane": lane, "entry": entry, "reason": reason}
+        letter: dict[Any, Any] = {"p": payload, "lane": priority, "entry": entry, "reason": reason}
         try:
             self._redis.xadd(self._keys.dead, letter, maxlen=protocol.DEAD_LETTERS, approximate=True)
         except _BROKEN as exc:
@@ -251,8 +253,8 @@ class RedisSource:
         """
         lease_ms = int(self._timing.lease * 1000)
         mine = {each.entry for each in list(self._held.values())}
-        for lane in protocol.LANES:
-            stream = self._keys.jobs(lane)
+        for priority in protocol.PRIORITIES:
+            stream = self._keys.jobs(priority)
             lost: Any = self._redis.xpending_range(stream, protocol.GROUP, "-", "+", LOOK_COUNT, idle=lease_ms)
             # In hand all the same, after a pause in which no lease could be renewed.
             for each in (each for each in lost if each["message_id"] not in mine):
@@ -262,13 +264,13 @@ class RedisSource:
                     if fields is None:
                         # Deleted by somebody else: nothing is left to be judged.
                         self._redis.xack(stream, protocol.GROUP, each["message_id"])
-                    elif (job := self._take_over(lane, entry, fields, each["times_delivered"] + 1)) is not None:
+                    elif (job := self._take_over(priority, entry, fields, each["times_delivered"] + 1)) is not None:
                         return [job]
         self._forget(keys=self._keys.streams, args=[protocol.GROUP, int(max(10 * self._timing.lease, 60.0) * 1000)])
         return []
 
-    def _take_over(self, lane: Lane, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
-        job = self._hold(lane, entry, fields, attempt)
+    def _take_over(self, priority: Priority, entry: bytes, fields: dict[bytes, bytes], attempt: int) -> Job | None:
+        job = self._hold(priority, entry, fields, attempt)
         if job is None:
             return None
         if attempt > protocol.MAX_DELIVERIES:
@@ -280,7 +282,7 @@ class RedisSource:
 
     def _give_up(self, job: Job, entry: bytes, payload: bytes) -> None:
         log.error("job given up", job=job.id, deliveries=job.attempt - 1)
-        self._bury(job.lane, entry, payload, "every worker that took it was lost")
+        self._bury(job.priority, entry, payload, "every worker that took it was lost")
         message = f"given up: {job.attempt - 1} workers in a row were lost while they held this item"
         queued = max(0.0, time.monotonic() - job.submitted)
         self.reply([Reply(job.id, JobFailure(ErrorCode.INFERENCE_FAILED, message), queued)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take a while
+if __name__ == "__main__":  # before the imports, which take a while
     from client.runtime import program
 
     program.begin("python -m service.worker", "service")
@@ -22,11 +22,11 @@ from service.process.background import start_thread
 from service.process.hosts import AllowedHosts, is_loopback, require_known_host
 from service.process.listening import bind_error
 from service.queue.redis_protocol import Keys
-from service.queue.redis_worker import RedisSource, Timing
+from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.settings import MEMORY_URL, WorkerSettings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import start_tracing
-from service.worker.loop import CLOSE_SECONDS, GOODBYE_SECONDS, STALLED_STATUS, Worker
+from service.worker.loop import ENGINE_CLOSE_SECONDS, GOODBYE_SECONDS, STALLED_STATUS, Worker
 
 log = structlog.get_logger(__name__)
 
@@ -43,11 +43,11 @@ def _run(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
 def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     """Load the model and judge jobs from Redis until SIGTERM or Ctrl-C; a batch in hand is finished.
 
-    Raises ModelError when the model cannot be had, ValueError for a queue that no worker can share.
+    Raises ModelError if the model cannot be loaded, ValueError for a queue that workers cannot share.
     """
-    # Imported only now: it pulls in transformers, and --help should not wait for that.
+    # Imported late: they pull in transformers, which --help should not wait for.
     from service.loading.engines import check_engine, find_model, load_engine
-    from service.worker.scheduler import make_batcher
+    from service.worker.scheduler import make_scheduler
 
     if settings.queue_url == MEMORY_URL:
         raise ValueError("a worker needs --queue-url redis://…; with memory:// the service runs the model itself")
@@ -58,15 +58,15 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     check_engine(settings)
     model = find_model(settings)
     engine = load_engine(settings, model)
-    source = RedisSource(
+    queue = RedisWorkerQueue(
         settings.queue_url,
         Keys.of(settings.key_prefix, model.fingerprint, settings.task),
         Timing(settings.lease_seconds, settings.stall_seconds),
         metrics,
-        # The stuck thread cannot be ended in any other way; its jobs go to another worker.
+        # A stuck thread can be ended in no other way. Its jobs go to another worker.
         on_stall=lambda: leave(STALLED_STATUS),
     )
-    worker = Worker(engine, source, make_batcher(settings, engine), metrics, tracing=tracing)
+    worker = Worker(engine, queue, make_scheduler(settings, engine), metrics, tracing=tracing)
     stopping_now, done = threading.Event(), threading.Event()
 
     def close() -> None:
@@ -76,11 +76,11 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     def finish() -> None:
         stopping_now.set()
         if not worker.wait(done, GOODBYE_SECONDS):
-            log.warning("redis does not answer: what this worker holds goes to others when its lease is over")
-            start_thread("close", close, lambda: None).join(CLOSE_SECONDS)
+            log.warning("redis does not answer: the jobs in hand go to other workers when their lease expires")
+            start_thread("close", close, lambda: None).join(ENGINE_CLOSE_SECONDS)
             leave(0)
 
-    stop.on_signal(finish, CLOSE_SECONDS)
+    stop.on_signal(finish, ENGINE_CLOSE_SECONDS)
     log.info("working", model=model.id, engine=engine.info.engine, dtype=engine.info.dtype)
     try:
         worker.run(stopping_now)

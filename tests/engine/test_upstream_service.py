@@ -23,12 +23,12 @@ from service.engine.upstream.openai_client import UpstreamError
 from service.http.uvicorn_server import Server
 from service.loading.engines import find_model, load_engine
 from service.loading.upstream import find_upstream
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.server import compose
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import make_batcher
+from service.worker.scheduler import make_scheduler
 from tests.engine.test_upstream import returned, words
 from tests.support.openai_server import MODEL, Reply, Seen, Upstream, error, openai_server
 from tests.support.reference import paper_file, paper_text
@@ -42,12 +42,12 @@ def served(upstream: Upstream, **settings: Any) -> Iterator[httpx.Client]:
     """A service over that server, started as `python -m service` starts it."""
     config = Settings(engine="upstream", upstream_url=upstream.url, host="127.0.0.1", port=0, **settings)
     model, metrics = find_model(config), Metrics()
-    queue = MemoryJobs(config.max_queue_jobs, config.max_queue_tokens)
+    queue = MemoryQueue(config.max_queue_jobs, config.max_queue_tokens)
 
     def work(stop: threading.Event) -> None:
         engine = load_engine(config, model)
         try:
-            Worker(engine, queue, make_batcher(config, engine), metrics).run(stop)
+            Worker(engine, queue, make_scheduler(config, engine), metrics).run(stop)
         finally:
             engine.close()
 
@@ -339,7 +339,7 @@ def test_a_batch_fills_the_places_some_times() -> None:
     with openai_server(words=words) as upstream:
         config = Settings(engine="upstream", upstream_url=upstream.url, upstream_concurrency=8)
         engine = load_engine(config, find_model(config))
-        batcher = make_batcher(config, engine)
+        scheduler = make_scheduler(config, engine)
         engine.close()
 
-    assert batcher.room == 32
+    assert scheduler.room == 32

@@ -22,11 +22,11 @@ from service.loading.engines import find_model
 from service.models.manifest import ModelError
 from service.process.orphans import OrphanGuard
 from service.queue.contract import Job
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 from tests.support.live import wait_for
 
 
@@ -191,12 +191,12 @@ told: list[list[float]] = []
 
 async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
     """Its jobs are for another worker: no failure is sent, and the items are not tried one by one."""
-    queue = MemoryJobs(10, 10_000)
+    queue = MemoryQueue(10, 10_000)
     await queue.open()
     jobs = [Job(name, ScoreItem([1, 2], (3,)), deadline=1e12, submitted=0.0) for name in "ab"]
     futures = await queue.submit(jobs)
     engine = LostEngine()
-    worker = Worker(engine, queue, Batcher(1000, 10, 0.0), Metrics())
+    worker = Worker(engine, queue, Scheduler(1000, 10, 0.0), Metrics())
 
     with pytest.raises(EngineLostError):
         worker.run(threading.Event())

@@ -41,7 +41,7 @@ from service.judge.score_cache import (
 from service.prompts.builder import JudgePrompt
 from service.questions import Layout, Predicate, PromptSpec
 from service.queue.contract import JobFailure, Reply, WorkerInfo
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.telemetry.metrics import Metrics
 from tests.support.fleet import Fleet
 from tests.support.live import Live, live_service, wait_for
@@ -265,7 +265,7 @@ class Desk:
 
     def __init__(self, info: WorkerInfo | None = INFO) -> None:
         self.variant: str | None = INFO.variant
-        self.queue = MemoryJobs(100, 10_000)
+        self.queue = MemoryQueue(100, 10_000)
         self.metrics = Metrics()
         self.cache = MemoryCache(100)
         dispatcher = Dispatcher(self.queue, self.metrics, Scores(self.cache, "model"))

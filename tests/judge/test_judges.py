@@ -15,7 +15,7 @@ from service.engine.contract import ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.errors import ServiceError
 from service.loading.engines import find_model
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.server import compose
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -361,4 +361,4 @@ def test_a_reward_model_without_a_chat_template_is_refused() -> None:
     model.tokenizer.chat_template = None
 
     with pytest.raises(ServiceError, match="has no chat template, which the judge reward-model"):
-        compose(settings, model, MemoryJobs(1, 1), Metrics(), ThreadPoolExecutor(1))
+        compose(settings, model, MemoryQueue(1, 1), Metrics(), ThreadPoolExecutor(1))

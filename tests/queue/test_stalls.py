@@ -14,13 +14,13 @@ import pytest
 from service.engine.contract import AnyItem, ScoreItem
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.queue.contract import Job, Lane
-from service.queue.memory import MemoryJobs
+from service.queue.contract import Job, Priority
+from service.queue.memory import MemoryQueue
 from service.queue.redis_protocol import GROUP, Keys
 from service.settings import Settings, WorkerSettings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import STALLED_STATUS, Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 from tests.support.fleet import Fleet
 from tests.support.live import live_service, wait_for
 from tests.support.redis_server import RedisServer
@@ -68,7 +68,7 @@ def test_a_worker_that_is_held_as_a_whole_does_not_stand_still(redis_server: Red
     fleet.wait_ready()
     with ThreadPoolExecutor(1) as pool, redis_server.client() as client:
         asked = pool.submit(httpx.post, f"{api.url}/score", json={**HANGS, "response": "4"}, timeout=60)
-        stream = Keys("judge:{fake}").jobs(Lane.INTERACTIVE)
+        stream = Keys("judge:{fake}").jobs(Priority.INTERACTIVE)
         assert wait_for(lambda: client.xpending(stream, GROUP)["pending"] == 1, seconds=30)
         worker.pause()
         time.sleep(3)
@@ -80,7 +80,7 @@ def test_a_worker_that_is_held_as_a_whole_does_not_stand_still(redis_server: Red
 
 def test_a_worker_that_waits_for_jobs_or_loads_does_not_stand_still() -> None:
     """Only one that has gone off with jobs, and is not heard of, does."""
-    loading, idle = MemoryJobs(100, 10_000, 0.01), MemoryJobs(100, 10_000, 0.01)
+    loading, idle = MemoryQueue(100, 10_000, 0.01), MemoryQueue(100, 10_000, 0.01)
     waiting = threading.Thread(target=idle.take, args=(1, 1.0))
     waiting.start()
     time.sleep(0.2)
@@ -102,10 +102,10 @@ async def test_items_that_are_tried_one_by_one_are_progress() -> None:
             if len(items) > 1:
                 raise RuntimeError("too much at once")
 
-    queue, seen = MemoryJobs(100, 10_000, 1.0), []
+    queue, seen = MemoryQueue(100, 10_000, 1.0), []
     now = time.monotonic()
     await queue.submit([Job(str(n), ScoreItem((n, 5, 6), (1, 2)), now + 60, now) for n in range(5)])
-    Worker(Slow(), queue, Batcher(1000, 16, 0.0), Metrics()).step()
+    Worker(Slow(), queue, Scheduler(1000, 16, 0.0), Metrics()).step()
 
     assert seen == [False] * 6
 

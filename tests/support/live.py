@@ -15,12 +15,12 @@ from service.engine.contract import Engine
 from service.engine.fake import FakeEngine
 from service.http.uvicorn_server import Server
 from service.loading.engines import find_model
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.server import compose
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Live:
     url: str
     http: httpx.Client
     server: Server
-    queue: MemoryJobs
+    queue: MemoryQueue
     metrics: Metrics
 
     def value(self, name: str, **labels: str) -> float:
@@ -46,11 +46,11 @@ def live_service(engine: Engine | None = None, *, worker: bool = True, **setting
     if isinstance(judge, FakeEngine):
         judge = replace(judge, task=config.task)
     metrics = Metrics()
-    queue = MemoryJobs(config.max_queue_jobs, config.max_queue_tokens)
+    queue = MemoryQueue(config.max_queue_jobs, config.max_queue_tokens)
 
     def work(stop: threading.Event) -> None:
         if worker:
-            Worker(judge, queue, Batcher(judge.info.batch_tokens, 256, 0.002), metrics).run(stop)
+            Worker(judge, queue, Scheduler(judge.info.batch_tokens, 256, 0.002), metrics).run(stop)
 
     with ThreadPoolExecutor(2) as executor:
         service = compose(config, find_model(config), queue, metrics, executor)

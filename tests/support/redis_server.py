@@ -129,8 +129,8 @@ def leftovers(server: RedisServer, base: str = "judge:{fake}", patience: float =
 
 def _found(client: redis.Redis, base: str) -> dict[str, int]:
     found = {"tokens": int(client.get(f"{base}:tokens") or 0)}
-    for lane in ("interactive", "bulk"):
-        stream = f"{base}:jobs:{lane}"
+    for priority in ("interactive", "bulk"):
+        stream = f"{base}:jobs:{priority}"
         found[stream] = client.xlen(stream)
         found[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
     for key in client.scan_iter(f"{base}:*"):
@@ -146,6 +146,6 @@ def _groups(client: redis.Redis, stream: str) -> list[dict[str, int]]:
     try:
         groups: list[dict[str, int]] = client.xinfo_groups(stream)
     except redis.ResponseError:
-        # No such stream: nothing was ever queued in this lane.
+        # No such stream: nothing was ever queued in this priority.
         return []
     return groups

@@ -13,7 +13,7 @@ from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.judge.score_cache import redis_cache
 from service.queue.contract import Job, JobFailure
-from service.queue.redis_client import RedisJobs
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
 from tests.support.fleet import Fleet
 from tests.support.live import wait_for
@@ -25,8 +25,8 @@ PAIR = {"prompt": "What is 2+2?", "response": "4"}
 SECONDS = 40
 
 
-def queue_on(server: RedisServer) -> RedisJobs:
-    return RedisJobs(server.url, Keys.of("judge", uuid.uuid4().hex), 100, 10_000)
+def queue_on(server: RedisServer) -> RedisQueue:
+    return RedisQueue(server.url, Keys.of("judge", uuid.uuid4().hex), 100, 10_000)
 
 
 def job(name: str) -> Job:

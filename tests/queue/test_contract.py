@@ -15,11 +15,21 @@ import pytest
 from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
-from service.queue.contract import DrainRate, Job, JobFailure, JobQueue, JobSource, Lane, QueueStats, Reply, WorkerInfo
-from service.queue.memory import MemoryJobs
-from service.queue.redis_client import RedisJobs
+from service.queue.contract import (
+    DrainRate,
+    Job,
+    JobFailure,
+    JobQueue,
+    Priority,
+    QueueStats,
+    Reply,
+    WorkerInfo,
+    WorkerQueue,
+)
+from service.queue.memory import MemoryQueue
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
-from service.queue.redis_worker import RedisSource, Timing
+from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.telemetry.metrics import Metrics
 from tests.support.redis_server import RedisServer, running_redis
 
@@ -27,7 +37,7 @@ ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
 INFO = WorkerInfo(engine="fake", dtype="float64", max_tokens=100)
 
 
-class Backend(JobQueue, JobSource, Protocol):
+class Backend(JobQueue, WorkerQueue, Protocol):
     """Both sides of a queue."""
 
 
@@ -36,8 +46,8 @@ class RedisBackend:
 
     def __init__(self, server: RedisServer) -> None:
         keys = Keys.of(uuid.uuid4().hex, "model")
-        self.jobs = RedisJobs(server.url, keys, 4, 100)
-        self.source = RedisSource(server.url, keys, Timing(lease=60), Metrics(), on_stall=lambda: None)
+        self.jobs = RedisQueue(server.url, keys, 4, 100)
+        self.source = RedisWorkerQueue(server.url, keys, Timing(lease=60), Metrics(), on_stall=lambda: None)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.source if hasattr(self.source, name) else self.jobs, name)
@@ -53,7 +63,7 @@ def server() -> Iterator[RedisServer]:
 @pytest.fixture(params=["memory", "redis"])
 async def queue(request: pytest.FixtureRequest, server: RedisServer) -> AsyncIterator[Backend]:
     """A queue of 4 jobs and 100 tokens, of each kind."""
-    backend = MemoryJobs(4, 100) if request.param == "memory" else RedisBackend(server)
+    backend = MemoryQueue(4, 100) if request.param == "memory" else RedisBackend(server)
     await backend.open()
     yield backend
     await backend.close()
@@ -68,10 +78,10 @@ async def eventually(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def job(name: str, tokens: int = 10, *, deadline: float = 60.0, lane: Lane = Lane.INTERACTIVE) -> Job:
+def job(name: str, tokens: int = 10, *, deadline: float = 60.0, priority: Priority = Priority.INTERACTIVE) -> Job:
     now = time.monotonic()
     return Job(
-        name, ScoreItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, lane, traceparent="00-ab-cd-01"
+        name, ScoreItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, priority, traceparent="00-ab-cd-01"
     )
 
 
@@ -212,7 +222,7 @@ async def test_a_job_cancelled_after_it_was_taken_is_abandoned(queue: Backend) -
 
 async def test_neither_lane_keeps_the_other_out(queue: Backend) -> None:
     """When both lanes wait, a take of two brings one of each, whoever came first."""
-    await queue.submit([job("b1", lane=Lane.BULK), job("b2", lane=Lane.BULK)])
+    await queue.submit([job("b1", priority=Priority.BULK), job("b2", priority=Priority.BULK)])
     await queue.submit([job("i1"), job("i2")])
 
     assert {"b1", "i1"} <= {each.id for each in await taken(queue, 2)}

@@ -17,14 +17,14 @@ from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
 from service.process.background import start_thread
-from service.queue.contract import Job, JobFailure, Lane, Reply, WorkerInfo
-from service.queue.redis_client import RedisJobs
+from service.queue.contract import Job, JobFailure, Priority, Reply, WorkerInfo
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import PAYLOAD, Keys, decode_job
-from service.queue.redis_worker import RedisSource, Timing
+from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.telemetry.metrics import Metrics
 from tests.support.live import live_service
 from tests.support.redis_server import RedisServer, running_redis
-from tests.worker.test_worker import Scripted
+from tests.worker.test_loop import Scripted
 
 ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
 INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100)
@@ -105,18 +105,18 @@ def keys() -> Keys:
 
 
 @pytest.fixture
-async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisJobs]:
+async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisQueue]:
     """The HTTP side."""
-    queue = RedisJobs(server.url, keys, 100, 10_000)
+    queue = RedisQueue(server.url, keys, 100, 10_000)
     await queue.open()
     yield queue
     await queue.close()
 
 
 @pytest.fixture
-def worker(server: RedisServer, keys: Keys) -> RedisSource:
+def worker(server: RedisServer, keys: Keys) -> RedisWorkerQueue:
     """A worker's side."""
-    return RedisSource(server.url, keys, Timing(), Metrics(), lambda: None)
+    return RedisWorkerQueue(server.url, keys, Timing(), Metrics(), lambda: None)
 
 
 def job(name: str) -> Job:
@@ -124,7 +124,7 @@ def job(name: str) -> Job:
     return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 
-async def taken(worker: RedisSource) -> list[Job]:
+async def taken(worker: RedisWorkerQueue) -> list[Job]:
     """What the worker gets in some seconds; it may look at rubbish first."""
     for _ in range(100):
         if found := await asyncio.to_thread(worker.take, 64, 0.1):
@@ -132,7 +132,7 @@ async def taken(worker: RedisSource) -> list[Job]:
     return []
 
 
-async def answered(jobs: RedisJobs, worker: RedisSource, name: str) -> bool:
+async def answered(jobs: RedisQueue, worker: RedisWorkerQueue, name: str) -> bool:
     """Whether a job goes all the way there and back."""
     (future,) = await jobs.submit([job(name)])
     assert [each.id for each in await taken(worker)] == [name]
@@ -144,32 +144,32 @@ async def answered(jobs: RedisJobs, worker: RedisSource, name: str) -> bool:
 def test_what_is_no_job_is_refused_with_one_exception(payload: bytes) -> None:
     """Whatever is wrong with an entry, it is a ValueError, and nothing else that could end a worker."""
     with pytest.raises(ValueError, match=r".*"):
-        decode_job(payload, Lane.BULK, 1)
+        decode_job(payload, Priority.BULK, 1)
 
 
-async def test_no_entry_ends_a_worker(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_no_entry_ends_a_worker(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Rubbish of every kind is counted, put aside and deleted, and the job behind it is judged."""
     metrics = Metrics()
-    worker = RedisSource(server.url, keys, Timing(), metrics, lambda: None)
+    worker = RedisWorkerQueue(server.url, keys, Timing(), metrics, lambda: None)
     with server.client() as client:
         for payload in RUBBISH.values():
-            client.xadd(keys.jobs(Lane.INTERACTIVE), {PAYLOAD: payload})
-        client.xadd(keys.jobs(Lane.INTERACTIVE), {"other": "fields"})
+            client.xadd(keys.jobs(Priority.INTERACTIVE), {PAYLOAD: payload})
+        client.xadd(keys.jobs(Priority.INTERACTIVE), {"other": "fields"})
 
         assert await answered(jobs, worker, "a")
         assert client.xlen(keys.dead) == len(RUBBISH) + 1
-        assert client.xlen(keys.jobs(Lane.INTERACTIVE)) == 0
+        assert client.xlen(keys.jobs(Priority.INTERACTIVE)) == 0
     count = metrics.registry.get_sample_value("judge_jobs_dropped_total", {"reason": "unreadable"})
     assert count == len(RUBBISH) + 1
 
 
 async def test_the_caller_of_an_unreadable_job_is_told(
-    server: RedisServer, keys: Keys, jobs: RedisJobs, worker: RedisSource
+    server: RedisServer, keys: Keys, jobs: RedisQueue, worker: RedisWorkerQueue
 ) -> None:
     """A job whose header begins as ours do and goes on as none does: an error at once, not silence."""
     (future,) = await jobs.submit([job("a")])
     with server.client() as client:
-        stream = keys.jobs(Lane.INTERACTIVE)
+        stream = keys.jobs(Priority.INTERACTIVE)
         ((place, fields),) = client.xrange(stream)
         client.xdel(stream, place)
         client.xadd(stream, {PAYLOAD: fields[PAYLOAD] + b"x"})
@@ -197,7 +197,7 @@ OUTCOMES = {
 
 @pytest.mark.parametrize("outcome", OUTCOMES.values(), ids=OUTCOMES.keys())
 async def test_an_answer_that_cannot_be_read_is_an_error(
-    server: RedisServer, keys: Keys, jobs: RedisJobs, worker: RedisSource, outcome: list[Any]
+    server: RedisServer, keys: Keys, jobs: RedisQueue, worker: RedisWorkerQueue, outcome: list[Any]
 ) -> None:
     """Never a score, never silence: its caller is told at once, and the next one is answered."""
     (future,) = await jobs.submit([job("a")])
@@ -213,8 +213,8 @@ async def test_an_answer_that_cannot_be_read_is_an_error(
 def send(server: RedisServer, keys: Keys, message: bytes) -> None:
     """To the API process that waits for the one job in the queue."""
     with server.client() as client:
-        ((_, fields),) = client.xrange(keys.jobs(Lane.INTERACTIVE))
-        _, api = decode_job(fields[PAYLOAD], Lane.INTERACTIVE, 1)
+        ((_, fields),) = client.xrange(keys.jobs(Priority.INTERACTIVE))
+        _, api = decode_job(fields[PAYLOAD], Priority.INTERACTIVE, 1)
         client.xadd(keys.replies(api), {PAYLOAD: message})
 
 
@@ -222,7 +222,7 @@ MESSAGES = [b"", b"[" * 100_000, b"{}", b"5", b"[5]", b"[[]]", b"[[[], 1, 1, 1]]
 
 
 async def test_no_message_ends_the_reader_of_replies(
-    server: RedisServer, keys: Keys, jobs: RedisJobs, worker: RedisSource
+    server: RedisServer, keys: Keys, jobs: RedisQueue, worker: RedisWorkerQueue
 ) -> None:
     """After messages of every kind a job is answered as before."""
     (future,) = await jobs.submit([job("a")])
@@ -239,7 +239,7 @@ HEARTBEATS = [b'["fake", "float32"]', b"{}", b"7", b"", b"[" * 100_000, b"\xff",
 
 
 async def test_other_versions_heartbeats_are_left_out(
-    server: RedisServer, keys: Keys, jobs: RedisJobs, worker: RedisSource
+    server: RedisServer, keys: Keys, jobs: RedisQueue, worker: RedisWorkerQueue
 ) -> None:
     """Shorter, longer or other ones: those that can be read are shown, the reader of replies lives."""
     longer = b'["fake", "float32", 100, "and more"]'
@@ -256,7 +256,7 @@ async def test_other_versions_heartbeats_are_left_out(
 
 @pytest.mark.parametrize("value", ["many", "9" * 5000], ids=["words", "digits"])
 async def test_counters_that_are_no_numbers_cost_no_answer(
-    server: RedisServer, keys: Keys, jobs: RedisJobs, worker: RedisSource, value: str
+    server: RedisServer, keys: Keys, jobs: RedisQueue, worker: RedisWorkerQueue, value: str
 ) -> None:
     """Overwritten totals of tokens begin anew: jobs are accepted and answered, and the reader lives."""
     with server.client() as client:
@@ -269,16 +269,16 @@ async def test_counters_that_are_no_numbers_cost_no_answer(
         assert int(client.get(keys.done)) == 3
 
 
-async def test_keys_of_another_kind_make_it_not_ready(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_keys_of_another_kind_make_it_not_ready(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Where somebody has put a string in a stream's place, /ready says that the queue does not work, until it does."""
     with server.client() as client:
-        client.set(keys.jobs(Lane.BULK), "no stream")
+        client.set(keys.jobs(Priority.BULK), "no stream")
         client.zadd(keys.workers, {"w": time.time()})
         client.hset(keys.infos, "w", b'["fake", "float32", 100]')
         await asyncio.sleep(1.5)
         with pytest.raises(ServiceError) as not_ready:
             await jobs.ready()
-        client.delete(keys.jobs(Lane.BULK))
+        client.delete(keys.jobs(Priority.BULK))
         await asyncio.sleep(1.5)
 
     assert not_ready.value.code is ErrorCode.NOT_READY

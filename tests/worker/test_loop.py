@@ -14,10 +14,10 @@ from client.errors import ErrorCode
 from service.engine.contract import EngineInfo, Executor, LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from service.queue.contract import Job, JobFailure, Reply
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 
 
 class Scripted:
@@ -38,13 +38,13 @@ def job(name: str, *, deadline: float = 60.0, first: int = 0) -> Job:
     return Job(name, ScoreItem((first, 5, 6), (1, 2)), now + deadline, now)
 
 
-def worker(engine: object, queue: MemoryJobs, *, max_jobs: int = 16, metrics: Metrics | None = None) -> Worker:
-    return Worker(engine, queue, Batcher(1000, max_jobs, 0.0), metrics or Metrics())
+def worker(engine: object, queue: MemoryQueue, *, max_jobs: int = 16, metrics: Metrics | None = None) -> Worker:
+    return Worker(engine, queue, Scheduler(1000, max_jobs, 0.0), metrics or Metrics())
 
 
 async def outcomes(engine: object, jobs: list[Job]) -> list[Reply]:
     """What each job is answered when one step of a worker judges them all."""
-    queue = MemoryJobs(100, 10_000)
+    queue = MemoryQueue(100, 10_000)
     futures = await queue.submit(jobs)
     worker(engine, queue).step()
     return await asyncio.wait_for(asyncio.gather(*futures), 5)
@@ -114,7 +114,7 @@ async def test_a_job_past_its_deadline_is_answered_unscored() -> None:
 
 async def test_a_job_whose_caller_left_does_not_reach_the_engine() -> None:
     """A job cancelled while it waits in the worker's hands is dropped."""
-    queue = MemoryJobs(100, 10_000)
+    queue = MemoryQueue(100, 10_000)
     metrics = Metrics()
     batches: list[int] = []
 
@@ -124,7 +124,7 @@ async def test_a_job_whose_caller_left_does_not_reach_the_engine() -> None:
         return [LabelLogprobs((-1.0, -2.0), 0) for _ in items]
 
     await queue.submit([job("a"), job("b"), job("c")])
-    judge = Worker(Scripted(count), queue, Batcher(6, 16, 0.0), metrics)
+    judge = Worker(Scripted(count), queue, Scheduler(6, 16, 0.0), metrics)
     judge.step()
     judge.step()
 
@@ -134,7 +134,7 @@ async def test_a_job_whose_caller_left_does_not_reach_the_engine() -> None:
 
 async def test_a_stopped_worker_finishes_its_batch_and_detaches() -> None:
     """A worker told to stop in the middle of a batch still answers it."""
-    queue = MemoryJobs(100, 10_000)
+    queue = MemoryQueue(100, 10_000)
     stop = threading.Event()
 
     def stop_meanwhile(items: Sequence[ScoreItem]) -> list[LabelLogprobs]:

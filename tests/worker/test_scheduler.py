@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.contract import ScoreItem
-from service.queue.contract import Job, Lane
-from service.worker.scheduler import Batcher, split_expired
+from service.queue.contract import Job, Priority
+from service.worker.scheduler import Scheduler, split_expired
 
 
 def job(name: str, tokens: int, *, prefix: int = 0, start: int = 0, **more: Any) -> Job:
@@ -24,119 +24,119 @@ def names(jobs: list[Job]) -> list[str]:
 
 def test_a_batch_is_bounded_by_tokens() -> None:
     """Jobs of 40 tokens go two by two under a budget of 100."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
-    batcher.add([job(name, 40) for name in "abc"], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
+    scheduler.add([job(name, 40) for name in "abc"], now=0.0)
 
-    assert names(batcher.next_batch()) == ["a", "b"]
-    assert names(batcher.next_batch()) == ["c"]
+    assert names(scheduler.next_batch()) == ["a", "b"]
+    assert names(scheduler.next_batch()) == ["c"]
 
 
 def test_a_batch_is_bounded_by_jobs() -> None:
     """No more than max_jobs go together, however small they are."""
-    batcher = Batcher(max_tokens=100, max_jobs=2, linger=0.0)
-    batcher.add([job(name, 1) for name in "abc"], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=2, max_wait=0.0)
+    scheduler.add([job(name, 1) for name in "abc"], now=0.0)
 
-    assert names(batcher.next_batch()) == ["a", "b"]
+    assert names(scheduler.next_batch()) == ["a", "b"]
 
 
 def test_a_job_over_the_budget_goes_alone() -> None:
     """A job larger than the whole budget is not stuck: it makes a batch of its own."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
-    batcher.add([job("big", 500), job("small", 10)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
+    scheduler.add([job("big", 500), job("small", 10)], now=0.0)
 
-    assert names(batcher.next_batch()) == ["big"]
-    assert names(batcher.next_batch()) == ["small"]
+    assert names(scheduler.next_batch()) == ["big"]
+    assert names(scheduler.next_batch()) == ["small"]
 
 
 def test_no_job_is_passed_over() -> None:
     """A later small job does not overtake an older one that did not fit: nothing starves."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
-    batcher.add([job("a", 60), job("b", 60), job("c", 10)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
+    scheduler.add([job("a", 60), job("b", 60), job("c", 10)], now=0.0)
 
-    assert names(batcher.next_batch()) == ["a"]
-    assert names(batcher.next_batch()) == ["b", "c"]
+    assert names(scheduler.next_batch()) == ["a"]
+    assert names(scheduler.next_batch()) == ["b", "c"]
 
 
 def test_an_idle_worker_lingers_for_company() -> None:
     """A lone job is due only after the linger time."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.5)
-    batcher.add([job("a", 10)], now=10.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.5)
+    scheduler.add([job("a", 10)], now=10.0)
 
-    assert batcher.seconds_until_due(now=10.25) == 0.25
-    assert batcher.seconds_until_due(now=10.5) == 0.0
+    assert scheduler.seconds_until_due(now=10.25) == 0.25
+    assert scheduler.seconds_until_due(now=10.5) == 0.0
 
 
 def test_a_full_batch_does_not_linger() -> None:
     """When the tokens fill a batch it goes at once, and nothing more is taken meanwhile."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=60.0)
-    batcher.add([job("a", 100)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=60.0)
+    scheduler.add([job("a", 100)], now=0.0)
 
-    assert batcher.seconds_until_due(now=0.0) == 0.0
-    assert batcher.room == 0
+    assert scheduler.seconds_until_due(now=0.0) == 0.0
+    assert scheduler.room == 0
 
 
 def test_an_empty_batcher_is_never_due() -> None:
     """With nothing held there is nothing to wait for."""
-    assert Batcher(max_tokens=100, max_jobs=16, linger=0.0).seconds_until_due(now=0.0) is None
+    assert Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0).seconds_until_due(now=0.0) is None
 
 
 def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
     """Siblings that arrived apart are put together, groups in the order of their oldest job."""
-    batcher = Batcher(max_tokens=1000, max_jobs=16, linger=0.0)
+    scheduler = Scheduler(max_tokens=1000, max_jobs=16, max_wait=0.0)
     ones = [job(name, 20, prefix=10, start=1) for name in ("a1", "a2")]
     twos = [job(name, 20, prefix=10, start=2) for name in ("b1", "b2")]
-    batcher.add([ones[0], twos[0], ones[1], twos[1]], now=0.0)
+    scheduler.add([ones[0], twos[0], ones[1], twos[1]], now=0.0)
 
-    assert names(batcher.next_batch()) == ["a1", "a2", "b1", "b2"]
+    assert names(scheduler.next_batch()) == ["a1", "a2", "b1", "b2"]
 
 
 def test_interactive_jobs_go_before_bulk_ones() -> None:
     """A single request that comes after a benchmark's thousands goes with the next batch."""
-    batcher = Batcher(max_tokens=40, max_jobs=16, linger=0.0)
-    batcher.add([job(f"bulk{n}", 10, lane=Lane.BULK) for n in range(9)], now=0.0)
-    batcher.add([job("single", 10)], now=1.0)
+    scheduler = Scheduler(max_tokens=40, max_jobs=16, max_wait=0.0)
+    scheduler.add([job(f"bulk{n}", 10, priority=Priority.BULK) for n in range(9)], now=0.0)
+    scheduler.add([job("single", 10)], now=1.0)
 
-    assert names(batcher.next_batch()) == ["single", "bulk0", "bulk1", "bulk2"]
+    assert names(scheduler.next_batch()) == ["single", "bulk0", "bulk1", "bulk2"]
 
 
 def test_bulk_jobs_keep_a_share_of_each_batch() -> None:
     """A stream of single requests does not starve a batch: it gets a quarter of the tokens, and of the places."""
-    by_tokens = Batcher(max_tokens=40, max_jobs=16, linger=0.0)
-    by_jobs = Batcher(max_tokens=10_000, max_jobs=4, linger=0.0)
-    for batcher in (by_tokens, by_jobs):
-        batcher.add([job(f"single{n}", 10) for n in range(9)], now=0.0)
-        batcher.add([job(f"bulk{n}", 10, lane=Lane.BULK) for n in range(9)], now=0.0)
+    by_tokens = Scheduler(max_tokens=40, max_jobs=16, max_wait=0.0)
+    by_jobs = Scheduler(max_tokens=10_000, max_jobs=4, max_wait=0.0)
+    for scheduler in (by_tokens, by_jobs):
+        scheduler.add([job(f"single{n}", 10) for n in range(9)], now=0.0)
+        scheduler.add([job(f"bulk{n}", 10, priority=Priority.BULK) for n in range(9)], now=0.0)
 
     assert names(by_tokens.next_batch()) == names(by_jobs.next_batch()) == ["single0", "single1", "single2", "bulk0"]
 
 
 def test_a_job_that_is_delivered_again_goes_alone() -> None:
     """What may have brought its worker down must not take neighbours along a second time."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=5.0)
-    batcher.add([job("a", 10), job("suspect", 10, attempt=2), job("b", 10)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=5.0)
+    scheduler.add([job("a", 10), job("suspect", 10, attempt=2), job("b", 10)], now=0.0)
 
-    assert batcher.seconds_until_due(now=0.0) == 0.0
-    assert names(batcher.next_batch()) == ["suspect"]
-    assert names(batcher.next_batch()) == ["a", "b"]
+    assert scheduler.seconds_until_due(now=0.0) == 0.0
+    assert names(scheduler.next_batch()) == ["suspect"]
+    assert names(scheduler.next_batch()) == ["a", "b"]
 
 
 def test_room_follows_the_size_of_the_jobs_seen() -> None:
     """After many jobs of 50 tokens, a budget of 1,000 has room for about 20, not for 256."""
-    batcher = Batcher(max_tokens=1000, max_jobs=256, linger=0.0)
+    scheduler = Scheduler(max_tokens=1000, max_jobs=256, max_wait=0.0)
     for number in range(100):
-        batcher.add([job(str(number), 50)], now=0.0)
-        batcher.next_batch()
+        scheduler.add([job(str(number), 50)], now=0.0)
+        scheduler.next_batch()
 
-    assert 20 <= batcher.room <= 21
+    assert 20 <= scheduler.room <= 21
 
 
 def test_everything_can_be_handed_back() -> None:
     """A worker that stops gives up what it holds, and holds nothing then."""
-    batcher = Batcher(max_tokens=100, max_jobs=16, linger=0.0)
-    batcher.add([job("a", 10), job("b", 10, lane=Lane.BULK), job("c", 10, attempt=2)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
+    scheduler.add([job("a", 10), job("b", 10, priority=Priority.BULK), job("c", 10, attempt=2)], now=0.0)
 
-    assert sorted(names(batcher.take_all())) == ["a", "b", "c"]
-    assert batcher.seconds_until_due(now=1.0) is None
+    assert sorted(names(scheduler.take_all())) == ["a", "b", "c"]
+    assert scheduler.seconds_until_due(now=1.0) is None
 
 
 def test_expired_jobs_are_told_from_live_ones() -> None:
@@ -150,12 +150,12 @@ def test_expired_jobs_are_told_from_live_ones() -> None:
 @given(st.lists(st.integers(min_value=1, max_value=150), max_size=60), st.integers(1, 8))
 def test_every_job_goes_exactly_once_and_in_order(sizes: list[int], max_jobs: int) -> None:
     """Whatever the sizes: all jobs come out once, oldest first, and only a single job may exceed the budget."""
-    batcher = Batcher(max_tokens=100, max_jobs=max_jobs, linger=0.0)
-    batcher.add([job(str(index), size) for index, size in enumerate(sizes)], now=0.0)
+    scheduler = Scheduler(max_tokens=100, max_jobs=max_jobs, max_wait=0.0)
+    scheduler.add([job(str(index), size) for index, size in enumerate(sizes)], now=0.0)
 
     batches = []
-    while batcher.seconds_until_due(now=1.0) == 0.0:
-        batches.append(batcher.next_batch())
+    while scheduler.seconds_until_due(now=1.0) == 0.0:
+        batches.append(scheduler.next_batch())
 
     assert [each for batch in batches for each in names(batch)] == [str(index) for index in range(len(sizes))]
     assert all(len(batch) <= max_jobs for batch in batches)

@@ -24,10 +24,10 @@ from service.engine.contract import (
     TextScoreItem,
 )
 from service.errors import ServiceError
-from service.queue.contract import Job, JobFailure, Lane, Reply, WorkerInfo
-from service.queue.redis_client import RedisJobs
+from service.queue.contract import Job, JobFailure, Priority, Reply, WorkerInfo
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys, decode_job, decode_replies, encode_job, encode_replies
-from service.queue.redis_worker import RedisSource, Timing
+from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.telemetry.metrics import Metrics
 from tests.support.redis_server import RedisServer, running_redis
 
@@ -50,31 +50,31 @@ def keys() -> Keys:
 
 
 @pytest.fixture
-async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisJobs]:
+async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisQueue]:
     """The HTTP side."""
     async with api(server, keys) as queue:
         yield queue
 
 
 @asynccontextmanager
-async def api(server: RedisServer, keys: Keys) -> AsyncIterator[RedisJobs]:
-    queue = RedisJobs(server.url, keys, 100, 10_000)
+async def api(server: RedisServer, keys: Keys) -> AsyncIterator[RedisQueue]:
+    queue = RedisQueue(server.url, keys, 100, 10_000)
     await queue.open()
     yield queue
     await queue.close()
 
 
-def source(server: RedisServer, keys: Keys, metrics: Metrics | None = None, **timing: float) -> RedisSource:
+def source(server: RedisServer, keys: Keys, metrics: Metrics | None = None, **timing: float) -> RedisWorkerQueue:
     """A worker that never sends a heartbeat: to the others it is dead as soon as its lease is over."""
-    return RedisSource(server.url, keys, Timing(**{"lease": LEASE, **timing}), metrics or Metrics(), lambda: None)
+    return RedisWorkerQueue(server.url, keys, Timing(**{"lease": LEASE, **timing}), metrics or Metrics(), lambda: None)
 
 
-def job(name: str, *, lane: Lane = Lane.INTERACTIVE) -> Job:
+def job(name: str, *, priority: Priority = Priority.INTERACTIVE) -> Job:
     now = time.monotonic()
-    return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now, lane)
+    return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now, priority)
 
 
-async def taken(worker: RedisSource, seconds: float = 5.0) -> list[Job]:
+async def taken(worker: RedisWorkerQueue, seconds: float = 5.0) -> list[Job]:
     """What the worker gets within so many seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -104,9 +104,9 @@ ITEMS = [
 @pytest.mark.parametrize("item", ITEMS)
 def test_a_job_comes_back_as_it_was(item: AnyItem) -> None:
     """The compact form keeps every field of every task, large token ids included."""
-    sent = Job("id", item, 12.5, 10.25, Lane.BULK, 2, "00-ab-cd-01")
+    sent = Job("id", item, 12.5, 10.25, Priority.BULK, 2, "00-ab-cd-01")
 
-    assert decode_job(encode_job(sent, "api"), Lane.BULK, 2) == (sent, "api")
+    assert decode_job(encode_job(sent, "api"), Priority.BULK, 2) == (sent, "api")
 
 
 def test_replies_come_back_to_the_bit() -> None:
@@ -130,10 +130,10 @@ def test_replies_come_back_to_the_bit() -> None:
 def test_what_is_no_job_is_refused(payload: bytes) -> None:
     """Bytes of anybody else's, and a task that only a newer service knows, raise ValueError."""
     with pytest.raises(ValueError, match=r".*"):
-        decode_job(payload, Lane.BULK, 1)
+        decode_job(payload, Priority.BULK, 1)
 
 
-async def test_a_reply_says_what_computed_it(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_reply_says_what_computed_it(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """It crosses over beside the answer, as does what a worker that is there says of itself."""
     worker = source(server, keys)
     worker.attach(WorkerInfo("fake", "float32", 100, "1 fake made-up float32"))
@@ -148,7 +148,7 @@ async def test_a_reply_says_what_computed_it(server: RedisServer, keys: Keys, jo
     assert [each.variant for each in jobs.workers()] == ["1 fake made-up float32"]
 
 
-async def test_a_worker_of_an_earlier_version_does_not_say_it(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_worker_of_an_earlier_version_counts_too(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Its heartbeat and its replies have no such field, and count all the same."""
     (future,) = await jobs.submit([job("a")])
     with server.client() as client:
@@ -162,7 +162,7 @@ async def test_a_worker_of_an_earlier_version_does_not_say_it(server: RedisServe
     assert jobs.workers() == [WorkerInfo("fake", "float32", 100)]
 
 
-async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Queues are apart by task: the same model's reward worker never sees jobs that ask for labels."""
     other = source(server, Keys(keys.base + "x"))
     await jobs.submit([job("a")])
@@ -171,7 +171,7 @@ async def test_a_worker_for_another_task_gets_nothing(server: RedisServer, keys:
     assert other.take(8, 0.05) == []
 
 
-async def test_a_text_is_asked_for_and_comes_back(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_text_is_asked_for_and_comes_back(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """A generation job crosses over with all it needs, and its text comes back."""
     now = time.monotonic()
     (future,) = await jobs.submit([Job("a", ITEMS[2], now + 60, now)])
@@ -183,7 +183,7 @@ async def test_a_text_is_asked_for_and_comes_back(server: RedisServer, keys: Key
     assert (await asyncio.wait_for(future, 5)).outcome == Generated((1, 2, 3), True)
 
 
-async def test_a_lost_workers_job_goes_to_another(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_lost_workers_job_goes_to_another(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """When the lease is over the job is delivered again, marked as such, and its caller is answered once."""
     metrics = Metrics()
     (future,) = await jobs.submit([job("a")])
@@ -198,7 +198,7 @@ async def test_a_lost_workers_job_goes_to_another(server: RedisServer, keys: Key
     assert metrics.registry.get_sample_value("judge_jobs_redelivered_total") == 1
 
 
-async def test_a_worker_that_is_alive_keeps_what_it_holds(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_worker_that_is_alive_keeps_what_it_holds(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """A batch may take longer than the lease: the heartbeat renews it, and no second worker gets the job."""
     await jobs.submit([job("a")])
     holder, other = source(server, keys), source(server, keys)
@@ -210,10 +210,10 @@ async def test_a_worker_that_is_alive_keeps_what_it_holds(server: RedisServer, k
     holder.detach(INFO)
 
 
-async def test_a_worker_that_stands_still_is_given_up(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_worker_that_stands_still_is_given_up(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """With jobs in hand and no progress the process is told to end, and its jobs go to another worker."""
     stalled: list[bool] = []
-    stuck = RedisSource(
+    stuck = RedisWorkerQueue(
         server.url, keys, Timing(lease=LEASE, stall=0.2), Metrics(), on_stall=lambda: stalled.append(True)
     )
     await jobs.submit([job("a")])
@@ -229,10 +229,10 @@ async def test_waiting_for_redis_is_not_standing_still(keys: Keys) -> None:
     """An answer is offered to a Redis that is away for longer than the stall time-out: the process lives."""
     stalled: list[bool] = []
     with running_redis() as away:
-        jobs = RedisJobs(away.url, keys, 100, 10_000)
+        jobs = RedisQueue(away.url, keys, 100, 10_000)
         await jobs.open()
         (future,) = await jobs.submit([job("a")])
-        worker = RedisSource(
+        worker = RedisWorkerQueue(
             away.url, keys, Timing(lease=LEASE, stall=1.0), Metrics(), on_stall=lambda: stalled.append(True)
         )
         worker.attach(INFO)
@@ -249,7 +249,7 @@ async def test_waiting_for_redis_is_not_standing_still(keys: Keys) -> None:
     assert stalled == []
 
 
-async def test_a_job_that_costs_three_workers_is_given_up(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_job_that_costs_three_workers_is_given_up(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """It goes to the dead letters, and its caller is told with an error, not left waiting."""
     (future,) = await jobs.submit([job("poison")])
     attempts = [(await taken(source(server, keys)))[0].attempt for _ in range(3)]
@@ -266,10 +266,10 @@ async def test_a_job_that_costs_three_workers_is_given_up(server: RedisServer, k
     assert metrics.registry.get_sample_value("judge_dead_letters_total") == 1
 
 
-async def test_an_entry_that_is_no_job_is_put_aside(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_an_entry_that_is_no_job_is_put_aside(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Rubbish in the stream does not stop the worker from getting the job behind it."""
     worker = source(server, keys)
-    server.client().xadd(keys.jobs(Lane.INTERACTIVE), {"p": b"\x05\x00\x00\x00rubbish"})
+    server.client().xadd(keys.jobs(Priority.INTERACTIVE), {"p": b"\x05\x00\x00\x00rubbish"})
     await jobs.submit([job("a")])
 
     assert [each.id for each in await taken(worker)] == ["a"]
@@ -298,7 +298,7 @@ async def test_a_redis_that_lost_its_memory_is_noticed(keys: Keys) -> None:
 async def test_without_redis_a_request_is_refused(keys: Keys) -> None:
     """Nobody waits for a queue that is not there: 503, with a time to come back, and not ready."""
     with running_redis() as server:
-        queue = RedisJobs(server.url, keys, 100, 10_000)
+        queue = RedisQueue(server.url, keys, 100, 10_000)
         await queue.open()
         server.kill()
 
@@ -312,17 +312,17 @@ async def test_without_redis_a_request_is_refused(keys: Keys) -> None:
     assert not_ready.value.code is ErrorCode.NOT_READY
 
 
-async def test_a_submission_sent_twice_counts_once(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_a_submission_sent_twice_counts_once(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """When the connection breaks between Redis' work and its answer, the client library sends the script again."""
     sent = [job("a")]
     await jobs.submit(sent)
-    first = server.client().xlen(keys.jobs(Lane.INTERACTIVE))
+    first = server.client().xlen(keys.jobs(Priority.INTERACTIVE))
     await jobs._ask_to_add(sent)
 
-    assert (first, server.client().xlen(keys.jobs(Lane.INTERACTIVE))) == (1, 1)
+    assert (first, server.client().xlen(keys.jobs(Priority.INTERACTIVE))) == (1, 1)
 
 
-async def test_models_do_not_meet(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_models_do_not_meet(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """A worker with another model's fingerprint gets nothing."""
     await jobs.submit([job("a")])
     prefix = keys.base.partition(":")[0]
@@ -332,7 +332,7 @@ async def test_models_do_not_meet(server: RedisServer, keys: Keys, jobs: RedisJo
 
 
 async def test_a_caller_who_leaves_while_the_job_is_being_sent(
-    server: RedisServer, keys: Keys, jobs: RedisJobs
+    server: RedisServer, keys: Keys, jobs: RedisQueue
 ) -> None:
     """A submission that is cancelled half-way leaves nothing in the stream."""
     submitting = asyncio.ensure_future(jobs.submit([job("a")]))
@@ -342,7 +342,7 @@ async def test_a_caller_who_leaves_while_the_job_is_being_sent(
 
     with pytest.raises(asyncio.CancelledError):
         await submitting
-    assert await eventually(lambda: server.client().xlen(keys.jobs(Lane.INTERACTIVE)) == 0 and jobs.waiting() == 0)
+    assert await eventually(lambda: server.client().xlen(keys.jobs(Priority.INTERACTIVE)) == 0 and jobs.waiting() == 0)
 
 
 async def test_nothing_is_left_behind(server: RedisServer, keys: Keys) -> None:
@@ -350,7 +350,9 @@ async def test_nothing_is_left_behind(server: RedisServer, keys: Keys) -> None:
     async with api(server, keys) as queue:
         worker = source(server, keys, lease=60)
         worker.attach(INFO)
-        futures = await queue.submit([job(name) for name in "abc"]) + await queue.submit([job("d", lane=Lane.BULK)])
+        futures = await queue.submit([job(name) for name in "abc"]) + await queue.submit(
+            [job("d", priority=Priority.BULK)]
+        )
         queue.cancel(["b"])
         await asyncio.sleep(0.1)
         for each in await taken(worker):

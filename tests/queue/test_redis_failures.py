@@ -15,17 +15,17 @@ from structlog.testing import capture_logs
 from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
-from service.queue.contract import Job, JobFailure, Lane, Reply, WorkerInfo
-from service.queue.redis_client import RedisJobs
+from service.queue.contract import Job, JobFailure, Priority, Reply, WorkerInfo
+from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import GROUP, PAYLOAD, Keys
-from service.queue.redis_worker import RedisSource, Timing
+from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.telemetry.metrics import Metrics
 from tests.support.redis_server import RedisServer, free_port, running_redis
 
 ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
 INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100)
 LEASE = 0.4
-LANE = Lane.INTERACTIVE
+LANE = Priority.INTERACTIVE
 # An id that Redis' clock will not reach for some thousand years.
 FAR_AHEAD = "99999999999999-0"
 
@@ -51,20 +51,20 @@ def client(server: RedisServer) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisJobs]:
+async def jobs(server: RedisServer, keys: Keys) -> AsyncIterator[RedisQueue]:
     """The HTTP side."""
-    queue = RedisJobs(server.url, keys, 100, 10_000)
+    queue = RedisQueue(server.url, keys, 100, 10_000)
     await queue.open()
     yield queue
     await queue.close()
 
 
-def source(server: RedisServer, keys: Keys) -> RedisSource:
-    return RedisSource(server.url, keys, Timing(lease=LEASE), Metrics(), lambda: None)
+def source(server: RedisServer, keys: Keys) -> RedisWorkerQueue:
+    return RedisWorkerQueue(server.url, keys, Timing(lease=LEASE), Metrics(), lambda: None)
 
 
 @asynccontextmanager
-async def working(server: RedisServer, keys: Keys) -> AsyncIterator[RedisSource]:
+async def working(server: RedisServer, keys: Keys) -> AsyncIterator[RedisWorkerQueue]:
     """A worker that sends heartbeats and renews its leases."""
     worker = source(server, keys)
     worker.attach(INFO)
@@ -77,7 +77,7 @@ def job(name: str) -> Job:
     return Job(name, ScoreItem((1, 2, 70_000), (1, 2), (1,)), now + 60, now)
 
 
-async def taken(worker: RedisSource, seconds: float = 5.0) -> list[Job]:
+async def taken(worker: RedisWorkerQueue, seconds: float = 5.0) -> list[Job]:
     """What the worker gets within so many seconds."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -86,7 +86,7 @@ async def taken(worker: RedisSource, seconds: float = 5.0) -> list[Job]:
     return []
 
 
-async def answered(jobs: RedisJobs, worker: RedisSource, name: str) -> bool:
+async def answered(jobs: RedisQueue, worker: RedisWorkerQueue, name: str) -> bool:
     """Whether a job goes all the way there and back."""
     (future,) = await jobs.submit([job(name)])
     assert [each.id for each in await taken(worker)] == [name]
@@ -106,7 +106,7 @@ async def eventually(works: Callable[[], Awaitable[object]]) -> None:
     await works()
 
 
-async def not_ready(jobs: RedisJobs) -> ServiceError:
+async def not_ready(jobs: RedisQueue) -> ServiceError:
     """What /ready says as soon as it refuses."""
     for _ in range(40):
         try:
@@ -118,7 +118,7 @@ async def not_ready(jobs: RedisJobs) -> ServiceError:
 
 
 async def test_replies_are_heard_though_their_ids_go_backwards(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """After a failover to a machine whose clock is behind, answers come under ids below those that were read before."""
     worker = source(server, keys)
@@ -132,7 +132,7 @@ async def test_replies_are_heard_though_their_ids_go_backwards(
 
 
 async def test_replies_that_were_handed_out_are_deleted(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """The stream of replies does not grow, and a reply is not read twice."""
     worker = source(server, keys)
@@ -145,7 +145,7 @@ async def test_replies_that_were_handed_out_are_deleted(
 
 
 async def test_jobs_are_delivered_though_their_ids_go_backwards(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """New jobs under ids below the last delivered one reach a worker soon; those in hand stay where they are."""
     other = source(server, keys)
@@ -160,7 +160,7 @@ async def test_jobs_are_delivered_though_their_ids_go_backwards(
 
 
 async def test_a_job_that_nobody_holds_any_more_is_delivered(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """Its consumer was deleted, and its delivery with it: it would wait for ever."""
     await jobs.submit([job("a")])
@@ -171,7 +171,7 @@ async def test_a_job_that_nobody_holds_any_more_is_delivered(
     assert [each.id for each in await taken(source(server, keys))] == ["a"]
 
 
-async def test_callers_of_jobs_that_redis_has_lost_are_told(keys: Keys, client: redis.Redis, jobs: RedisJobs) -> None:
+async def test_callers_of_jobs_that_redis_has_lost_are_told(keys: Keys, client: redis.Redis, jobs: RedisQueue) -> None:
     """A failover loses what was not copied in time, though the epoch is there: its caller is told long before a 504."""
     lost, kept = await jobs.submit([job("lost"), job("kept")])
     (first, _) = client.xrange(keys.jobs(LANE))
@@ -184,7 +184,7 @@ async def test_callers_of_jobs_that_redis_has_lost_are_told(keys: Keys, client: 
 
 
 async def test_jobs_whose_callers_are_told_that_the_queue_is_lost_are_not_judged(
-    keys: Keys, client: redis.Redis, jobs: RedisJobs
+    keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """Where the mark alone has vanished, nothing is left for workers: callers ask again, and the queue would fill."""
     futures = await jobs.submit([job("a"), job("b")])
@@ -199,7 +199,7 @@ async def test_jobs_whose_callers_are_told_that_the_queue_is_lost_are_not_judged
 
 
 async def test_who_submits_after_the_mark_has_gone_is_not_told_of_a_loss(
-    keys: Keys, client: redis.Redis, jobs: RedisJobs
+    keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """Many at once, while the queue is being started again: each job is there once, and waits for its answer."""
     (before,) = await jobs.submit([job("before")])
@@ -219,7 +219,7 @@ async def test_who_submits_after_the_mark_has_gone_is_not_told_of_a_loss(
 
 
 async def test_leases_are_renewed_when_redis_is_out_of_memory(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """A job in hand stays with its healthy worker, is answered, and nothing is left of it."""
     async with working(server, keys) as holder:
@@ -234,7 +234,7 @@ async def test_leases_are_renewed_when_redis_is_out_of_memory(
 
 
 async def test_out_of_memory_is_not_ready_until_there_is_room(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """/ready and a submission say what is wrong; both work again when it is over."""
     async with working(server, keys):
@@ -251,7 +251,7 @@ async def test_out_of_memory_is_not_ready_until_there_is_room(
 
 
 async def test_rubbish_is_put_aside_though_redis_is_out_of_memory(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """An entry that cannot be read does not come again and again: the job beside it is judged."""
     async with working(server, keys) as worker:
@@ -264,7 +264,7 @@ async def test_rubbish_is_put_aside_though_redis_is_out_of_memory(
 
 
 async def test_a_read_only_replica_is_not_ready_until_it_is_master_again(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """After a failover the old master only reads: /ready says so, connections are made anew, and all goes on later."""
     async with working(server, keys) as worker:
@@ -283,7 +283,7 @@ async def test_a_read_only_replica_is_not_ready_until_it_is_master_again(
         assert await answered(jobs, worker, "b")
 
 
-async def test_writes_that_redis_refuses_are_not_ready(client: redis.Redis, jobs: RedisJobs) -> None:
+async def test_writes_that_redis_refuses_are_not_ready(client: redis.Redis, jobs: RedisQueue) -> None:
     """Whatever the reason: too few replicas here, a full disk elsewhere."""
     client.config_set("min-replicas-to-write", 1)
     said = await not_ready(jobs)
@@ -293,7 +293,7 @@ async def test_writes_that_redis_refuses_are_not_ready(client: redis.Redis, jobs
 
 
 async def test_a_password_that_changed_is_not_ready_until_it_is_right(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """After a restart with another password; the old one back, all goes on."""
     async with working(server, keys) as worker:
@@ -308,7 +308,7 @@ async def test_a_password_that_changed_is_not_ready_until_it_is_right(
         assert await answered(jobs, worker, "a")
 
 
-async def test_a_submission_that_fails_is_no_death(client: redis.Redis, jobs: RedisJobs) -> None:
+async def test_a_submission_that_fails_is_no_death(client: redis.Redis, jobs: RedisQueue) -> None:
     """Who asked is told, also one who left meanwhile needs no more: the log has a warning, and no error."""
     await eventually(lambda: jobs.submit([job("first")]))
     client.config_set("maxmemory", "1")
@@ -325,7 +325,7 @@ async def test_a_submission_that_fails_is_no_death(client: redis.Redis, jobs: Re
 
 
 async def test_scripts_that_were_flushed_are_sent_again(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """SCRIPT FLUSH costs nobody an answer."""
     worker = source(server, keys)
@@ -336,7 +336,7 @@ async def test_scripts_that_were_flushed_are_sent_again(
 
 
 async def test_a_job_that_was_handed_back_can_still_be_cancelled(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """A stopping worker's job keeps the id by which its caller knows it: when the caller leaves it is deleted."""
     await jobs.submit([job("a"), job("b")])
@@ -350,7 +350,7 @@ async def test_a_job_that_was_handed_back_can_still_be_cancelled(
     assert client.xlen(keys.jobs(LANE)) == 1
 
 
-async def test_handing_back_never_uses_a_job_up(server: RedisServer, keys: Keys, jobs: RedisJobs) -> None:
+async def test_handing_back_never_uses_a_job_up(server: RedisServer, keys: Keys, jobs: RedisQueue) -> None:
     """Workers that are stopped in good order are no lost ones: after five of them the job is judged."""
     (future,) = await jobs.submit([job("a")])
     for _ in range(5):
@@ -364,7 +364,7 @@ async def test_handing_back_never_uses_a_job_up(server: RedisServer, keys: Keys,
 
 
 async def test_jobs_are_handed_back_though_redis_is_out_of_memory(
-    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisJobs
+    server: RedisServer, keys: Keys, client: redis.Redis, jobs: RedisQueue
 ) -> None:
     """They reach another worker without waiting for a lease."""
     await jobs.submit([job("a")])
