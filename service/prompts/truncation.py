@@ -99,7 +99,7 @@ def too_long(turns: int, texts: Sequence[str], tokens: str, most: int, truncatio
     return ServiceError(
         ErrorCode.CONTEXT_LENGTH_EXCEEDED,
         f"the judge's prompt is {tokens} tokens long, and this model reads at most {most}: {advice}",
-        param="prompt" if sum(map(len, texts[:turns])) >= max(map(len, texts[turns:])) else "response",
+        param="prompt" if sum(map(len, texts[:turns])) >= max(map(len, texts[turns:]), default=0) else "response",
     )
 
 
