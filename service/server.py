@@ -15,7 +15,7 @@ import structlog
 
 from client.schema import Format, ModelInfo
 from service.errors import ServiceError
-from service.http.app import Limits, Service
+from service.http.routing import Limits, Service
 from service.http.uvicorn_server import Server
 from service.judge import calibration as calibrations
 from service.judge.dispatch import Dispatcher, Scores

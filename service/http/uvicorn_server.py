@@ -15,8 +15,9 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.http.app import Service, create_app
+from service.http.app import create_app
 from service.http.guard import guarded_protocol
+from service.http.routing import Service
 from service.process.background import log_failure, start_thread
 from service.process.hosts import is_loopback
 from service.process.listening import url_of

@@ -1,0 +1,140 @@
+"""The routes of the product's own wire: /score, /compare and their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from pydantic import Field, SkipValidation, ValidationError
+
+from client.errors import ErrorCode
+from client.schema import (
+    CompareBatchItem,
+    CompareBatchRequest,
+    CompareBatchResult,
+    CompareRequest,
+    CompareResult,
+    ScoreBatchItem,
+    ScoreBatchRequest,
+    ScoreBatchResult,
+    ScoreRequest,
+    ScoreResult,
+)
+from service.errors import ServiceError
+from service.http import errors as http_errors
+from service.http.routing import GUARDED, Caller, Service, as_json, documented
+from service.judge.dispatch import Call
+
+AnyItemRequest = TypeVar("AnyItemRequest", ScoreRequest, CompareRequest)
+AnyResult = TypeVar("AnyResult", ScoreResult, CompareResult)
+Judge = Callable[[Sequence[AnyItemRequest], Call], Awaitable[list[AnyResult | ServiceError]]]
+"""Answers requests of one kind, as NativeWire does."""
+
+_BATCH: Final = (
+    *GUARDED,
+    ErrorCode.INVALID_JSON,
+    ErrorCode.UNSUPPORTED_MEDIA_TYPE,
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.BODY_TIMEOUT,
+    ErrorCode.PAYLOAD_TOO_LARGE,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.OVERLOADED,
+    ErrorCode.QUEUE_UNAVAILABLE,
+    ErrorCode.NOT_READY,
+    ErrorCode.DRAINING,
+)
+_SINGLE: Final = (
+    *_BATCH,
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    ErrorCode.BAD_LABEL,
+    ErrorCode.BAD_TEMPLATE,
+    ErrorCode.TEMPLATE_NOT_FOUND,
+    ErrorCode.UNSUPPORTED_BY_JUDGE,
+    ErrorCode.INFERENCE_FAILED,
+    ErrorCode.UNPARSEABLE,
+    ErrorCode.LABEL_NOT_RETURNED,
+    ErrorCode.DEADLINE_EXCEEDED,
+)
+
+
+class ScoreBatch(ScoreBatchRequest):
+    """Many independent score requests; one that is refused does not fail its neighbours."""
+
+    # Validated after their number has been checked.
+    items: list[SkipValidation[ScoreRequest]] = Field(min_length=1)
+
+
+class CompareBatch(CompareBatchRequest):
+    """Many independent compare requests; one that is refused does not fail its neighbours."""
+
+    items: list[SkipValidation[CompareRequest]] = Field(min_length=1)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    """Add the four routes."""
+    wire = service.wire
+
+    async def single(
+        body: AnyItemRequest, judge: Judge[AnyItemRequest, AnyResult], request: Request, call: Call
+    ) -> Response:
+        service.admit(request.state.caller, [body])
+        (answer,) = await judge([body], call)
+        if isinstance(answer, ServiceError):
+            raise answer
+        return as_json(answer)
+
+    async def batch(
+        kind: type[AnyItemRequest],
+        sent: Sequence[object],
+        judge: Judge[AnyItemRequest, AnyResult],
+        request: Request,
+        call: Call,
+    ) -> list[AnyResult | ServiceError]:
+        service.admit_items(len(sent))
+        items = [_each_alone(kind, item) for item in sent]
+        good = [item for item in items if not isinstance(item, ServiceError)]
+        service.admit(request.state.caller, good)
+        answers = iter(await judge(good, call))
+        merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
+        for answer in merged:
+            if isinstance(answer, ServiceError):
+                service.metrics.error(answer.code)
+        return merged
+
+    @app.post("/score", response_model=ScoreResult, responses=documented(*_SINGLE), tags=["judging"])
+    async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
+        """P(Yes) for one response: is it a good answer to the prompt?"""
+        return await single(body, wire.score, request, call)
+
+    @app.post("/compare", response_model=CompareResult, responses=documented(*_SINGLE), tags=["judging"])
+    async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
+        """Rank 2 to 16 responses to one prompt."""
+        return await single(body, wire.compare, request, call)
+
+    @app.post("/score/batch", response_model=ScoreBatchResult, responses=documented(*_BATCH), tags=["judging"])
+    async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
+        """Many score requests at once; each entry of the answer holds a result or that item's own error."""
+        answers = await batch(ScoreRequest, body.items, wire.score, request, call)
+        entries = [ScoreBatchItem(index=n, **_entry(answer)) for n, answer in enumerate(answers)]
+        return as_json(ScoreBatchResult(results=entries))
+
+    @app.post("/compare/batch", response_model=CompareBatchResult, responses=documented(*_BATCH), tags=["judging"])
+    async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
+        """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
+        answers = await batch(CompareRequest, body.items, wire.compare, request, call)
+        entries = [CompareBatchItem(index=n, **_entry(answer)) for n, answer in enumerate(answers)]
+        return as_json(CompareBatchResult(results=entries))
+
+
+def _entry(answer: ScoreResult | CompareResult | ServiceError) -> dict[str, object]:
+    """What a batch's answer says of one item."""
+    return {"error": answer.body()} if isinstance(answer, ServiceError) else {"result": answer}
+
+
+def _each_alone(kind: type[AnyItemRequest], value: object) -> AnyItemRequest | ServiceError:
+    """An item that does not fit the schema fails alone: it becomes the error that is sent in its place."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as exc:
+        return http_errors.from_validation_errors(exc.errors(include_url=False, include_context=False))
