@@ -57,6 +57,8 @@ def logit(p: float) -> float:
 
 def logsumexp(values: Sequence[float]) -> float:
     """`log(sum(e^v))` of at least one finite value."""
+    if len(values) == 1:
+        return values[0]
     top = max(values)
     return top + math.log(math.fsum(math.exp(v - top) for v in values))
 

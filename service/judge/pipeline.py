@@ -88,7 +88,7 @@ class Pipeline:
         """
         failed = {number: group for number, group in enumerate(groups) if isinstance(group, ServiceError)}
         with self._tracing.span("tokenize", requests=len(groups)) as span:
-            prompts = await self._build_in_time(groups, failed, call)
+            prompts = await self._build_groups(groups, failed, call)
             span.set(prompts=len(prompts), tokens=sum(one.prompt.tokens for one in prompts))
         items = [item for one in prompts for item in self._reader.items(one.prompt)]
         replies = iter(await self._dispatcher.ask(items, call))
@@ -113,33 +113,37 @@ class Pipeline:
         """Let go of the score cache. To be called when nothing is asked any more."""
         await self._dispatcher.close()
 
-    async def _build_in_time(
-        self, groups: Sequence[Group], failed: dict[int, ServiceError], call: Call
-    ) -> list[_Built]:
+    async def _build_groups(self, groups: Sequence[Group], failed: dict[int, ServiceError], call: Call) -> list[_Built]:
         """The prompts of the groups that have all of theirs; the others' errors are added to `failed`."""
         specs = [(n, spec) for n, group in enumerate(groups) if not isinstance(group, ServiceError) for spec in group]
-        built: list[_Built] = []
         try:
-            async with asyncio.timeout(call.seconds_left):
-                for chunk in await self._build(specs):
-                    for (number, spec), prompt in zip(chunk.specs, chunk.prompts, strict=True):
-                        if isinstance(prompt, ServiceError):
-                            failed.setdefault(number, _named(prompt, spec))
-                        else:
-                            built.append(_Built(number, spec, prompt, chunk.seconds))
+            chunks = await self._build(specs, call)
         except TimeoutError:
             late = ServiceError(ErrorCode.DEADLINE_EXCEEDED, "not tokenized before the deadline")
             failed.update({number: failed.get(number, late) for number in range(len(groups))})
-        return [one for one in built if one.group not in failed]
+            return []
+        built: list[_Built] = []
+        for chunk in chunks:
+            for (number, spec), prompt in zip(chunk.specs, chunk.prompts, strict=True):
+                if isinstance(prompt, ServiceError):
+                    failed.setdefault(number, _named(prompt, spec))
+                else:
+                    built.append(_Built(number, spec, prompt, chunk.seconds))
+        return [one for one in built if one.group not in failed] if failed else built
 
-    async def _build(self, specs: Sequence[_Numbered]) -> Sequence[_Chunk]:
+    async def _build(self, specs: Sequence[_Numbered], call: Call) -> Sequence[_Chunk]:
+        """The prompts in chunks, built here where that takes less than handing them to threads.
+
+        Raises TimeoutError at the call's deadline.
+        """
         meter = TokenMeter(self._dispatcher.bounds)
         if len(specs) <= INLINE_PROMPTS and sum(spec.size for _, spec in specs) <= INLINE_CHARS:
             return [self._build_chunk(specs, meter)]
-        await self._in_thread(partial(self._foresee, specs))
-        chunks = [specs[start : start + CHUNK] for start in range(0, len(specs), CHUNK)]
-        work = [self._in_thread(partial(self._build_chunk, chunk, meter)) for chunk in chunks]
-        return await asyncio.gather(*work)
+        async with asyncio.timeout(call.seconds_left):
+            await self._in_thread(partial(self._foresee, specs))
+            chunks = [specs[start : start + CHUNK] for start in range(0, len(specs), CHUNK)]
+            work = [self._in_thread(partial(self._build_chunk, chunk, meter)) for chunk in chunks]
+            return await asyncio.gather(*work)
 
     def _build_chunk(self, specs: Sequence[_Numbered], meter: TokenMeter) -> _Chunk:
         meter.check()

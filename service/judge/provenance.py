@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 
 from client.calibration import TemplateCalibration
@@ -43,5 +44,6 @@ def settings_digest(judge: Judge, floor: float | None) -> str:
     return _digest(judge.name, judge.reader.settings, floor)
 
 
-def _digest(*parts: object) -> str:
+@lru_cache  # every result names one
+def _digest(*parts: str | float | None) -> str:
     return sha256(json.dumps(parts).encode()).hexdigest()[:_DIGITS]
