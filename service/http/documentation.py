@@ -1,7 +1,6 @@
-"""`/docs`: Swagger UI over the OpenAPI document, from files of an installed package, so that it works offline.
+"""`/docs`: Swagger UI for the OpenAPI document, served from an installed package so that it works offline.
 
-FastAPI's own page loads its script from another host, which a machine without a network cannot reach and a policy
-against foreign scripts refuses.
+FastAPI's own page loads Swagger UI from a CDN, which fails without internet access and violates our content policy.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from fastapi import FastAPI
 
 from service.http import playground
 
-# Carries Swagger UI's files as they are published; none of its code is run.
+# Ships Swagger UI's files as published. Its code is never imported.
 PACKAGE: Final = "fastapi-swagger"
 _FOLDER: Final = "fastapi_swagger/resources"
-_FROM_PACKAGE: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
-DOCS_PATHS: Final = frozenset({"/docs", "/docs/start.js", *(f"/docs/{name}" for name in _FROM_PACKAGE)})
+_SWAGGER_FILES: Final = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+DOCS_PATHS: Final = frozenset({"/docs", "/docs/start.js", *(f"/docs/{name}" for name in _SWAGGER_FILES)})
 
-# Swagger UI sets markup by itself, so trusted types cannot be asked of it.
+# Without trusted types, unlike the playground: Swagger UI assigns to innerHTML.
 DOCS_HEADERS: Final = {**playground.PAGE_HEADERS, "Content-Security-Policy": playground.policy()}
 
-# Addresses are relative, for proxies that strip a path prefix.
+# URLs are relative, for proxies that strip a path prefix.
 _PAGE: Final = """<!doctype html>
 <html lang="en">
 <head>
@@ -35,7 +34,7 @@ _PAGE: Final = """<!doctype html>
 </head>
 <body>
 <div id="swagger-ui"></div>
-<noscript>This page needs JavaScript; <a href="openapi.json">openapi.json</a> is the document itself.</noscript>
+<noscript>This page needs JavaScript. The API description itself is <a href="openapi.json">openapi.json</a>.</noscript>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
 </body>
@@ -50,24 +49,24 @@ _START: Final = """SwaggerUIBundle({
     layout: "BaseLayout",
 });
 """
-_WITHOUT: Final = f"""<!doctype html>
+_NOT_INSTALLED_PAGE: Final = f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><title>judge-as-api: documentation</title></head>
 <body>
-<p>The interactive documentation is not installed here: <code>pip install {PACKAGE}</code> brings it.</p>
-<p><a href="openapi.json">openapi.json</a> is the document itself.</p>
+<p>The interactive documentation is not installed: run <code>pip install {PACKAGE}</code>.</p>
+<p>The API description itself is <a href="openapi.json">openapi.json</a>.</p>
 </body>
 </html>
 """
 
 
 def add_docs(app: FastAPI, folder: Path | None) -> None:
-    """Add the routes, with Swagger UI's files out of `folder`; without one the page says what is missing."""
-    _add(app, "/docs", (_PAGE if folder else _WITHOUT).encode(), "text/html; charset=utf-8")
+    """Add the routes, with Swagger UI's files from `folder`. Without a folder the page says what to install."""
+    _add(app, "/docs", (_PAGE if folder else _NOT_INSTALLED_PAGE).encode(), "text/html; charset=utf-8")
     if folder is None:
         return
     _add(app, "/docs/start.js", _START.encode(), "text/javascript; charset=utf-8")
-    for name, media_type in _FROM_PACKAGE.items():
+    for name, media_type in _SWAGGER_FILES.items():
         _add(app, f"/docs/{name}", folder.joinpath(name).read_bytes(), f"{media_type}; charset=utf-8")
 
 
@@ -77,10 +76,10 @@ def _add(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
 
 
 def swagger_files() -> Path | None:
-    """The folder of Swagger UI's files in the installed package; None where it is not installed."""
+    """The folder of Swagger UI's files in the installed package, or None if it is not installed."""
     try:
-        # By its metadata, not by an import: it would run what the package does when imported.
+        # Located by metadata, not by import, which would run the package's code.
         folder = Path(str(distribution(PACKAGE).locate_file(_FOLDER)))
     except PackageNotFoundError:
         return None
-    return folder if all(folder.joinpath(name).is_file() for name in _FROM_PACKAGE) else None
+    return folder if all(folder.joinpath(name).is_file() for name in _SWAGGER_FILES) else None

@@ -1,4 +1,4 @@
-"""Errors as HTTP: the one place where a failure of any kind becomes a status and a body."""
+"""Errors over HTTP: the one place where an exception becomes a status and a body."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,23 +19,25 @@ from client.schema import ErrorResult
 from service.errors import ServiceError
 from service.telemetry.metrics import Metrics
 
+# Problems listed in the message of a validation error.
 MAX_REPORTED = 3
 
 _FIELD = re.compile(r"[a-z][a-z_]{0,31}")
 _CODING_HEADERS = ("content-encoding", "transfer-encoding")
 _PLAIN_CODINGS = frozenset({"", "identity", "chunked"})
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
-# Not email.message, which is quadratic: a head of 64 KiB would hold everything up for seconds.
+# Not email.message: its parser is quadratic, so a header of 64 KiB would block the event loop for seconds.
 _CHARSET = re.compile(r';\s*charset\s*=\s*"?([^\s";]*)', re.IGNORECASE)
 _JSON = re.compile(r"application/(json|[^/]+\+json)")
 _UTF_8 = frozenset({"utf-8", "utf8", "utf-8-sig", "us-ascii", "ascii"})
-_STEP = re.compile(r"[.\[]")
-# Names that pydantic puts into an error's location for the branch of a union that was tried.
+_PATH_SEPARATOR = re.compile(r"[.\[]")
+# Pydantic adds the union branch that it tried to an error's location.
 _UNION_BRANCHES = frozenset({"str"})
 
 
-def error_response(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
-    """The whole answer: status, body, and the headers that its status calls for."""
+def error_response(metrics: Metrics, error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
+    """Count the error and return its response: status, body, and the headers that the status requires."""
+    metrics.error(error.code)
     extra = dict(headers or {})
     if error.status == 401:
         extra["WWW-Authenticate"] = "Bearer"
@@ -45,11 +48,8 @@ def error_response(error: ServiceError, headers: Mapping[str, str] | None = None
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Have the application answer every exception that a route or the router raises in the contract's form."""
-
-    def answer(error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
-        metrics.error(error.code)
-        return error_response(error, headers)
+    """Make the app answer exceptions of routes and router with an ErrorResult."""
+    answer = partial(error_response, metrics)
 
     @app.exception_handler(ServiceError)
     async def service_error(_: Request, exc: ServiceError) -> Response:
@@ -57,37 +57,42 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
-        return answer(await _of_body(request) or from_validation_errors(exc.errors(), skip=1))
+        return answer(await _body_error(request) or from_validation_errors(exc.errors(), skip=1))
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: Request, exc: HTTPException) -> Response:
-        unread = await _of_body(request) if exc.status_code == 400 else None
-        return answer(unread or _of_http(exc), exc.headers)
+        unreadable = await _body_error(request) if exc.status_code == 400 else None
+        return answer(unreadable or _from_http_exception(exc), exc.headers)
 
 
 async def check_body(request: Request) -> None:
-    """Raise ServiceError for a body that is not sent as JSON in UTF-8: compressed, say, or of another type."""
+    """Raise ServiceError unless the body is declared as uncompressed JSON in UTF-8, and is UTF-8."""
     headers = request.headers
-    codings = {each.strip().lower() for name in _CODING_HEADERS for each in ",".join(headers.getlist(name)).split(",")}
+    codings = {
+        coding.strip().lower() for name in _CODING_HEADERS for coding in ",".join(headers.getlist(name)).split(",")
+    }
     if codings - _PLAIN_CODINGS:
         named = " ".join(sorted(codings & _COMPRESSIONS)) or "of this kind"
         raise _unsupported(
-            f"a Content-Encoding {named} is not read here: send the JSON uncompressed", "Content-Encoding"
+            f"a Content-Encoding {named} is not supported: send the JSON uncompressed", "Content-Encoding"
         )
-    media = headers.get("content-type", "")
-    kind = media.partition(";")[0].strip().lower()
-    if not _JSON.fullmatch(kind):
-        told = "the body must be JSON, and say so: send the header `Content-Type: application/json`"
-        raise _unsupported(f"{told} (curl: -H 'Content-Type: application/json')", "Content-Type")
-    charset = _CHARSET.search(media)
+    content_type = headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if not _JSON.fullmatch(media_type):
+        raise _unsupported(
+            "the body must be declared as JSON: send the header `Content-Type: application/json` "
+            "(curl: -H 'Content-Type: application/json')",
+            "Content-Type",
+        )
+    charset = _CHARSET.search(content_type)
     if charset and charset[1].lower() not in _UTF_8:
-        raise _unsupported("the body must be JSON in UTF-8, and no other charset", "Content-Type")
+        raise _unsupported("the body must be JSON in UTF-8; other charsets are not supported", "Content-Type")
     if json.detect_encoding(await request.body()) not in _UTF_8:
-        raise ServiceError(ErrorCode.INVALID_JSON, "the body is not in UTF-8 but, it seems, in UTF-16 or UTF-32")
+        raise ServiceError(ErrorCode.INVALID_JSON, "the body is not UTF-8; it looks like UTF-16 or UTF-32")
 
 
-async def _of_body(request: Request) -> ServiceError | None:
-    """What is wrong with how the body was sent, where something is: that is the cause of whatever it failed with."""
+async def _body_error(request: Request) -> ServiceError | None:
+    """The error in how the body was sent, if any: it is the cause of whatever parsing failed with."""
     try:
         await check_body(request)
     except ServiceError as error:
@@ -100,20 +105,25 @@ def _unsupported(message: str, header: str) -> ServiceError:
 
 
 def from_validation_errors(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> ServiceError:
-    """What pydantic found wrong, in one error; the first `skip` parts of each location are not the caller's."""
+    """Pydantic's errors as one. The first `skip` parts of each location are not the caller's, such as `body`."""
     if any(error["type"] == "json_invalid" for error in errors):
         return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON")
-    found = list(dict.fromkeys((_field_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
-    # What fits no branch of a union is reported for every branch: the one that came furthest was meant.
-    outer = {path[: end.start()] for path, _ in found for end in _STEP.finditer(path)} - {""}
-    problems = [problem for problem in found if problem[0] not in outer]
-    told = "; ".join(f"{path}: {message}" if path else message for path, message in problems[:MAX_REPORTED])
+    reported = list(dict.fromkeys((_field_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
+    # Pydantic reports a value that fits no branch of a union once per branch. The deepest path was probably meant.
+    outer = {path[: end.start()] for path, _ in reported for end in _PATH_SEPARATOR.finditer(path)} - {""}
+    problems = [problem for problem in reported if problem[0] not in outer]
+    summary = "; ".join(f"{path}: {message}" if path else message for path, message in problems[:MAX_REPORTED])
     more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
-    return ServiceError(ErrorCode.INVALID_REQUEST, told + more, param=problems[0][0] or None)
+    return ServiceError(ErrorCode.INVALID_REQUEST, summary + more, param=problems[0][0] or None)
+
+
+def internal_error() -> ServiceError:
+    """The opaque error for an unexpected exception, whose own message may hold the caller's text."""
+    return ServiceError(ErrorCode.INTERNAL_ERROR, "the service failed; see its log")
 
 
 def _field_path(location: Sequence[str | int]) -> str:
-    """`("items", 3, "response")` as `items[3].response`; whatever is no name of ours is left out."""
+    """`("items", 3, "response")` as `items[3].response`, without names that the caller made up."""
     path = ""
     for part in location:
         if isinstance(part, int):
@@ -123,11 +133,11 @@ def _field_path(location: Sequence[str | int]) -> str:
     return path
 
 
-def _of_http(exc: HTTPException) -> ServiceError:
+def _from_http_exception(exc: HTTPException) -> ServiceError:
     if exc.status_code == 404:
-        return ServiceError(ErrorCode.NOT_FOUND, "no such route; GET /docs lists them")
+        return ServiceError(ErrorCode.NOT_FOUND, "no such route; GET /docs lists all routes")
     if exc.status_code == 405:
-        return ServiceError(ErrorCode.METHOD_NOT_ALLOWED, "this route does not take that method")
+        return ServiceError(ErrorCode.METHOD_NOT_ALLOWED, "this route does not support that method")
     if exc.status_code == 400:
-        return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON in UTF-8")
-    return ServiceError(ErrorCode.INTERNAL_ERROR, "the service failed; its log says more")
+        return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid UTF-8 JSON")
+    return internal_error()

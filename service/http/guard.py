@@ -1,4 +1,4 @@
-"""Bounds on a connection, which uvicorn has none for: a head's size and time, pipelined requests, unread answers."""
+"""Connection limits that uvicorn lacks: size and time of a head, pipelined requests, unread answers."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _BODY_HEADERS: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class GuardedHttp(HttpToolsProtocol):
-    """uvicorn's protocol, given one request at a time: what follows waits, unparsed, until that one is answered.
+    """uvicorn's protocol, fed one request at a time: later bytes wait, unparsed, until it is answered.
 
-    So a bad request takes no answer before it away, and pipelined ones are read as fast as they are answered. A head
-    over MAX_HEAD_BYTES, or incomplete after `patience` seconds, ends the connection, and so does a caller who takes
-    nothing of what is sent for that time, and at most twice that.
+    So a malformed request cannot discard the answers before it, and pipelined requests are read no faster than they are
+    answered. The connection ends if a head exceeds MAX_HEAD_BYTES or is incomplete after `patience` seconds, and if the
+    caller reads nothing of an answer for `patience` to twice `patience` seconds.
     """
 
     patience = 30.0
-    # What has been received; the bytes before `_at` have been parsed.
+    # Received bytes; those before `_at` have been parsed.
     _data = b""
     _at = 0
-    # Bytes parsed since a head began, or since the last byte of a body: chunks have heads too, and a trailer.
+    # Bytes parsed since the head began, or since the last byte of a body: chunks have heads too, and a trailer.
     _head_size = 0
     _in_body = False
-    # Of a body whose length was declared: how many bytes are still to come.
+    # Bytes still to come of a body with Content-Length.
     _body_left = 0
-    # Whether that body is not the parser's, which takes it for another protocol.
+    # Whether to bypass the parser for this body, because it expects an upgraded protocol there.
     _unparsed_body = False
-    # How many parts of a body have been parsed.
+    # How many parts of the body have been parsed.
     _parts = 0
     _request_complete = False
     _unsent = 0
@@ -48,28 +48,28 @@ class GuardedHttp(HttpToolsProtocol):
     _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A caller who says nothing at all is given up too."""
+        """Start both timers: a caller who sends nothing at all is dropped too."""
         super().connection_made(transport)
         self._await_head()
         self._send_timer = self.loop.call_later(self.patience, self._check_progress)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is left to be waited for."""
+        """Stop both timers."""
         self._stop_awaiting_head()
         if self._send_timer is not None:
             self._send_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what belongs to the request in hand."""
+        """Parse the bytes that belong to the current request."""
         self._data += data
         self._parse()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request."""
+        """Continue with the next request."""
         super().on_response_complete()
         if not self._request_complete:
-            # Refused, and nobody reads its body: that may not trickle in, nor the connection idle behind it, for ever.
+            # Refused before its body was read. Neither a trickling body nor an idle connection may go on for ever.
             self._await_head()
         self._parse()
 
@@ -87,7 +87,7 @@ class GuardedHttp(HttpToolsProtocol):
             self._feed(self._data[start : self._at])
             if self._refuse_large_head():
                 return
-        # The last bytes that were parsed stay: a blank line may be split over two reads.
+        # Keep the last parsed bytes: a blank line may be split across two reads.
         kept = min(self._at, len(_BLANK_LINE) - 1)
         self._data, self._at = self._data[self._at - kept :], kept
         if len(self._data) > HIGH_WATER_LIMIT:
@@ -106,13 +106,13 @@ class GuardedHttp(HttpToolsProtocol):
         return self._request_complete and self.cycle is not None and not self.cycle.response_complete
 
     def _end_of_part(self) -> int:
-        """Where a body of declared length ends, else the next blank line: only that ends a head, or a chunked body."""
+        """The end of a body with Content-Length, else the next blank line: every head and chunked body ends in one."""
         if self._body_left:
             return min(len(self._data), self._at + self._body_left)
-        # A chunked body may be full of blank lines: it is not parsed in crumbs for ever.
+        # A chunked body may be full of blank lines: after some, parse larger parts at a time.
         skipped = _LARGE_PART if self._in_body and self._parts > _SMALL_PARTS else 0
-        found = self._data.find(_BLANK_LINE, max(0, self._at + skipped - len(_BLANK_LINE) + 1))
-        return len(self._data) if found < 0 else found + len(_BLANK_LINE)
+        blank_line = self._data.find(_BLANK_LINE, max(0, self._at + skipped - len(_BLANK_LINE) + 1))
+        return len(self._data) if blank_line < 0 else blank_line + len(_BLANK_LINE)
 
     def _refuse_large_head(self) -> bool:
         too_large = self._head_size > MAX_HEAD_BYTES and not self.transport.is_closing()
@@ -121,12 +121,12 @@ class GuardedHttp(HttpToolsProtocol):
         return too_large
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
+        """A request begins."""
         super().on_message_begin()
         self._request_complete = False
 
     def on_headers_complete(self) -> None:
-        """From here on the time is the body's."""
+        """The head is complete: stop its timer, and note how the body will be delimited."""
         self._stop_awaiting_head()
         if not self.url.startswith(b"/"):
             self._take_host_of(httptools.parse_url(self.url).host)
@@ -134,28 +134,28 @@ class GuardedHttp(HttpToolsProtocol):
         self._in_body, self._head_size, self._parts = True, 0, 0
         self._body_left = int(sizes.get(b"content-length", 0))
         if self.parser.should_upgrade():
-            # `curl --http2` and Java's client ask for HTTP/2 with every request, and go on in HTTP/1.1.
+            # `curl --http2` and Java's client offer HTTP/2 with every request, then send the body in HTTP/1.1.
             if b"transfer-encoding" in sizes:
-                raise ValueError("a chunked body that the parser would take for another protocol")
+                raise ValueError("a chunked body, which the parser would take for the upgraded protocol")
             self._unparsed_body = self._body_left > 0
         super().on_headers_complete()
 
     def _take_host_of(self, target: bytes | None) -> None:
-        """What an absolute target names holds, whatever the header says (RFC 9112, 3.2.2)."""
+        """An absolute request target overrides the Host header (RFC 9112, 3.2.2)."""
         if target:
             host = b"[%s]" % target if b":" in target else target
             self.headers[:] = [*((name, value) for name, value in self.headers if name != b"host"), (b"host", host)]
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing to warn of: the answer is HTTP/1.1, whatever else was asked for."""
+        """Silenced: answering an upgrade request in HTTP/1.1 is allowed."""
 
     def on_body(self, body: bytes) -> None:
-        """Bytes that the bound of a body is for."""
+        """Body bytes count against the body's own limit, not the head's."""
         self._head_size = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """What follows is another request."""
+        """The request is complete: the next bytes belong to another one."""
         if self._unparsed_body:
             return
         self._in_body, self._head_size, self._body_left = False, 0, 0
@@ -179,14 +179,14 @@ class GuardedHttp(HttpToolsProtocol):
     def _check_progress(self) -> None:
         unsent = self._count_unsent()
         if unsent and unsent == self._unsent:
-            # Not close(), which would wait for the caller to take what is left.
+            # Not close(): it would wait for the caller to read the rest.
             self.transport.abort()
             return
         self._unsent = unsent
         self._send_timer = self.loop.call_later(self.patience, self._check_progress)
 
     def _count_unsent(self) -> int:
-        """Bytes that the other side has not taken, those in the kernel too: a slow reader empties that by megabytes."""
+        """Bytes that the caller has not read. Those in the kernel count: draining only them is progress, if slow."""
         waiting = self.transport.get_write_buffer_size()
         connection = self.transport.get_extra_info("socket")
         if waiting and connection is not None:
@@ -197,5 +197,5 @@ class GuardedHttp(HttpToolsProtocol):
 
 
 def guarded_protocol(patience: float) -> type[GuardedHttp]:
-    """The protocol with this patience, in seconds, for a head that does not come and an answer that is not read."""
+    """GuardedHttp with this patience, in seconds, for an incomplete head or an unread answer."""
     return type("Guarded", (GuardedHttp,), {"patience": patience})

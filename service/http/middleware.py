@@ -1,6 +1,6 @@
 """Pure ASGI middleware, outermost first: RequestContext, KnownHost, Authentication, WholeBody.
 
-Starlette's BaseHTTPMiddleware is not used: it hides a caller's disconnect from what it wraps.
+Not on Starlette's BaseHTTPMiddleware, which hides the caller's disconnect from the app that it wraps.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from client.errors import ErrorCode
 from service.errors import ServiceError
 from service.http import documentation, playground
-from service.http.errors import error_response
+from service.http.errors import error_response, internal_error
 from service.process.hosts import AllowedHosts
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, TraceSpan, Tracing
 
 log = structlog.get_logger(__name__)
 
+# Served without a key, and neither traced nor logged at level info.
 OPEN_PATHS = (
     frozenset({"/health", "/ready", "/metrics", "/openapi.json"}) | documentation.DOCS_PATHS | playground.PAGE_PATHS
 )
@@ -38,9 +39,9 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestContext:
-    """Gives a request its id, counts and logs it, and turns what nobody caught into a 500 that tells nothing.
+    """Gives a request its id, counts, traces and logs it, and turns unhandled exceptions into an opaque 500.
 
-    `X-Request-Id` is echoed where it is 1 to 128 visible ASCII characters, else made up.
+    `X-Request-Id` is echoed if it is 1 to 128 visible ASCII characters; otherwise a new id is made.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing = OFF) -> None:
@@ -62,38 +63,35 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
-                # No answer is to be taken for a page or a script by a browser that guesses.
+                # Browsers must not guess that an answer is a page or a script.
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         started = time.perf_counter()
         self._metrics.request_started()
-        with self._span(scope) as span, structlog.contextvars.bound_contextvars(**_marks(request_id, span)):
+        with self._span(scope) as span, structlog.contextvars.bound_contextvars(**_log_context(request_id, span)):
             try:
                 await self._app(scope, receive, send_with_id)
             except asyncio.CancelledError:
-                # The drain's time is over and uvicorn ends what is left, with a 500 of its own where nothing is said.
+                # The drain timed out and uvicorn cancels the rest. Unless answered here, it sends a 500 of its own.
                 if status == CLIENT_CLOSED_REQUEST:
                     stopped = ServiceError(ErrorCode.DRAINING, "the service has stopped", retry_after=1.0)
-                    self._metrics.error(stopped.code)
-                    await error_response(stopped)(scope, receive, send_with_id)
+                    await error_response(self._metrics, stopped)(scope, receive, send_with_id)
             except Exception as exc:
-                # The message may hold the caller's text: the log gets the kind and the place alone.
+                # Its message may hold the caller's text, so only its type and place are logged.
                 log.error("unhandled", error=type(exc).__name__, at=traceback.format_tb(exc.__traceback__)[-1].strip())
                 if status == CLIENT_CLOSED_REQUEST:
-                    failure = ServiceError(ErrorCode.INTERNAL_ERROR, "the service failed; its log says more")
-                    self._metrics.error(failure.code)
-                    await error_response(failure)(scope, receive, send_with_id)
+                    await error_response(self._metrics, internal_error())(scope, receive, send_with_id)
             finally:
-                self._done(scope, span, status, time.perf_counter() - started)
+                self._finish(scope, span, status, time.perf_counter() - started)
 
     def _span(self, scope: Scope) -> AbstractContextManager[TraceSpan]:
-        # What probes and scrapers ask for all the time is in nobody's interest.
+        # Probes and scrapers would drown the other traces.
         tracing = OFF if scope["path"] in OPEN_PATHS else self._tracing
         return tracing.request(Headers(scope=scope).get("traceparent"))
 
-    def _done(self, scope: Scope, span: TraceSpan, status: int, seconds: float) -> None:
-        # The route's pattern, never the path as sent: that is the caller's text, and unbounded as a label.
+    def _finish(self, scope: Scope, span: TraceSpan, status: int, seconds: float) -> None:
+        # The route's pattern, never the path: that is text from the caller, and unbounded as a metric label.
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if route != "other" else "other"
         self._metrics.request_done(method, route, status, seconds)
@@ -103,8 +101,7 @@ class RequestContext:
 
 
 class KnownHost:
-    """Lets requests through whose one `Host` is allowed; no other header counts. HTTP/1.0 may leave it out: browsers
-    do not."""
+    """Admits requests with exactly one, allowed `Host`. HTTP/1.0, which no browser speaks, may omit it."""
 
     def __init__(self, app: ASGIApp, hosts: AllowedHosts, metrics: Metrics) -> None:
         self._app = app
@@ -116,28 +113,27 @@ class KnownHost:
         if refusal is None:
             await self._app(scope, receive, send)
             return
-        failure = ServiceError(ErrorCode.INVALID_HEADER, refusal, param="Host")
-        self._metrics.error(failure.code)
-        await error_response(failure)(scope, receive, send)
+        error = ServiceError(ErrorCode.INVALID_HEADER, refusal, param="Host")
+        await error_response(self._metrics, error)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
         sent = Headers(scope=scope).getlist("host")
         if len(sent) != 1:
-            old = not sent and scope["http_version"] == "1.0"
-            return None if old else "a request must have one Host header"
+            omitted = not sent and scope["http_version"] == "1.0"
+            return None if omitted else "a request must have exactly one Host header"
         if self._hosts.allows(sent[0]):
             return None
         return (
-            "this service does not answer to the name in the Host header, as a web page could make one up to reach it "
-            "(DNS rebinding): start it with --allowed-hosts NAME (JUDGE_ALLOWED_HOSTS), or with keys"
+            "the Host header names a host that this service does not answer to, as protection against web pages that "
+            "reach it by DNS rebinding: start it with --allowed-hosts NAME (JUDGE_ALLOWED_HOSTS), or with keys"
         )
 
 
 class Authentication:
-    """Lets requests through that carry a key, except to the paths that need none.
+    """Admits requests that carry a valid key, and all requests to OPEN_PATHS.
 
-    Keys are compared as digests in constant time, every key every time. `scope["state"]["caller"]` becomes the key's
-    digest: what a rate limit goes by.
+    Every key is compared every time, as a digest and in constant time, so timing reveals nothing about a key. The
+    valid key's digest becomes `scope["state"]["caller"]`, by which rate limits are counted.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
@@ -150,23 +146,22 @@ class Authentication:
             scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
             key = sent.strip()
             digest = _key_digest(key)
-            equal = [hmac.compare_digest(digest, mine) for mine in self._digests]
-            # Whatever it was configured with: no key at all is never a key.
+            equal = [hmac.compare_digest(digest, valid) for valid in self._digests]
+            # An empty key is never valid, even if one was configured.
             known = any(equal) and key != ""
             allowed = not self._digests or (known and scheme.lower() == "bearer")
             if not allowed and scope["path"] not in OPEN_PATHS:
-                failure = ServiceError(ErrorCode.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
-                self._metrics.error(failure.code)
-                await error_response(failure)(scope, receive, send)
+                error = ServiceError(ErrorCode.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
+                await error_response(self._metrics, error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = digest.hex() if known else ""
         await self._app(scope, receive, send)
 
 
 class WholeBody:
-    """Reads the body, within limits of size and time, before the application runs; then watches for a disconnect.
+    """Reads the body, within limits of size and time, before the app runs; then watches for a disconnect.
 
-    A caller who leaves before the answer has begun has the application's task cancelled, which drops its jobs.
+    If the caller disconnects before the answer is complete, the app's task is cancelled, which drops its jobs.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float, metrics: Metrics) -> None:
@@ -180,23 +175,27 @@ class WholeBody:
             await self._app(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self._timeout):
-                body = await self._read(scope, receive)
-        except ServiceError as failure:
-            await self._refuse(failure, scope, receive, send)
-            return
-        except TimeoutError:
-            late = ServiceError(ErrorCode.BODY_TIMEOUT, f"the body did not arrive within {self._timeout:g} s")
-            await self._refuse(late, scope, receive, send)
+            body = await self._read(scope, receive)
+        except ServiceError as error:
+            # The rest of the body is still arriving: the connection cannot be used again.
+            await error_response(self._metrics, error, {"Connection": "close"})(scope, receive, send)
             return
         if body is not None:
             await self._run(body, scope, receive, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        too_large = ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body is over the limit of {self._max_bytes} bytes")
+        """The whole body, or None if the caller disconnects. Raises ServiceError if it is too large or too late."""
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            raise too_large
+            raise self._too_large()
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._receive_all(receive)
+        except TimeoutError:
+            message = f"the body did not arrive within {self._timeout:g} s"
+            raise ServiceError(ErrorCode.BODY_TIMEOUT, message) from None
+
+    async def _receive_all(self, receive: Receive) -> bytes | None:
         chunks: list[bytes] = []
         size = 0
         while True:
@@ -206,53 +205,67 @@ class WholeBody:
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
             if size > self._max_bytes:
-                raise too_large
+                raise self._too_large()
             if not message.get("more_body", False):
                 return b"".join(chunks)
 
-    async def _refuse(self, failure: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:
-        self._metrics.error(failure.code)
-        # The rest of the body is still on its way: the connection cannot be used again.
-        await error_response(failure, {"Connection": "close"})(scope, receive, send)
+    def _too_large(self) -> ServiceError:
+        return ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body is over the limit of {self._max_bytes} bytes")
 
     async def _run(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        task = asyncio.current_task()
-        assert task is not None
-        gone = asyncio.Event()
-
-        async def replay() -> Message:
-            if unread:
-                return unread.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-            task.cancel()
-
-        watcher = asyncio.ensure_future(watch())
+        caller = _Caller(body, receive)
 
         async def send_unwatched(message: Message) -> None:
-            # Once the answer is complete the server reports a disconnect as well: that one means nothing.
+            # After a complete answer the server reports a disconnect too, which must not cancel anything.
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                watcher.cancel()
+                caller.unwatch()
             await send(message)
 
         try:
-            await self._app(scope, replay, send_unwatched)
+            await self._app(scope, caller.receive, send_unwatched)
         except asyncio.CancelledError:
-            if not gone.is_set():
+            if not caller.has_left():
                 raise
-            task.uncancel()
+            caller.task.uncancel()
         finally:
-            watcher.cancel()
+            caller.unwatch()
 
 
-def _marks(request_id: str, span: TraceSpan) -> dict[str, str]:
-    """What a request's log lines are found by."""
+class _Caller:
+    """Replays the body to the app, whose task it cancels when the caller disconnects."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self._unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._left = asyncio.Event()
+        self._watcher = asyncio.ensure_future(self._watch(receive))
+
+    def has_left(self) -> bool:
+        """Whether the caller has disconnected, and the task was cancelled for that."""
+        return self._left.is_set()
+
+    def unwatch(self) -> None:
+        """Ignore disconnects from now on."""
+        self._watcher.cancel()
+
+    async def receive(self) -> Message:
+        """The ASGI receive function of the app."""
+        if self._unread:
+            return self._unread.pop()
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._left.set()
+        self.task.cancel()
+
+
+def _log_context(request_id: str, span: TraceSpan) -> dict[str, str]:
+    """The fields of all log lines of a request."""
     return {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
 
 

@@ -1,7 +1,7 @@
-"""The page at `/` to try the judge on: fixed files of this package, the same for everybody, served without a key.
+"""The page at `/` for trying the judge: static files of this package, served without a key.
 
-The page holds nothing secret and asks the service's own routes, which keep their guard. Its addresses are relative, so
-it also works behind a proxy that strips a path prefix (`https://host/judge/`, with the slash at the end).
+The page holds no secrets; the routes that it calls still require a key. Its URLs are relative, so it also works behind
+a proxy that strips a path prefix (`https://host/judge/`, with the trailing slash).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TYPES: Final = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-# Each is a route of its own: a name that is not here reaches no file, however it is spelled.
+# Each file has a route of its own, so no crafted path can reach another file.
 FILES: Final = {
     "/": "index.html",
     **{
@@ -42,8 +42,8 @@ PAGE_PATHS: Final = frozenset(FILES)
 
 
 def policy(*more: str) -> str:
-    """No inline script or style, no other host, no form that is sent, no frame around the page; and `more`."""
-    parts = (
+    """The Content-Security-Policy: no inline code, other hosts, form submission or framing; plus `more`."""
+    directives = (
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
@@ -53,23 +53,23 @@ def policy(*more: str) -> str:
         "form-action 'none'",
         "frame-ancestors 'none'",
     )
-    return "; ".join((*parts, *more))
+    return "; ".join((*directives, *more))
 
 
 PAGE_HEADERS: Final = {
-    # No string becomes markup.
+    # The browser refuses to turn any string into markup.
     "Content-Security-Policy": policy("require-trusted-types-for 'script'", "trusted-types 'none'"),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    # Kept, but asked for again each time: after an upgrade no old script meets a new page.
+    # Cached but revalidated on every use, so that an upgrade never mixes old scripts with a new page.
     "Cache-Control": "no-cache",
 }
 
 
 def add_playground(app: FastAPI) -> None:
-    """Add the page's routes; they are not in the OpenAPI document. Reads the files once, now."""
+    """Add the page's routes, outside the OpenAPI document. Reads the files once, here."""
     folder = package_files("service.http").joinpath("page")
     for path, name in FILES.items():
         serve = static_route(folder.joinpath(name).read_bytes(), _TYPES[name.rpartition(".")[2]], PAGE_HEADERS)
@@ -79,19 +79,19 @@ def add_playground(app: FastAPI) -> None:
 def static_route(
     content: bytes, media_type: str, headers: Mapping[str, str]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A route that always answers the same, and 304 to who has it already; `headers` go with both, beside the ETag."""
+    """A route that serves `content`, or 304 to a caller who has it. Adds an ETag to `headers`."""
     etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**headers, "ETag": etag}
 
     async def serve(request: Request) -> Response:
-        if _knows(request.headers.get("if-none-match", ""), etag):
+        if _matches(request.headers.get("if-none-match", ""), etag):
             return Response(status_code=304, headers=headers)
         return Response(content, headers=headers, media_type=media_type)
 
     return serve
 
 
-def _knows(if_none_match: str, etag: str) -> bool:
-    """Whether the caller has it already (RFC 9110, 13.1.2: weak comparison, a list, or `*`)."""
-    known = [each.strip().removeprefix("W/") for each in if_none_match.split(",")]
+def _matches(if_none_match: str, etag: str) -> bool:
+    """Whether If-None-Match covers the ETag (RFC 9110, 13.1.2: a list or `*`, compared weakly)."""
+    known = [tag.strip().removeprefix("W/") for tag in if_none_match.split(",")]
     return etag in known or known == ["*"]

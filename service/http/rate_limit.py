@@ -1,4 +1,4 @@
-"""Rate limits: a token bucket for each key."""
+"""Rate limits: a token bucket per key."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _Bucket:
 
 
 class RateLimiter:
-    """Grants each key `per_minute` judgements a minute, with a minute's worth at once after a pause.
+    """Grants each key `per_minute` judgements per minute; after a pause, a whole minute's worth at once.
 
-    A request larger than what is left is let through and leaves a debt, so that no size is refused for ever.
+    A request larger than the remaining balance passes and leaves a debt: otherwise a large batch could never pass.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,12 +29,12 @@ class RateLimiter:
         self._buckets: dict[str, _Bucket] = {}
 
     def spend(self, key: str, judgements: int) -> None:
-        """Take from the key's bucket; raises ServiceError(RATE_LIMITED) with retry_after when it is empty."""
+        """Take from the key's bucket. Raises ServiceError(RATE_LIMITED) with `retry_after` if it is empty."""
         now = self._clock()
         bucket = self._buckets.setdefault(key, _Bucket(self._capacity, now))
         bucket.balance = min(self._capacity, bucket.balance + (now - bucket.at) * self._per_minute / 60)
         bucket.at = now
         if bucket.balance < 1:
             wait = (1 - bucket.balance) * 60 / self._per_minute
-            raise ServiceError(ErrorCode.RATE_LIMITED, "this key's rate limit is used up", retry_after=wait)
+            raise ServiceError(ErrorCode.RATE_LIMITED, "this key has used up its rate limit", retry_after=wait)
         bucket.balance -= judgements
