@@ -1,4 +1,4 @@
-// Requests to the service beside which this page lies, and what to do about its errors.
+// Requests to the service that serves this page, and advice on its errors.
 
 const KEY = "judge.key";
 
@@ -15,7 +15,7 @@ export function setApiKey(key) {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // Storage is off: then no key can be kept, and a guarded service says 401.
+    // Storage is off: the key cannot be kept, and a service with keys answers 401.
   }
 }
 
@@ -30,37 +30,37 @@ export class Failure extends Error {
   }
 }
 
-const WAIT = "The service works, but not on this now. Run again in a moment.";
+const BUSY = "The service takes no new work at the moment. Run again shortly.";
 const ADVICE = {
-  bad_label: "Choose labels that are one token where the layout ends; try them with and without a leading space.",
+  bad_label: "Choose labels that are one token at the end of the layout; try each with and without a leading space.",
   bad_template: "Correct the layout, or choose a template for this mode.",
   body_timeout: "The request arrived too slowly. Run again.",
-  context_length_exceeded: "Shorten the text, or have it cut: Options, text over the model's length.",
+  context_length_exceeded: "Shorten the text, or choose a cut under Options, text over the model's length.",
   deadline_exceeded: "The judgement took too long. Run again when the queue is shorter.",
-  draining: WAIT,
-  inference_failed: "The model failed on this text. Run again; if it fails again, the service's log says why.",
-  internal_error: "The service's log says more, under the request's id.",
-  invalid_request: "Correct the field that is named.",
-  network: "Check that the service runs and that this page can reach it.",
-  label_not_returned: "The upstream server's list of likely tokens holds none of the labels: start the service with a floor.",
+  draining: BUSY,
+  inference_failed: "The model failed on this text. Run again; if that fails too, the service's log says why.",
+  internal_error: "The service's log has the details under the request's id.",
+  invalid_request: "Correct the named field.",
+  network: "Check that the service runs and is reachable from this page.",
+  label_not_returned: "The upstream server returned none of the labels among its likely tokens: start the service with --floor.",
   not_ready: "No worker is ready: the model may still be loading. Run again in a moment.",
-  overloaded: WAIT,
+  overloaded: BUSY,
   payload_too_large: "Send less text.",
   queue_unavailable: "The queue (Redis) cannot be reached. Run again in a moment.",
-  rate_limited: "This key asks for more than it may. Run again later.",
+  rate_limited: "This key has used up its rate limit. Run again later.",
   template_not_found: "Choose another category or template.",
   unauthorized: "Enter a valid key under API key, then run again.",
-  unparseable: "The judge wrote no grade that can be read. Try another wording, or another judge.",
-  unsupported_by_judge: "Ask for what this judge does, or start a service with another one.",
-  unreadable: "Something between this page and the service answered in its place, a proxy perhaps.",
+  unparseable: "The judge's text states no readable grade. Try another wording, or another judge.",
+  unsupported_by_judge: "This judge cannot do that: choose another mode, or start a service with another judge.",
+  unreadable: "Something between this page and the service answered instead, perhaps a proxy.",
 };
 
-// The parsed answer, or a Failure; a cancelled request raises AbortError.
+// Returns the parsed answer. Throws Failure, or AbortError for a cancelled request.
 export async function ask(path, body = null, signal = null) {
   const headers = {};
   const key = apiKey();
   if (/[^\x21-\x7e]/.test(key)) {
-    throw new Failure({ code: "unauthorized", message: "The key holds a space or a character that no key can have." });
+    throw new Failure({ code: "unauthorized", message: "The key contains a space or another character that keys cannot have." });
   }
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
@@ -94,6 +94,6 @@ async function read(answer) {
     requestId: answer.headers.get("x-request-id"),
     retryAfter: answer.headers.get("retry-after"),
   };
-  if (!content?.error?.code) throw new Failure({ ...about, code: "unreadable", message: "The answer is none of the service's." });
+  if (!content?.error?.code) throw new Failure({ ...about, code: "unreadable", message: "The answer is not from the service." });
   throw new Failure({ ...content.error, ...about });
 }

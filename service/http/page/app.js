@@ -1,4 +1,4 @@
-// Puts the page together: runs requests, and moves inputs between form, link and history.
+// The page's main module: runs requests, and moves inputs between form, link and history.
 
 import { Failure, apiKey, ask, setApiKey } from "./api.js";
 import { byId, duration, el, plural } from "./dom.js";
@@ -18,7 +18,7 @@ const EXAMPLE = {
 
 let running = null;
 
-// What stands in full beside the form, as a result does, is announced and not shown once more.
+// Announced to screen readers; `shown: false` for what the page already shows elsewhere, such as a result.
 const say = (text, { shown = true } = {}) => {
   byId("status").textContent = text;
   byId("status").classList.toggle("away", !shown);
@@ -73,11 +73,11 @@ function showProgress(responses) {
   byId("cancel").hidden = false;
   byId("run").textContent = "Run again";
   say(`Judging ${plural(responses, "response")}…`);
-  // Beside the announced text, not in it: a clock is not to be read aloud.
+  // Outside the announced text: screen readers must not read a running clock aloud.
   const tick = setInterval(() => {
     byId("progress").dataset.time = duration((performance.now() - started) / 1000);
   }, 100);
-  // Where another run has taken over, the signs are its own.
+  // If another run has started meanwhile, these indicators belong to it.
   return (last) => {
     clearInterval(tick);
     if (!last) return;
@@ -90,7 +90,7 @@ function showProgress(responses) {
   };
 }
 
-// On a narrow screen the result is below the form.
+// On a narrow screen the result is below the form: scroll to it.
 function comeIntoView() {
   if (byId("results").getBoundingClientRect().top > innerHeight * 0.7) byId("results").scrollIntoView();
 }
@@ -121,17 +121,17 @@ function showHistory(entries) {
 
 function restore(inputs) {
   form.fill(inputs);
-  say("The form is filled from the history; nothing has been run.");
+  say("The form is filled from the history. Nothing has been run.");
   byId("prompt").focus();
 }
 
 function openLink() {
   const inputs = saved.fromFragment(location.hash);
   if (inputs === undefined) return;
-  if (inputs === null) return say("This link cannot be read: it is cut off, or was not made here.");
+  if (inputs === null) return say("This link cannot be read: it is incomplete, or was not made by this page.");
   form.fill(inputs);
-  const own = typeof inputs.template === "object" ? " It brings a template of its own: read it before you run." : "";
-  say(`The form is filled from the link; nothing has been run.${own}`);
+  const own = typeof inputs.template === "object" ? " It has a template of its own: read it before you run." : "";
+  say(`The form is filled from the link. Nothing has been run.${own}`);
 }
 
 async function share() {
@@ -140,13 +140,13 @@ async function share() {
   history.replaceState(null, "", fragment);
   try {
     await navigator.clipboard.writeText(location.href);
-    return say("Link copied. It holds the inputs in full, after the #, and no key.");
+    return say("Link copied. It contains all inputs, after the #, but no key.");
   } catch {
-    return say("The link is in the address bar. It holds the inputs in full, after the #, and no key.");
+    return say("The link is in the address bar. It contains all inputs, after the #, but no key.");
   }
 }
 
-// What the service says of itself; without it the page still works.
+// Shows who judges, and adapts the form to that. If it fails, the page still works.
 async function introduce() {
   try {
     const [models, templates] = await Promise.all([ask("v1/models"), ask("templates")]);
@@ -156,7 +156,7 @@ async function introduce() {
     byId("model").title = models.data[0].note ?? "";
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
-    byId("model").textContent = error.code === "unauthorized" ? "This service asks for a key." : error.message;
+    byId("model").textContent = error.code === "unauthorized" ? "This service needs a key." : error.message;
     if (error.code === "unauthorized" && !apiKey()) byId("key-box").open = true;
   }
 }
@@ -187,7 +187,7 @@ function listen() {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
-      // A key typed just now has not been taken over yet.
+      // The key field has not fired its change event yet.
       if (document.activeElement === byId("key")) setApiKey(byId("key").value.trim());
       run();
     } else if (event.key === "Escape") {

@@ -1,8 +1,8 @@
-// Elements and numbers. Text becomes text, never markup: there is no other way in here to put a string on the page.
+// Makes elements and formats numbers. Strings only ever become text nodes, never markup.
 
 export const byId = (id) => document.getElementById(id);
 
-// el("p", {class: "hint"}, "text", child, null): attributes by name, functions as listeners, the rest as children.
+// el("p", {class: "hint"}, "text", child, null): functions become listeners, null children are skipped.
 export function el(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -22,7 +22,7 @@ export function svg(tag, attributes = {}, ...children) {
 
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-// A probability in three digits; one that is not quite 0 or 1 is not shown as if it were.
+// A probability with three digits; never shown as 0 or 1 unless it is.
 export function probability(value) {
   if (!isNumber(value)) return "–";
   if (value > 0 && value < 0.0005) return "<0.001";
@@ -30,7 +30,7 @@ export function probability(value) {
   return value.toFixed(3);
 }
 
-// With a real minus sign, and a plus, since the sign is the verdict.
+// With a plus or a real minus sign: the sign is the verdict.
 export function signed(value) {
   if (!isNumber(value)) return "–";
   const digits = Math.abs(value).toFixed(2);

@@ -1,4 +1,4 @@
-// The form: responses that come and go, templates by mode, and its inputs as the body of a request.
+// The form: adds and removes responses, offers templates by mode, and reads its inputs as a request body.
 
 import { byId, el, plural } from "./dom.js";
 
@@ -9,7 +9,7 @@ const INLINE = "inline";
 const TEMPLATE_FIELDS = ["instruction", "layout", "yes", "no", "format"];
 const SLOTS = { pointwise: "{prompt} and {response}", pairwise: "{prompt}, {response_a} and {response_b}" };
 
-// What each judge can do; one that this page does not know is offered everything, and says itself what it refuses.
+// What each judge can do. An unknown judge is offered everything, and the service refuses what it cannot do.
 const MODES_OF = { pairwise: ["pairwise"], "self-reward": ["pointwise"], "reward-model": ["pointwise"] };
 const CAN_EDIT = ["yes-no", "pairwise"];
 
@@ -21,9 +21,9 @@ let offeredMode = null;
 
 const boxes = () => [...document.querySelectorAll("#responses textarea")];
 const radios = () => [...document.querySelectorAll("input[name=mode]")];
-// A single response is judged by itself, whatever the mode was before.
+// A single response is always pointwise, whatever mode was chosen before.
 const mode = () => (boxes().length === 1 ? "pointwise" : radios().find((radio) => radio.checked).value);
-// A self-rewarding judge has templates of its own kinds for what is pointwise.
+// Not `===` mode(): the pointwise templates of a self-reward judge have modes of their own.
 const fitsMode = (template) => (template.mode === "pairwise") === (mode() === "pairwise");
 const lines = (id) => byId(id).value.split("\n").filter((line) => line !== "");
 
@@ -37,7 +37,7 @@ export function setUp() {
   offerTemplates();
 }
 
-// Offers what this service's judge can do, and the templates that it lists.
+// Adapts the form to the service's judge and the templates that it lists.
 export function setJudge(name, listed) {
   judge = name;
   ({ templates, categories } = listed);
@@ -86,15 +86,15 @@ function describe() {
     field.querySelector("button").hidden = all.length === 1;
   });
   const n = all.length;
-  // A named template fits one mode; a category and a template of one's own go along.
+  // A named template fits one mode only; a category or an inline template survives a change of mode.
   const choice = byId("template").value;
   if (offeredMode !== mode()) offerTemplates(choice.startsWith("template:") ? DEFAULT : choice || DEFAULT);
   byId("add").disabled = n >= MAX_RESPONSES;
   byId("count").textContent = n >= MAX_RESPONSES ? `${MAX_RESPONSES} at most` : "";
   byId("modes").disabled = n === 1;
-  const lone = judge === "pairwise" ? "This judge compares: give it two responses or more." : "One response is scored by itself.";
+  const lone = judge === "pairwise" ? "This judge compares: give it two responses or more." : "A single response gets a score of its own.";
   const alone = n === 1 ? lone : `Each response by itself: ${plural(n, "judgement")}.`;
-  const pairs = `Every two side by side, in both orders: ${plural(n * (n - 1), "judgement")}.`;
+  const pairs = `Every pair side by side, in both orders: ${plural(n * (n - 1), "judgement")}.`;
   byId("mode-hint").textContent = mode() === "pairwise" ? pairs : alone;
 }
 
@@ -115,13 +115,13 @@ function offerTemplates(wanted = byId("template").value || DEFAULT) {
   );
   select.querySelectorAll("optgroup").forEach((group) => group.children.length || group.remove());
   select.value = wanted;
-  // A link may name what this page has not heard of, or not yet: the service decides.
+  // A link may name a template that this page does not know (yet): let the service decide.
   if (select.selectedIndex < 0) select.append(option(wanted, wanted.slice(wanted.indexOf(":") + 1)));
   select.value = wanted;
   showTemplate();
 }
 
-// What a choice means, as far as GET /templates tells: a category's template bears its name, or is the only one.
+// The template behind a choice, if GET /templates lists it: a category's template has its name, or is the only one.
 function find(choice) {
   const [kind, name] = [choice.slice(0, choice.indexOf(":")), choice.slice(choice.indexOf(":") + 1)];
   const candidates = templates.filter(fitsMode).sort((a, b) => b.version - a.version);
@@ -154,10 +154,10 @@ function makeOwn() {
 function hintTemplate() {
   const name = shown && `${shown.name}@${shown.version}`;
   const own = byId("template").value === INLINE;
-  const slots = `The layout needs ${SLOTS[mode()]} once each, and may have {instruction}.`;
-  if (!canEdit()) byId("template-hint").textContent = `The judge ${judge} takes no template from a request${name ? `; this is ${name}` : ""}.`;
+  const slots = `The layout must contain ${SLOTS[mode()]} once each, and may contain {instruction}.`;
+  if (!canEdit()) byId("template-hint").textContent = `The judge ${judge} accepts no template in a request${name ? `; this is ${name}` : ""}.`;
   else if (own) byId("template-hint").textContent = `A template of your own, sent with the request. ${slots}`;
-  else if (name) byId("template-hint").textContent = `This is ${name}. Editing it makes a template of your own, for this page only.`;
+  else if (name) byId("template-hint").textContent = `This is ${name}. Editing it makes a template of your own, on this page only.`;
   else byId("template-hint").textContent = "The service knows this template's text; this page does not.";
 }
 
@@ -181,7 +181,7 @@ export function read() {
   return inputs;
 }
 
-// Only fills the fields; `inputs` has been through saved.clean.
+// Fills the fields and runs nothing. `inputs` must have passed saved.clean.
 export function fill(inputs) {
   byId("prompt").value = inputs.prompt;
   byId("responses").replaceChildren();
@@ -195,12 +195,12 @@ export function fill(inputs) {
   const choice = own ? INLINE : inputs.template ? `template:${inputs.template}` : `category:${inputs.category ?? "general"}`;
   offerTemplates(choice);
   if (own) putTemplate(inputs.template);
-  // A template that somebody else wrote is not to be overlooked.
+  // Open it: nobody should overlook a template that somebody else wrote.
   byId("template-box").open = own;
   describe();
 }
 
-// Marks the first field that cannot be sent, moves there, and says why; null where all is well.
+// Marks and focuses the first invalid field and returns what is wrong with it; null if all are valid.
 export function complaint() {
   const fields = [byId("prompt"), ...boxes(), byId("tie-margin")];
   fields.forEach((field) => field.removeAttribute("aria-invalid"));
@@ -209,6 +209,6 @@ export function complaint() {
   wrong.setAttribute("aria-invalid", "true");
   if (wrong.id === "tie-margin") byId("options").open = true;
   wrong.focus();
-  if (wrong.id === "tie-margin") return "The tie margin is a number from 0 to 1000.";
+  if (wrong.id === "tie-margin") return "The tie margin must be a number from 0 to 1000.";
   return wrong.id === "prompt" ? "Write a prompt first." : `Response ${wrong.id.slice(9)} is empty: fill it in or remove it.`;
 }

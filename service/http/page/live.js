@@ -1,9 +1,9 @@
-// The load of the service, from its metrics, read every two seconds while somebody can see it.
+// The service's load, polled from its metrics every two seconds while the page is visible.
 
 import { duration, svg } from "./dom.js";
 
 const EVERY_MS = 2000;
-// Samples shown (two minutes), and those that the averages go over (one).
+// Number of samples shown (two minutes) and averaged over (one minute).
 const SHOWN = 60;
 const WINDOW = 30;
 const JUDGING = new Set(["/score", "/compare", "/score/batch", "/compare/batch"]);
@@ -37,14 +37,14 @@ async function poll() {
 
 // Prometheus' text format as [{name, labels, value}].
 export function parse(text) {
-  const found = [];
+  const metrics = [];
   for (const line of text.split("\n")) {
     const match = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)/.exec(line);
     if (!match) continue;
     const pairs = [...(match[2] ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)];
-    found.push({ name: match[1], labels: Object.fromEntries(pairs.map((pair) => [pair[1], pair[2]])), value: Number(match[3]) });
+    metrics.push({ name: match[1], labels: Object.fromEntries(pairs.map((pair) => [pair[1], pair[2]])), value: Number(match[3]) });
   }
-  return found;
+  return metrics;
 }
 
 function sample(metrics, at) {
@@ -68,7 +68,7 @@ function sample(metrics, at) {
 
 function add(latest) {
   const before = samples.at(-1);
-  // A counter that fell was reset: the service was started anew. A long gap was a hidden tab.
+  // Start over after a restart of the service, which resets its counters, and after the tab was hidden.
   if (before && (latest.judged < before.judged || latest.batches < before.batches || latest.at - before.at > 10)) samples = [];
   samples = [...samples, latest].slice(-SHOWN);
 }
@@ -90,17 +90,17 @@ function draw() {
 
 const steps = (measure) => samples.slice(1).map((each, index) => measure(samples[index], each));
 
-// As Prometheus' histogram_quantile: linear within the bucket; null where nothing was counted between the two.
+// Like Prometheus' histogram_quantile: linear within a bucket; null if nothing was counted in between.
 export function quantile(q, before, after) {
   const limits = [...after.keys()].sort((a, b) => a - b);
   const counts = limits.map((limit) => after.get(limit) - (before.get(limit) ?? 0));
-  const wanted = q * (counts.at(-1) ?? 0);
-  if (!wanted) return null;
-  const index = counts.findIndex((count) => count >= wanted);
+  const rank = q * (counts.at(-1) ?? 0);
+  if (!rank) return null;
+  const index = counts.findIndex((count) => count >= rank);
   const low = index ? limits[index - 1] : 0;
   if (limits[index] === Infinity) return low;
   const below = index ? counts[index - 1] : 0;
-  return low + ((limits[index] - low) * (wanted - below)) / (counts[index] - below);
+  return low + ((limits[index] - low) * (rank - below)) / (counts[index] - below);
 }
 
 function show(name, text, values) {

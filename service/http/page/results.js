@@ -1,9 +1,9 @@
-// Answers as elements. Each function returns the one sentence that says it all, to be announced and remembered.
+// Shows answers. Each show function returns its outcome in one sentence, to announce and to keep in the history.
 
 import { byId, el, plural, probability, signed } from "./dom.js";
 
 const LOW_MASS = 0.5;
-// What the score of a response is called, by judge; where two are compared it is always the mean win probability.
+// What a response's score is called, by judge; in pairwise mode it is always the mean win probability.
 const SCORE_OF = { "self-reward": "Score", "reward-model": "Sigmoid of the reward" };
 
 let judge = "yes-no";
@@ -24,7 +24,7 @@ export function showScore(result, inputs, request) {
     el("h2", {}, outcome),
     el("ol", { class: "ranking" }, card({ score: result, text: inputs.responses[0], number: 1 }, scoreName("pointwise"))),
     warning([result.label_mass]),
-    result.label_is_argmax === false ? el("p", { class: "note" }, "The model's likeliest next token was none of the labels.") : null,
+    result.label_is_argmax === false ? el("p", { class: "note" }, "The model's most likely next token was none of the labels.") : null,
     provenance(result),
     asJson(request, result),
   );
@@ -77,7 +77,7 @@ function verdict(result, margin) {
 function card({ score, text, number, place = null, best = false }, label) {
   const known = typeof score.score === "number" ? score.score : 0;
   const bar = el("div", { class: "bar", "aria-hidden": "true" }, el("div"));
-  // Set through the object model: the page's policy allows no style attributes.
+  // Set through the DOM: the page's content policy forbids style attributes.
   bar.firstChild.style.inlineSize = `${known * 100}%`;
   const facts = [
     fact(label, probability(score.score), "first"),
@@ -111,7 +111,7 @@ const fact = (name, value, kind = null) => el("div", { class: kind }, el("dt", {
 
 function warning(masses) {
   if (!masses.some((mass) => typeof mass === "number" && mass < LOW_MASS)) return null;
-  return el("p", { class: "note" }, "A label mass this small says that the model hardly meant to answer with a label at all.");
+  return el("p", { class: "note" }, "With so little label mass the model hardly meant to answer with a label at all.");
 }
 
 function matrix(result) {
@@ -123,7 +123,7 @@ function matrix(result) {
     "section",
     {},
     el("h3", { id: "matrix-title" }, "Win probability"),
-    el("p", { class: "hint" }, "That the response of the row is better than that of the column."),
+    el("p", { class: "hint" }, "How likely the row's response is better than the column's."),
     el(
       "div",
       { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": "matrix-title" },
@@ -140,13 +140,13 @@ function matrix(result) {
 function cell(value, diagonal) {
   if (diagonal) return el("td", { class: "self" }, el("span", { class: "away" }, "itself"));
   const made = el("td", { class: value >= 0.5 ? "wins" : "loses" }, value.toFixed(2));
-  // From no colour at even odds to the full tint at certainty.
+  // No tint at even odds, the full tint at certainty.
   made.style.setProperty("--tint", `${Math.round(Math.abs(value - 0.5) * 90)}%`);
   return made;
 }
 
 function bias({ pairs, flips, first_log_odds: first }) {
-  const lean = Math.abs(first) < 0.005 ? "no order is preferred" : `whichever is shown first gets ${signed(first)} log-odds`;
+  const lean = Math.abs(first) < 0.005 ? "neither position is preferred" : `the response shown first gains ${signed(first)} log-odds`;
   return el(
     "section",
     {},

@@ -1,5 +1,5 @@
-// What outlives a run: the link that carries the inputs in its fragment, and the history in this browser's storage.
-// Inputs have the shape of a /compare request, with one response allowed. Both sources are read as a stranger's.
+// Saved inputs: links, which carry them in their fragment, and the history in this browser's storage.
+// Inputs have the shape of a /compare request, but may have a single response. Neither source is trusted.
 
 const HISTORY = "judge.history";
 const MAX_ENTRIES = 30;
@@ -12,7 +12,7 @@ const MAX_NAME = 128;
 const isText = (value, limit = MAX_STORED) => typeof value === "string" && value.length <= limit;
 const oneOf = (value, allowed) => (allowed.includes(value) ? value : allowed[0]);
 const isLabels = (value) =>
-  Array.isArray(value) && value.length > 0 && value.length <= MAX_LABELS && value.every((each) => isText(each, MAX_NAME));
+  Array.isArray(value) && value.length > 0 && value.length <= MAX_LABELS && value.every((label) => isText(label, MAX_NAME));
 
 function cleanTemplate(template) {
   if (isText(template, MAX_NAME)) return template;
@@ -23,11 +23,11 @@ function cleanTemplate(template) {
   return { format, layout, instruction, labels: { yes: [...labels.yes], no: [...labels.no] } };
 }
 
-// The known fields with values that the form can hold, or null where the rest would mean something else.
+// Inputs reduced to what the form can hold, or null if that would change their meaning.
 export function clean(inputs) {
   if (inputs === null || typeof inputs !== "object") return null;
   const { prompt, responses } = inputs;
-  if (!isText(prompt) || !Array.isArray(responses) || !responses.every((each) => isText(each))) return null;
+  if (!isText(prompt) || !Array.isArray(responses) || !responses.every((response) => isText(response))) return null;
   if (responses.length < 1 || responses.length > MAX_RESPONSES) return null;
   const cleaned = {
     prompt,
@@ -46,7 +46,7 @@ export function clean(inputs) {
   return cleaned;
 }
 
-// The fragment that stands for these inputs (base64url of their JSON), or null where it would be too long for a link.
+// The fragment for these inputs (base64url of their JSON), or null if it is too long for a link.
 export function toFragment(inputs) {
   const bytes = new TextEncoder().encode(JSON.stringify(inputs));
   if (bytes.length * (4 / 3) > MAX_FRAGMENT) return null;
@@ -54,7 +54,7 @@ export function toFragment(inputs) {
   return "#s=" + btoa(binary).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
 }
 
-// The inputs in a fragment; undefined where it holds none, null where they cannot be read.
+// The inputs in a fragment; undefined if it has none, null if they are unreadable.
 export function fromFragment(fragment) {
   if (!fragment.startsWith("#s=")) return undefined;
   if (fragment.length > MAX_FRAGMENT + 3) return null;
@@ -67,7 +67,7 @@ export function fromFragment(fragment) {
   }
 }
 
-// Entries {at, outcome, inputs}, the newest first; `at` in milliseconds since 1970.
+// Entries {at, outcome, inputs}, newest first; `at` in milliseconds since 1970.
 export function readHistory() {
   try {
     const entries = JSON.parse(localStorage.getItem(HISTORY) ?? "[]");
@@ -81,7 +81,7 @@ export function readHistory() {
   }
 }
 
-// The history with this entry in front; the same inputs stand in it once.
+// Puts an entry at the front of the history, replacing one with the same inputs. Returns the history.
 export function remember(inputs, outcome) {
   const same = JSON.stringify(inputs);
   const others = readHistory().filter((entry) => JSON.stringify(entry.inputs) !== same);
@@ -99,6 +99,6 @@ export function forget() {
   try {
     localStorage.removeItem(HISTORY);
   } catch {
-    // Then there is none.
+    // Storage is off: there is no history.
   }
 }

@@ -1,4 +1,4 @@
-// Runs before the page is drawn, so that a chosen theme does not flash in the other one first.
+// Runs before the page is drawn: otherwise it would flash in the wrong theme first.
 "use strict";
 
 const THEMES = ["auto", "light", "dark"];
@@ -27,7 +27,7 @@ document.addEventListener("DOMContentLoaded", () => {
     try {
       localStorage.setItem("judge.theme", next);
     } catch {
-      // Storage is off: the choice lasts as long as the page.
+      // Storage is off: the choice lasts only as long as the page.
     }
     applyTheme(next);
   });
