@@ -1,9 +1,9 @@
-"""What the engine does by itself, what is left of it through HTTP, and what the service costs with no model at all.
+"""Throughput of the engine alone, of the engine through HTTP, and of the service without a model.
 
     python -m bench.service [--model NAME] [--items N] [--rounds N]
 
 Rounds are interleaved (direct, batches, one at a time, direct, …) and medians are printed, because machines drift.
-The texts are real RewardBench pairs where ../shared/data holds them, else made-up ones of the same lengths.
+Texts are RewardBench pairs if ../shared/data has them, else made-up ones of similar lengths.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
-    parser.add_argument("--items", type=int, default=60, help="prompt/response pairs in a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement with the fake engine")
+    parser.add_argument("--items", type=int, default=60, help="prompt/response pairs per round")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per way")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement with the fake engine")
     args = parser.parse_args(argv)
     console = Console(width=110)
     items = texts(args.items)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def texts(count: int) -> list[ScoreRequest]:
-    """Seeded prompt/response pairs, each with its own category."""
+    """Prompt/response pairs, the same in every run."""
     rng = random.Random(0)
     if DATA.exists():
         rows = [json.loads(line) for line in DATA.read_text("utf-8").splitlines()]
@@ -69,7 +69,7 @@ def texts(count: int) -> list[ScoreRequest]:
 
 
 def with_model(name: str, items: list[ScoreRequest], rounds: int) -> Table:
-    """The torch engine directly, through /score/batch, and through /score one at a time."""
+    """Measure the torch engine directly, through /score/batch, and through /score."""
     files = models.resolve(name)
     engine = TorchEngine.load(files.path)
     prompts = PromptBuilder(load_tokenizer(files.path), engine.info.max_tokens)
@@ -106,7 +106,7 @@ def _concurrently(judge: Judge, items: list[ScoreRequest], callers: int) -> None
 
 
 def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round, after one round that is not counted."""
+    """Each way's seconds in every round, after a warm-up round."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, run in ways.items():
@@ -118,7 +118,7 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def without_model(items: list[ScoreRequest], seconds: float) -> Table:
-    """The service's own cost: rendering, tokenising, queue, batching and HTTP, with an engine that does nothing."""
+    """Measure the service's own cost (rendering, tokenizing, queue, batching, HTTP) with an idle engine."""
     one = items[len(items) // 2].model_dump_json(exclude_defaults=True).encode()
     batch = json.dumps({"items": [item.model_dump(exclude_defaults=True) for item in items[:BATCH]]}).encode()
     table = Table("request", "callers", "requests/s", "items/s", "p50 ms", "p99 ms", title="fake engine")

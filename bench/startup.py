@@ -1,11 +1,11 @@
-"""How long a service takes to start, and what memory it needs: each engine in a service of its own.
+"""Startup time and memory of a service, for each engine.
 
     python -m bench.startup --model NAME [--items 100] [--rounds 3] [--vllm]
 
-From the start of `python -m service` until it says that it is ready, then the first answer; resident memory of all its
-processes (HTTP side, worker, and what an engine starts) when it is ready, and at most while `--items` texts of
-RewardBench's length are judged. What processes share counts for each of them. Rounds are interleaved, medians printed;
-files have been read before, as a round that is not counted comes first.
+Measures the time from starting `python -m service` until it is ready, and until its first answer; and the resident
+memory of all its processes when it is ready, and its peak while `--items` texts of RewardBench's length are judged.
+Memory shared by processes counts for each of them. Rounds are interleaved and medians printed; a warm-up round brings
+the files into the page cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WAYS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of a service: seconds until it is ready and of its first answer; bytes when ready, and at most."""
+    """One start of a service: seconds until ready, seconds for the first answer; bytes when ready, and at the peak."""
 
     ready: float
     first_answer: float
@@ -48,33 +48,34 @@ class Start:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it and print the table."""
+    """Measure every way and print the table."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
-    parser.add_argument("--items", type=int, default=100, help="texts that are judged (100)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the median is told (3)")
-    parser.add_argument("--vllm", action="store_true", help="also vLLM, where it is installed")
+    parser.add_argument("--items", type=int, default=100, help="texts to judge (default: 100)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, whose median is printed (default: 3)")
+    parser.add_argument("--vllm", action="store_true", help="also measure vLLM, which must be installed")
     args = parser.parse_args(argv)
     items = texts(args.items)
-    found: dict[str, list[Start]] = {way: [] for way in WAYS if way != "vLLM" or args.vllm}
-    turns = [(number, way) for number in range(args.rounds + 1) for way in found]
+    starts: dict[str, list[Start]] = {way: [] for way in WAYS if way != "vLLM" or args.vllm}
+    turns = [(number, way) for number in range(args.rounds + 1) for way in starts]
     for number, way in track(turns, "starts", console=Console(stderr=True)):
-        started = start(args.model, way, items)
+        measured = start(args.model, way, items)
         if number:
-            found[way].append(started)
+            starts[way].append(measured)
     table = Table(title=f"{args.model}: medians of {args.rounds} starts, {args.items} texts")
     for name in ("", "ready, s", "first answer, s", "memory, MB", "peak while judging, MB"):
         table.add_column(name, justify="right" if name else "left")
-    for way, starts in found.items():
-        ready, answer, memory, peak = (statistics.median(column) for column in zip(*map(astuple, starts), strict=True))
+    for way, measured in starts.items():
+        columns = zip(*map(astuple, measured), strict=True)
+        ready, answer, memory, peak = map(statistics.median, columns)
         table.add_row(way, f"{ready:.1f}", f"{answer:.2f}", f"{memory / 1e6:,.0f}", f"{peak / 1e6:,.0f}")
     Console(width=110).print(table)
     return 0
 
 
 def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
-    """Start a service, have it judge, stop it."""
+    """Measure one start: start a service, have it judge, stop it."""
     flags = ("--model", model, *WAYS[way], "--cache-entries", "0", "--request-timeout", "3600")
     with tempfile.TemporaryDirectory() as empty:
         env = {"JUDGE_NATIVE_DIR": empty} if "anew" in way else {}
@@ -83,12 +84,12 @@ def start(model: str, way: str, items: Sequence[ScoreRequest]) -> Start:
             ready = time.perf_counter()
             judge.score(items[0].prompt, items[0].response)
             answered = time.perf_counter()
-            family = process_tree(service.process.pid)
-            memory = sum(process.memory_info().rss for process in family)
-            reset_peak_memory(family)
+            processes = process_tree(service.process.pid)
+            memory = sum(process.memory_info().rss for process in processes)
+            reset_peak_memory(processes)
             for first in range(0, len(items), BATCH):
                 judge.score_batch(items[first : first + BATCH])
-            return Start(ready - begin, answered - ready, memory, peak_memory(family))
+            return Start(ready - begin, answered - ready, memory, peak_memory(processes))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Running and checking the deployment; none of it is installed with the package."""
+"""Runs and checks the deployment. Not installed with the package."""

@@ -6,9 +6,9 @@
 #
 # BASE               the base image (default: the Dockerfile's)
 # TOOL               docker, podman or buildah (default: the first one that is installed)
-# TAG                of the images judge-<target> (default: latest)
+# TAG                tag of the images judge-<target> (default: latest)
 # TRAINER_TORCH      cuda or cpu (default: the Dockerfile's)
-# TORCH_CPU_INDEX    where pip finds the CPU build of torch (default: the Dockerfile's; set and empty: pip's own settings)
+# TORCH_CPU_INDEX    pip index with the CPU build of torch (default: the Dockerfile's; empty: pip's own settings)
 # BUILD_FLAGS        more flags for the build command, e.g. "--isolation chroot --volume /wheels:/wheels:ro"
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,14 +23,14 @@ arguments=()
 for name in BASE TRAINER_TORCH TORCH_CPU_INDEX; do
   [ -z "${!name+set}" ] || arguments+=(--build-arg "$name=${!name}")
 done
-# Health checks are no part of the OCI format, so podman and buildah would drop them.
+# The OCI format has no health checks, so podman and buildah would drop them.
 [ "$tool" = docker ] || arguments+=(--format docker --layers)
 
 [ $# -gt 0 ] || set -- api worker-cpu worker-gpu trainer bench
 for target in "$@"; do
   image=judge-$target:${TAG:-latest}
   echo "== $image" >&2
-  # shellcheck disable=SC2086  # flags are words
+  # shellcheck disable=SC2086  # BUILD_FLAGS must be split into words
   "$tool" build "${arguments[@]}" ${BUILD_FLAGS:-} --target "$target" --tag "$image" .
 done
 

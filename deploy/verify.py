@@ -1,8 +1,8 @@
-"""`make test-compose`: the deployment of docker-compose.yml, run as plain processes, for want of a Docker engine.
+"""`make test-compose`: runs the deployment of docker-compose.yml as plain processes, without a Docker engine.
 
-Commands, environments and health checks are read from docker-compose.yml and the Dockerfile and run as they stand, but
-for host names (loopback addresses) and volumes (folders). The model is a random tiny one, from a stand-in for the hub.
-In the end stands a list of what was run, and of what only an engine can show.
+Commands, environments and health checks come from docker-compose.yml and the Dockerfile; only host names become
+loopback addresses and volumes folders. The model is a tiny random one, downloaded from a fake hub. The output ends with
+a list of what was run, and of what only a container engine can check.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SETTINGS = {
     "JUDGE_API_KEY": KEY,
     "JUDGE_DTYPE": "float32",
     "JUDGE_THREADS": "1",
-    # Small batches, so that a worker which is killed has something in hand; and little time until that is missed.
+    # Small batches, so that the killed worker holds jobs, and a short lease, so that they are soon taken over.
     "JUDGE_BATCH_JOBS": "8",
     "JUDGE_LEASE_SECONDS": "2",
     "JUDGE_BENCH_DATA": "/data/pairs.jsonl",
     "JUDGE_POLICY": "/data/policy",
     "JUDGE_INSTRUCTIONS": "/data/instructions.jsonl",
 }
-# What makes a round of training small; the rest of its command is the file's.
+# Flags that make a round of training small; the rest of its command comes from the file.
 TINY_ROUND = (
     "--count 8 --held-out 4 --samples 3 --max-new-tokens 8 --cut-off keep --device cpu --dtype float32 "
     "--batch 4 --lr 1e-3 --rank 4 --alpha 8 --patience 30"
@@ -51,37 +51,37 @@ PAIRS = 400
 SUBSETS = ("alpacaeval-easy", "llmbar-natural", "donotanswer", "hep-go", "math-prm")
 UNCHECKED = (
     "images: builds, sizes, users (deploy/build_images.sh builds them with docker, podman or buildah)",
-    "what the engine enforces: read-only root, dropped rights, limits, restart policies, log rotation",
-    "its networks and volumes: names of services, published ports, ownership of a new volume",
+    "what the container engine enforces: read-only root, dropped rights, limits, restart policies, log rotation",
+    "its networks and volumes: service names, published ports, ownership of new volumes",
     "the GPU reservation of `worker` and `trainer`, whose commands are those of `worker-cpu` and `trainer-cpu`",
-    "the images of others: redis and prometheus (the programs of this machine were used), grafana/grafana",
-    "Grafana itself: its dashboard's queries were asked, its drawing of them was not seen",
+    "third-party images: redis and prometheus (this machine's programs were used), grafana/grafana",
+    "Grafana itself: the dashboard's queries were run, but not drawn",
 )
 
 
 @dataclass
 class Report:
-    """What was run, said as it happens and once more in the end."""
+    """What was run, printed as it happens and again at the end."""
 
     lines: list[str] = field(default_factory=list)
 
     def ran(self, what: str) -> None:
-        """Something worked."""
+        """Record and print that something worked."""
         self.lines.append(what)
         sys.stdout.write(f"ok  {what}\n")
         sys.stdout.flush()
 
     def summary(self, skipped: Sequence[str]) -> str:
-        """The list, for the end of the output."""
+        """The final list of what was and what was not checked."""
         ran = "".join(f"  - {line}\n" for line in self.lines)
         unchecked = "".join(f"  - {line}\n" for line in [*UNCHECKED, *skipped])
-        return f"\nrun for real, as processes:\n{ran}\nnot checked here:\n{unchecked}"
+        return f"\nrun, as processes:\n{ran}\nnot checked here:\n{unchecked}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the deployment: 0 if all of it works, 1 with the reason if not."""
+    """Run the deployment; returns 0 if all of it works, else 1 with the reason on stderr."""
     parser = argparse.ArgumentParser(prog="python -m deploy.verify", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--keep", action="store_true", help="leave logs and volumes behind, and say where")
+    parser.add_argument("--keep", action="store_true", help="keep logs and volumes, and print where they are")
     arguments = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="judge-compose-"))
     report = Report()
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(folder: Path, report: Report) -> list[str]:
-    """Run everything; returns what could not be run on this machine. Raises CheckError."""
+    """Run everything; returns what this machine could not run. Raises CheckError."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
     volumes = make_volumes(folder)
     services = load(SETTINGS)
@@ -122,7 +122,7 @@ def check(folder: Path, report: Report) -> list[str]:
 
 
 def make_volumes(folder: Path) -> dict[str, Path]:
-    """Folders for the volumes, with pairs, instructions and a policy in /data."""
+    """Make folders for the volumes, with pairs, instructions and a policy in /data."""
     paths = ("/models", "/runs", "/data", "/prometheus", "/etc/prometheus")
     volumes = {path: folder / path.strip("/") for path in paths}
     for volume in volumes.values():
@@ -132,26 +132,26 @@ def make_volumes(folder: Path) -> dict[str, Path]:
         for n in range(PAIRS)
     ]
     write_lines(volumes["/data"] / "pairs.jsonl", rows)
-    asked = [{"id": f"{n}", "prompt": f"What is {n}?", "category": ("chat", "math")[n % 2]} for n in range(12)]
-    write_lines(volumes["/data"] / "instructions.jsonl", asked)
+    tasks = [{"id": f"{n}", "prompt": f"What is {n}?", "category": ("chat", "math")[n % 2]} for n in range(12)]
+    write_lines(volumes["/data"] / "instructions.jsonl", tasks)
     make_tiny_model(volumes["/data"] / "policy", seed=1)
     return volumes
 
 
 def write_lines(file: Path, rows: Sequence[object]) -> None:
-    """JSON, one row a line."""
+    """Write rows as JSON lines."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def bring_up(deployment: Deployment, hub: str, report: Report) -> list[Container]:
-    """In the order of depends_on: Redis healthy, the model fetched, API and two workers; returns the workers."""
+    """Start, in the order of depends_on, Redis, the model download, the API and two workers; returns the workers."""
     redis = deployment.start("redis")
     deployment.await_health(redis)
     report.ran(f"redis: {show(redis)}; healthy by `{' '.join(healthcheck_of(redis))}`")
     model = deployment.run("model", 300, changes={"HF_ENDPOINT": hub})
-    report.ran(f"model: {show(model)} (the hub: a stand-in)")
+    report.ran(f"model: {show(model)} (from a fake hub)")
     deployment.run("model", 120, changes={"HF_ENDPOINT": hub})
-    report.ran("model: a second run finds it there and ends with 0")
+    report.ran("model: a second run finds it cached and exits with 0")
     api = deployment.start("api")
     workers = [deployment.start("worker-cpu", number) for number in (1, 2)]
     deployment.await_health(api)
@@ -163,7 +163,7 @@ def bring_up(deployment: Deployment, hub: str, report: Report) -> list[Container
 
 
 def show(container: Container) -> str:
-    """A container's command as the file has it."""
+    """A container's command as written in the file."""
     return f"`{' '.join(container.service.command)}`"
 
 
@@ -173,7 +173,7 @@ def healthcheck_of(container: Container) -> list[str]:
 
 
 def begin_to_watch(deployment: Deployment, folder: Path, report: Report) -> monitoring.Watch | None:
-    """Prometheus over API and workers; None where it is not installed."""
+    """Start Prometheus for API and workers; None if it is not installed."""
     if monitoring.missing():
         return None
     monitoring.check_rules()
@@ -185,7 +185,7 @@ def begin_to_watch(deployment: Deployment, folder: Path, report: Report) -> moni
 
 
 def judge_something(deployment: Deployment, report: Report) -> None:
-    """A judgement with the key, and a refusal without."""
+    """Check that requests without the key are refused, and that the workers are listed with it."""
     url = f"http://{deployment.address('api')}:8000"
     if status(f"{url}/score") != 401:
         raise CheckError("a request without a key was not refused")
@@ -196,7 +196,7 @@ def judge_something(deployment: Deployment, report: Report) -> None:
 
 
 def status(url: str) -> int:
-    """The status of a POST without a key."""
+    """The HTTP status of a POST without a key."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=30) as answer:
             return int(answer.status)
@@ -214,68 +214,68 @@ def get(url: str) -> str:
 def benchmark_with_a_killed_worker(
     deployment: Deployment, workers: list[Container], runs: Path, report: Report
 ) -> None:
-    """The bench service; in its middle a worker gets SIGKILL, and is started again as `restart` has it."""
+    """Run the benchmark; halfway SIGKILL a worker, then start it again, as its restart policy would."""
     items = runs / "rewardbench" / "items.jsonl"
     bench = deployment.start("bench", more=["--batch-items", "8", "--patience", "60"])
     while lines(items) < PAIRS // 10:
-        if bench.support.process.poll() is not None:
+        if bench.process.poll() is not None:
             raise CheckError(f"the benchmark ended early:\n{bench.output[-2000:]}")
         time.sleep(0.02)
-    # Held first, so that it has jobs in hand which nobody will answer.
+    # Suspended first, so that it holds jobs when it is killed.
     workers[0].process.send_signal(signal.SIGSTOP)
     time.sleep(0.3)
     before = lines(items)
     workers[0].process.kill()
     if bench.wait(300):
-        raise CheckError(f"the benchmark ended with {bench.support.process.returncode}:\n{bench.output[-2000:]}")
+        raise CheckError(f"the benchmark ended with {bench.process.returncode}:\n{bench.output[-2000:]}")
     summary = json.loads((runs / "rewardbench" / "summary.json").read_bytes())
     if (summary["counts"]["judged"], summary["counts"]["failed"]) != (PAIRS, 0):
         raise CheckError(f"not all {PAIRS} pairs were judged: {summary['counts']}")
     moved = metric(workers[1], "judge_jobs_redelivered_total")
     report.ran(f"bench: {show(bench)}: {PAIRS} of {PAIRS} pairs, no failures")
-    report.ran(f"kill -9 of a worker after {before} pairs: {moved:.0f} jobs it held were judged by the other")
+    report.ran(f"kill -9 of a worker after {before} pairs: the other judged the {moved:.0f} jobs that it held")
     workers[0] = deployment.start("worker-cpu", 1)
     deployment.await_health(workers[0])
     report.ran("the killed worker, started again: healthy")
 
 
 def lines(file: Path) -> int:
-    """How many lines a file has, which may not be there yet."""
+    """The number of lines in a file; 0 if it does not exist yet."""
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def metric(container: Container, name: str) -> float:
-    """A metric of a worker, by its name."""
+    """The value of a worker's metric."""
     text = get(f"http://{container.address}:9100/metrics")
     return sum(float(line.split()[1]) for line in text.splitlines() if line.split()[0] == name)
 
 
 def train(deployment: Deployment, runs: Path, report: Report) -> None:
-    """A round of self-improvement through the deployed judge."""
+    """Run a round of self-improvement with the deployed judge."""
     trainer = deployment.run("trainer-cpu", 600, more=TINY_ROUND.split())
     metrics = json.loads((runs / "improve" / "round-1" / "metrics.json").read_bytes())
     report.ran(f"trainer-cpu: {show(trainer)} with tiny sizes: {metrics['compared']} held-out answers compared")
 
 
 def take_down(deployment: Deployment, workers: Sequence[Container], report: Report) -> None:
-    """SIGTERM to API and workers: each ends with 0 within its stop_grace_period."""
-    (api,) = (one for one in deployment.containers if one.service.name == "api")
+    """Send SIGTERM to API and workers; each must exit with 0 within its stop_grace_period."""
+    (api,) = (container for container in deployment.containers if container.service.name == "api")
     took = max(deployment.stop(container) for container in [api, *workers])
-    report.ran(f"SIGTERM to API and workers: all end with 0, the slowest after {took:.1f} s")
+    report.ran(f"SIGTERM to API and workers: all exit with 0, the slowest after {took:.1f} s")
 
 
 def check_logs(deployment: Deployment, report: Report) -> None:
-    """Logs of API and workers are JSON, and nobody's log has the key."""
+    """Check that the logs of API and workers are JSON, and that no log contains the key."""
     for container in deployment.containers:
         if KEY in container.output:
             raise CheckError(f"the key is in a log: {container.log}")
         if container.service.name in ("api", "worker-cpu"):
             check_json(container)
-    report.ran("logs: those of API and workers are JSON lines, none has the key")
+    report.ran("logs: those of API and workers are JSON lines, none contains the key")
 
 
 def check_json(container: Container) -> None:
-    """Every line of a log is a JSON object."""
+    """Check that every line of a log is JSON."""
     for line in container.output.splitlines():
         try:
             json.loads(line)

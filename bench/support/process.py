@@ -1,4 +1,4 @@
-"""A service, and what belongs to it, in processes of their own."""
+"""Runs a service in a process of its own, and measures what its processes use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from client import Judge, JudgeError
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A service that is ready to judge."""
+    """A running service that is ready to judge."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -29,12 +29,10 @@ class Running:
 
 @contextmanager
 def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, str] | None = None) -> Iterator[Running]:
-    """`python -m service` with these flags on a free loopback port; stopped with SIGTERM in the end.
+    """`python -m service` with these flags on a free loopback port, stopped with SIGTERM at the end.
 
-    Where its queue is on Redis, a worker has to be running already.
-
-    `env` is added to the environment. Raises RuntimeError when the service ends, or takes longer than `start_timeout`
-    seconds, before it is ready.
+    `env` is added to the environment. If the queue is on Redis, a worker must be running already. Raises RuntimeError
+    if the service exits or is not ready within `start_timeout` seconds.
     """
     port = free_port()
     command = [sys.executable, "-m", "service", "--port", str(port), "--log-level", "warning", *flags]
@@ -44,7 +42,7 @@ def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, s
         _wait_until_ready(url, process, time.monotonic() + start_timeout)
         yield Running(url, process)
     finally:
-        # Ended already where a test or a crash saw to it.
+        # Does nothing if a test or a crash has ended it already.
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(60)
@@ -55,7 +53,7 @@ def running_service(*flags: str, start_timeout: float = 600, env: Mapping[str, s
 
 @contextmanager
 def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m …` without a wait; in the end stopped with SIGTERM, and what is left of it killed after 10 s."""
+    """`python -m …`, not waited for; stopped with SIGTERM at the end, and killed with its children after 10 s."""
     process = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)
     try:
         yield process
@@ -63,14 +61,14 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        # Its own children with it: some servers leave theirs behind.
+        # The whole group: some servers leave children behind.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(10)
 
 
 def wait_for_status(url: str, status: int, process: subprocess.Popen[bytes], seconds: float = 60) -> None:
-    """Return when a GET of `url` is answered with `status`; raises RuntimeError when that does not come."""
+    """Wait until a GET of `url` answers `status`. Raises RuntimeError if the process ends or time runs out."""
     deadline = time.monotonic() + seconds
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None and time.monotonic() < deadline:
@@ -81,11 +79,11 @@ def wait_for_status(url: str, status: int, process: subprocess.Popen[bytes], sec
         except OSError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"{url} did not answer with {status}; its process's messages are above")
+    raise RuntimeError(f"{url} did not answer with {status}; see the process's messages above")
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
+    """A loopback port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -93,40 +91,40 @@ def free_port() -> int:
 
 
 def process_tree(pid: int) -> list[psutil.Process]:
-    """This process and those that it has started, and they."""
+    """The process and all its descendants."""
     own = psutil.Process(pid)
     return [own, *own.children(recursive=True)]
 
 
-def cpu_seconds(family: Sequence[psutil.Process]) -> float:
-    """What these processes have computed."""
-    return sum(times.user + times.system for times in (process.cpu_times() for process in family))
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """The CPU time of these processes, user and system."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
-def reset_peak_memory(family: Sequence[psutil.Process]) -> None:
-    """Let the kernel's marks start again, where it lets us (Linux)."""
-    for process in family:
+def reset_peak_memory(processes: Sequence[psutil.Process]) -> None:
+    """Reset the kernel's peak memory marks, if it permits that (Linux)."""
+    for process in processes:
         with suppress(OSError):
             Path(f"/proc/{process.pid}/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_of(pid: int) -> int:
-    """The most resident bytes of one process since its mark (Linux).
+    """Peak resident bytes of a process since its mark was reset (Linux).
 
-    Raises OSError where /proc does not know it, ValueError where it has ended and nobody has waited for it.
+    Raises OSError if there is no such process, ValueError if it is a zombie.
     """
     status = Path(f"/proc/{pid}/status").read_text("utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def peak_memory(family: Sequence[psutil.Process]) -> int:
-    """`peak_of` each process, added up; 0 for one that it cannot tell of. What they share counts for each of them."""
-    found = 0
-    for process in family:
+def peak_memory(processes: Sequence[psutil.Process]) -> int:
+    """The sum of `peak_of` these processes, without those that have ended. Shared memory counts for each of them."""
+    total = 0
+    for process in processes:
         with suppress(OSError, ValueError):
-            found += peak_of(process.pid)
-    return found
+            total += peak_of(process.pid)
+    return total
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], deadline: float) -> None:
@@ -138,4 +136,4 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], deadline: floa
                 time.sleep(0.2)
             else:
                 return
-    raise RuntimeError("the service did not become ready; its messages are above")
+    raise RuntimeError("the service did not become ready; see its messages above")

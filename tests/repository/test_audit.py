@@ -36,7 +36,7 @@ def pins(tmp_path: Path) -> Path:
         ([GOOD, BAD], 1, "bad 2.0: CVE-1, fixed in 2.1"),
         ([UNKNOWN, BAD], 1, "NOT CHECKED: the source has no data on good"),
         ([UNKNOWN, {**BAD, "vulns": []}], 3, "NOT CHECKED"),
-        ([GOOD], 3, "2 packages are pinned and 1 were looked at"),
+        ([GOOD], 3, "2 packages are pinned, but 1 were looked up"),
     ],
 )
 def test_what_was_not_looked_up_is_not_called_safe(

@@ -451,7 +451,7 @@ def test_variables_that_cannot_be_read_are_refused(text: str) -> None:
 def test_durations_are_read() -> None:
     """As compose writes them."""
     assert (seconds("1m30s"), seconds("500ms")) == (90, 0.5)
-    with pytest.raises(ValueError, match="no duration"):
+    with pytest.raises(ValueError, match="not a duration"):
         seconds("10")
 
 
