@@ -5,12 +5,10 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
-from tests.support.live import Live, live_service
+from tests.support.live import PAIR, Live, live_service, outcome
 
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 TOO_LARGE = (413, "payload_too_large")
 
 
@@ -19,10 +17,6 @@ def live() -> Iterator[Live]:
     """A service whose queue is small."""
     with live_service(max_queue_jobs=12, max_queue_tokens=2000, log_level="error", cache_entries=0) as service:
         yield service
-
-
-def outcome(answer: httpx.Response) -> tuple[int, str | None]:
-    return answer.status_code, answer.json()["error"]["code"] if answer.is_error else None
 
 
 def comparison(responses: int, mode: str = "pairwise") -> dict[str, object]:

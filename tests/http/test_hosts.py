@@ -14,11 +14,9 @@ from bench.support.process import free_port
 from service.cli import settings_from
 from service.process.hosts import AllowedHosts
 from service.settings import Settings
-from tests.http.test_security import connected, until_closed
 from tests.support.fleet import Program
-from tests.support.live import Live, live_service, wait_for
+from tests.support.live import PAIR, Live, connected, live_service, until_closed, wait_for
 
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 OURS = ["localhost", "LocalHost:8000", "localhost.", "127.0.0.1", "127.0.0.1:80", "127.9.8.7", "[::1]", "[::1]:8000"]
 FOREIGN = [
     "evil.example",

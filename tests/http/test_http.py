@@ -11,9 +11,8 @@ import pytest
 from client import AsyncJudge, Judge
 from client.errors import ErrorCode
 from client.schema import CompareResult, ErrorResult, ScoreResult
-from tests.support.live import Live, live_service
+from tests.support.live import PAIR, Live, live_service
 
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 THREE = {"prompt": "What is 2+2?", "responses": ["4", "5", "fish"]}
 
 

@@ -11,8 +11,7 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from service.http.guard import MAX_HEAD_BYTES
-from tests.http.test_security import connected, until_closed
-from tests.support.live import Live, live_service, wait_for
+from tests.support.live import Live, connected, live_service, until_closed, wait_for
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LAST = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -7,11 +7,15 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from starlette.responses import PlainTextResponse
 
+from client.errors import ErrorCode
 from service.cli import settings_from
+from service.errors import ServiceError
 from service.http.middleware import Authentication
+from service.http.rate_limit import RateLimiter
 from service.settings import Settings, WorkerSettings
 from service.telemetry.metrics import Metrics
-from tests.process.test_process import run
+from tests.support.fleet import run_module
+from tests.support.live import PAIR, live_service, outcome
 
 BLANK = [
     "",
@@ -84,7 +88,7 @@ def test_a_list_of_good_keys_is_taken_with_the_white_space_of_its_file() -> None
 
 def test_a_service_does_not_start_with_a_blank_key() -> None:
     """The process itself: one line, no traceback."""
-    ended = run("service", "--engine", "fake", "--port", "0", env={"JUDGE_API_KEY": "secret, "})
+    ended = run_module("service", "--engine", "fake", "--port", "0", env={"JUDGE_API_KEY": "secret, "})
 
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert "--api-key" in ended.stderr
@@ -117,3 +121,74 @@ async def test_no_key_is_never_a_key_whatever_was_configured(header: dict[str, s
         good = await http.get("/score", headers={"Authorization": "Bearer secret"})
 
     assert (bare.status_code, good.status_code) == (401, 200)
+
+
+def test_without_a_key_nothing_is_judged() -> None:
+    """Every route but the operational ones wants a key; a wrong one is as good as none."""
+    with live_service(api_key="first-key,second-key") as live:
+        routes = [
+            (method, path)
+            for path, methods in live.http.get("/openapi.json").json()["paths"].items()
+            for method in methods
+            if path not in ("/health", "/ready", "/metrics")
+        ]
+        bare = [live.http.request(method, path, json=PAIR) for method, path in routes]
+        wrong = live.http.post("/score", json=PAIR, headers={"Authorization": "Bearer first-kex"})
+        basic = live.http.post("/score", json=PAIR, headers={"Authorization": "Basic first-key"})
+        right = [
+            live.http.post("/score", json=PAIR, headers={"Authorization": f"Bearer {k}-key"})
+            for k in ("first", "second")
+        ]
+        health = live.http.get("/health")
+
+    assert {path for _, path in routes} >= {"/score", "/compare/batch", "/templates", "/v1/models"}
+    assert {outcome(answer)[:2] for answer in (*bare, wrong, basic)} == {(401, "unauthorized")}
+    assert {answer.headers["www-authenticate"] for answer in bare} == {"Bearer"}
+    assert [answer.status_code for answer in (*right, health)] == [200, 200, 200]
+
+
+def test_a_key_over_its_rate_is_429() -> None:
+    """The answer says how long to wait; another key is not affected."""
+    with live_service(api_key="a,b", rate_limit=3) as live:
+        first, *later = [
+            live.http.post("/score/batch", json={"items": [PAIR] * 3}, headers={"Authorization": f"Bearer {key}"})
+            for key in ("a", "a", "b")
+        ]
+
+    assert first.status_code == later[1].status_code == 200
+    assert outcome(later[0])[:2] == (429, "rate_limited")
+    assert int(later[0].headers["retry-after"]) >= 1
+
+
+def test_a_key_that_has_spent_its_minute_is_refused_until_it_refills() -> None:
+    """60 a minute: 60 at once, then one a second."""
+    now = [0.0]
+    limiter = RateLimiter(60, clock=lambda: now[0])
+    limiter.spend("key", 60)
+
+    with pytest.raises(ServiceError) as refused:
+        limiter.spend("key", 1)
+    assert (refused.value.code, refused.value.retry_after) == (ErrorCode.RATE_LIMITED, 1.0)
+    now[0] = 1.0
+    limiter.spend("key", 1)
+
+
+def test_keys_do_not_share_a_bucket() -> None:
+    """One key's spending leaves the others' untouched."""
+    limiter = RateLimiter(10, clock=lambda: 0.0)
+    limiter.spend("greedy", 10)
+    limiter.spend("modest", 1)
+
+    with pytest.raises(ServiceError):
+        limiter.spend("greedy", 1)
+
+
+def test_a_large_request_passes_once_and_is_paid_for_afterwards() -> None:
+    """A batch of 120 at 60 a minute is let through, and the key then waits a minute longer."""
+    now = [0.0]
+    limiter = RateLimiter(60, clock=lambda: now[0])
+    limiter.spend("key", 120)
+
+    with pytest.raises(ServiceError) as refused:
+        limiter.spend("key", 1)
+    assert refused.value.retry_after == 61.0

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from client import Judge, JudgeAPIError
-from tests.http.test_security import connected, until_closed
-from tests.support.live import Live, live_service
+from tests.support.live import Live, connected, live_service, until_closed
 
 PAIR = {"prompt": "What is 2+2?", "response": "Vier, na klar: \u00e4\u00f6\u00fc"}
 TEXT = json.dumps(PAIR, ensure_ascii=False)

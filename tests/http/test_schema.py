@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-import client.errors
-from client.errors import RETRYABLE_STATUS, STATUS, TYPE, ErrorCode, class_of_status
 from client.schema import (
     CompareBatchRequest,
     CompareBatchResult,
@@ -253,6 +250,9 @@ def test_what_an_older_service_does_not_send() -> None:
     assert [getattr(result, name) for name in later] == [None, None, None, None, False, None]
 
 
+# Errors.
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -0.01, "NaN", None])
 def test_a_score_is_a_number_from_0_to_1(value: Any) -> None:
     """What is not a probability is not taken for a score."""
@@ -272,182 +272,3 @@ def test_log_probabilities_are_finite(name: str) -> None:
     """An infinite number in a judgement is refused, in JSON as well."""
     with pytest.raises(ValidationError, match="finite"):
         ScoreResult.model_validate_json(json.dumps({**SCORE_RESULT, name: float("inf")}))
-
-
-@pytest.mark.parametrize(("model", "body"), [(ScoreRequest, SCORE_REQUEST), (CompareRequest, COMPARE_REQUEST)])
-def test_category_and_template_exclude_each_other(model: type[Request], body: dict[str, Any]) -> None:
-    """A request may say category or template, and is refused when it says both."""
-    with pytest.raises(ValidationError, match="give category or template, not both"):
-        model.model_validate(body | {"category": "math", "template": "general"})
-
-
-@pytest.mark.parametrize("role", ["system", "assistant"])
-def test_the_user_speaks_last(role: str) -> None:
-    """A conversation that does not end with the user's turn has no question to answer."""
-    prompt = [{"role": "user", "content": "hi"}, {"role": role, "content": "hello"}]
-
-    with pytest.raises(ValidationError, match="must have the role user"):
-        ScoreRequest.model_validate({"prompt": prompt, "response": "r"})
-
-
-@pytest.mark.parametrize("count", [2, 16])
-def test_a_comparison_takes_2_to_16_responses(count: int) -> None:
-    """Both bounds themselves are accepted."""
-    request = CompareRequest.model_validate({"prompt": "p", "responses": ["r"] * count})
-
-    assert len(request.responses) == count
-
-
-@pytest.mark.parametrize("count", [0, 1, 17])
-def test_a_comparison_of_fewer_or_more_is_refused(count: int) -> None:
-    """One response cannot be compared, and more than 16 are too many."""
-    with pytest.raises(ValidationError, match="responses"):
-        CompareRequest.model_validate({"prompt": "p", "responses": ["r"] * count})
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"prompt": ""},
-        {"response": ""},
-        {"prompt": []},
-        {"prompt": [{"role": "user", "content": ""}]},
-        {"prompt": [{"role": "user", "content": "x"}] * 257},
-        {"prompt": [{"role": "tool", "content": "x"}]},
-        {"prompt": 7},
-        {"response": None},
-        {"category": ""},
-        {"category": "x" * 129},
-        {"truncation": "yes"},
-        {"template": {"layout": "x", "labels": {"yes": [], "no": ["No"]}}},
-        {"template": {"layout": "x", "labels": {"yes": ["Yes"] * 9, "no": ["No"]}}},
-        {"template": {"layout": "x", "format": "markdown"}},
-    ],
-)
-def test_what_cannot_be_judged_is_refused(part: dict[str, Any]) -> None:
-    """Empty, oversized and mistyped parts of a request are errors."""
-    with pytest.raises(ValidationError):
-        ScoreRequest.model_validate(SCORE_REQUEST | part)
-
-
-@pytest.mark.parametrize("field", ["prompt", "response"])
-def test_half_a_character_is_refused(field: str) -> None:
-    """A lone surrogate, which no tokenizer can read, is refused both in Python and in JSON."""
-    body = SCORE_REQUEST | {field: "bad \ud800 text"}
-
-    with pytest.raises(ValidationError):
-        ScoreRequest.model_validate(body)
-    with pytest.raises(ValidationError):
-        ScoreRequest.model_validate_json(json.dumps(body))
-
-
-def test_a_pair_of_surrogates_in_json_is_one_character() -> None:
-    """JSON's escape of a character beyond the basic plane is read as that character."""
-    request = ScoreRequest.model_validate_json(r'{"prompt": "\ud83d\ude00", "response": "r"}')
-
-    assert request.prompt == "\U0001f600"
-
-
-@pytest.mark.parametrize("margin", [float("inf"), float("nan"), -0.1, 1001, "x"])
-def test_a_tie_margin_is_a_number_from_0_to_1000(margin: Any) -> None:
-    """A margin that is infinite, not a number, negative or absurd is refused."""
-    with pytest.raises(ValidationError, match="tie_margin"):
-        CompareRequest.model_validate(COMPARE_REQUEST | {"tie_margin": margin})
-
-
-@pytest.mark.parametrize("literal", ["NaN", "Infinity", "1e999"])
-def test_a_tie_margin_in_json_is_finite(literal: str) -> None:
-    """The ways in which JSON can spell an infinite number are refused too."""
-    with pytest.raises(ValidationError, match="tie_margin"):
-        CompareRequest.model_validate_json(f'{{"prompt": "p", "responses": ["a", "b"], "tie_margin": {literal}}}')
-
-
-@pytest.mark.parametrize("model", [ScoreBatchRequest, CompareBatchRequest])
-def test_an_empty_batch_is_refused(model: type[Request]) -> None:
-    """A batch holds at least one item."""
-    with pytest.raises(ValidationError, match="items"):
-        model.model_validate({"items": []})
-
-
-def test_requests_and_results_cannot_be_changed() -> None:
-    """A body that was checked stays as it was checked."""
-    request = ScoreRequest.model_validate(SCORE_REQUEST)
-
-    with pytest.raises(ValidationError, match="frozen"):
-        request.response = "5"
-
-
-# Errors.
-
-# The tree in the docstring of client.errors, as {status: class name}.
-DOCUMENTED = {int(status): name for name, status in re.findall(r"── (\w+)\s+(\d{3}) ", client.errors.__doc__ or "")}
-CODES = {
-    400: {
-        "invalid_json",
-        "context_length_exceeded",
-        "bad_label",
-        "bad_template",
-        "unsupported_by_judge",
-        "invalid_header",
-    },
-    401: {"unauthorized"},
-    404: {"not_found", "template_not_found"},
-    405: {"method_not_allowed"},
-    408: {"body_timeout"},
-    413: {"payload_too_large"},
-    415: {"unsupported_media_type"},
-    422: {"invalid_request"},
-    429: {"rate_limited"},
-    500: {"internal_error", "inference_failed", "unparseable", "label_not_returned"},
-    503: {"overloaded", "queue_unavailable", "not_ready", "draining"},
-    504: {"deadline_exceeded"},
-}
-
-
-@pytest.mark.parametrize("code", ErrorCode)
-def test_every_code_has_its_status_type_and_exception(code: ErrorCode) -> None:
-    """A code goes over HTTP with a status and a type, and comes out as the class that the docstring names for it."""
-    status = STATUS[code]
-
-    assert code in CODES[status]
-    assert TYPE[status].endswith("_error")
-    assert class_of_status(status).__name__ == DOCUMENTED.get(status, "JudgeAPIError")
-
-
-def test_no_code_has_gone() -> None:
-    """The codes on the wire are exactly these: one may be added here, none may change its meaning."""
-    assert set(STATUS) == set(ErrorCode) == set().union(*CODES.values())
-
-
-def test_the_docstring_names_all_the_classes() -> None:
-    """The tree in the docstring has each subclass of JudgeAPIError once, at the status that leads to it."""
-    subclasses = {kind.__name__ for kind in client.errors.JudgeAPIError.__subclasses__()}
-
-    assert set(DOCUMENTED.values()) == subclasses
-    assert len(DOCUMENTED) == len(subclasses)
-
-
-@pytest.mark.parametrize(("status", "name"), [(502, "InternalServerError"), (599, "InternalServerError")])
-def test_every_other_5xx_is_the_services_failure(status: int, name: str) -> None:
-    """A status that has no class of its own goes by its hundred."""
-    assert class_of_status(status).__name__ == name
-
-
-@pytest.mark.parametrize("status", [302, 403, 405, 408, 418])
-def test_every_other_status_is_a_plain_api_error(status: int) -> None:
-    """What is neither in the tree nor a 5xx is a JudgeAPIError."""
-    assert class_of_status(status) is client.errors.JudgeAPIError
-
-
-def test_what_may_pass_by_itself() -> None:
-    """Asking again is worth it after these statuses, and no others."""
-    assert set(RETRYABLE_STATUS) == {429, 502, 503, 504}
-
-
-def test_an_api_error_tells_all_it_knows() -> None:
-    """The text of an exception has the status, the code, the message, the field and the request's id."""
-    error = class_of_status(400)(
-        "too long", status=400, code="context_length_exceeded", param="prompt", request_id="r1"
-    )
-
-    assert str(error) == "400 context_length_exceeded: too long (param: prompt) [request r1]"

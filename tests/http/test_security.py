@@ -23,9 +23,8 @@ from service.judge.template_files import load_library
 from service.telemetry.metrics import Metrics
 from tests.prompts.test_prompt import CHAT, builder, decoded
 from tests.support.fleet import Program
-from tests.support.live import Live, live_service, wait_for
+from tests.support.live import PAIR, Live, connected, live_service, until_closed, wait_for
 
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 BODY = json.dumps(PAIR).encode()
 SIZE = str(len(BODY)).encode()
 CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
@@ -84,20 +83,6 @@ def live() -> Iterator[Live]:
     """A service that allows small bodies only, and little time for them."""
     with live_service(max_body_bytes=10_000, body_timeout=0.5) as service:
         yield service
-
-
-def connected(live: Live) -> socket.socket:
-    address = httpx.URL(live.url)
-    return socket.create_connection((address.host, address.port or 80), timeout=20)
-
-
-def until_closed(connection: socket.socket) -> bytes:
-    """All that the service answers before it closes the connection; raises TimeoutError where it does not."""
-    got = b""
-    with suppress(ConnectionError):
-        while part := connection.recv(65536):
-            got += part
-    return got
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from client.runtime.files import write_whole
+from tests.support.fleet import run_code
 
 FULL = """
 import resource, signal, sys
@@ -36,7 +35,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """And no part of the new one, under any name."""
     (tmp_path / "file").write_text("old")
 
-    ended = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "file")], capture_output=True, check=False)
+    ended = run_code(FULL, str(tmp_path / "file"))
 
     assert ended.returncode == 1
     assert (tmp_path / "file").read_text() == "old"

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 
 from bench.support.process import free_port
-from tests.support.fleet import Program
+from tests.support.fleet import Program, run_code
 from tests.support.live import wait_for
 
-ROOT = Path(__file__).parents[2]
 NOISE = (
     "import logging, sys, threading, warnings\n"
     "from service.telemetry import logs\n"
@@ -32,7 +29,7 @@ SAID = ("a warning", "ZeroDivisionError", "RuntimeError: the end", "an error of 
 
 def test_whatever_is_written_to_stderr_becomes_json() -> None:
     """Warnings, prints, libraries' log lines, tracebacks of threads and of the program; bars are not drawn."""
-    ended = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True, check=False, cwd=ROOT)
+    ended = run_code(NOISE)
     events = [json.loads(line) for line in ended.stderr.splitlines()]
 
     assert ended.returncode == 1
@@ -69,7 +66,7 @@ def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
         f"os.dup2(os.open('{tmp_path / 'log'}', os.O_WRONLY | os.O_CREAT), 2)\n"
         "structlog.get_logger().info('kept')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert run_code(code).returncode == 0
 
     notice, kept = map(json.loads, (tmp_path / "log").read_text("utf-8").splitlines())
     assert (notice["event"], notice["lines"], notice["level"]) == ("lines of the log were dropped", 3, "warning")
@@ -84,6 +81,6 @@ def test_a_reason_is_spelt_out_for_people() -> None:
         "logs.configure('console', 'info')\n"
         "structlog.get_logger().error('cannot start', reason='no model\\nWhat to do: fetch one')\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    ended = run_code(code)
 
     assert "cannot start: no model\nWhat to do: fetch one" in ended.stderr

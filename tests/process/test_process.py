@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,85 +10,18 @@ import httpx
 import pytest
 
 from bench.support.process import running_service
-from tests.support.live import wait_for
+from tests.support.fleet import run_code, run_module
+from tests.support.live import PAIR, wait_for
 
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 SLOW = ("--engine", "fake", "--fake-delay", "1")
-
-
-def run(
-    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, **(env or {})},
-        cwd=cwd,
-        check=False,
-    )
 
 
 def test_help_explains_every_flag() -> None:
     """--help names each setting with its meaning, and does not wait for a model library."""
-    shown = run("service", "--help")
+    shown = run_module("service", "--help")
 
     assert shown.returncode == 0
     assert {"--host", "--model", "--engine", "--api-key", "--queue-url", "--max-tokens"} <= set(shown.stdout.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--port", "99999"], "--port"),
-        (["--engine", "abacus"], "--engine"),
-        (["--queue-url", "ftp://localhost"], "--queue-url"),
-        (["--no-such-flag"], "unrecognized"),
-    ],
-)
-def test_bad_flags_end_with_status_2_and_say_which(arguments: list[str], said: str) -> None:
-    """A mistake in the settings is one line, not a traceback."""
-    ended = run("service", *arguments)
-
-    assert ended.returncode == 2
-    assert said in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_bad_setting_does_not_show_the_keys() -> None:
-    """Keys in the environment never reach the screen, also when the settings are refused."""
-    ended = run("service", "--port", "99999", env={"JUDGE_API_KEY": "hunter2"})
-
-    assert "hunter2" not in ended.stdout + ended.stderr
-
-
-def test_an_unknown_model_ends_with_status_1_and_what_to_do() -> None:
-    """The known names are listed."""
-    ended = run("service", "--model", "no-such-model")
-
-    assert ended.returncode == 1
-    assert "smollm2-135m-instruct" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_template_file_that_does_not_load_ends_with_status_1(tmp_path: Path) -> None:
-    """The file is named."""
-    (tmp_path / "mine.toml").write_text("[[template]\n")
-
-    ended = run("service", "--engine", "fake", "--template-file", str(tmp_path / "mine.toml"))
-
-    assert ended.returncode == 1
-    assert "mine.toml" in ended.stderr
-
-
-def test_a_port_in_use_ends_with_an_error() -> None:
-    """Two services cannot share a port: the second says so and ends."""
-    with running_service("--engine", "fake") as service:
-        ended = run("service", "--engine", "fake", "--port", str(httpx.URL(service.url).port))
-
-    assert ended.returncode != 0
-    assert "in use" in ended.stderr
 
 
 def test_settings_come_from_the_environment_too() -> None:
@@ -116,15 +46,6 @@ def test_a_real_model_behind_http(tiny_model: Path) -> None:
     assert (worker["engine"], worker["dtype"], worker["max_tokens"]) == ("torch", "float32", 2048)
     assert (worker["rung"], worker["stable"]) == ("packed", True)
     assert len(worker["digest"]) == 12
-
-
-@pytest.mark.parametrize("program", ["service", "service.worker"])
-def test_an_unknown_parameter_of_the_queues_address_is_told_in_a_line(program: str) -> None:
-    """Where the client library for Redis raises a TypeError."""
-    ended = run(program, "--engine", "fake", "--queue-url", "redis://127.0.0.1:1?bogus=1")
-
-    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
-    assert "--queue-url" in ended.stderr
 
 
 def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
@@ -169,7 +90,7 @@ def test_what_outlives_the_drain_is_told_so() -> None:
 def test_the_three_packages_are_ours_from_anywhere(tmp_path: Path) -> None:
     """The names service, client and trainer resolve to this distribution in a process started in another folder."""
     code = "import client, service, trainer; print(client.__file__, service.__file__, trainer.__file__)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    shown = run_code(code, cwd=tmp_path)
 
     root = Path(__file__).parents[2]
     assert shown.stdout.split() == [str(root / name / "__init__.py") for name in ("client", "service", "trainer")]
@@ -183,8 +104,6 @@ def test_the_http_side_needs_no_torch() -> None:
         "with live_service() as live:\n"
         "    print(live.http.post('/score', json={'prompt': '2+2?', 'response': '4'}).status_code)\n"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-    )
+    shown = run_code(code)
 
     assert shown.stdout.strip().endswith("200"), shown.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.test_stopping import slow_import, started
+from tests.support.fleet import run_code, slow_import, started
 from tests.support.live import live_service, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_a_command_whose_packages_are_missing_is_one_line(command: str) -> None:
         f"sys.argv = {['x', *flags]}\n"
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    ended = run_code(code)
 
     assert ended.returncode in (1, 2)
     (line,) = ended.stderr.splitlines()

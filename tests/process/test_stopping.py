@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,12 +16,11 @@ import httpx
 import pytest
 
 from bench.support.process import free_port
-from tests.support.fleet import Fleet
-from tests.support.live import wait_for
-from tests.support.redis_server import RedisServer, running_redis
+from tests.support.fleet import Fleet, run_code, slow_import, started
+from tests.support.live import PAIR, wait_for
+from tests.support.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
-PAIR = {"prompt": "What is 2+2?", "response": "4"}
 FAKE = ("--engine", "fake")
 TALKATIVE = ("--log-level", "debug", "--cache-entries", "0")
 
@@ -59,39 +57,6 @@ def full_disk() -> Iterator[int]:
 
 
 Log = Callable[[], AbstractContextManager[int]]
-
-
-@contextmanager
-def started(
-    *arguments: str, stderr: int = subprocess.PIPE, modules: Path | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """`python -m …` in a process group of its own, as a terminal's; killed in the end.
-
-    `modules` is a folder with modules that stand in for installed ones.
-    """
-    command = [sys.executable, "-m", *arguments]
-    path = os.pathsep.join([str(modules or ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def slow_import(folder: Path, module: str) -> Path:
-    """Have the import of the module hang, after it has said so by making the file that is returned."""
-    begun = folder / "begun"
-    (folder / f"{module}.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(600)\n")
-    return begun
 
 
 def status_of(url: str) -> int:
@@ -220,101 +185,6 @@ def test_the_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) 
     assert worker.wait(10) == 130
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_a_port_in_use_is_told_before_anything_is_loaded(host: str) -> None:
-    """One line says which port would do; the model, which there is none of, is not looked for."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as other:
-        other.bind((host, 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with started("service", "--model", "no-such-model", "--host", host, "--port", str(port)) as service:
-            said = service.communicate(timeout=30)[1]
-
-    assert service.returncode == 1
-    (line,) = said.splitlines()
-    assert line.endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid cannot be resolved"),
-        (["--host", "a" * 70], "cannot be resolved"),
-        (["--host", "192.0.2.1"], "192.0.2.1 is not an address of this machine; try --host 127.0.0.1"),
-    ],
-)
-def test_an_address_that_cannot_be_had_is_one_line(flags: list[str], said: str) -> None:
-    """It says what is wrong and which flag decides."""
-    with started("service", *FAKE, *flags) as service:
-        heard = service.communicate(timeout=30)[1]
-
-    assert service.returncode == 1
-    (line,) = heard.splitlines()
-    assert said in line
-
-
-def test_a_workers_metrics_port_in_use_is_told_by_its_flag() -> None:
-    """Before the model is loaded, too."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        flags = ("--queue-url", "redis://127.0.0.1:1", "--metrics-port", str(port))
-        with started("service.worker", "--model", "no-such-model", *flags) as worker:
-            said = worker.communicate(timeout=30)[1]
-
-    assert worker.returncode == 1
-    assert f"port {port} is in use; try --metrics-port {port + 1}" in said
-
-
-@pytest.mark.parametrize("program", ["service", "service.worker", "service.models"])
-def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> None:
-    """Where only the client is installed, there is no pydantic-settings, no structlog and no rich."""
-    code = (
-        "import runpy, sys\n"
-        "sys.modules.update(dict.fromkeys(['structlog', 'pydantic_settings', 'fastapi', 'rich', 'rich.console']))\n"
-        f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"python -m {program}: ")
-    assert line.endswith("is missing: pip install 'judge-as-api[service]'")
-
-
-@pytest.mark.parametrize("flags", [["service"], ["service.worker", "--queue-url", "redis://127.0.0.1:1"]])
-def test_an_engine_that_is_not_installed_is_told_before_the_model_is_fetched(flags: list[str]) -> None:
-    """The HTTP side does not need torch; a process that runs the model does."""
-    code = (
-        "import runpy, sys\n"
-        "sys.modules['torch'] = None\n"
-        f"sys.argv = {['x', *flags[1:], '--model', 'no-such-model', *(['--port', '0'] if len(flags) == 1 else [])]}\n"
-        f"runpy.run_module('{flags[0]}', run_name='__main__', alter_sys=True)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in line
-
-
-@pytest.mark.parametrize("program", ["service", "service.worker"])
-@pytest.mark.parametrize("secret", ["", ":wrong@"])
-def test_a_password_that_redis_refuses_is_told_at_the_start(program: str, secret: str) -> None:
-    """It would never get better by itself, unlike a Redis that is not there yet."""
-    with running_redis(password="right") as server:
-        url = f"redis://{secret}127.0.0.1:{server.port}/0"
-        with started(program, *FAKE, "--queue-url", url) as process:
-            said = process.communicate(timeout=30)[1]
-
-    assert process.returncode == 1
-    (line,) = said.splitlines()
-    assert "cannot start: Redis refuses the user or the password of --queue-url" in line
-    assert "wrong" not in line
-
-
 # A program whose work does not end when it is asked to, and whose beginning of the end hangs where `hangs` is set.
 STUBBORN = """
 import sys, time
@@ -363,4 +233,4 @@ stopping.finish(lambda: stopping.run_stoppable("doubled", work))
 
 def test_signals_that_come_together_are_one() -> None:
     """What was accepted is not lost to `timeout`, which sends its signal twice."""
-    assert subprocess.run([sys.executable, "-c", DOUBLED], cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert run_code(DOUBLED).returncode == 0

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -15,11 +12,10 @@ from bench.support.process import running_service
 from service.engine.contract import ScoreItem
 from service.queue.contract import Job
 from service.telemetry import tracing
-from tests.support.fleet import Fleet
+from tests.support.fleet import Fleet, run_code
 from tests.support.otlp import Collector, attributes, collector
 from tests.support.redis_server import free_port
 
-ROOT = Path(__file__).parents[2]
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLERS = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
 UNSAMPLED = {"traceparent": f"00-{'12' * 16}-{PARENT}-00"}
@@ -176,11 +172,6 @@ def test_a_collector_that_is_away_harms_nobody() -> None:
     assert service.process.returncode == 0
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=100)
-
-
 @pytest.mark.parametrize("program", ["service.__main__", "service.worker.__main__"])
 def test_without_the_packages_the_start_says_what_to_install(program: str) -> None:
     """Both programs end with status 1 and one line."""
@@ -188,7 +179,7 @@ def test_without_the_packages_the_start_says_what_to_install(program: str) -> No
         f"import sys; sys.modules['opentelemetry.sdk'] = None\nfrom {program} import main; sys.exit(main(sys.argv[1:]))"
     )
     flags = ["--engine", "fake", "--otel-endpoint", "http://localhost:4318"]
-    ended = run(code, *flags, *(["--queue-url", "redis://127.0.0.1:1/0"] if "worker" in program else []))
+    ended = run_code(code, *flags, *(["--queue-url", "redis://127.0.0.1:1/0"] if "worker" in program else []))
 
     assert ended.returncode == 1
     assert "pip install 'judge-as-api[otel]'" in ended.stderr
@@ -206,7 +197,7 @@ def test_what_is_off_is_not_imported() -> None:
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk.', 'opentelemetry.exporter.'))])\n"
     )
 
-    assert {"200", "[]"} <= set(run(code).stdout.splitlines())
+    assert {"200", "[]"} <= set(run_code(code).stdout.splitlines())
 
 
 @pytest.mark.parametrize("address", ["localhost:4318", "ftp://host", "http://", "http://host/?key=1"])

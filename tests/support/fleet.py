@@ -174,3 +174,53 @@ def _says(program: Program, word: str) -> bool:
 
 def _answers(api: Api) -> bool:
     return api.status("/ready") == 200
+
+
+def run_module(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m …` to its end; `env` is added to the environment."""
+    return _run("-m", *arguments, cwd=cwd, env=env)
+
+
+def run_code(code: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python -c code …` to its end."""
+    return _run("-c", code, *arguments, cwd=cwd)
+
+
+def _run(*arguments: str, cwd: Path | None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    env = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=cwd, check=False)
+
+
+@contextmanager
+def started(
+    *arguments: str, stderr: int = subprocess.PIPE, modules: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """`python -m …` in a process group of its own, as in a terminal; killed at the end.
+
+    Modules in the folder `modules` replace installed ones.
+    """
+    path = os.pathsep.join([str(modules or ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def slow_import(folder: Path, module: str) -> Path:
+    """Write a module whose import hangs. Returns the file that it makes when the import begins."""
+    begun = folder / "begun"
+    (folder / f"{module}.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(600)\n")
+    return begun

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import httpx
@@ -21,6 +22,8 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
 from service.worker.scheduler import Scheduler
+
+PAIR = {"prompt": "What is 2+2?", "response": "4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,24 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def outcome(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+    """An answer's status, with the code and the field of its error if it is one."""
+    error = answer.json()["error"] if answer.is_error else {}
+    return answer.status_code, error.get("code"), error.get("param")
+
+
+def connected(live: Live) -> socket.socket:
+    """A plain TCP connection to the service."""
+    address = httpx.URL(live.url)
+    return socket.create_connection((address.host, address.port or 80), timeout=20)
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """Everything received until the service closes the connection. Raises TimeoutError if it does not."""
+    received = b""
+    with suppress(ConnectionError):
+        while part := connection.recv(65536):
+            received += part
+    return received

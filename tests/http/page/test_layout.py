@@ -1,0 +1,116 @@
+"""The page around the form, in headless Chromium: keyboard, themes, narrow screens, the load, proxies, /docs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, expect
+
+from tests.support.live import Live
+from tests.support.playground import fill, link, opened, run
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+
+# What the Tab key reaches in turn, by id or else by kind.
+IN_ORDER = [
+    *("SUMMARY", "theme", "A", "example", "prompt", "response-1", "BUTTON", "response-2", "BUTTON", "add"),
+    *("INPUT", "template", "SUMMARY", "SUMMARY", "run", "share"),
+]
+
+# The outline of what has the focus; a radio button's is drawn around its text.
+OUTLINE = """(() => {
+    const active = document.activeElement;
+    return getComputedStyle(active.type === "radio" ? active.nextElementSibling : active).outlineStyle;
+})()"""
+
+
+def test_everything_works_by_keyboard(page: Page) -> None:
+    """From the first Tab to the result, with a visible mark on whatever has the focus."""
+    seen: list[str] = []
+    marked: list[str] = []
+    for _ in IN_ORDER:
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        marked.append(page.evaluate(OUTLINE))
+    page.locator("#prompt").focus()
+    page.keyboard.type("2+2?")
+    page.keyboard.press("Tab")
+    page.keyboard.type("4")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.type("5")
+    page.keyboard.press("Control+Enter")
+
+    expect(page.locator("#results h2")).to_contain_text("is best")
+    expect(page.locator("#status[role=status]")).to_contain_text("is best")
+    assert seen == IN_ORDER
+    assert set(marked) == {"solid"}
+
+
+def test_dark_and_light(page: Page) -> None:
+    """The page follows the system, and the toggle overrides it and is remembered."""
+
+    def background() -> str:
+        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = background()
+    page.emulate_media(color_scheme="dark")
+    dark = background()
+    page.get_by_role("button", name="Theme: auto").click()
+    chosen = background()
+    page.reload()
+
+    assert light != dark
+    assert chosen == light == background()
+
+
+def test_nothing_is_cut_off_at_the_side(page: Page) -> None:
+    """With results of 16 responses and unbreakable words on it, the page scrolls down only, from 320 px on."""
+    page.goto(link(page.url.rstrip("/"), {"prompt": "p" * 300, "responses": [f"{n}" * 300 for n in range(16)]}))
+    run(page)
+    widths = [320, 390, 768, 1280]
+    needed = []
+    for width in widths:
+        page.set_viewport_size({"width": width, "height": 800})
+        needed.append(page.evaluate("document.documentElement.scrollWidth"))
+
+    assert needed == widths
+
+
+def test_the_live_panel_shows_the_load(page: Page) -> None:
+    """After a run: batch size, throughput and latency in numbers, and lines beside them."""
+    page.wait_for_function("document.querySelectorAll('.meter svg').length === 4")
+    fill(page, "How is the load?", "heavy", "light")
+    run(page)
+
+    expect(page.locator('[data-meter="queue"] dd')).to_have_text(re.compile(r"^\d+ jobs?$"))
+    expect(page.locator('[data-meter="batch"] dd')).to_have_text(re.compile(r"^\d+\.\d jobs$"))
+    expect(page.locator('[data-meter="rate"] dd')).to_have_text(re.compile(r"^\d+(\.\d)? / s$"))
+    expect(page.locator('[data-meter="latency"] dd')).to_have_text(re.compile(r"^[\d.]+ m?s · [\d.]+ m?s$"))
+
+
+def test_a_path_prefix_changes_nothing(context: BrowserContext, live: Live) -> None:
+    """Behind a proxy that strips a prefix the page finds its files and the service."""
+    prefix = f"{live.url}/some/judge"
+    context.route(f"{prefix}/**", lambda route: route.continue_(url=route.request.url.replace("/some/judge", "")))
+    page = opened(context, f"{prefix}/")
+    fill(page, "2+2?", "4")
+    run(page)
+
+    expect(page.locator("#model")).to_contain_text("fake")
+    expect(page.locator("#results h2")).to_contain_text("P(Yes)")
+
+
+def test_the_documentation_is_drawn_offline(context: BrowserContext, live: Live) -> None:
+    """Swagger UI shows the routes, and asks one from there, with no host but the service's."""
+    page = context.new_page()
+    page.goto(f"{live.url}/docs")
+    health = page.locator("#operations-operation-health_health_get")
+    health.locator(".opblock-summary-control").click()
+    health.get_by_role("button", name="Try it out").click()
+    health.get_by_role("button", name="Execute").click()
+
+    expect(health.locator(".live-responses-table tr.response .response-col_status")).to_contain_text("200")
+    expect(page.locator(".info .title")).to_contain_text("judge-as-api")
+    assert page.locator(".opblock").count() >= 9

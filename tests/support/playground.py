@@ -1,0 +1,51 @@
+"""What a person does on the page, for tests in headless Chromium."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from playwright.sync_api import BrowserContext, Page, expect
+
+PATIENCE = 120_000
+
+OWN = {
+    "format": "raw",
+    "layout": "{instruction}\nQ: {prompt}\nA: {response}\nVerdict:",
+    "instruction": "Good or not?",
+    "labels": {"yes": [" Yes"], "no": [" No"]},
+}
+
+expect.set_options(timeout=PATIENCE)
+
+
+def opened(context: BrowserContext, url: str) -> Page:
+    page = context.new_page()
+    page.goto(url)
+    expect(page.locator("#model")).not_to_contain_text("Asking")
+    return page
+
+
+def fill(page: Page, prompt: str, *responses: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    while page.locator("#responses textarea").count() < len(responses):
+        page.get_by_role("button", name="Add a response").click()
+    while page.locator("#responses textarea").count() > len(responses):
+        page.get_by_role("button", name="Remove response 1").click()
+    for number, text in enumerate(responses, 1):
+        page.get_by_label(f"Response {number}", exact=True).fill(text)
+
+
+def run(page: Page) -> None:
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.locator("#results h2")).to_be_visible()
+    expect(page.locator("#results")).to_have_attribute("aria-busy", "false")
+
+
+def inputs(page: Page) -> list[str]:
+    return [box.input_value() for box in page.locator("#prompt, #responses textarea").all()]
+
+
+def link(url: str, content: Any) -> str:
+    return f"{url}/#s={base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip('=')}"
