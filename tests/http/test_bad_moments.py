@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from service.engine.fake import FakeEngine
-from tests.support.live import PAIR, live_service, outcome, wait_for
+from tests.support.live import PAIR, Live, connected, live_service, outcome, wait_for
 
 
-def test_a_judgement_that_does_not_come_in_time_is_504() -> None:
-    """With no worker the deadline passes, and nothing of the job is left in the queue."""
+def test_a_judgement_past_its_deadline_is_504() -> None:
+    """Its job leaves the queue."""
     with live_service(worker=False, request_timeout=0.2) as live:
         answer = live.http.post("/score", json=PAIR)
 
@@ -23,8 +22,8 @@ def test_a_judgement_that_does_not_come_in_time_is_504() -> None:
         assert live.queue.stats().jobs == 0
 
 
-def test_a_full_queue_is_503_with_a_time_to_come_back() -> None:
-    """Two wait, the third is refused at once."""
+def test_a_full_queue_is_503_with_retry_after() -> None:
+    """Two requests wait, and the third is refused at once."""
     with live_service(worker=False, max_queue_jobs=2, request_timeout=3) as live, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(httpx.post, f"{live.url}/score", json=PAIR, timeout=30) for _ in range(2)]
         assert wait_for(lambda: live.queue.stats().jobs == 2)
@@ -33,18 +32,18 @@ def test_a_full_queue_is_503_with_a_time_to_come_back() -> None:
 
         assert outcome(refused)[:2] == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-        assert [each.result().status_code for each in waiting] == [504, 504]
+        assert [request.result().status_code for request in waiting] == [504, 504]
 
 
-def test_a_caller_who_leaves_has_its_job_dropped_unscored() -> None:
-    """The job of a closed connection never reaches the engine."""
+def test_a_disconnected_callers_job_is_dropped_unscored() -> None:
+    """The job never reaches the engine."""
     engine = FakeEngine(delay=0.5)
     with live_service(engine) as live:
         with ThreadPoolExecutor(1) as pool:
             busy = pool.submit(httpx.post, f"{live.url}/score", json={**PAIR, "response": "keeps it busy"}, timeout=30)
             assert wait_for(lambda: live.queue.stats().jobs == 1)
             time.sleep(0.1)
-            leave_after_sending(live.url, {**PAIR, "response": "left behind"})
+            leave_after_sending(live, {**PAIR, "response": "left behind"})
             assert wait_for(
                 lambda: live.value("judge_requests_total", method="POST", route="/score", status="499") == 1
             )
@@ -55,36 +54,33 @@ def test_a_caller_who_leaves_has_its_job_dropped_unscored() -> None:
         assert live.value("judge_batch_jobs_sum") == 1
 
 
-def leave_after_sending(url: str, body: object) -> None:
+def leave_after_sending(live: Live, body: object) -> None:
     """Send a whole request, give the service time to queue it, and close the connection without reading."""
     content = json.dumps(body).encode()
-    address = httpx.URL(url)
-    with socket.create_connection((address.host, address.port or 80)) as connection:
+    with connected(live) as connection:
         head = "POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         time.sleep(0.1)
 
 
-def test_a_body_that_never_arrives_is_given_up() -> None:
-    """A caller that declares a body and stalls does not hold a connection for ever."""
-    with live_service(body_timeout=0.2) as live:
-        address = httpx.URL(live.url)
-        with socket.create_connection((address.host, address.port or 80), timeout=10) as connection:
-            connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-            answer = connection.recv(65536)
+def test_a_body_that_never_arrives_is_408() -> None:
+    """A caller who declares a body and stalls does not hold the connection for ever."""
+    with live_service(body_timeout=0.2) as live, connected(live) as connection:
+        connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        answer = connection.recv(65536)
 
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_ready_says_why_not() -> None:
-    """A service without a worker is alive but not ready."""
+def test_a_service_without_a_worker_is_alive_but_not_ready() -> None:
+    """/ready says why."""
     with live_service(worker=False) as live:
         assert outcome(live.http.get("/ready"))[:2] == (503, "not_ready")
         assert live.http.get("/health").status_code == 200
 
 
-def test_a_worker_that_dies_takes_the_service_with_it() -> None:
-    """Nobody is left waiting for an answer that cannot come: open requests fail, and the process ends."""
+def test_a_dying_worker_ends_the_service() -> None:
+    """Open requests fail rather than wait for an answer that cannot come."""
 
     class Broken(FakeEngine):
         def run(self, _: object) -> list[object]:
@@ -98,8 +94,8 @@ def test_a_worker_that_dies_takes_the_service_with_it() -> None:
         assert live.server.worker_failed
 
 
-def test_an_engine_that_fails_on_one_item_is_a_500_with_its_own_code() -> None:
-    """What the model could not judge is an error, never a score."""
+def test_an_engine_failure_is_a_500_with_a_code_of_its_own() -> None:
+    """An item that the model fails on is an error, never a score, and the cause stays in the log."""
 
     class Failing(FakeEngine):
         def run(self, _: object) -> list[object]:
@@ -112,8 +108,8 @@ def test_an_engine_that_fails_on_one_item_is_a_500_with_its_own_code() -> None:
     assert "CUDA" not in answer.text
 
 
-def test_many_callers_at_once_each_get_their_own_answer() -> None:
-    """40 threads with different texts get what each text gets alone."""
+def test_concurrent_callers_each_get_their_own_answer() -> None:
+    """40 threads with different texts get the scores that each text gets alone."""
     bodies = [{**PAIR, "response": f"answer number {number}"} for number in range(40)]
     with live_service(FakeEngine(delay=0.01)) as live:
         alone = [live.http.post("/score", json=body).json()["log_odds"] for body in bodies]

@@ -9,7 +9,7 @@ import pytest
 import client.errors
 from client.errors import RETRYABLE_STATUS, STATUS, TYPE, ErrorCode, class_of_status
 
-# The tree in the docstring of client.errors, as {status: class name}.
+# The tree in client.errors' docstring, as {status: class name}.
 DOCUMENTED = {int(status): name for name, status in re.findall(r"── (\w+)\s+(\d{3}) ", client.errors.__doc__ or "")}
 
 CODES = {
@@ -37,7 +37,7 @@ CODES = {
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_every_code_has_its_status_type_and_exception(code: ErrorCode) -> None:
-    """A code goes over HTTP with a status and a type, and comes out as the class that the docstring names for it."""
+    """The client raises the class that the docstring gives for the status."""
     status = STATUS[code]
 
     assert code in CODES[status]
@@ -45,13 +45,13 @@ def test_every_code_has_its_status_type_and_exception(code: ErrorCode) -> None:
     assert class_of_status(status).__name__ == DOCUMENTED.get(status, "JudgeAPIError")
 
 
-def test_no_code_has_gone() -> None:
-    """The codes on the wire are exactly these: one may be added here, none may change its meaning."""
+def test_the_codes_are_exactly_these() -> None:
+    """New ones may be added here, but none may change its meaning."""
     assert set(STATUS) == set(ErrorCode) == set().union(*CODES.values())
 
 
-def test_the_docstring_names_all_the_classes() -> None:
-    """The tree in the docstring has each subclass of JudgeAPIError once, at the status that leads to it."""
+def test_the_docstring_names_every_class() -> None:
+    """The tree has each subclass of JudgeAPIError once, at its status."""
     subclasses = {kind.__name__ for kind in client.errors.JudgeAPIError.__subclasses__()}
 
     assert set(DOCUMENTED.values()) == subclasses
@@ -59,24 +59,24 @@ def test_the_docstring_names_all_the_classes() -> None:
 
 
 @pytest.mark.parametrize(("status", "name"), [(502, "InternalServerError"), (599, "InternalServerError")])
-def test_every_other_5xx_is_the_services_failure(status: int, name: str) -> None:
-    """A status that has no class of its own goes by its hundred."""
+def test_any_other_5xx_is_an_internal_server_error(status: int, name: str) -> None:
+    """A status without a class of its own."""
     assert class_of_status(status).__name__ == name
 
 
 @pytest.mark.parametrize("status", [302, 403, 405, 408, 418])
-def test_every_other_status_is_a_plain_api_error(status: int) -> None:
-    """What is neither in the tree nor a 5xx is a JudgeAPIError."""
+def test_any_other_status_is_a_plain_api_error(status: int) -> None:
+    """A status that is neither in the tree nor a 5xx."""
     assert class_of_status(status) is client.errors.JudgeAPIError
 
 
-def test_what_may_pass_by_itself() -> None:
-    """Asking again is worth it after these statuses, and no others."""
+def test_retryable_statuses_are_exactly_these() -> None:
+    """Other errors do not pass by themselves."""
     assert set(RETRYABLE_STATUS) == {429, 502, 503, 504}
 
 
-def test_an_api_error_tells_all_it_knows() -> None:
-    """The text of an exception has the status, the code, the message, the field and the request's id."""
+def test_the_text_of_an_api_error_has_all_its_fields() -> None:
+    """Status, code, message, field and request id."""
     error = class_of_status(400)(
         "too long", status=400, code="context_length_exceeded", param="prompt", request_id="r1"
     )

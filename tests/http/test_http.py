@@ -1,4 +1,4 @@
-"""The service over HTTP, as a caller sees it, with the fake engine behind it."""
+"""The service over HTTP as callers see it, with the fake engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREE = {"prompt": "What is 2+2?", "responses": ["4", "5", "fish"]}
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """One service for all tests of this file that only ask."""
+    """One service for all tests of this file."""
     with live_service() as service:
         yield service
 
@@ -35,8 +35,8 @@ def compare(live: Live, **body: object) -> CompareResult:
     return CompareResult.model_validate(answer.json())
 
 
-def test_a_score_follows_the_rule(live: Live) -> None:
-    """The numbers of an answer belong together: score, log-odds, log-probabilities and mass."""
+def test_a_score_follows_the_scoring_rule(live: Live) -> None:
+    """Score, log-odds and label mass follow from the two log-probabilities."""
     result = score(live)
 
     assert result.log_odds == pytest.approx(result.yes_logprob - result.no_logprob, abs=1e-12)
@@ -52,20 +52,20 @@ def test_the_same_question_gets_the_same_score(live: Live) -> None:
 
 
 def test_a_category_chooses_its_template(live: Live) -> None:
-    """A category is judged with its own template, and gives another number."""
+    """A category is judged with its own template, which gives another score."""
     result = score(live, category="math")
 
     assert result.template == "math@2"
     assert result.log_odds != score(live).log_odds
 
 
-def test_a_template_by_name_and_version(live: Live) -> None:
-    """A name, with or without its version, means the same template."""
+def test_a_template_is_chosen_by_name_with_or_without_version(live: Live) -> None:
+    """A name alone means the newest version."""
     assert score(live, template="code").template == score(live, template="code@2").template == "code@2"
 
 
 def test_an_inline_template_is_used_as_sent(live: Live) -> None:
-    """A template in the request decides layout and labels, and is named as inline."""
+    """The answer calls it inline."""
     template = {
         "format": "raw",
         "layout": "{instruction}\nQ: {prompt}\nA: {response}\nVerdict:",
@@ -76,8 +76,8 @@ def test_an_inline_template_is_used_as_sent(live: Live) -> None:
     assert score(live, template=template).template == "inline"
 
 
-def test_a_conversation_is_judged(live: Live) -> None:
-    """A list of messages is a prompt as well, and one user message is the same as its text."""
+def test_a_prompt_may_be_a_conversation(live: Live) -> None:
+    """A single user message scores the same as its text."""
     alone = score(live, prompt=[{"role": "user", "content": "What is 2+2?"}])
     longer = score(
         live,
@@ -92,20 +92,20 @@ def test_a_conversation_is_judged(live: Live) -> None:
     assert longer.usage.prompt_tokens > alone.usage.prompt_tokens
 
 
-def test_pointwise_comparison_ranks_what_score_says(live: Live) -> None:
-    """/compare in pointwise mode is /score of each response, ranked."""
+def test_a_pointwise_comparison_ranks_the_scores(live: Live) -> None:
+    """/compare in pointwise mode is /score of each response."""
     alone = [score(live, response=response).log_odds for response in THREE["responses"]]
 
     result = compare(live)
 
-    assert [each.log_odds for each in result.scores] == alone
+    assert [score.log_odds for score in result.scores] == alone
     assert result.ranking == sorted(range(3), key=lambda i: -alone[i])
     assert result.best == result.ranking[0]
     assert result.position_bias is None
 
 
-def test_pairwise_comparison_asks_both_orders(live: Live) -> None:
-    """Three responses make three pairs, each asked twice; the win probabilities of both sides add up to one."""
+def test_a_pairwise_comparison_judges_both_orders(live: Live) -> None:
+    """Three responses make three pairs, and the win probabilities of a pair add up to one."""
     result = compare(live, mode="pairwise")
 
     assert result.position_bias is not None
@@ -119,14 +119,14 @@ def test_a_wide_margin_makes_a_tie(live: Live) -> None:
     assert compare(live, tie_margin=1000).tie
 
 
-def test_one_bad_item_does_not_fail_its_neighbours(live: Live) -> None:
-    """In a batch each item has its own fate: a result, an unknown template, a schema error, a text that is too long."""
+def test_a_bad_item_does_not_fail_its_neighbours(live: Live) -> None:
+    """Each item of a batch has its own result or error: unknown template, invalid body, too long a text."""
     items = [PAIR, {**PAIR, "template": "nope"}, {**PAIR, "response": ""}, {**PAIR, "response": "x " * 20_000}, PAIR]
 
     results = live.http.post("/score/batch", json={"items": items}).json()["results"]
 
-    assert [each["index"] for each in results] == [0, 1, 2, 3, 4]
-    assert [each["error"] and each["error"]["code"] for each in results] == [
+    assert [item["index"] for item in results] == [0, 1, 2, 3, 4]
+    assert [item["error"] and item["error"]["code"] for item in results] == [
         None,
         "template_not_found",
         "invalid_request",
@@ -136,8 +136,8 @@ def test_one_bad_item_does_not_fail_its_neighbours(live: Live) -> None:
     assert results[0]["result"]["log_odds"] == results[4]["result"]["log_odds"] == score(live).log_odds
 
 
-def test_a_batch_of_comparisons(live: Live) -> None:
-    """Pointwise and pairwise requests share a batch, each with its own errors."""
+def test_a_batch_of_comparisons_may_mix_modes(live: Live) -> None:
+    """Pointwise and pairwise requests can share a batch; errors stay with their item."""
     items = [THREE, {**THREE, "mode": "pairwise"}, {**THREE, "responses": ["alone"]}]
 
     results = live.http.post("/compare/batch", json={"items": items}).json()["results"]
@@ -148,17 +148,17 @@ def test_a_batch_of_comparisons(live: Live) -> None:
 
 
 def test_templates_and_models_are_listed(live: Live) -> None:
-    """A caller can find out what may be asked for, and of whom."""
+    """A caller can find out which templates there are and which model judges."""
     templates = live.http.get("/templates").json()
     (model,) = live.http.get("/v1/models").json()["data"]
 
     assert set(templates["categories"]) == {"general", "chat", "code", "math", "safety"}
-    assert {"general", "pairwise-general"} <= {each["name"] for each in templates["templates"]}
+    assert {"general", "pairwise-general"} <= {template["name"] for template in templates["templates"]}
     assert (model["id"], model["engine"], model["judge"]) == ("fake", "fake", "yes-no")
 
 
 def test_request_ids_are_echoed_or_made(live: Live) -> None:
-    """A usable X-Request-Id comes back; one that is none is replaced."""
+    """A valid X-Request-Id comes back; an invalid one is replaced."""
     mine = live.http.get("/health", headers={"X-Request-Id": "abc-123"}).headers["X-Request-Id"]
     bad = live.http.get("/health", headers={"X-Request-Id": "a b"}).headers["X-Request-Id"]
 
@@ -167,15 +167,15 @@ def test_request_ids_are_echoed_or_made(live: Live) -> None:
 
 
 def test_errors_carry_the_request_id_too(live: Live) -> None:
-    """Also an answer that no route made can be found in the log."""
+    """Even an answer that no route made can be found in the log."""
     answer = live.http.get("/nothing-here", headers={"X-Request-Id": "abc-123"})
 
     assert answer.headers["X-Request-Id"] == "abc-123"
     assert ErrorResult.model_validate(answer.json()).error.code == "not_found"
 
 
-def test_metrics_count_what_happened(live: Live) -> None:
-    """The Prometheus text holds requests by route and status, judgements, errors and the queue's fill."""
+def test_metrics_count_requests_judgements_and_errors(live: Live) -> None:
+    """They are in Prometheus' text format, with the size of the queue."""
     score(live)
     before = live.value("judge_errors_total", code="invalid_request")
     live.http.post("/score", json={})
@@ -188,15 +188,15 @@ def test_metrics_count_what_happened(live: Live) -> None:
     assert live.value("process_resident_memory_bytes") > 1e6
 
 
-def test_every_error_is_counted_from_0_on(live: Live) -> None:
-    """A series that began with its first error would hide that one from a rate, and with it from an alert."""
+def test_every_error_series_starts_at_0(live: Live) -> None:
+    """rate() misses the first error of a series that begins with it, and so would an alert."""
     text = live.http.get("/metrics").text
 
     assert {code for code in ErrorCode if f'judge_errors_total{{code="{code}"}}' not in text} == set()
     assert 'judge_jobs_dropped_total{reason="deadline"} 0.0' in text
 
 
-def test_paths_that_nobody_knows_do_not_become_metric_labels(live: Live) -> None:
+def test_unknown_paths_do_not_become_metric_labels(live: Live) -> None:
     """A scanner's paths would otherwise grow the metrics without bound."""
     live.http.get("/some/scanned/path")
 
@@ -204,7 +204,7 @@ def test_paths_that_nobody_knows_do_not_become_metric_labels(live: Live) -> None
 
 
 def test_the_documentation_describes_the_routes(live: Live) -> None:
-    """OpenAPI names every route, its errors and its examples, and the page that shows it is there."""
+    """OpenAPI lists every route with its errors, and /docs shows it."""
     paths = live.http.get("/openapi.json").json()["paths"]
 
     assert {"/score", "/compare", "/score/batch", "/compare/batch", "/templates", "/v1/models"} <= set(paths)
@@ -212,15 +212,15 @@ def test_the_documentation_describes_the_routes(live: Live) -> None:
     assert live.http.get("/docs").status_code == 200
 
 
-def test_a_real_answer_fits_the_documented_schema_exactly(live: Live) -> None:
-    """What is sent has the fields that the contract names, no more and no fewer."""
+def test_an_answer_fits_the_documented_schema_exactly(live: Live) -> None:
+    """It has the fields of the contract, no more and no fewer."""
     answer = live.http.post("/score", json=PAIR).json()
 
     assert answer == ScoreResult.model_validate(answer).model_dump()
 
 
-async def test_both_clients_speak_to_the_service(live: Live) -> None:
-    """The typed clients get the numbers that bare HTTP gets."""
+async def test_both_clients_get_the_services_numbers(live: Live) -> None:
+    """The sync and the async client return what bare HTTP returns."""
     with Judge(live.url) as judge:
         sync = judge.score("What is 2+2?", "4")
     async with AsyncJudge(live.url) as judge:
@@ -230,8 +230,8 @@ async def test_both_clients_speak_to_the_service(live: Live) -> None:
     assert asynchronous.ranking == compare(live).ranking
 
 
-def test_a_caller_may_wait_less_long_than_the_service_allows(live: Live) -> None:
-    """X-Request-Timeout is accepted; what is no positive number is refused."""
+def test_a_caller_may_shorten_its_deadline(live: Live) -> None:
+    """X-Request-Timeout must be a positive number."""
     good = live.http.post("/score", json=PAIR, headers={"X-Request-Timeout": "5.5"})
     bad = live.http.post("/score", json=PAIR, headers={"X-Request-Timeout": "soon"})
 
@@ -239,8 +239,8 @@ def test_a_caller_may_wait_less_long_than_the_service_allows(live: Live) -> None
     assert (bad.status_code, bad.json()["error"]["code"]) == (400, "invalid_header")
 
 
-def test_keepalive_connections_are_reused(live: Live) -> None:
-    """Errors that leave the stream in order do not cost the caller its connection."""
+def test_connections_are_reused_after_errors(live: Live) -> None:
+    """An error whose body was read keeps the connection alive."""
     with httpx.Client(base_url=live.url) as http:
         answers = [http.post("/score", json=body) for body in (PAIR, {}, PAIR)]
 

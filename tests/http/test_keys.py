@@ -1,4 +1,4 @@
-"""Keys of callers: nothing that stands for no key, however it is written, opens the service."""
+"""Callers' keys and their rate limits. No spelling of an empty key opens the service."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ UNSENDABLE = [
 
 @pytest.mark.parametrize("way", ["flag", "environment"])
 @pytest.mark.parametrize("value", BLANK + UNSENDABLE)
-def test_a_list_with_a_key_that_is_none_is_refused_at_start(
+def test_a_list_with_an_invalid_key_is_refused_at_startup(
     way: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Status 2 and one line that names the setting and repeats nothing of it."""
+    """With status 2 and one line that names the setting but does not repeat its value."""
     if way == "environment" and "\0" not in value:
         monkeypatch.setenv("JUDGE_API_KEY", value)
 
     with pytest.raises(SystemExit) as ended:
         settings_from(Settings, ["--api-key", value] if way == "flag" or "\0" in value else [])
 
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert ended.value.code == 2
-    assert said.count("--api-key: ") == said.count("\n") == 1
-    assert "cret" not in said
+    assert error.count("--api-key: ") == error.count("\n") == 1
+    assert "cret" not in error
 
 
-def test_flags_that_are_given_twice_are_one_list(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--api-key secret --api-key ""` holds a blank key as well."""
+def test_a_repeated_flag_makes_one_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """So `--api-key secret --api-key ""` has a blank key."""
     with pytest.raises(SystemExit) as ended:
         settings_from(Settings, ["--api-key", "secret", "--api-key", ""])
 
@@ -72,22 +72,22 @@ def test_flags_that_are_given_twice_are_one_list(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("value", ["", " ", ["secret", ""], ["secret", " "], [SecretStr("secret"), SecretStr("")]])
 def test_a_blank_key_given_in_code_is_refused(value: object) -> None:
-    """Text, lists and secrets alike; the error does not show what was given."""
+    """As text, in lists and as secrets. The error does not show the value."""
     with pytest.raises(ValidationError, match="blank") as refused:
         Settings(api_key=value)
 
     assert "secret" not in str(refused.value)
 
 
-def test_a_list_of_good_keys_is_taken_with_the_white_space_of_its_file() -> None:
-    """A file ends in a newline, and people write a space behind a comma."""
+def test_white_space_around_keys_is_stripped() -> None:
+    """Files end in a newline, and people put a space after a comma."""
     keys = Settings(api_key="first, second\n").api_key
 
     assert [key.get_secret_value() for key in keys] == ["first", "second"]
 
 
 def test_a_service_does_not_start_with_a_blank_key() -> None:
-    """The process itself: one line, no traceback."""
+    """The process ends with one line and no traceback."""
     ended = run_module("service", "--engine", "fake", "--port", "0", env={"JUDGE_API_KEY": "secret, "})
 
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
@@ -95,25 +95,25 @@ def test_a_service_does_not_start_with_a_blank_key() -> None:
 
 
 @pytest.mark.parametrize("name", ["template_file", "calibration_file"])
-def test_a_list_of_files_is_empty_or_has_no_blank_entry(name: str) -> None:
-    """Compose passes on what is set to nothing; a blank entry beside others is a mistake, not this folder."""
+def test_a_list_of_files_may_be_empty_but_has_no_blank_entry(name: str) -> None:
+    """Compose passes unset variables as empty ones. A blank entry among others is a mistake, not the current folder."""
     assert getattr(Settings(**{name: " "}), name) == []
     with pytest.raises(ValidationError, match="blank"):
         Settings(**{name: "a.toml, "})
 
 
 def test_a_workers_list_of_files_may_be_empty_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same variables reach both programs."""
+    """Both programs read the same variables."""
     monkeypatch.setenv("JUDGE_TEMPLATE_FILE", "")
 
     assert settings_from(WorkerSettings, []).template_file == []
 
 
 @pytest.mark.parametrize(
-    "header", [{}, *({"Authorization": each} for each in ("Bearer", "Bearer ", "Bearer \u00a0", ""))]
+    "header", [{}, *({"Authorization": value} for value in ("Bearer", "Bearer ", "Bearer \u00a0", ""))]
 )
-async def test_no_key_is_never_a_key_whatever_was_configured(header: dict[str, str]) -> None:
-    """The guard itself does not rely on the settings' checks."""
+async def test_an_empty_key_is_never_valid_whatever_was_configured(header: dict[str, str]) -> None:
+    """The middleware does not rely on the settings' checks."""
     guard = Authentication(PlainTextResponse("judged"), ["", "secret"], Metrics())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://judge") as http:
         encoded = [(name.encode(), value.encode("latin-1")) for name, value in header.items()]
@@ -123,8 +123,8 @@ async def test_no_key_is_never_a_key_whatever_was_configured(header: dict[str, s
     assert (bare.status_code, good.status_code) == (401, 200)
 
 
-def test_without_a_key_nothing_is_judged() -> None:
-    """Every route but the operational ones wants a key; a wrong one is as good as none."""
+def test_without_a_valid_key_nothing_is_judged() -> None:
+    """Every route except the operational ones needs a key; a wrong key is refused like none."""
     with live_service(api_key="first-key,second-key") as live:
         routes = [
             (method, path)
@@ -148,7 +148,7 @@ def test_without_a_key_nothing_is_judged() -> None:
 
 
 def test_a_key_over_its_rate_is_429() -> None:
-    """The answer says how long to wait; another key is not affected."""
+    """The answer says how long to wait; other keys are not affected."""
     with live_service(api_key="a,b", rate_limit=3) as live:
         first, *later = [
             live.http.post("/score/batch", json={"items": [PAIR] * 3}, headers={"Authorization": f"Bearer {key}"})
@@ -160,8 +160,8 @@ def test_a_key_over_its_rate_is_429() -> None:
     assert int(later[0].headers["retry-after"]) >= 1
 
 
-def test_a_key_that_has_spent_its_minute_is_refused_until_it_refills() -> None:
-    """60 a minute: 60 at once, then one a second."""
+def test_a_spent_key_is_refused_until_it_refills() -> None:
+    """At 60 per minute: 60 at once, then one per second."""
     now = [0.0]
     limiter = RateLimiter(60, clock=lambda: now[0])
     limiter.spend("key", 60)
@@ -174,7 +174,7 @@ def test_a_key_that_has_spent_its_minute_is_refused_until_it_refills() -> None:
 
 
 def test_keys_do_not_share_a_bucket() -> None:
-    """One key's spending leaves the others' untouched."""
+    """One key's judgements do not count against another."""
     limiter = RateLimiter(10, clock=lambda: 0.0)
     limiter.spend("greedy", 10)
     limiter.spend("modest", 1)
@@ -183,8 +183,8 @@ def test_keys_do_not_share_a_bucket() -> None:
         limiter.spend("greedy", 1)
 
 
-def test_a_large_request_passes_once_and_is_paid_for_afterwards() -> None:
-    """A batch of 120 at 60 a minute is let through, and the key then waits a minute longer."""
+def test_a_large_request_passes_and_leaves_a_debt() -> None:
+    """After a batch of 120 at 60 per minute, the key waits a minute longer."""
     now = [0.0]
     limiter = RateLimiter(60, clock=lambda: now[0])
     limiter.spend("key", 120)

@@ -1,4 +1,4 @@
-"""Bodies that are not sent as JSON in UTF-8: the error says how to send them."""
+"""Bodies that are not sent as uncompressed UTF-8 JSON: the error says how to send them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OTHER_KINDS = [
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """One service for all that only ask."""
+    """One service for all tests of this file."""
     with live_service(log_level="error") as service:
         yield service
 
@@ -49,8 +49,8 @@ def live() -> Iterator[Live]:
         ("gzip", BODY),
     ],
 )
-def test_a_compressed_body_is_refused_by_name(live: Live, path: str, coding: str, body: bytes) -> None:
-    """Nothing is unpacked, whatever it would grow to."""
+def test_a_compressed_body_is_refused(live: Live, path: str, coding: str, body: bytes) -> None:
+    """The error names the compression. Nothing is decompressed, whatever its size would be."""
     answer = live.http.post(path, content=body, headers={"Content-Type": JSON, "Content-Encoding": coding})
 
     error = answer.json()["error"]
@@ -58,23 +58,23 @@ def test_a_compressed_body_is_refused_by_name(live: Live, path: str, coding: str
     assert coding.split()[-1].lower() in error["message"]
 
 
-def test_a_compressed_transfer_is_refused_too(live: Live) -> None:
-    """The same by another header."""
+def test_a_compressed_transfer_encoding_is_refused_too(live: Live) -> None:
+    """The compression may be declared in either header."""
     packed = gzip.compress(BODY, mtime=0)
     with connected(live) as connection:
         connection.sendall(
             b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
             b"Transfer-Encoding: gzip, chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed)
         )
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert got.startswith((b"HTTP/1.1 415 ", b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain"))
+    assert received.startswith((b"HTTP/1.1 415 ", b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain"))
 
 
 @pytest.mark.parametrize("path", JUDGING)
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_a_body_that_does_not_say_that_it_is_json_is_told_how_to(live: Live, path: str, kind: str | None) -> None:
-    """What curl sends by itself, and what a foreign web page may send without being asked first."""
+def test_a_body_not_declared_as_json_is_refused(live: Live, path: str, kind: str | None) -> None:
+    """That is what curl sends by default, and what a foreign web page can send without a preflight."""
     answer = live.http.post(path, content=BODY, headers={} if kind is None else {"Content-Type": kind})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
@@ -82,8 +82,8 @@ def test_a_body_that_does_not_say_that_it_is_json_is_told_how_to(live: Live, pat
 
 
 @pytest.mark.parametrize("part", ["; x", ";", '";', "; charset", "charset ="])
-def test_a_long_content_type_holds_nothing_up(live: Live, part: str) -> None:
-    """As long as a head may be; it is read in one go."""
+def test_a_long_content_type_does_not_block_the_service(live: Live, part: str) -> None:
+    """It is parsed in linear time, up to the longest possible head."""
     long = f'{JSON}; x="{part * (60_000 // len(part))}'
 
     assert live.http.post("/score", content=BODY, headers={"Content-Type": long}, timeout=5).status_code == 200
@@ -94,7 +94,7 @@ def test_a_long_content_type_holds_nothing_up(live: Live, part: str) -> None:
     [("iso-8859-1", TEXT.encode("latin-1")), ("latin1", BODY), ("utf-16", TEXT.encode("utf-16")), ("x", BODY)],
 )
 def test_another_charset_is_refused(live: Live, charset: str, body: bytes) -> None:
-    """Also where its bytes would pass as UTF-8: the text would be another."""
+    """Even if its bytes are valid UTF-8, as they would mean another text."""
     answer = live.http.post("/score", content=body, headers={"Content-Type": f'{JSON}; charset="{charset}"'})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
@@ -102,8 +102,8 @@ def test_another_charset_is_refused(live: Live, charset: str, body: bytes) -> No
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_bytes_in_another_encoding_are_told_from_bad_json(live: Live, encoding: str) -> None:
-    """The message names UTF-8, where the header says nothing."""
+def test_bytes_in_another_encoding_get_a_message_about_utf_8(live: Live, encoding: str) -> None:
+    """Even if the header declares no charset."""
     answer = live.http.post("/score", content=TEXT.encode(encoding), headers={"Content-Type": JSON})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
@@ -112,30 +112,30 @@ def test_bytes_in_another_encoding_are_told_from_bad_json(live: Live, encoding: 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_json_in_utf_8_is_read_with_or_without_its_mark(live: Live, kind: str, mark: bytes) -> None:
-    """The score is that of the same text."""
+def test_utf_8_json_is_read_with_or_without_a_byte_order_mark(live: Live, kind: str, mark: bytes) -> None:
+    """The score is the same."""
     headers = {"Content-Type": kind, "Content-Encoding": "identity"}
     answer = live.http.post("/score", content=mark + BODY, headers=headers)
 
     assert answer.json()["log_odds"] == live.http.post("/score", json=PAIR).json()["log_odds"]
 
 
-def test_what_fits_no_schema_is_still_told_as_such(live: Live) -> None:
+def test_other_errors_are_reported_as_before(live: Live) -> None:
     """The checks of the headers hide no other error."""
     assert live.http.post("/score", json={"prompt": "p"}).json()["error"]["param"] == "response"
     assert live.http.post("/nowhere", content=b"x").status_code == 404
     assert live.http.request("GET", "/health", content=b"x").status_code == 200
 
 
-def test_the_documentation_names_the_refusal(live: Live) -> None:
-    """On every route that reads a body."""
+def test_the_documentation_lists_the_error(live: Live) -> None:
+    """For every route that reads a body."""
     paths = live.http.get("/openapi.json").json()["paths"]
 
     assert all("415" in paths[path]["post"]["responses"] for path in JUDGING)
 
 
-def test_the_client_raises_it_at_once(live: Live) -> None:
-    """A transport that packs bodies, say, is told, and nothing is tried again."""
+def test_the_client_raises_the_error_without_retries(live: Live) -> None:
+    """For example for a transport that compresses bodies."""
     with Judge(live.url, headers={"Content-Encoding": "gzip"}) as judge, pytest.raises(JudgeAPIError) as refused:
         judge.score("p", "r")
 

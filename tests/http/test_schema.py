@@ -1,4 +1,4 @@
-"""The wire contract, held fast: the exact JSON of every body, what is refused, and what goes with each error code."""
+"""The wire contract: the exact JSON of every body, its defaults, and how unknown fields are treated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from client.schema import (
     TemplatesResult,
 )
 
-# Each request as short as it may be, and as the service then reads it.
+# Each minimal request, and how the service reads it.
 SCORE_REQUEST = {"prompt": "What is 2+2?", "response": "4"}
 COMPARE_REQUEST = {"prompt": "What is 2+2?", "responses": ["4", "5"]}
 JUDGED_DEFAULTS = {"category": None, "template": None, "truncation": "error"}
@@ -38,7 +38,7 @@ DEFAULTS: list[tuple[type[Request], dict[str, Any], dict[str, Any]]] = [
     (CompareBatchRequest, {"items": [COMPARE_REQUEST]}, {"items": [COMPARE_REQUEST | COMPARE_DEFAULTS]}),
 ]
 
-# Every body in full: what is read is what is written.
+# Every body in full.
 TEMPLATE = {
     "format": "raw",
     "layout": "{instruction} {prompt} {response}",
@@ -168,26 +168,28 @@ RESULTS = [(model, body) for model, body in BODIES if issubclass(model, Result)]
 
 
 def without(body: dict[str, Any], name: str) -> dict[str, Any]:
-    """The body with one field left out."""
+    """The body without one field."""
     return {key: value for key, value in body.items() if key != name}
 
 
 @pytest.mark.parametrize(("model", "body"), BODIES)
-def test_a_body_is_written_as_it_is_read(model: type[BaseModel], body: dict[str, Any]) -> None:
-    """The exact JSON of each body goes in and comes out again: names, nesting, order of fields aside, and values."""
+def test_a_body_survives_the_round_trip_through_its_model(model: type[BaseModel], body: dict[str, Any]) -> None:
+    """The exact JSON goes in and comes out again, except for the order of fields."""
     text = json.dumps(body)
 
     assert json.loads(model.model_validate_json(text).model_dump_json()) == body
 
 
 @pytest.mark.parametrize(("model", "short", "full"), DEFAULTS)
-def test_what_a_request_leaves_out(model: type[Request], short: dict[str, Any], full: dict[str, Any]) -> None:
-    """A request that gives the least is read with these defaults."""
+def test_an_omitted_field_of_a_request_gets_its_default(
+    model: type[Request], short: dict[str, Any], full: dict[str, Any]
+) -> None:
+    """A minimal request is read with these defaults."""
     assert json.loads(model.model_validate(short).model_dump_json()) == full
 
 
-def test_what_an_inline_template_leaves_out() -> None:
-    """A template that is a layout alone is for chat, without instruction, and asks for Yes and No."""
+def test_an_omitted_field_of_an_inline_template_gets_its_default() -> None:
+    """A layout alone is a chat template without instruction, with the labels Yes and No."""
     request = ScoreRequest.model_validate(SCORE_REQUEST | {"template": {"layout": "{prompt} {response}"}})
 
     expected = {
@@ -200,8 +202,8 @@ def test_what_an_inline_template_leaves_out() -> None:
 
 
 @pytest.mark.parametrize(("model", "body"), REQUESTS)
-def test_a_request_refuses_fields_it_does_not_know(model: type[Request], body: dict[str, Any]) -> None:
-    """A misspelt option is an error, not silently the default."""
+def test_a_request_refuses_unknown_fields(model: type[Request], body: dict[str, Any]) -> None:
+    """A misspelt option is an error rather than silently ignored."""
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         model.model_validate({**body, "temperature": 1})
 
@@ -214,20 +216,20 @@ def test_a_request_refuses_fields_it_does_not_know(model: type[Request], body: d
         {"template": {**TEMPLATE, "labels": {"yes": ["Y"], "no": ["N"], "maybe": ["M"]}}},
     ],
 )
-def test_the_parts_of_a_request_refuse_them_too(part: dict[str, Any]) -> None:
-    """Unknown fields are an error at every depth of a request."""
+def test_nested_parts_of_a_request_refuse_unknown_fields(part: dict[str, Any]) -> None:
+    """At every depth."""
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         ScoreRequest.model_validate(SCORE_REQUEST | part)
 
 
 @pytest.mark.parametrize(("model", "body"), RESULTS)
-def test_a_result_ignores_fields_it_does_not_know(model: type[Result], body: dict[str, Any]) -> None:
-    """An older client reads the answers of a newer service."""
+def test_a_result_ignores_unknown_fields(model: type[Result], body: dict[str, Any]) -> None:
+    """So an older client can read the answers of a newer service."""
     assert model.model_validate({**body, "confidence": 0.5}).model_dump() == body
 
 
-def test_the_parts_of_a_result_ignore_them_too() -> None:
-    """Unknown fields are ignored at every depth of a result."""
+def test_nested_parts_of_a_result_ignore_unknown_fields() -> None:
+    """At every depth."""
     newer = {**SCORE_RESULT, "usage": {"prompt_tokens": 1, "energy": 3}}
 
     usage = ScoreResult.model_validate(newer).usage.model_dump()
@@ -235,14 +237,14 @@ def test_the_parts_of_a_result_ignore_them_too() -> None:
 
 
 @pytest.mark.parametrize("field", [name for name, info in ScoreResult.model_fields.items() if info.is_required()])
-def test_a_result_without_a_number_is_no_result(field: str) -> None:
-    """No field of a judgement is made up where the service did not send it."""
+def test_a_result_without_a_required_field_is_refused(field: str) -> None:
+    """The client never makes up a field of a judgement."""
     with pytest.raises(ValidationError, match="Field required"):
         ScoreResult.model_validate(without(SCORE_RESULT, field))
 
 
-def test_what_an_older_service_does_not_send() -> None:
-    """A judgement may lack what came with a later version, and nothing else."""
+def test_fields_of_later_versions_may_be_missing() -> None:
+    """An older service does not send them; all other fields are required."""
     later = [name for name, info in ScoreResult.model_fields.items() if not info.is_required()]
     result = ScoreResult.model_validate({k: v for k, v in SCORE_RESULT.items() if k not in later})
 
@@ -254,21 +256,21 @@ def test_what_an_older_service_does_not_send() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.01, -0.01, "NaN", None])
-def test_a_score_is_a_number_from_0_to_1(value: Any) -> None:
-    """What is not a probability is not taken for a score."""
+def test_a_score_must_be_from_0_to_1(value: Any) -> None:
+    """Anything but a probability is refused."""
     with pytest.raises(ValidationError):
         ScoreResult.model_validate(SCORE_RESULT | {"score": value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1.01, -0.01, "NaN"])
-def test_a_calibrated_score_is_one_too(value: Any) -> None:
-    """The fitted probability is checked like the score, though it may be absent."""
+def test_a_calibrated_score_must_be_from_0_to_1(value: Any) -> None:
+    """It is checked like the score, but may be missing."""
     with pytest.raises(ValidationError):
         ScoreResult.model_validate(SCORE_RESULT | {"calibrated": value})
 
 
 @pytest.mark.parametrize("name", ["log_odds", "yes_logprob", "no_logprob", "label_mass"])
-def test_log_probabilities_are_finite(name: str) -> None:
-    """An infinite number in a judgement is refused, in JSON as well."""
+def test_log_probabilities_must_be_finite(name: str) -> None:
+    """An infinite number in a judgement is refused, in JSON too."""
     with pytest.raises(ValidationError, match="finite"):
         ScoreResult.model_validate_json(json.dumps({**SCORE_RESULT, name: float("inf")}))

@@ -1,5 +1,4 @@
-"""What an attacker sends, and what an operator must not find in the log. Bodies and texts of other kinds of bad input
-are in test_bad_input.py, the page's in test_playground.py and test_playground_browser.py."""
+"""Hostile requests, and what must not be in the log. Other bad input is in test_bad_input.py and tests/http/page."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from tests.support.live import PAIR, Live, connected, live_service, until_closed
 BODY = json.dumps(PAIR).encode()
 SIZE = str(len(BODY)).encode()
 CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-# What a proxy in front would take for a part of the first request.
+# A request that a proxy in front would take for a part of the first one.
 SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEADS = {
     "length and chunked": (b"Content-Length: %s\r\nTransfer-Encoding: chunked" % SIZE, b"0\r\n\r\n"),
@@ -61,8 +60,8 @@ WHOLE = {
     "CR in the path": b"GET /health\rX HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     **{
-        name: b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%s\r\n\r\n%s" % each
-        for name, each in HEADS.items()
+        name: b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n%s\r\n\r\n%s" % parts
+        for name, parts in HEADS.items()
     },
 }
 INJECTIONS = [
@@ -80,36 +79,36 @@ INJECTIONS = [
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """A service that allows small bodies only, and little time for them."""
+    """A service with a small body limit and little time for bodies."""
     with live_service(max_body_bytes=10_000, body_timeout=0.5) as service:
         yield service
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_proxies_could_read_in_two_ways_is_refused(live: Live, name: str) -> None:
-    """One 400 and a closed connection; the request that is hidden behind it gets no answer."""
+def test_an_ambiguous_request_is_refused(live: Live, name: str) -> None:
+    """A proxy might read it differently. One 400 closes the connection; the smuggled request gets no answer."""
     with connected(live) as connection:
         connection.sendall(WHOLE[name] + SMUGGLED)
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert got.startswith(b"HTTP/1.1 400 ")
-    assert got.count(b"HTTP/1.1 ") == 1
-    assert b"fingerprint" not in got
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert b"fingerprint" not in received
 
 
-def test_a_request_within_a_body_is_a_body(live: Live) -> None:
-    """Where a route does not read its body, that is not taken for the next request."""
+def test_a_request_inside_a_body_is_not_answered(live: Live) -> None:
+    """Even if the route does not read its body, the body is not taken for the next request."""
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED)
     with connected(live) as connection:
         connection.sendall(head + SMUGGLED)
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert (got[:13], got.count(b"HTTP/1.1 ")) == (b"HTTP/1.1 200 ", 1)
+    assert (received[:13], received.count(b"HTTP/1.1 ")) == (b"HTTP/1.1 200 ", 1)
 
 
 @pytest.mark.parametrize("sent", ["a\tb", "a\u00e9b", "x" * 129, "a b"])
-def test_a_request_id_that_could_break_a_header_or_a_log_is_replaced(live: Live, sent: str) -> None:
-    """What is echoed is visible ASCII, and short."""
+def test_an_unsafe_request_id_is_replaced(live: Live, sent: str) -> None:
+    """Only short, visible ASCII is echoed into headers and logs."""
     echoed = httpx.get(f"{live.url}/health", headers=[(b"X-Request-Id", sent.encode())]).headers["x-request-id"]
 
     assert len(echoed) == 32
@@ -117,40 +116,40 @@ def test_a_request_id_that_could_break_a_header_or_a_log_is_replaced(live: Live,
 
 
 def test_a_declared_body_over_the_limit_is_refused_unread(live: Live) -> None:
-    """Ten gigabytes are announced, none is sent, and the answer comes."""
+    """Ten gigabytes are declared, nothing is sent, and the answer comes."""
     with connected(live) as connection:
         connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\n")
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert got.startswith(b"HTTP/1.1 413 ")
-    assert b"payload_too_large" in got
-    assert b"\r\nconnection: close\r\n" in got.lower()
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b"payload_too_large" in received
+    assert b"\r\nconnection: close\r\n" in received.lower()
 
 
-def test_a_chunked_body_is_refused_where_it_passes_the_limit(live: Live) -> None:
-    """The caller never says that it is at its end."""
+def test_a_chunked_body_is_refused_at_the_limit(live: Live) -> None:
+    """The answer does not wait for the end of the body."""
     with connected(live) as connection:
         connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b"4000\r\n%s\r\n" % (b"x" * 0x4000))
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert got.startswith(b"HTTP/1.1 413 ")
+    assert received.startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_that_trickles_in_is_given_up(live: Live) -> None:
-    """The time is for the whole body: a byte now and then does not prolong it."""
+def test_a_body_that_trickles_in_is_408(live: Live) -> None:
+    """The time is for the whole body: a byte now and then does not extend it."""
     with connected(live) as connection:
         connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         with suppress(ConnectionError):
             while not trickled(connection, b"x"):
                 pass
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    assert got.startswith(b"HTTP/1.1 408 ")
+    assert received.startswith(b"HTTP/1.1 408 ")
 
 
 def trickled(connection: socket.socket, byte: bytes) -> bool:
-    """Send one more byte; whether there is an answer already."""
+    """Send one more byte; returns whether an answer has begun."""
     connection.sendall(byte)
     connection.settimeout(0.05)
     try:
@@ -162,47 +161,47 @@ def trickled(connection: socket.socket, byte: bytes) -> bool:
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nX-A: b"])
-def test_a_head_that_does_not_come_ends_the_connection(live: Live, begun: bytes) -> None:
-    """Nor does a connection that says nothing, or half of its headers, stay for ever."""
+def test_an_incomplete_head_ends_the_connection(live: Live, begun: bytes) -> None:
+    """A connection that sends nothing, or half of its headers, does not stay open for ever."""
     with connected(live) as connection:
         connection.sendall(begun)
 
         assert until_closed(connection) == b""
 
 
-def test_a_head_that_comes_after_another_request_has_its_time_too(live: Live) -> None:
-    """On a connection that has been used before."""
+def test_an_incomplete_head_after_another_request_ends_the_connection(live: Live) -> None:
+    """Its time is limited on a reused connection too."""
     with connected(live) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nX-A")
 
         assert until_closed(connection).count(b"HTTP/1.1 200 ") == 1
 
 
-def test_a_head_without_end_is_refused() -> None:
-    """Headers are bounded like bodies, however much time there is for them."""
+def test_an_endless_head_is_refused() -> None:
+    """Its size is limited, however much time there is."""
     with live_service(body_timeout=60) as patient, connected(patient) as connection:
         with suppress(ConnectionError):
             connection.sendall(b"GET /health HTTP/1.1\r\n")
             connection.sendall(b"X-A: %s\r\n" % (b"a" * MAX_HEAD_BYTES) * 4)
-        got = until_closed(connection)
+        received = until_closed(connection)
 
-    # Where more of the head is on its way than is read, the connection is reset and the answer lost.
-    assert got == b"" or got.startswith(b"HTTP/1.1 400 ")
+    # If more of the head arrives than is read, the connection is reset and the answer lost.
+    assert received == b"" or received.startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize(
     "body", [b"[" * 9000, b'{"prompt":' * 900, b'{"prompt":"a","response":"b","template":{"layout":' + b"[" * 9000]
 )
-def test_a_body_nested_without_end_is_400(live: Live, body: bytes) -> None:
-    """The parser's depth is a mistake of the caller's."""
+def test_a_deeply_nested_body_is_400(live: Live, body: bytes) -> None:
+    """Exceeding the parser's depth is the caller's error."""
     answer = live.http.post("/score", content=body, headers={"Content-Type": "application/json"})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/metrics", "/health", "/openapi.json", "/v1/models", "/nowhere"])
-def test_no_answer_is_left_to_be_guessed(live: Live, path: str) -> None:
-    """Every answer, errors too, tells browsers to take it for what it says it is, and names no server."""
+def test_every_answer_forbids_guessing_its_type(live: Live, path: str) -> None:
+    """Errors too. No answer names the server's software."""
     headers = live.http.get(path).headers
 
     assert headers["x-content-type-options"] == "nosniff"
@@ -210,16 +209,16 @@ def test_no_answer_is_left_to_be_guessed(live: Live, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_cannot_be_framed_and_run_scripts_of_their_own_alone(live: Live, path: str) -> None:
-    """The policy is there on whatever a person opens."""
+def test_pages_cannot_be_framed_and_run_only_their_own_scripts(live: Live, path: str) -> None:
+    """Every page has a content policy."""
     policy = live.http.get(path).headers["content-security-policy"]
 
     assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_a_template_of_a_file_is_text_and_nothing_else(tmp_path: Path, text: str) -> None:
-    """Fields of formats, Jinja and the shell stand in the prompt as they were written."""
+def test_a_template_from_a_file_is_listed_as_written(tmp_path: Path, text: str) -> None:
+    """Format fields, Jinja and shell syntax are plain text."""
     layout = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:"
     mine = {"name": "mine", "version": 1, "format": "raw", "layout": layout, "instruction": text}
     labels = {"yes": [" Yes"], "no": [" No"]}
@@ -227,14 +226,14 @@ def test_a_template_of_a_file_is_text_and_nothing_else(tmp_path: Path, text: str
     with live_service(worker=False, template_file=[tmp_path / "mine.json"]) as live:
         listed = live.http.get("/templates").json()["templates"]
 
-    (found,) = [each for each in listed if each["name"] == "mine"]
-    assert (found["layout"], found["instruction"]) == (layout, text)
+    (template,) = [template for template in listed if template["name"] == "mine"]
+    assert (template["layout"], template["instruction"]) == (layout, text)
 
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_a_templates_text_reaches_the_model_as_it_was_written(tmp_path: Path, form: str, text: str) -> None:
-    """Neither reading the file nor filling its slots interprets anything."""
+def test_a_templates_text_reaches_the_model_as_written(tmp_path: Path, form: str, text: str) -> None:
+    """Neither reading the file nor filling its slots interprets the text."""
     mine = {"name": "mine", "version": 1, "format": form, "instruction": text, "labels": {"yes": ["Yes"], "no": ["No"]}}
     mine["layout"] = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:\n"
     (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine]}), encoding="utf-8")
@@ -247,7 +246,7 @@ def test_a_templates_text_reaches_the_model_as_it_was_written(tmp_path: Path, fo
 
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_a_callers_text_is_not_interpreted_by_the_models_chat_template(text: str) -> None:
-    """The model's Jinja is run over a stand-in; prompt and response reach the model as they were sent."""
+    """Its Jinja renders a placeholder; prompt and response reach the model as sent."""
     built = builder().build(CHAT.default("pointwise"), text, [text], "error")
 
     assert decoded("tiny", built).count(text) == 2
@@ -255,7 +254,7 @@ def test_a_callers_text_is_not_interpreted_by_the_models_chat_template(text: str
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "..\\..\\boot.ini", "a\0b"])
 def test_a_template_name_opens_no_file(live: Live, name: str) -> None:
-    """A name is looked up among those that are loaded, and not repeated."""
+    """It is looked up among the loaded templates, and not repeated."""
     answer = live.http.post("/score", json={**PAIR, "template": name})
 
     assert answer.status_code in (404, 422)
@@ -272,8 +271,8 @@ def test_a_template_name_opens_no_file(live: Live, name: str) -> None:
         ("device.toml", "\0" * 100),
     ],
 )
-def test_a_file_made_to_break_the_parser_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
-    """Nesting and numbers without end are told like any other mistake."""
+def test_a_file_that_breaks_the_parser_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
+    """Extreme nesting and huge numbers are reported like any other mistake."""
     (tmp_path / file).write_text(content, encoding="utf-8")
 
     with pytest.raises(ServiceError, match=file) as refused:
@@ -284,7 +283,7 @@ def test_a_file_made_to_break_the_parser_is_refused_by_name(tmp_path: Path, file
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_neither_keys_nor_texts_are_in_the_log(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At level debug: a good key, a wrong one in every place, texts in every field, broken requests, a failed batch."""
+    """At level debug, with valid and wrong keys in every place, texts in every field, and broken requests."""
     monkeypatch.setenv("JUDGE_API_KEY", "good-KEY-1,good-KEY-2")
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ["--engine", "fake", "--port", str(port), "--log-format", form, "--log-level", "debug"]
@@ -314,8 +313,8 @@ def test_neither_keys_nor_texts_are_in_the_log(tmp_path: Path, form: str, monkey
     assert not [secret for secret in ("good-KEY", "wrong-KEY", "PRIVATE") if secret in service.output]
 
 
-async def test_what_nobody_caught_is_told_without_its_words() -> None:
-    """An exception's message may hold the caller's text: log and caller get the kind, the place and the code alone."""
+async def test_an_unhandled_exception_is_reported_without_its_message() -> None:
+    """The message may hold the caller's text, so the log gets only type and place, and the caller only the code."""
 
     async def broken(scope: Scope, _: Receive, __: Send) -> None:
         raise ValueError(scope["path"])

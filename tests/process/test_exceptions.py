@@ -1,4 +1,4 @@
-"""Exceptions cross processes: each class of ours arrives as it was raised, and no pool of workers hangs on one."""
+"""Exceptions survive pickling: each of our classes crosses processes intact, and none hangs a worker pool."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.engine.upstream.openai_client import RefusalError
 from service.errors import ServiceError
 
 PACKAGES = (client, service, trainer)
-# For each annotation of a parameter without a default.
+# Values for required parameters, by their annotation.
 ARGUMENTS = {
     "str": "a text",
     "int": 503,
@@ -40,7 +40,7 @@ REFUSED = RefusalError(ErrorCode.OVERLOADED, "busy", status=429, passing=True, r
 
 
 def own_exceptions() -> list[type[BaseException]]:
-    """Every exception class that the three packages define, once all of their modules are imported."""
+    """Every exception class that the three packages define. Imports all of their modules."""
     for package in PACKAGES:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             if not module.name.endswith("__main__"):
@@ -50,43 +50,43 @@ def own_exceptions() -> list[type[BaseException]]:
 
 
 def subclasses(kind: type[BaseException]) -> Iterator[type[BaseException]]:
-    """All that derive from `kind`, at whatever distance, once each."""
-    found = dict.fromkeys(kind.__subclasses__())
-    for one in list(found):
-        found.update(dict.fromkeys(subclasses(one)))
-    yield from found
+    """All direct and indirect subclasses of `kind`, once each."""
+    classes = dict.fromkeys(kind.__subclasses__())
+    for subclass in list(classes):
+        classes.update(dict.fromkeys(subclasses(subclass)))
+    yield from classes
 
 
 def made(kind: type[BaseException]) -> BaseException:
-    """An instance, with something for everything that the constructor asks for, and a note and a cause."""
+    """An instance with all required arguments, a note and a cause that cannot be pickled."""
     own = any("__init__" in vars(base) for base in kind.__mro__ if base.__module__.partition(".")[0] != "builtins")
     parameters = list(inspect.signature(kind).parameters.values()) if own else []
-    wanted = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    given = {one.name: ARGUMENTS[str(one.annotation)] for one in wanted if one.default is one.empty}
-    exc = kind(**given) if own else kind("a text")
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    arguments = {p.name: ARGUMENTS[str(p.annotation)] for p in named if p.default is p.empty}
+    exc = kind(**arguments) if own else kind("a text")
     exc.add_note("seen by a worker")
     exc.__cause__ = RuntimeError(lambda: "cannot be pickled")
     return exc
 
 
-def said(exc: BaseException) -> tuple[Any, ...]:
-    """All that an exception says."""
+def contents(exc: BaseException) -> tuple[Any, ...]:
+    """Everything that an exception holds."""
     return type(exc), str(exc), repr(exc), exc.args, vars(exc)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["pickle", "copy", "deepcopy"])
-def test_every_exception_of_ours_survives(way: Callable[[BaseException], BaseException]) -> None:
-    """Pickled or copied, each exception class of the packages keeps its type, its message and all its attributes."""
+def test_every_exception_survives_pickle_and_copy(way: Callable[[BaseException], BaseException]) -> None:
+    """It keeps its type, its message and all attributes."""
     raised = [made(kind) for kind in own_exceptions()]
 
     arrived = [way(exc) for exc in raised]
 
     assert len(raised) > 30
-    assert [said(exc) for exc in arrived] == [said(exc) for exc in raised]
+    assert [contents(exc) for exc in arrived] == [contents(exc) for exc in raised]
 
 
 def fail(number: int) -> None:
-    """What a worker does: an error with keywords, one of the service, one of an upstream, or one with a cause."""
+    """A worker's job: raises an error of the client, of an upstream, of the service, or one with a cause."""
     if number == 3:
         with Judge("http://127.0.0.1:9", max_retries=0) as judge:
             judge.score("p", "r")
@@ -94,8 +94,8 @@ def fail(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_pool_of_workers_gives_back_the_error(number: int) -> None:
-    """Pool.map raises the worker's own error, where it once waited for ever."""
+def test_a_pool_raises_its_workers_error(number: int) -> None:
+    """Pool.map hangs for ever on an exception that cannot be unpickled."""
     kind = (RateLimitError, RefusalError, ServiceError, JudgeConnectionError)[number]
 
     with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(kind) as caught:
@@ -104,8 +104,8 @@ def test_a_pool_of_workers_gives_back_the_error(number: int) -> None:
     assert number or (caught.value.retry_after, str(caught.value)) == (2.5, str(LIMITED))
 
 
-def test_an_executor_gives_back_an_error_that_is_a_result() -> None:
-    """score_batch's errors, which are results, come back from a ProcessPoolExecutor as they were."""
+def test_an_executor_returns_an_error_that_is_a_result() -> None:
+    """The errors that score_batch returns pass through a ProcessPoolExecutor unchanged."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         back = executor.submit(copy.copy, LIMITED).result(120)
 
@@ -113,8 +113,8 @@ def test_an_executor_gives_back_an_error_that_is_a_result() -> None:
     assert vars(back) == vars(LIMITED)
 
 
-def test_what_is_no_valid_request_comes_back_from_a_pool() -> None:
-    """The ValidationError of a request that cannot be made survives as well."""
+def test_a_validation_error_survives_pickle() -> None:
+    """It is raised for a request that cannot be made."""
     with pytest.raises(pydantic.ValidationError) as caught:
         ScoreRequest.model_validate({"prompt": "p"})
 

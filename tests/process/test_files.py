@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all."""
+"""Files are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ write_whole(Path(sys.argv[1]), b"y" * 5000)
 
 @pytest.mark.parametrize("data", ["new \u00e9", "new \u00e9".encode()])
 def test_a_file_is_replaced(tmp_path: Path, data: str | bytes) -> None:
-    """Text is written in UTF-8, and nothing is left beside the file."""
+    """Text is written in UTF-8, and no temporary file is left."""
     (tmp_path / "file").write_text("old")
 
     write_whole(tmp_path / "file", data)
@@ -32,7 +32,7 @@ def test_a_file_is_replaced(tmp_path: Path, data: str | bytes) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """And no part of the new one, under any name."""
+    """No part of the new content is left either, under any name."""
     (tmp_path / "file").write_text("old")
 
     ended = run_code(FULL, str(tmp_path / "file"))
@@ -43,7 +43,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    """What it leads to is replaced."""
+    """The link's target is replaced."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
 
@@ -54,7 +54,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_a_device_is_written_to() -> None:
-    """`--out /dev/null` does not put a file in its place."""
+    """`--out /dev/null` does not replace the device by a file."""
     write_whole(Path(os.devnull), "new")
 
     assert not Path(os.devnull).is_file()

@@ -1,4 +1,4 @@
-"""The log as machines read it: every line of stderr is one JSON object."""
+"""The JSON log: every line of stderr is one JSON object."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ NOISE = (
     "thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()\n"
     "raise RuntimeError('the end')\n"
 )
-SAID = ("a warning", "ZeroDivisionError", "RuntimeError: the end", "an error of a library")
+EXPECTED = ("a warning", "ZeroDivisionError", "RuntimeError: the end", "an error of a library")
 
 
-def test_whatever_is_written_to_stderr_becomes_json() -> None:
-    """Warnings, prints, libraries' log lines, tracebacks of threads and of the program; bars are not drawn."""
+def test_everything_on_stderr_becomes_json() -> None:
+    """Warnings, prints, libraries' log lines and tracebacks do; progress bars are not drawn."""
     ended = run_code(NOISE)
     events = [json.loads(line) for line in ended.stderr.splitlines()]
 
     assert ended.returncode == 1
     assert "half a line" in [event.get("text") for event in events]
-    said = " ".join(event.get("text", event["event"]) for event in events)
-    assert {each for each in SAID if each not in said} == set()
-    assert "a bar" not in said
+    texts = " ".join(event.get("text", event["event"]) for event in events)
+    assert {text for text in EXPECTED if text not in texts} == set()
+    assert "a bar" not in texts
 
 
-def test_a_service_with_a_model_logs_nothing_but_json(tiny_model: Path, tmp_path: Path) -> None:
-    """From the first line to the last one, with all that transformers and torch have to say about a model."""
+def test_a_service_with_a_model_logs_only_json(tiny_model: Path, tmp_path: Path) -> None:
+    """From the first line to the last, including what transformers and torch print about a model."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ["--model", str(tiny_model), "--port", str(port), "--log-format", "json", "--log-level", "debug"]
     service = Program(["service", *flags], tmp_path / "log")
@@ -54,8 +54,8 @@ def test_a_service_with_a_model_logs_nothing_but_json(tiny_model: Path, tmp_path
     }
 
 
-def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
-    """The disk was full for a while: what can be written again is JSON, and so is the word about the rest."""
+def test_the_count_of_dropped_lines_is_json_too(tmp_path: Path) -> None:
+    """After the disk was full for a while."""
     code = (
         "import os, structlog\n"
         "from service.telemetry import logs\n"
@@ -73,8 +73,8 @@ def test_dropped_lines_are_counted_in_the_logs_own_form(tmp_path: Path) -> None:
     assert kept["event"] == "kept"
 
 
-def test_a_reason_is_spelt_out_for_people() -> None:
-    """Its lines are lines, and not an escaped string at the end of one."""
+def test_a_reason_keeps_its_line_breaks_on_the_console() -> None:
+    """It is appended to the event, not printed as an escaped string."""
     code = (
         "import structlog\n"
         "from service.telemetry import logs\n"

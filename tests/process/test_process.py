@@ -1,4 +1,4 @@
-"""The service as a process of its own: start, flags, environment, signals."""
+"""The service as a process: flags, environment, a real model, and its drain on SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.live import PAIR, wait_for
 SLOW = ("--engine", "fake", "--fake-delay", "1")
 
 
-def test_help_explains_every_flag() -> None:
-    """--help names each setting with its meaning, and does not wait for a model library."""
+def test_help_names_the_flags() -> None:
+    """--help works without loading a model library."""
     shown = run_module("service", "--help")
 
     assert shown.returncode == 0
@@ -25,7 +25,7 @@ def test_help_explains_every_flag() -> None:
 
 
 def test_settings_come_from_the_environment_too() -> None:
-    """JUDGE_API_KEY guards the routes like --api-key."""
+    """JUDGE_API_KEY protects the routes like --api-key."""
     with running_service("--engine", "fake", env={"JUDGE_API_KEY": "hunter2"}) as service:
         without = httpx.post(f"{service.url}/score", json=PAIR)
         with_key = httpx.post(f"{service.url}/score", json=PAIR, headers={"Authorization": "Bearer hunter2"})
@@ -34,22 +34,22 @@ def test_settings_come_from_the_environment_too() -> None:
 
 
 def test_a_real_model_behind_http(tiny_model: Path) -> None:
-    """The torch engine with a model folder: the whole way from the command line to a score."""
+    """From the command line to a score, with the torch engine and a model folder."""
     with running_service("--model", str(tiny_model), "--dtype", "float32") as service:
         first = httpx.post(f"{service.url}/score", json=PAIR, timeout=60).json()
         again = httpx.post(f"{service.url}/score/batch", json={"items": [PAIR, PAIR]}, timeout=60).json()["results"]
         (model,) = httpx.get(f"{service.url}/v1/models").json()["data"]
 
     assert 0 < first["score"] < 1
-    assert [each["result"]["log_odds"] for each in again] == pytest.approx([first["log_odds"]] * 2, abs=1e-5)
+    assert [item["result"]["log_odds"] for item in again] == pytest.approx([first["log_odds"]] * 2, abs=1e-5)
     (worker,) = model["workers"]
     assert (worker["engine"], worker["dtype"], worker["max_tokens"]) == ("torch", "float32", 2048)
     assert (worker["rung"], worker["stable"]) == ("packed", True)
     assert len(worker["digest"]) == 12
 
 
-def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
-    """Draining: the request in hand is answered, /ready and new requests say 503, then the process ends with 0."""
+def test_sigterm_answers_accepted_requests_and_refuses_new_ones() -> None:
+    """While draining, /ready and new requests get 503; then the process exits with 0."""
     with running_service("--engine", "fake", "--fake-delay", "3") as service, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{service.url}/score", json=PAIR, timeout=30)
         assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{service.url}/metrics").text)
@@ -63,7 +63,7 @@ def test_sigterm_answers_what_was_accepted_and_turns_new_work_away() -> None:
 
 
 def test_a_second_signal_ends_the_service_at_once() -> None:
-    """Somebody in a hurry does not wait for the drain."""
+    """It does not wait for the drain."""
     with running_service(*SLOW, "--cache-entries", "0") as service, ThreadPoolExecutor(1) as pool:
         pool.submit(httpx.post, f"{service.url}/score/batch", json={"items": [PAIR] * 1000}, timeout=30)
         assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
@@ -74,8 +74,8 @@ def test_a_second_signal_ends_the_service_at_once() -> None:
         assert service.process.wait(20) is not None
 
 
-def test_what_outlives_the_drain_is_told_so() -> None:
-    """Work that is not done when the drain's time is over is refused like new work: it may be sent elsewhere."""
+def test_work_that_outlives_the_drain_gets_the_error_draining() -> None:
+    """After --drain-timeout, unfinished work is refused like new work, so that callers can send it elsewhere."""
     flags = (*SLOW, "--cache-entries", "0", "--drain-timeout", "0.1")
     with running_service(*flags) as service, ThreadPoolExecutor(1) as pool:
         items = {"items": [PAIR] * 1000}
@@ -88,7 +88,7 @@ def test_what_outlives_the_drain_is_told_so() -> None:
 
 
 def test_the_three_packages_are_ours_from_anywhere(tmp_path: Path) -> None:
-    """The names service, client and trainer resolve to this distribution in a process started in another folder."""
+    """The names service, client and trainer resolve to this distribution in a process in another folder."""
     code = "import client, service, trainer; print(client.__file__, service.__file__, trainer.__file__)"
     shown = run_code(code, cwd=tmp_path)
 
@@ -97,7 +97,7 @@ def test_the_three_packages_are_ours_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_the_http_side_needs_no_torch() -> None:
-    """With the fake engine and torch out of reach the service still answers."""
+    """With the fake engine the service answers even if torch cannot be imported."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from tests.support.live import live_service\n"

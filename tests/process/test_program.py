@@ -1,4 +1,4 @@
-"""How the commands end: by Ctrl-C, by SIGTERM, by a reader of their output who leaves."""
+"""How commands end: by Ctrl-C, by SIGTERM, or because the reader of their output leaves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.live import live_service, wait_for
 
 ROOT = Path(__file__).parents[2]
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-# A command whose work is in a place where Python drops exceptions.
+# A command that works in a finalizer, where Python drops exceptions.
 FINALIZER = """
 import sys, time
 from client.runtime import program
@@ -33,7 +33,7 @@ def main():
 
 program.finish(main)
 """
-# A command that starts a process, and ends it when it ends itself.
+# A command that starts a process and kills it at its own end.
 PARENT = """
 import subprocess
 from client.runtime import program
@@ -50,7 +50,7 @@ def main():
 
 program.finish(main)
 """
-# A command with more to say than a pipe holds.
+# A command that writes more than a pipe holds.
 CHATTERBOX = """
 from client.runtime import program
 
@@ -73,8 +73,8 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     "command", ["client rewardbench", "trainer self-improve", "client.load", "trainer.self_improve", "bench.demo"]
 )
 @pytest.mark.parametrize(("number", "status"), STOPS)
-def test_a_stop_while_a_command_is_imported_is_one_line(command: str, number: int, status: int, tmp_path: Path) -> None:
-    """Nothing has begun, so nothing has to be put in order."""
+def test_a_stop_during_a_commands_imports_is_one_line(command: str, number: int, status: int, tmp_path: Path) -> None:
+    """No work has begun, so there is nothing to clean up."""
     begun = slow_import(tmp_path, "httpx")
     with started(*command.split(), modules=tmp_path) as process:
         assert wait_for(begun.exists, 60)
@@ -86,8 +86,8 @@ def test_a_stop_while_a_command_is_imported_is_one_line(command: str, number: in
 
 
 @pytest.mark.parametrize(("number", "status"), STOPS)
-def test_a_command_that_asks_a_judge_is_interrupted_with_one_line(number: int, status: int) -> None:
-    """Connections and tasks are put in order without a word."""
+def test_an_interrupted_command_says_so_in_one_line(number: int, status: int) -> None:
+    """Connections and tasks are closed without further messages."""
     with live_service() as live, started("client.load", "--judge-url", live.url, "--callers", "2") as load:
         assert wait_for(
             lambda: live.value("judge_requests_total", method="POST", route="/score", status="200") > 20, 60
@@ -101,8 +101,8 @@ def test_a_command_that_asks_a_judge_is_interrupted_with_one_line(number: int, s
 
 
 @pytest.mark.parametrize(("number", "status"), STOPS)
-def test_a_command_ends_the_processes_that_it_started(number: int, status: int) -> None:
-    """Also by SIGTERM, for which Python alone would leave them behind."""
+def test_a_command_ends_its_child_processes(number: int, status: int) -> None:
+    """On SIGTERM too, where Python by default would leave them running."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         assert parent.stdout is not None
         child = Path("/proc", parent.stdout.readline().strip())
@@ -112,8 +112,8 @@ def test_a_command_ends_the_processes_that_it_started(number: int, status: int) 
         assert not child.exists()
 
 
-def test_an_interrupt_that_python_drops_comes_again() -> None:
-    """In a finalizer, or a callback, as imports have them, an exception is printed and forgotten."""
+def test_an_interrupt_that_python_drops_is_raised_again() -> None:
+    """In a finalizer or an import callback, Python prints an exception and carries on."""
     with subprocess.Popen([sys.executable, "-c", FINALIZER], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
@@ -123,8 +123,8 @@ def test_an_interrupt_that_python_drops_comes_again() -> None:
         assert process.wait(30) == 130
 
 
-def test_a_reader_of_stdout_who_pauses_does_not_hold_up_the_end() -> None:
-    """As in `| less`, with Ctrl-C."""
+def test_a_stalled_reader_of_stdout_does_not_block_the_end() -> None:
+    """As with Ctrl-C in `… | less`."""
     with subprocess.Popen([sys.executable, "-c", CHATTERBOX], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         process.stdout.read(1)
@@ -137,8 +137,8 @@ def test_a_reader_of_stdout_who_pauses_does_not_hold_up_the_end() -> None:
 @pytest.mark.parametrize(
     "command", ["service.models list", "service.models --help", "service --help", "client --help", "client.load --help"]
 )
-def test_a_reader_of_stdout_who_leaves_is_nothing_to_talk_about(command: str) -> None:
-    """As in `python -m service.models list | head -1`, or with a stdout that is closed."""
+def test_a_reader_of_stdout_who_leaves_causes_no_message(command: str) -> None:
+    """As in `python -m service.models list | head -1`, or with stdout closed."""
     left = shell(f"python -m {command} | true; exit ${{PIPESTATUS[0]}}")
     closed = shell(f"python -m {command} >&-")
 
@@ -146,8 +146,8 @@ def test_a_reader_of_stdout_who_leaves_is_nothing_to_talk_about(command: str) ->
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
-def test_output_that_cannot_be_written_is_one_line() -> None:
-    """A full disk is a failure, unlike a reader who has seen enough."""
+def test_unwritable_output_is_one_line() -> None:
+    """Unlike a reader who has left, a full disk is an error."""
     ended = shell("python -m service.models list > /dev/full")
 
     assert (ended.returncode, ended.stderr) == (1, "error: [Errno 28] No space left on device\n")
@@ -156,8 +156,8 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 @pytest.mark.parametrize(
     "command", ["client.calibrate --pairs x --out y", "client.benchmarks.compare x y", "client.load"]
 )
-def test_a_command_whose_packages_are_missing_is_one_line(command: str) -> None:
-    """The base install lacks rich, and a checkout without any install lacks httpx."""
+def test_a_missing_package_of_a_command_is_one_line(command: str) -> None:
+    """The base install lacks rich; a checkout without an install lacks httpx."""
     program, *flags = command.split()
     code = (
         "import runpy, sys\n"

@@ -1,4 +1,4 @@
-"""The settings of both programs: names and defaults, the groups of --help, what each engine's settings refuse."""
+"""The settings of both programs: names and defaults, the groups of --help, and what each engine refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.settings import (
     WorkerSettings,
 )
 
-# By name: the default, and another value as a flag or a variable has it. None of these may change unannounced.
+# By name: the default, and another value as text. None of these may change unannounced.
 COMMON: dict[str, tuple[object, str]] = {
     "model": (None, "smollm2-135m-instruct"),
     "engine": ("torch", "upstream"),
@@ -106,13 +106,13 @@ GROUPS = {
 
 
 def flag(name: str, text: str) -> list[str]:
-    """The setting as words of a command line."""
+    """The setting as command line arguments."""
     kebab = name.replace("_", "-")
     return {"true": [f"--{kebab}"], "false": [f"--no-{kebab}"]}.get(text, [f"--{kebab}", text])
 
 
 def groups(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """The groups of --help by their titles."""
+    """The text of each group of --help, by title."""
     with pytest.raises(SystemExit) as ended:
         settings_from(cls, ["--help"])
     assert ended.value.code == 0
@@ -121,8 +121,8 @@ def groups(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> dic
 
 
 @pytest.mark.parametrize("cls", PROGRAMS)
-def test_names_and_defaults_are_those_that_deployments_rely_on(cls: type[CommonSettings]) -> None:
-    """A flag or a variable that is renamed breaks somebody's command."""
+def test_names_and_defaults_stay_as_deployments_expect_them(cls: type[CommonSettings]) -> None:
+    """A renamed flag or variable breaks somebody's command."""
     read = settings_from(cls, [])
 
     assert read.model_dump() == {name: default for name, (default, _) in PROGRAMS[cls].items()}
@@ -132,17 +132,17 @@ def test_names_and_defaults_are_those_that_deployments_rely_on(cls: type[CommonS
 def test_a_flag_and_its_variable_set_the_same(
     cls: type[CommonSettings], name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--max-tokens and JUDGE_MAX_TOKENS, and so on: one setting changes, whichever engine is chosen."""
-    usual, by_flag = settings_from(cls, []), settings_from(cls, flag(name, text))
+    """--max-tokens and JUDGE_MAX_TOKENS, for example, and no other setting changes."""
+    default, by_flag = settings_from(cls, []), settings_from(cls, flag(name, text))
     monkeypatch.setenv(f"JUDGE_{name.upper()}", text)
     by_variable = settings_from(cls, [])
 
     assert by_flag == by_variable
-    assert {key for key, value in by_flag if value != getattr(usual, key)} == {name}
+    assert {key for key, value in by_flag if value != getattr(default, key)} == {name}
 
 
 def test_a_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is typed counts more than what was set up before."""
+    """The command line wins over the environment."""
     monkeypatch.setenv("JUDGE_MAX_TOKENS", "512")
 
     assert settings_from(Settings, ["--max-tokens", "256"]).max_tokens == 256
@@ -150,7 +150,7 @@ def test_a_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("cls", PROGRAMS)
 def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> None:
-    """Each flag once, but for the fake engine's, which are for tests."""
+    """Each flag once, except the fake engine's, which are for tests."""
     shown = groups(cls, capsys)
 
     assert list(shown) == ["options", *GROUPS[cls]]
@@ -176,13 +176,13 @@ def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys
         ("prompts and scores", "--cache-ttl"),
     ],
 )
-def test_a_flag_is_in_the_group_that_it_belongs_to(title: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The title says which engine a flag is for."""
+def test_a_flag_is_in_its_group(title: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The group's title says which engine a flag is for."""
     assert f"  {name}" in groups(Settings, capsys)[title]
 
 
-def test_an_unknown_flag_is_told_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """The mistake does not drown in a usage of sixty flags."""
+def test_an_unknown_flag_is_reported_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """The error does not list sixty flags."""
     with pytest.raises(SystemExit) as ended:
         settings_from(Settings, ["--enginge", "fake"])
 
@@ -195,7 +195,7 @@ def test_an_unknown_flag_is_told_in_two_lines(capsys: pytest.CaptureFixture[str]
 def test_every_mistake_has_a_line_that_names_the_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those in the environment as well."""
+    """Mistakes in the environment too."""
     monkeypatch.setenv("JUDGE_MAX_TOKENS", "many")
     with pytest.raises(SystemExit) as ended:
         settings_from(WorkerSettings, ["--lease-seconds", "0"])
@@ -206,15 +206,15 @@ def test_every_mistake_has_a_line_that_names_the_flag(
 
 
 def test_settings_that_contradict_each_other_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """It names both flags, and no third."""
+    """The line names both settings, and no third flag."""
     parsed = ["--judge", "self-reward", "--self-reward-mode", "parsed", "--self-reward-samples", "4"]
     with pytest.raises(SystemExit):
         settings_from(Settings, [*parsed, "--max-queue-jobs", "3"])
 
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "max-queue-jobs must be at least self-reward-samples" in said
-    assert "--" not in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "max-queue-jobs must be at least self-reward-samples" in error
+    assert "--" not in error
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_settings_that_contradict_each_other_are_one_line(capsys: pytest.Capture
     ],
     ids=str,
 )
-def test_an_engines_settings_refuse_what_it_cannot_be_loaded_with(cls: type[EngineSettings], wrong: Any) -> None:
+def test_an_engines_settings_refuse_values_that_it_cannot_use(cls: type[EngineSettings], wrong: Any) -> None:
     """Values out of range, and settings of other engines."""
     with pytest.raises(ValidationError, match=next(iter(wrong))) as refused:
         cls(**wrong)
@@ -249,8 +249,8 @@ def test_an_engines_settings_refuse_what_it_cannot_be_loaded_with(cls: type[Engi
 
 
 @pytest.mark.parametrize("cls", [TorchSettings, VllmSettings, UpstreamSettings, FakeSettings])
-def test_the_settings_of_a_program_are_those_of_each_engine(cls: type[EngineSettings]) -> None:
-    """An engine is loaded from either program's settings, or from its own, which read the same variables."""
+def test_a_programs_settings_include_those_of_each_engine(cls: type[EngineSettings]) -> None:
+    """An engine can be loaded from either program's settings or from its own class; both read the same variables."""
     own = cls(batch_jobs=8)
 
     assert issubclass(Settings, cls)
@@ -259,28 +259,28 @@ def test_the_settings_of_a_program_are_those_of_each_engine(cls: type[EngineSett
 
 
 @pytest.mark.parametrize("flag", ["--drain-timeout", "--request-timeout", "--cache-ttl", "--upstream-timeout"])
-def test_a_time_that_never_ends_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Infinity would break what computes with it."""
+def test_an_infinite_time_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Infinity would break the arithmetic of timeouts."""
     with pytest.raises(SystemExit):
         settings_from(Settings, [flag, "inf"])
 
     assert f"{flag}: " in capsys.readouterr().err
 
 
-def test_what_no_flag_takes_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stray_value_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
     """It may be a key."""
     with pytest.raises(SystemExit):
         settings_from(Settings, ["--api-key", "one,", "secret", "--upstream-api-key=hidden"])
 
-    told = capsys.readouterr().err
-    assert "--upstream-api-key" in told
-    assert "secret" not in told
-    assert "hidden" not in told
+    error = capsys.readouterr().err
+    assert "--upstream-api-key" in error
+    assert "secret" not in error
+    assert "hidden" not in error
 
 
 @pytest.mark.parametrize("name", ["JUDGE_MODEL", "JUDGE_UPSTREAM_MODEL"])
-def test_an_empty_name_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As compose files pass a variable that is not set."""
+def test_an_empty_name_counts_as_unset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose files pass an unset variable as an empty one."""
     monkeypatch.setenv(name, "")
     settings = settings_from(Settings, [])
 
@@ -288,8 +288,8 @@ def test_an_empty_name_is_none(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, '{"a": NaN}'])
-def test_json_that_is_none_is_refused_in_one_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nested without end, or with numbers that JSON has not."""
+def test_invalid_json_is_refused_in_one_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nested too deeply, or with a number that JSON does not have."""
     with pytest.raises(SystemExit):
         settings_from(Settings, ["--upstream-body", value])
 

@@ -1,20 +1,39 @@
-"""Failed starts: each is one line that says what to do, and an exit status."""
+"""Starts that fail: each ends with its exit status and one line that says what to do."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.fleet import run_module, started
+from tests.support.fleet import run_code, run_module
 from tests.support.redis_server import running_redis
 
 FAKE = ("--engine", "fake")
+NO_MODEL = ("--model", "no-such-model")
+
+
+def only_line(ended: CompletedProcess[str], status: int) -> str:
+    """The one line on stderr of a process that ended with this status."""
+    assert ended.returncode == status
+    (line,) = ended.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def taken(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """A host and a port of it that another process listens on."""
+    with socket.socket(socket.AF_INET6 if ":" in request.param else socket.AF_INET) as other:
+        other.bind((request.param, 0))
+        other.listen()
+        yield other.getsockname()[:2]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "named"),
     [
         (["--port", "99999"], "--port"),
         (["--engine", "abacus"], "--engine"),
@@ -22,140 +41,128 @@ FAKE = ("--engine", "fake")
         (["--no-such-flag"], "unrecognized"),
     ],
 )
-def test_bad_flags_end_with_status_2_and_say_which(arguments: list[str], said: str) -> None:
-    """A mistake in the settings is one line, not a traceback."""
+def test_a_bad_flag_ends_with_status_2_and_is_named(arguments: list[str], named: str) -> None:
+    """A mistake in the settings shows no traceback."""
     ended = run_module("service", *arguments)
 
     assert ended.returncode == 2
-    assert said in ended.stderr
+    assert named in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
 def test_a_bad_setting_does_not_show_the_keys() -> None:
-    """Keys in the environment never reach the screen, also when the settings are refused."""
+    """Keys in the environment are not printed when another setting is refused."""
     ended = run_module("service", "--port", "99999", env={"JUDGE_API_KEY": "hunter2"})
 
     assert "hunter2" not in ended.stdout + ended.stderr
 
 
-def test_an_unknown_model_ends_with_status_1_and_what_to_do() -> None:
-    """The known names are listed."""
-    ended = run_module("service", "--model", "no-such-model")
+def test_an_unknown_model_ends_with_status_1_and_the_known_names() -> None:
+    """The error lists the models that could be meant."""
+    ended = run_module("service", *NO_MODEL)
 
     assert ended.returncode == 1
     assert "smollm2-135m-instruct" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_template_file_that_does_not_load_ends_with_status_1(tmp_path: Path) -> None:
-    """The file is named."""
+def test_a_broken_template_file_is_named(tmp_path: Path) -> None:
+    """The service does not start without a template file that it was given."""
     (tmp_path / "mine.toml").write_text("[[template]\n")
 
-    ended = run_module("service", "--engine", "fake", "--template-file", str(tmp_path / "mine.toml"))
+    ended = run_module("service", *FAKE, "--template-file", str(tmp_path / "mine.toml"))
 
     assert ended.returncode == 1
     assert "mine.toml" in ended.stderr
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])
-def test_an_unknown_parameter_of_the_queues_address_is_told_in_a_line(program: str) -> None:
-    """Where the client library for Redis raises a TypeError."""
-    ended = run_module(program, "--engine", "fake", "--queue-url", "redis://127.0.0.1:1?bogus=1")
+def test_an_unknown_parameter_in_the_queue_url_is_one_line(program: str) -> None:
+    """The Redis client raises a TypeError for it."""
+    ended = run_module(program, *FAKE, "--queue-url", "redis://127.0.0.1:1?bogus=1")
 
-    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
-    assert "--queue-url" in ended.stderr
+    assert "--queue-url" in only_line(ended, 1)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_a_port_in_use_is_told_before_anything_is_loaded(host: str) -> None:
-    """One line says which port would do; the model, which there is none of, is not looked for."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as other:
-        other.bind((host, 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with started("service", "--model", "no-such-model", "--host", host, "--port", str(port)) as service:
-            said = service.communicate(timeout=30)[1]
+def test_a_port_in_use_is_reported_before_the_model_is_looked_for(taken: tuple[str, int]) -> None:
+    """The line suggests another port; the model, which does not exist, is not mentioned."""
+    host, port = taken
 
-    assert service.returncode == 1
-    (line,) = said.splitlines()
-    assert line.endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
+    ended = run_module("service", *NO_MODEL, "--host", host, "--port", str(port))
+
+    assert only_line(ended, 1).endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
+
+
+@pytest.mark.parametrize("taken", ["127.0.0.1"], indirect=True)
+def test_localhosts_port_in_use_is_reported_too(taken: tuple[str, int]) -> None:
+    """A name is refused if one of its addresses is taken."""
+    ended = run_module("service", *NO_MODEL, "--host", "localhost", "--port", str(taken[1]))
+
+    assert f"port {taken[1]} is in use" in only_line(ended, 1)
+
+
+@pytest.mark.parametrize("taken", ["127.0.0.1"], indirect=True)
+def test_a_workers_metrics_port_in_use_is_reported_by_its_flag(taken: tuple[str, int]) -> None:
+    """Also before the model is looked for."""
+    flags = ("--queue-url", "redis://127.0.0.1:1", "--metrics-port", str(taken[1]))
+
+    ended = run_module("service.worker", *NO_MODEL, *flags)
+
+    assert f"port {taken[1]} is in use; try --metrics-port {taken[1] + 1}" in only_line(ended, 1)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("host", "expected"),
     [
-        (["--host", "no-such-host.invalid"], "--host no-such-host.invalid cannot be resolved"),
-        (["--host", "a" * 70], "cannot be resolved"),
-        (["--host", "192.0.2.1"], "192.0.2.1 is not an address of this machine; try --host 127.0.0.1"),
+        ("no-such-host.invalid", "--host no-such-host.invalid cannot be resolved"),
+        ("a" * 70, "cannot be resolved"),
+        ("192.0.2.1", "192.0.2.1 is not an address of this machine; try --host 127.0.0.1"),
     ],
 )
-def test_an_address_that_cannot_be_had_is_one_line(flags: list[str], said: str) -> None:
-    """It says what is wrong and which flag decides."""
-    with started("service", *FAKE, *flags) as service:
-        heard = service.communicate(timeout=30)[1]
+def test_an_address_that_is_not_this_machines_is_one_line(host: str, expected: str) -> None:
+    """It says what is wrong and which flag to change."""
+    ended = run_module("service", *FAKE, "--host", host)
 
-    assert service.returncode == 1
-    (line,) = heard.splitlines()
-    assert said in line
-
-
-def test_a_workers_metrics_port_in_use_is_told_by_its_flag() -> None:
-    """Before the model is loaded, too."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        flags = ("--queue-url", "redis://127.0.0.1:1", "--metrics-port", str(port))
-        with started("service.worker", "--model", "no-such-model", *flags) as worker:
-            said = worker.communicate(timeout=30)[1]
-
-    assert worker.returncode == 1
-    assert f"port {port} is in use; try --metrics-port {port + 1}" in said
+    assert expected in only_line(ended, 1)
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker", "service.models"])
 def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> None:
-    """Where only the client is installed, there is no pydantic-settings, no structlog and no rich."""
-    code = (
+    """With only the client installed there is no pydantic-settings, no structlog and no rich."""
+    ended = run_code(
         "import runpy, sys\n"
         "sys.modules.update(dict.fromkeys(['structlog', 'pydantic_settings', 'fastapi', 'rich', 'rich.console']))\n"
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
     )
-    ended = run_code(code)
 
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
+    line = only_line(ended, 1)
     assert line.startswith(f"python -m {program}: ")
     assert line.endswith("is missing: pip install 'judge-as-api[service]'")
 
 
-@pytest.mark.parametrize("flags", [["service"], ["service.worker", "--queue-url", "redis://127.0.0.1:1"]])
-def test_an_engine_that_is_not_installed_is_told_before_the_model_is_fetched(flags: list[str]) -> None:
-    """The HTTP side does not need torch; a process that runs the model does."""
-    code = (
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [("service", ["--port", "0"]), ("service.worker", ["--queue-url", "redis://127.0.0.1:1"])],
+)
+def test_a_missing_engine_is_reported_before_the_model_is_fetched(program: str, flags: list[str]) -> None:
+    """A process that runs the model needs torch; the HTTP side does not."""
+    ended = run_code(
         "import runpy, sys\n"
         "sys.modules['torch'] = None\n"
-        f"sys.argv = {['x', *flags[1:], '--model', 'no-such-model', *(['--port', '0'] if len(flags) == 1 else [])]}\n"
-        f"runpy.run_module('{flags[0]}', run_name='__main__', alter_sys=True)\n"
+        f"sys.argv = {['x', *flags, *NO_MODEL]}\n"
+        f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
     )
-    ended = run_code(code)
 
-    assert ended.returncode == 1
-    (line,) = ended.stderr.splitlines()
-    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in line
+    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in only_line(ended, 1)
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])
 @pytest.mark.parametrize("secret", ["", ":wrong@"])
-def test_a_password_that_redis_refuses_is_told_at_the_start(program: str, secret: str) -> None:
-    """It would never get better by itself, unlike a Redis that is not there yet."""
+def test_a_password_that_redis_refuses_ends_the_start(program: str, secret: str) -> None:
+    """Unlike an unreachable Redis, a wrong password never gets better by itself. It is not printed."""
     with running_redis(password="right") as server:
-        url = f"redis://{secret}127.0.0.1:{server.port}/0"
-        with started(program, *FAKE, "--queue-url", url) as process:
-            said = process.communicate(timeout=30)[1]
+        ended = run_module(program, *FAKE, "--queue-url", f"redis://{secret}127.0.0.1:{server.port}/0")
 
-    assert process.returncode == 1
-    (line,) = said.splitlines()
+    line = only_line(ended, 1)
     assert "cannot start: Redis refuses the user or the password of --queue-url" in line
     assert "wrong" not in line

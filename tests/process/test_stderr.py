@@ -1,4 +1,4 @@
-"""The log's way to its reader, who may pause or leave."""
+"""The writer of stderr never blocks: its reader may stall or leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from client.runtime.stderr import LIMIT, Writer
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, Writer]]:
-    """The end to read from, and a writer on the other end."""
+    """The reading end of a pipe, and a Writer on the other end."""
     reader, end = os.pipe()
     yield reader, Writer(end)
     os.close(reader)
@@ -22,12 +22,12 @@ def pipe() -> Iterator[tuple[int, Writer]]:
 
 
 def drained(reader: int, writer: Writer) -> list[str]:
-    """All lines that come until everything has been written."""
-    found: list[bytes] = []
+    """All lines until everything has been written."""
+    chunks: list[bytes] = []
 
     def read() -> None:
-        while not found or not found[-1].endswith(b"the end\n"):
-            found.append(os.read(reader, 2**16))
+        while not chunks or not chunks[-1].endswith(b"the end\n"):
+            chunks.append(os.read(reader, 2**16))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -35,11 +35,11 @@ def drained(reader: int, writer: Writer) -> list[str]:
         pass
     writer.write("the end\n")
     thread.join(20)
-    return b"".join(found).decode().splitlines()
+    return b"".join(chunks).decode().splitlines()
 
 
-def test_a_reader_who_pauses_gets_the_lines_in_order_and_how_many_are_missing(pipe: tuple[int, Writer]) -> None:
-    """Nobody who writes has waited meanwhile."""
+def test_a_stalled_reader_gets_lines_in_order_and_a_count_of_the_dropped_ones(pipe: tuple[int, Writer]) -> None:
+    """Writing never waits for the reader."""
     reader, writer = pipe
     for number in range(3 * LIMIT):
         writer.write(f"line {number}\n")
@@ -53,8 +53,8 @@ def test_a_reader_who_pauses_gets_the_lines_in_order_and_how_many_are_missing(pi
     assert end == "the end"
 
 
-def test_lines_that_come_while_the_reader_is_away_are_counted_when_there_is_one_again(tmp_path: Path) -> None:
-    """As on a disk that was full: the first line that can be written says so, and begins a new line."""
+def test_lines_dropped_on_a_full_disk_are_counted_once_it_is_writable(tmp_path: Path) -> None:
+    """The first line that can be written has the count."""
     full, free = os.open("/dev/full", os.O_WRONLY), os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     writer = Writer(full)
     for number in range(3):
@@ -64,14 +64,14 @@ def test_lines_that_come_while_the_reader_is_away_are_counted_when_there_is_one_
     writer.write("back\n")
     assert writer.flush(20)
 
-    said = (tmp_path / "log").read_text("utf-8").splitlines()
-    assert said == ["3 lines of the log were dropped: it could not be written", "back"]
+    lines = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert lines == ["3 lines of the log were dropped: it could not be written", "back"]
     os.close(full)
     os.close(free)
 
 
-def test_a_forked_child_writes_too(pipe: tuple[int, Writer]) -> None:
-    """The thread that writes stays with the parent, so the child has one of its own."""
+def test_a_forked_child_can_write(pipe: tuple[int, Writer]) -> None:
+    """The writer's thread stays with the parent, so the child starts its own."""
     reader, writer = pipe
     child = os.fork()
     if child == 0:

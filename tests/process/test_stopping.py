@@ -1,4 +1,4 @@
-"""How the service and its worker stop: at any moment, by any signal, and whatever has become of their log."""
+"""How service and worker stop: at any moment, by any signal, whatever has happened to their log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TALKATIVE = ("--log-level", "debug", "--cache-entries", "0")
 
 @contextmanager
 def blocked_pipe() -> Iterator[int]:
-    """A pipe that is full, and whose reader has paused for ever."""
+    """A full pipe, whose reader never reads again."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for size in (4096, 1):
@@ -42,7 +42,7 @@ def blocked_pipe() -> Iterator[int]:
 
 @contextmanager
 def closed_pipe() -> Iterator[int]:
-    """A pipe whose reader has left, as `tee` does at Ctrl-C."""
+    """A pipe whose reader has left, as `tee` does on Ctrl-C."""
     reader, writer = os.pipe()
     os.close(reader)
     yield writer
@@ -51,7 +51,7 @@ def closed_pipe() -> Iterator[int]:
 
 @contextmanager
 def full_disk() -> Iterator[int]:
-    """A file that takes nothing."""
+    """A file that cannot be written."""
     with open("/dev/full", "wb") as file:
         yield file.fileno()
 
@@ -60,7 +60,7 @@ Log = Callable[[], AbstractContextManager[int]]
 
 
 def status_of(url: str) -> int:
-    """The status of a GET; 0 where nobody answers."""
+    """The status of a GET; 0 if nothing answers."""
     try:
         return httpx.get(url, timeout=10).status_code
     except httpx.HTTPError:
@@ -68,8 +68,8 @@ def status_of(url: str) -> int:
 
 
 @pytest.mark.parametrize("log", [blocked_pipe, closed_pipe, full_disk])
-def test_a_log_that_cannot_be_written_holds_up_neither_requests_nor_the_end(log: Log) -> None:
-    """From the start, under load and at Ctrl-C: a paused reader, one who has left, a full disk."""
+def test_an_unwritable_log_blocks_neither_requests_nor_the_end(log: Log) -> None:
+    """From startup, under load and on Ctrl-C: with a stalled reader, a reader who left, a full disk."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     with log() as stderr, started("service", *FAKE, *TALKATIVE, "--port", str(port), stderr=stderr) as service:
         assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
@@ -82,8 +82,8 @@ def test_a_log_that_cannot_be_written_holds_up_neither_requests_nor_the_end(log:
 
 
 @pytest.mark.parametrize("log", [blocked_pipe, closed_pipe])
-def test_a_worker_stops_whatever_has_become_of_its_log(log: Log, redis_server: RedisServer) -> None:
-    """Its heartbeat shows that it works; SIGTERM ends it with 0."""
+def test_a_worker_stops_even_if_its_log_is_unwritable(log: Log, redis_server: RedisServer) -> None:
+    """Once its heartbeat shows that it works, SIGTERM ends it with status 0."""
     flags = ("--queue-url", redis_server.url)
     with log() as stderr, started("service.worker", *FAKE, *flags, stderr=stderr) as worker:
         with redis_server.client() as client:
@@ -95,8 +95,8 @@ def test_a_worker_stops_whatever_has_become_of_its_log(log: Log, redis_server: R
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, status: int, tmp_path: Path) -> None:
-    """While it imports what it needs; sent to the whole group, as a terminal does."""
+def test_a_stop_during_imports_is_one_line(program: str, number: int, status: int, tmp_path: Path) -> None:
+    """The signal goes to the whole process group, as from a terminal."""
     begun = slow_import(tmp_path, "structlog")
     with started(program, *FAKE, "--queue-url", "redis://127.0.0.1:1", modules=tmp_path) as process:
         assert wait_for(begun.exists, 60)
@@ -109,7 +109,7 @@ def test_a_stop_while_the_program_starts_is_one_line(program: str, number: int, 
 
 @pytest.fixture
 def slow_file(tmp_path: Path) -> Path:
-    """A file that a start waits for, as on a disk that hangs."""
+    """A file whose reader blocks, as on a hanging disk."""
     os.mkfifo(tmp_path / "slow.toml")
     return tmp_path / "slow.toml"
 
@@ -121,8 +121,8 @@ def is_being_read(fifo: Path) -> bool:
     return False
 
 
-def test_a_stop_while_the_start_hangs_is_a_line_of_json(slow_file: Path) -> None:
-    """What is said about it has the log's form."""
+def test_a_stop_while_the_start_hangs_is_one_line_of_json(slow_file: Path) -> None:
+    """The line about it is in the log's format."""
     flags = ("--port", "0", "--template-file", str(slow_file), "--log-format", "json")
     with started("service", *FAKE, *flags) as service:
         assert wait_for(lambda: is_being_read(slow_file), 60)
@@ -133,8 +133,8 @@ def test_a_stop_while_the_start_hangs_is_a_line_of_json(slow_file: Path) -> None
     assert [json.loads(line)["text"] for line in said.splitlines()] == ["python -m service: stopped by SIGINT"]
 
 
-def test_a_stop_while_start_and_log_hang_ends_the_process(slow_file: Path) -> None:
-    """Nothing can be said, and nothing is waited for."""
+def test_a_stop_while_start_and_log_both_hang_ends_the_process(slow_file: Path) -> None:
+    """The process cannot log anything, and waits for nothing."""
     flags = ("--port", "0", "--template-file", str(slow_file))
     with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
         assert wait_for(lambda: is_being_read(slow_file), 60)
@@ -143,8 +143,8 @@ def test_a_stop_while_start_and_log_hang_ends_the_process(slow_file: Path) -> No
         assert service.wait(30) == 143
 
 
-def test_a_stop_while_the_model_loads_is_in_good_order(tiny_model: Path) -> None:
-    """The socket listens already, nobody waits: no traceback, no abort by a thread in native code, status 0."""
+def test_a_stop_while_the_model_loads_is_graceful(tiny_model: Path) -> None:
+    """Status 0, without a traceback or an abort by a thread in native code."""
     with started("service", "--model", str(tiny_model), "--port", "0") as service:
         assert service.stderr is not None
         said = service.stderr.readline()
@@ -156,8 +156,8 @@ def test_a_stop_while_the_model_loads_is_in_good_order(tiny_model: Path) -> None
         assert not {"Traceback", "terminate called", "error"} & set(said.split())
 
 
-def test_the_second_signal_ends_the_service_whatever_hangs() -> None:
-    """An engine that never returns holds up the drain, and a blocked log the words about it, but not this."""
+def test_a_second_signal_ends_the_service_even_if_engine_and_log_hang() -> None:
+    """The hung engine blocks the drain, and the blocked log any message, but neither blocks the exit."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ("--port", str(port), "--fake-delay", "1000")
     with blocked_pipe() as stderr, started("service", *FAKE, *flags, stderr=stderr) as service:
@@ -171,8 +171,8 @@ def test_the_second_signal_ends_the_service_whatever_hangs() -> None:
         assert service.wait(10) == 143
 
 
-def test_the_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) -> None:
-    """The first one waits for the batch."""
+def test_a_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) -> None:
+    """The first signal waits for the batch, the second does not."""
     api, worker = fleet.api(), fleet.worker("--fake-delay", "1000")
     fleet.wait_ready()
     with httpx.Client(timeout=1) as http, pytest.raises(httpx.TimeoutException):
@@ -185,7 +185,7 @@ def test_the_second_signal_ends_a_worker_in_the_middle_of_a_batch(fleet: Fleet) 
     assert worker.wait(10) == 130
 
 
-# A program whose work does not end when it is asked to, and whose beginning of the end hangs where `hangs` is set.
+# A program whose work ignores the request to stop. With the argument `hangs`, its signal handler hangs too.
 STUBBORN = """
 import sys, time
 from service.process import stopping
@@ -200,8 +200,8 @@ stopping.finish(lambda: stopping.run_stoppable("stubborn", work))
 
 
 @pytest.mark.parametrize(("argument", "signals", "status"), [("", 1, 1), ("hangs", 2, 143)])
-def test_an_end_is_bounded_whatever_the_work_does(argument: str, signals: int, status: int) -> None:
-    """By its time, with an error, or by the second signal, also where the reaction to the first one hangs."""
+def test_a_stop_is_bounded_in_time_even_if_the_work_goes_on(argument: str, signals: int, status: int) -> None:
+    """It ends with an error after its time limit, or on a second signal if the reaction to the first one hangs."""
     command = [sys.executable, "-c", STUBBORN, argument]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -231,6 +231,6 @@ stopping.finish(lambda: stopping.run_stoppable("doubled", work))
 """
 
 
-def test_signals_that_come_together_are_one() -> None:
-    """What was accepted is not lost to `timeout`, which sends its signal twice."""
+def test_signals_that_arrive_together_count_as_one() -> None:
+    """`timeout` sends its signal twice, which must not abort the drain."""
     assert run_code(DOUBLED).returncode == 0

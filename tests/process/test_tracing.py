@@ -1,4 +1,4 @@
-"""Traces as a collector gets them, from real processes, over memory and over Redis."""
+"""Traces as a collector receives them from real processes, with the queue in memory and on Redis."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def seen() -> Iterator[Collector]:
-    """What came of a service's whole life, over memory: good requests, bad ones, one without a trace, two unsampled."""
-    with collector() as found:
-        with running_service("--engine", "fake", "--otel-endpoint", found.url) as service:
+    """Everything that a service sends: for good requests, bad ones, one without a trace, two unsampled ones."""
+    with collector() as received:
+        with running_service("--engine", "fake", "--otel-endpoint", received.url) as service:
             judged = {"prompt": f"{SECRET}?", "response": SECRET}
             httpx.post(f"{service.url}/score", json=judged, headers={**CALLERS, "tracestate": f"v={SECRET}"})
             httpx.post(f"{service.url}/score", json={**judged, "template": OWN}, headers={"X-Request-Id": SECRET})
@@ -40,17 +40,17 @@ def seen() -> Iterator[Collector]:
             httpx.post(f"{service.url}/score", json=judged | {"response": "other"}, headers=UNSAMPLED)
             httpx.get(f"{service.url}/{SECRET}?q={SECRET}")
             httpx.get(f"{service.url}/metrics", headers=CALLERS)
-        yield found
+        yield received
 
 
-def of_trace(seen: Collector) -> dict[str, object]:
-    """The spans of the caller's trace by name."""
+def callers_spans(seen: Collector) -> dict[str, object]:
+    """The spans of the caller's trace, by name."""
     return {span.name: span for span in seen.spans() if span.trace_id.hex() == TRACE}
 
 
-def test_a_request_leaves_its_spans_in_the_callers_trace(seen: Collector) -> None:
-    """Request, tokenize, judge, queue wait, inference and reply hang below the span that the caller names."""
-    spans = of_trace(seen)
+def test_a_requests_spans_are_in_the_callers_trace(seen: Collector) -> None:
+    """Its root is a child of the span that the caller names."""
+    spans = callers_spans(seen)
     names = {span.span_id: name for name, span in spans.items()}
 
     assert {name: names.get(span.parent_span_id, span.parent_span_id.hex()) for name, span in spans.items()} == {
@@ -63,9 +63,9 @@ def test_a_request_leaves_its_spans_in_the_callers_trace(seen: Collector) -> Non
     }
 
 
-def test_spans_say_how_much_and_with_what_result(seen: Collector) -> None:
-    """Counts, the route and its status are attributes."""
-    spans = of_trace(seen)
+def test_spans_have_counts_and_results_as_attributes(seen: Collector) -> None:
+    """So do the route and its status."""
+    spans = callers_spans(seen)
 
     assert attributes(spans["POST /score"]) == {
         "http.request.method": "POST",
@@ -77,9 +77,9 @@ def test_spans_say_how_much_and_with_what_result(seen: Collector) -> None:
     assert [link.span_id for link in spans["inference"].links] == [spans["judge"].span_id]
 
 
-def test_spans_follow_each_other_in_time(seen: Collector) -> None:
-    """Each span lies within the one above it, and the wait ends where the inference begins."""
-    spans = of_trace(seen)
+def test_spans_are_nested_in_time(seen: Collector) -> None:
+    """Each span starts within its parent, and the wait ends when the inference begins."""
+    spans = callers_spans(seen)
     above = {span.span_id: span for span in spans.values()}
     inner = [span for name, span in spans.items() if name not in ("POST /score", "reply")]
 
@@ -88,35 +88,35 @@ def test_spans_follow_each_other_in_time(seen: Collector) -> None:
     assert spans["queue wait"].end_time_unix_nano == spans["inference"].start_time_unix_nano
 
 
-def test_without_a_callers_trace_a_new_one_begins(seen: Collector) -> None:
-    """The request is a root."""
+def test_a_request_without_a_trace_begins_a_new_one(seen: Collector) -> None:
+    """Its span has no parent."""
     roots = [span for span in seen.named("POST /score") if span.trace_id.hex() != TRACE]
 
     assert [span.parent_span_id for span in roots] == [b""]
 
 
-def test_a_caller_may_leave_its_requests_out(seen: Collector) -> None:
-    """A traceparent that says unsampled is obeyed by API and worker."""
+def test_an_unsampled_request_leaves_no_spans(seen: Collector) -> None:
+    """API and worker both obey the traceparent's flag."""
     assert not [span for span in seen.spans() if span.trace_id.hex() == "12" * 16]
 
 
-def test_unknown_paths_are_called_other_and_probes_are_left_out(seen: Collector) -> None:
-    """What a scanner asks for is no name of a span, and scraping /metrics makes none."""
+def test_unknown_paths_are_named_other_and_probes_are_not_traced(seen: Collector) -> None:
+    """A scanner's paths never become span names, and scraping /metrics makes no span."""
     assert {span.name for span in seen.spans() if not span.parent_span_id} == {"POST /score", "other"}
 
 
-def test_no_text_of_a_caller_is_in_what_is_sent(seen: Collector) -> None:
-    """Not the prompt, the response, a template, a path, a query, a request id, a trace state."""
+def test_no_text_of_a_caller_is_exported(seen: Collector) -> None:
+    """No prompt, response, template, path, query, request id or trace state."""
     assert {path for path, _ in seen.requests} == {"/v1/traces"}
     assert SECRET.encode() not in seen.sent.lower()
     assert b"zebra" not in seen.sent.lower()
 
 
-def test_the_trace_goes_through_redis(fleet: Fleet) -> None:
-    """API and worker are processes of their own, and their spans one trace."""
-    with collector() as found:
-        api = fleet.api("--otel-endpoint", found.url)
-        worker = fleet.worker("--otel-endpoint", f"{found.url}/v1/traces")
+def test_a_trace_continues_through_redis(fleet: Fleet) -> None:
+    """The spans of the API and of the worker process form one trace."""
+    with collector() as received:
+        api = fleet.api("--otel-endpoint", received.url)
+        worker = fleet.worker("--otel-endpoint", f"{received.url}/v1/traces")
         fleet.wait_ready()
         answer = httpx.post(f"{api.url}/compare", json={"prompt": SECRET, "responses": ["4", "5"]}, headers=CALLERS)
         api.terminate()
@@ -124,10 +124,10 @@ def test_the_trace_goes_through_redis(fleet: Fleet) -> None:
         ended = (api.wait(), worker.wait())
 
     assert (answer.status_code, *ended) == (200, 0, 0)
-    assert {s.name for s in found.spans("judge-api")} == {"POST /compare", "tokenize", "judge"}
-    assert {s.name for s in found.spans("judge-worker")} == {"queue wait", "inference", "reply"}
-    assert {span.trace_id.hex() for span in found.spans()} == {TRACE}
-    assert SECRET.encode() not in found.sent
+    assert {s.name for s in received.spans("judge-api")} == {"POST /compare", "tokenize", "judge"}
+    assert {s.name for s in received.spans("judge-worker")} == {"queue wait", "inference", "reply"}
+    assert {span.trace_id.hex() for span in received.spans()} == {TRACE}
+    assert SECRET.encode() not in received.sent
 
 
 def job(name: str, traceparent: str | None) -> Job:
@@ -135,35 +135,35 @@ def job(name: str, traceparent: str | None) -> Job:
     return Job(name, ScoreItem((1, 2, 3), (1, 2), ()), now + 9, now - 1, traceparent=traceparent)
 
 
-def test_a_batch_of_several_callers_is_linked_to_each() -> None:
-    """One inference span for two traces belongs to neither and names both; a job without a trace changes nothing."""
+def test_a_batch_for_several_callers_is_linked_to_each_trace() -> None:
+    """Its span belongs to none of them; a job without a trace changes nothing."""
     first, second = f"00-{'a1' * 16}-{PARENT}-01", f"00-{'b2' * 16}-{PARENT}-01"
-    with collector() as found:
-        recording = tracing.start_tracing(found.url, "judge-worker")
+    with collector() as received:
+        recording = tracing.start_tracing(received.url, "judge-worker")
         jobs = [job("1", first), job("2", second), job("3", first), job("4", None)]
         recording.waited(jobs, time.monotonic())
         with recording.batch(jobs, time.monotonic()):
             pass
         recording.close()
 
-    (inference,) = found.named("inference")
+    (inference,) = received.named("inference")
     assert {link.trace_id.hex() for link in inference.links} == {"a1" * 16, "b2" * 16}
     assert (inference.parent_span_id, attributes(inference)["judge.jobs"]) == (b"", 4)
-    assert sorted(attributes(span)["judge.jobs"] for span in found.named("queue wait")) == [1, 2]
+    assert sorted(attributes(span)["judge.jobs"] for span in received.named("queue wait")) == [1, 2]
 
 
-def test_jobs_that_come_too_late_say_so() -> None:
-    """A wait that ended in nothing has the reason."""
-    with collector() as found:
-        recording = tracing.start_tracing(found.url, "judge-worker")
+def test_a_dropped_job_has_the_reason_in_its_span() -> None:
+    """Its wait ends without an inference."""
+    with collector() as received:
+        recording = tracing.start_tracing(received.url, "judge-worker")
         recording.waited([job("1", CALLERS["traceparent"])], time.monotonic(), dropped="deadline")
         recording.close()
 
-    assert attributes(found.named("queue wait")[0])["judge.dropped"] == "deadline"
+    assert attributes(received.named("queue wait")[0])["judge.dropped"] == "deadline"
 
 
-def test_a_collector_that_is_away_harms_nobody() -> None:
-    """Requests are answered, and the service ends in good order."""
+def test_an_unreachable_collector_does_no_harm() -> None:
+    """Requests are answered, and the service exits with 0."""
     flags = ("--otel-endpoint", f"http://127.0.0.1:{free_port()}", "--log-level", "error")
     with running_service("--engine", "fake", *flags, env={"OTEL_BSP_SCHEDULE_DELAY": "10"}) as service:
         statuses = {httpx.post(f"{service.url}/score", json={"prompt": "p", "response": "r"}).status_code for _ in "ab"}
@@ -173,8 +173,8 @@ def test_a_collector_that_is_away_harms_nobody() -> None:
 
 
 @pytest.mark.parametrize("program", ["service.__main__", "service.worker.__main__"])
-def test_without_the_packages_the_start_says_what_to_install(program: str) -> None:
-    """Both programs end with status 1 and one line."""
+def test_without_the_packages_startup_says_what_to_install(program: str) -> None:
+    """Both programs end with status 1 and no traceback."""
     code = (
         f"import sys; sys.modules['opentelemetry.sdk'] = None\nfrom {program} import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -186,8 +186,8 @@ def test_without_the_packages_the_start_says_what_to_install(program: str) -> No
     assert "Traceback" not in ended.stderr
 
 
-def test_what_is_off_is_not_imported() -> None:
-    """Without --otel-endpoint the service runs where the packages cannot be imported at all."""
+def test_without_tracing_the_packages_are_not_imported() -> None:
+    """Without --otel-endpoint the service runs even if they cannot be imported."""
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = sys.modules['opentelemetry.exporter'] = None\n"
         "from tests.support.live import live_service\n"
@@ -201,8 +201,8 @@ def test_what_is_off_is_not_imported() -> None:
 
 
 @pytest.mark.parametrize("address", ["localhost:4318", "ftp://host", "http://", "http://host/?key=1"])
-def test_an_address_that_is_none_is_refused(address: str) -> None:
-    """The setting is checked before anything is started."""
+def test_an_invalid_endpoint_is_refused(address: str) -> None:
+    """The setting is checked before anything starts."""
     with pytest.raises(ValueError, match="OTLP/HTTP collector"):
         tracing.parse_endpoint(address)
 
@@ -216,6 +216,6 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         ("http://h:4318/v1/traces", "http://h:4318/v1/traces"),
     ],
 )
-def test_the_address_is_a_base_or_the_whole(given: str, posted: str) -> None:
-    """The path for traces is added where it is missing."""
+def test_the_endpoint_may_be_a_base_or_a_full_url(given: str, posted: str) -> None:
+    """The path for traces is added if it is missing."""
     assert tracing.traces_url(given) == posted

@@ -21,6 +21,7 @@ expect.set_options(timeout=PATIENCE)
 
 
 def opened(context: BrowserContext, url: str) -> Page:
+    """The page at `url`, once it has heard from the service."""
     page = context.new_page()
     page.goto(url)
     expect(page.locator("#model")).not_to_contain_text("Asking")
@@ -28,6 +29,7 @@ def opened(context: BrowserContext, url: str) -> Page:
 
 
 def fill(page: Page, prompt: str, *responses: str) -> None:
+    """Fill in a prompt and as many responses."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     while page.locator("#responses textarea").count() < len(responses):
         page.get_by_role("button", name="Add a response").click()
@@ -38,14 +40,17 @@ def fill(page: Page, prompt: str, *responses: str) -> None:
 
 
 def run(page: Page) -> None:
+    """Press Run and wait for the result."""
     page.get_by_role("button", name="Run", exact=True).click()
     expect(page.locator("#results h2")).to_be_visible()
     expect(page.locator("#results")).to_have_attribute("aria-busy", "false")
 
 
 def inputs(page: Page) -> list[str]:
+    """The prompt and the responses in the form."""
     return [box.input_value() for box in page.locator("#prompt, #responses textarea").all()]
 
 
 def link(url: str, content: Any) -> str:
+    """A link with these inputs, however strange they are."""
     return f"{url}/#s={base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip('=')}"

@@ -14,21 +14,21 @@ from tests.support.playground import PATIENCE, opened
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for the file; it knows no host but loopback."""
+    """One browser for all tests; it can reach loopback only."""
     with open_browser() as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """A service that anybody may ask."""
+    """A service without keys."""
     with live_service() as service:
         yield service
 
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser profile of the test's own; nothing may have failed, broken the policy or asked elsewhere in the end."""
+    """A browser profile for one test. No script may fail, violate the content policy or contact another host."""
     with browser.new_context(viewport={"width": 1280, "height": 800}) as fresh:
         fresh.set_default_timeout(PATIENCE)
         asked: list[str] = []

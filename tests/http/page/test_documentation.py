@@ -1,4 +1,4 @@
-"""The page at /docs: Swagger UI from this machine alone."""
+"""The page at /docs: Swagger UI without other hosts."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PATHS = sorted(documentation.DOCS_PATHS)
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """A service that asks for a key."""
+    """A service with a key."""
     with live_service(worker=False, api_key="a-key-for-tests") as service:
         yield service
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_documentation_is_open_and_carries_its_policy(live: Live, path: str) -> None:
-    """No key, no script of another host or within the page, no frame around it."""
+def test_the_documentation_needs_no_key_and_has_its_policy(live: Live, path: str) -> None:
+    """No script from another host or inline, and no frame around it."""
     answer = live.http.get(path)
 
     assert answer.status_code == 200
@@ -33,8 +33,8 @@ def test_the_documentation_is_open_and_carries_its_policy(live: Live, path: str)
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_page_asks_no_other_host(live: Live) -> None:
-    """Every address in it is relative, so it works offline and behind a path prefix."""
+def test_the_page_uses_no_other_host(live: Live) -> None:
+    """All URLs are relative, so it works offline and behind a path prefix."""
     page = live.http.get("/docs").text + live.http.get("/docs/start.js").text
 
     assert not re.search(r"""https?://|["'(]/""", page)
@@ -44,7 +44,7 @@ def test_the_page_asks_no_other_host(live: Live) -> None:
 
 
 def test_without_the_package_the_page_says_so() -> None:
-    """It names what to install, and where the document is."""
+    """It says what to install, and links to the document."""
     app = FastAPI(docs_url=None)
     documentation.add_docs(app, None)
 

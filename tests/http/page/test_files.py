@@ -1,4 +1,4 @@
-"""The playground as files over HTTP: what is served to whom, with which headers, and what is not."""
+"""The playground's files over HTTP: what is served, with which headers, and what is not."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ KEY = "a-key-for-tests"
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """A service that asks for a key."""
+    """A service with a key."""
     with live_service(api_key=KEY) as service:
         yield service
 
 
 def raw_status(live: Live, path: str) -> int:
-    """The answer's status for a path that is sent exactly as it is."""
+    """The status for a path that is sent byte for byte."""
     connection = http.client.HTTPConnection(urlsplit(live.url).netloc, timeout=30)
     connection.request("GET", path)
     status = connection.getresponse().status
@@ -35,15 +35,15 @@ def raw_status(live: Live, path: str) -> int:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_file_is_served_without_a_key(live: Live, path: str) -> None:
-    """The page and what belongs to it hold nothing secret, and come as they lie in the package."""
+    """The page holds no secrets. Files come exactly as in the package."""
     answer = live.http.get(path)
 
     assert answer.status_code == 200
     assert answer.content == package_files("service.http").joinpath("page", playground.FILES[path]).read_bytes()
 
 
-def test_every_file_of_the_folder_is_listed() -> None:
-    """No file is packed that nothing serves, and none is listed that is not there."""
+def test_the_listed_files_are_exactly_those_of_the_folder() -> None:
+    """No file is shipped but not served, or listed but missing."""
     there = {entry.name for entry in package_files("service.http").joinpath("page").iterdir()}
 
     assert there == set(playground.FILES.values())
@@ -58,16 +58,16 @@ def test_every_file_of_the_folder_is_listed() -> None:
         ("/page/icon.svg", "image/svg+xml"),
     ],
 )
-def test_files_say_what_they_are(live: Live, path: str, media_type: str) -> None:
-    """Each kind of file has its media type, since browsers are told not to guess."""
+def test_every_kind_of_file_has_its_media_type(live: Live, path: str, media_type: str) -> None:
+    """Browsers are told not to guess it."""
     assert live.http.get(path).headers["content-type"] == media_type
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_file_carries_the_policy(live: Live, path: str) -> None:
-    """Nothing inline, nothing from elsewhere, no frame around it, no address given away, no guessing of types."""
+def test_every_file_has_the_content_policy(live: Live, path: str) -> None:
+    """Nothing inline or from elsewhere, no frames, no referrer, no guessing of types."""
     headers = live.http.get(path).headers
-    policy = dict(each.split(" ", 1) for each in headers["content-security-policy"].split("; "))
+    policy = dict(directive.split(" ", 1) for directive in headers["content-security-policy"].split("; "))
 
     assert policy == {
         "default-src": "'none'",
@@ -87,8 +87,8 @@ def test_every_file_carries_the_policy(live: Live, path: str) -> None:
 
 
 @pytest.mark.parametrize("sent", ["{}", "W/{}", '"other", {}', "*"])
-def test_a_file_that_is_known_is_not_sent_again(live: Live, sent: str) -> None:
-    """A matching ETag gets 304 without a body, with the same headers."""
+def test_a_matching_etag_gets_304(live: Live, sent: str) -> None:
+    """Without a body, and with the same headers."""
     first = live.http.get("/page/app.js")
 
     answer = live.http.get("/page/app.js", headers={"If-None-Match": sent.format(first.headers["etag"])})
@@ -99,12 +99,12 @@ def test_a_file_that_is_known_is_not_sent_again(live: Live, sent: str) -> None:
 
 
 def test_another_etag_gets_the_file(live: Live) -> None:
-    """What the caller has is another version, so this one is sent."""
+    """The caller has another version, so this one is sent."""
     assert live.http.get("/", headers={"If-None-Match": '"0123456789abcdef"'}).status_code == 200
 
 
 def test_head_answers_without_a_body(live: Live) -> None:
-    """HEAD has the headers of GET, the length included."""
+    """HEAD has the headers of GET, including the length."""
     answer, full = live.http.head("/"), live.http.get("/")
 
     assert (answer.status_code, answer.content) == (200, b"")
@@ -112,8 +112,8 @@ def test_head_answers_without_a_body(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", ["/score", "/compare"])
-def test_judging_stays_guarded(live: Live, path: str) -> None:
-    """An open page opens nothing else."""
+def test_judging_still_needs_a_key(live: Live, path: str) -> None:
+    """The open page opens nothing else."""
     answer = live.http.post(path, json={"prompt": "p", "response": "r"})
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
@@ -137,27 +137,27 @@ def test_judging_stays_guarded(live: Live, path: str) -> None:
         "/page/%252e%252e/playground.py",
     ],
 )
-def test_nothing_else_is_reached(path: str) -> None:
-    """Other names and every way out of the folder get 404."""
+def test_no_other_file_can_be_reached(path: str) -> None:
+    """Other names and paths out of the folder get 404."""
     with live_service(worker=False) as live:
         assert raw_status(live, path) == 404
 
 
 def test_the_page_can_be_switched_off() -> None:
-    """Without the playground its routes are not there, and the others are."""
+    """Without the playground its routes are gone, and only those."""
     with live_service(worker=False, playground=False) as live:
         assert {live.http.get(path).status_code for path in PATHS} == {404}
         assert live.http.get("/health").status_code == 200
 
 
 def test_the_page_is_not_in_the_api_document(live: Live) -> None:
-    """The OpenAPI document is about the API."""
+    """The OpenAPI document describes the API only."""
     assert not set(live.http.get("/openapi.json").json()["paths"]) & playground.PAGE_PATHS
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_files_name_no_other_host(live: Live, path: str) -> None:
-    """Everything is addressed relative to the page, so it works offline and behind a path prefix."""
+    """All URLs are relative, so the page works offline and behind a path prefix."""
     text = live.http.get(path).text.replace("http://www.w3.org/2000/svg", "")
 
     assert not re.search(r"""https?://|["'(]//|(src=|href=|from |import |fetch\(|ask\(|url\()["'`]?/""", text)
@@ -165,12 +165,12 @@ def test_files_name_no_other_host(live: Live, path: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.endswith(".js")])
 def test_scripts_turn_no_string_into_markup_or_code(live: Live, path: str) -> None:
-    """What a browser would interpret is not in use at all."""
+    """Nothing that would make a browser interpret a string is used."""
     dangers = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|eval\(|Function\(|setTimeout\([\"']"
 
     assert not re.search(dangers, live.http.get(path).text)
 
 
-def test_the_page_holds_nothing_inline(live: Live) -> None:
-    """The policy would refuse it: no script or style of its own, no style attribute, no handler."""
+def test_the_page_has_nothing_inline(live: Live) -> None:
+    """The content policy would block inline scripts, styles, style attributes and handlers."""
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", live.http.get("/").text)

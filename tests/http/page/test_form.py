@@ -1,6 +1,6 @@
-"""The playground as a person uses it: headless Chromium on a live service with made-up scores.
+"""The form and its results, in headless Chromium on a live service with made-up scores.
 
-Where Chromium is missing these tests fail and say how to install it; they are never skipped.
+Without Chromium these tests fail and say how to install it; they are never skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ THREE = ["4", "5", "fish"]
 
 
 def test_one_response_gets_its_score(page: Page, live: Live) -> None:
-    """One response alone is asked of /score, and its numbers are those of the API."""
+    """A single response is sent to /score, and its numbers are the API's."""
     answer = live.http.post("/score", json={"prompt": "What is 2+2?", "response": "4"}).json()
 
     fill(page, "What is 2+2?", "4")
@@ -34,7 +34,7 @@ def test_one_response_gets_its_score(page: Page, live: Live) -> None:
 
 
 def test_three_responses_are_ranked(page: Page, live: Live) -> None:
-    """Pointwise: the API's order, its best marked, a win probability for every two."""
+    """Pointwise: the API's order, its best marked, and a win probability for every pair."""
     answer = live.http.post("/compare", json={"prompt": "What is 2+2?", "responses": THREE}).json()
 
     fill(page, "What is 2+2?", *THREE)
@@ -48,7 +48,7 @@ def test_three_responses_are_ranked(page: Page, live: Live) -> None:
 
 
 def test_pairwise_shows_the_position_bias(page: Page, live: Live) -> None:
-    """Pairwise: mean win probabilities in place of P(Yes), and how often the order decided."""
+    """Pairwise: mean win probabilities instead of P(Yes), and how often the order decided."""
     answer = live.http.post("/compare", json={"prompt": "2+2?", "responses": THREE, "mode": "pairwise"}).json()
 
     fill(page, "2+2?", *THREE)
@@ -63,7 +63,7 @@ def test_pairwise_shows_the_position_bias(page: Page, live: Live) -> None:
 
 
 def test_a_tie_is_called_a_tie(page: Page) -> None:
-    """Equal responses have no best one."""
+    """None of two equal responses is best."""
     fill(page, "2+2?", "4", "4")
     run(page)
 
@@ -72,7 +72,7 @@ def test_a_tie_is_called_a_tie(page: Page) -> None:
 
 
 def test_a_template_is_edited_in_place(page: Page, live: Live) -> None:
-    """Editing a named template's text sends the whole as an inline template."""
+    """Editing a named template sends all of it as an inline template."""
     fill(page, "2+2?", "4")
     page.get_by_label("Category or template").select_option("template:math@1")
     page.get_by_text("Instruction, layout and labels").click()
@@ -80,14 +80,14 @@ def test_a_template_is_edited_in_place(page: Page, live: Live) -> None:
     with page.expect_request("**/score") as sent:
         run(page)
 
-    math = next(each for each in live.http.get("/templates").json()["templates"] if each["name"] == "math")
+    math = next(t for t in live.http.get("/templates").json()["templates"] if t["name"] == "math")
     kept = {name: math[name] for name in ("format", "layout", "labels")}
     assert sent.value.post_data_json["template"] == {**kept, "instruction": "Is it right?"}
     expect(page.locator(".provenance")).to_contain_text("inline")
 
 
-def test_an_error_is_shown_with_what_to_do(page: Page) -> None:
-    """A label of several tokens: code, message and advice, and no score anywhere."""
+def test_an_error_is_shown_with_advice(page: Page) -> None:
+    """For a label of several tokens: code, message, advice, and no score."""
     fill(page, "2+2?", "4")
     page.get_by_text("Instruction, layout and labels").click()
     page.get_by_label("Labels for yes").fill("certainly so, no doubt at all")
@@ -100,7 +100,7 @@ def test_an_error_is_shown_with_what_to_do(page: Page) -> None:
 
 
 def test_an_empty_response_is_not_sent(page: Page) -> None:
-    """What is missing is said before anything is asked, and the field has the focus."""
+    """The page says what is missing and focuses the field."""
     fill(page, "2+2?", "4", "")
     page.get_by_role("button", name="Run", exact=True).click()
 
@@ -108,10 +108,10 @@ def test_an_empty_response_is_not_sent(page: Page) -> None:
     expect(page.get_by_label("Response 2", exact=True)).to_be_focused()
 
 
-def test_a_guarded_service_asks_for_the_key(context: BrowserContext) -> None:
-    """Without a key 401 and what to do; with it the score; the key is neither in the link nor kept beyond the tab."""
-    with live_service(api_key=KEY) as guarded:
-        page = opened(context, guarded.url)
+def test_a_service_with_keys_asks_for_one(context: BrowserContext) -> None:
+    """The key is neither in the link nor kept after the tab is closed."""
+    with live_service(api_key=KEY) as service:
+        page = opened(context, service.url)
         fill(page, "2+2?", "4")
         run(page)
         expect(page.locator(".failure")).to_contain_text("unauthorized")
@@ -129,7 +129,7 @@ def test_a_guarded_service_asks_for_the_key(context: BrowserContext) -> None:
 
 
 def test_a_running_request_is_cancelled(context: BrowserContext) -> None:
-    """Cancel ends the wait, and the service drops its jobs."""
+    """The service drops its jobs."""
     with live_service(worker=False) as stuck:
         page = opened(context, stuck.url)
         fill(page, "2+2?", "4", "5")
@@ -142,8 +142,8 @@ def test_a_running_request_is_cancelled(context: BrowserContext) -> None:
         assert wait_for(lambda: stuck.queue.stats().jobs == 0, 60)
 
 
-def test_a_service_that_is_gone_is_said(context: BrowserContext) -> None:
-    """No answer at all is an error like others, and the live panel shows no old numbers."""
+def test_a_stopped_service_is_reported(context: BrowserContext) -> None:
+    """No answer is shown as an error, and the live panel shows no old numbers."""
     with live_service() as gone:
         page = opened(context, gone.url)
         fill(page, "2+2?", "4")
@@ -154,7 +154,7 @@ def test_a_service_that_is_gone_is_said(context: BrowserContext) -> None:
 
 
 def test_low_label_mass_is_pointed_out(page: Page) -> None:
-    """A model that hardly meant to answer is not shown as sure of itself."""
+    """The page warns if the model hardly meant to answer."""
 
     def faint(route: Route) -> None:
         answer = route.fetch()
@@ -169,7 +169,7 @@ def test_low_label_mass_is_pointed_out(page: Page) -> None:
 
 
 def introduced_as(context: BrowserContext, live: Live, judge: str) -> Page:
-    """The playground of a service that says it has this judge."""
+    """The playground of a service that claims to have this judge."""
 
     def disguise(route: Route) -> None:
         answer = route.fetch()
@@ -180,8 +180,8 @@ def introduced_as(context: BrowserContext, live: Live, judge: str) -> Page:
     return opened(context, live.url)
 
 
-def test_a_judge_that_compares_offers_pairwise_alone(context: BrowserContext, live: Live) -> None:
-    """What the judge cannot do cannot be chosen, and a lone response is said to be too few."""
+def test_a_pairwise_judge_offers_pairwise_only(context: BrowserContext, live: Live) -> None:
+    """Other modes cannot be chosen, and the page says that one response is too few."""
     page = introduced_as(context, live, "pairwise")
 
     expect(page.get_by_label("Pairwise")).to_be_checked()
@@ -190,8 +190,8 @@ def test_a_judge_that_compares_offers_pairwise_alone(context: BrowserContext, li
     expect(page.locator("#mode-hint")).to_contain_text("give it two responses")
 
 
-def test_a_reward_model_is_asked_for_no_template(context: BrowserContext, live: Live) -> None:
-    """It has neither templates nor categories, and its number is no P(Yes)."""
+def test_a_reward_model_gets_no_template(context: BrowserContext, live: Live) -> None:
+    """It has neither templates nor categories, and its number is not called P(Yes)."""
     page = introduced_as(context, live, "reward-model")
     fill(page, "2+2?", "4")
     with page.expect_request("**/score") as sent:

@@ -12,13 +12,13 @@ from tests.support.playground import fill, link, opened, run
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
-# What the Tab key reaches in turn, by id or else by kind.
+# What the Tab key reaches in turn, by id or else by tag.
 IN_ORDER = [
     *("SUMMARY", "theme", "A", "example", "prompt", "response-1", "BUTTON", "response-2", "BUTTON", "add"),
     *("INPUT", "template", "SUMMARY", "SUMMARY", "run", "share"),
 ]
 
-# The outline of what has the focus; a radio button's is drawn around its text.
+# The outline of the focused element; a radio button's is drawn around its text.
 OUTLINE = """(() => {
     const active = document.activeElement;
     return getComputedStyle(active.type === "radio" ? active.nextElementSibling : active).outlineStyle;
@@ -26,7 +26,7 @@ OUTLINE = """(() => {
 
 
 def test_everything_works_by_keyboard(page: Page) -> None:
-    """From the first Tab to the result, with a visible mark on whatever has the focus."""
+    """From the first Tab to the result, with a visible focus throughout."""
     seen: list[str] = []
     marked: list[str] = []
     for _ in IN_ORDER:
@@ -49,7 +49,7 @@ def test_everything_works_by_keyboard(page: Page) -> None:
 
 
 def test_dark_and_light(page: Page) -> None:
-    """The page follows the system, and the toggle overrides it and is remembered."""
+    """The page follows the system's theme; the toggle overrides it and is remembered."""
 
     def background() -> str:
         return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -66,7 +66,7 @@ def test_dark_and_light(page: Page) -> None:
 
 
 def test_nothing_is_cut_off_at_the_side(page: Page) -> None:
-    """With results of 16 responses and unbreakable words on it, the page scrolls down only, from 320 px on."""
+    """With 16 responses of unbreakable words the page never scrolls sideways, from 320 px up."""
     page.goto(link(page.url.rstrip("/"), {"prompt": "p" * 300, "responses": [f"{n}" * 300 for n in range(16)]}))
     run(page)
     widths = [320, 390, 768, 1280]
@@ -79,7 +79,7 @@ def test_nothing_is_cut_off_at_the_side(page: Page) -> None:
 
 
 def test_the_live_panel_shows_the_load(page: Page) -> None:
-    """After a run: batch size, throughput and latency in numbers, and lines beside them."""
+    """Queue, batch size, throughput and latency after a run, each with a sparkline."""
     page.wait_for_function("document.querySelectorAll('.meter svg').length === 4")
     fill(page, "How is the load?", "heavy", "light")
     run(page)
@@ -91,7 +91,7 @@ def test_the_live_panel_shows_the_load(page: Page) -> None:
 
 
 def test_a_path_prefix_changes_nothing(context: BrowserContext, live: Live) -> None:
-    """Behind a proxy that strips a prefix the page finds its files and the service."""
+    """Behind a proxy that strips a path prefix, the page finds its files and the service."""
     prefix = f"{live.url}/some/judge"
     context.route(f"{prefix}/**", lambda route: route.continue_(url=route.request.url.replace("/some/judge", "")))
     page = opened(context, f"{prefix}/")
@@ -102,8 +102,8 @@ def test_a_path_prefix_changes_nothing(context: BrowserContext, live: Live) -> N
     expect(page.locator("#results h2")).to_contain_text("P(Yes)")
 
 
-def test_the_documentation_is_drawn_offline(context: BrowserContext, live: Live) -> None:
-    """Swagger UI shows the routes, and asks one from there, with no host but the service's."""
+def test_the_documentation_works_offline(context: BrowserContext, live: Live) -> None:
+    """Swagger UI shows and calls the routes without any other host."""
     page = context.new_page()
     page.goto(f"{live.url}/docs")
     health = page.locator("#operations-operation-health_health_get")

@@ -41,7 +41,7 @@ XSS = [
 
 
 def test_the_history_fills_the_form_again(page: Page) -> None:
-    """Runs are remembered over a reload, restored by a click, and forgotten on demand."""
+    """Runs survive a reload, are restored by a click, and can be cleared."""
     fill(page, "First question", "a", "b", "c")
     run(page)
     fill(page, "Second question", "d")
@@ -56,25 +56,25 @@ def test_the_history_fills_the_form_again(page: Page) -> None:
 
 
 def test_a_link_fills_the_form_and_runs_nothing(context: BrowserContext, page: Page) -> None:
-    """The copied link brings all inputs to another tab; nothing of it is sent, and nothing is judged."""
+    """It carries all inputs to another tab, where nothing is sent or judged."""
     fill(page, "Größe? 大", "ß", "é 🙂", "")
     page.get_by_label("Pairwise").check()
     page.get_by_label("Category or template").select_option("category:math")
     page.get_by_role("button", name="Copy link").click()
     expect(page).to_have_url(re.compile("#s="))
-    asked: list[str] = []
-    context.on("request", lambda request: asked.append(request.url))
+    requested: list[str] = []
+    context.on("request", lambda request: requested.append(request.url))
     other = opened(context, page.url)
 
     expect(other.locator("#status")).to_contain_text("filled from the link")
     assert inputs(other) == ["Größe? 大", "ß", "é 🙂", ""]
     assert other.locator("#template").input_value() == "category:math"
     assert other.get_by_label("Pairwise").is_checked()
-    assert not [url for url in asked if "/score" in url or "/compare" in url or "s=" in url.partition("#")[0]]
+    assert not [url for url in requested if "/score" in url or "/compare" in url or "s=" in url.partition("#")[0]]
 
 
-def test_a_strangers_template_is_shown(context: BrowserContext, live: Live) -> None:
-    """A link that brings its own template opens it for reading."""
+def test_a_links_template_is_shown(context: BrowserContext, live: Live) -> None:
+    """A link with a template of its own opens it for reading."""
     page = opened(context, link(live.url, {"prompt": "p", "responses": ["r"], "template": OWN}))
 
     expect(page.locator("#status")).to_contain_text("template of its own")
@@ -83,8 +83,8 @@ def test_a_strangers_template_is_shown(context: BrowserContext, live: Live) -> N
     assert page.locator("#template").input_value() == "inline"
 
 
-def test_made_up_links_fill_nothing(page: Page) -> None:
-    """What no form could have made is refused as a whole."""
+def test_an_invalid_link_fills_nothing(page: Page) -> None:
+    """Inputs that no form could have made are refused as a whole."""
     url = page.url.rstrip("/")
     for content in STRANGE:
         page.goto(f"{url}/#nothing")
@@ -95,8 +95,8 @@ def test_made_up_links_fill_nothing(page: Page) -> None:
     assert inputs(page) == ["", "", ""]
 
 
-def test_text_stays_text(context: BrowserContext, live: Live) -> None:
-    """Markup and script in every field, through link, result, history and template: shown as it is, run never."""
+def test_markup_stays_text_everywhere(context: BrowserContext, live: Live) -> None:
+    """In every field, through link, result, history and template: it is shown, and never run."""
     own = {**OWN, "instruction": XSS[0], "layout": f"{XSS[1]}{{instruction}}{{prompt}}{{response}}\nVerdict:"}
     page = opened(context, link(live.url, {"prompt": XSS[0], "responses": XSS, "template": own, "mode": XSS[1]}))
     run(page)
@@ -109,8 +109,8 @@ def test_text_stays_text(context: BrowserContext, live: Live) -> None:
     expect(page.get_by_role("button", name=XSS[0])).to_be_visible()
 
 
-def test_strange_categories_stay_text(context: BrowserContext, live: Live) -> None:
-    """A link's category and template names are offered as text, and the service refuses them."""
+def test_markup_in_a_category_stays_text(context: BrowserContext, live: Live) -> None:
+    """A link's category is offered as text, and the service refuses it."""
     page = opened(context, link(live.url, {"prompt": "p", "responses": ["r"], "category": XSS[0]}))
     run(page)
 
@@ -118,8 +118,8 @@ def test_strange_categories_stay_text(context: BrowserContext, live: Live) -> No
     assert page.evaluate("window.pwned") is None
 
 
-def test_strange_templates_of_the_operator_stay_text(context: BrowserContext, tmp_path: Path) -> None:
-    """Categories, instructions and layouts out of a template file are offered and edited as text."""
+def test_markup_in_a_template_file_stays_text(context: BrowserContext, tmp_path: Path) -> None:
+    """Its categories, instructions and layouts are offered and edited as text."""
     layout = f"{XSS[1]}{{instruction}}{{prompt}}{{response}}\nVerdict:"
     strange = [
         {**OWN, "name": f"strange{n}", "version": 1, "category": text, "layout": layout, "instruction": text}
