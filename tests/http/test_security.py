@@ -14,13 +14,9 @@ from starlette.types import Receive, Scope, Send
 from structlog.testing import capture_logs
 
 from bench.support.process import free_port
-from client.errors import ErrorCode
-from service.errors import ServiceError
 from service.http.guard import MAX_HEAD_BYTES
 from service.http.middleware import RequestContext
-from service.judge.template_files import load_library
 from service.telemetry.metrics import Metrics
-from tests.prompts.test_prompt import CHAT, builder, decoded
 from tests.support.fleet import Program
 from tests.support.live import PAIR, Live, connected, live_service, until_closed, wait_for
 
@@ -64,17 +60,6 @@ WHOLE = {
         for name, parts in HEADS.items()
     },
 }
-INJECTIONS = [
-    "{prompt.__class__}",
-    "{0}",
-    "{prompt!r:>1000}",
-    "{instruction.__init__.__globals__}",
-    "{{config}}",
-    "{{ 7*7 }}",
-    "{% include '/etc/passwd' %}",
-    "{% for c in ().__class__.__base__.__subclasses__() %}{{c}}{% endfor %}",
-    "${HOME} $(id) `id` %s %(prompt)s",
-]
 
 
 @pytest.fixture(scope="module")
@@ -214,71 +199,6 @@ def test_pages_cannot_be_framed_and_run_only_their_own_scripts(live: Live, path:
     policy = live.http.get(path).headers["content-security-policy"]
 
     assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
-
-
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_a_template_from_a_file_is_listed_as_written(tmp_path: Path, text: str) -> None:
-    """Format fields, Jinja and shell syntax are plain text."""
-    layout = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:"
-    mine = {"name": "mine", "version": 1, "format": "raw", "layout": layout, "instruction": text}
-    labels = {"yes": [" Yes"], "no": [" No"]}
-    (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine | {"labels": labels}]}), encoding="utf-8")
-    with live_service(worker=False, template_file=[tmp_path / "mine.json"]) as live:
-        listed = live.http.get("/templates").json()["templates"]
-
-    (template,) = [template for template in listed if template["name"] == "mine"]
-    assert (template["layout"], template["instruction"]) == (layout, text)
-
-
-@pytest.mark.parametrize("form", ["chat", "raw"])
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_a_templates_text_reaches_the_model_as_written(tmp_path: Path, form: str, text: str) -> None:
-    """Neither reading the file nor filling its slots interprets the text."""
-    mine = {"name": "mine", "version": 1, "format": form, "instruction": text, "labels": {"yes": ["Yes"], "no": ["No"]}}
-    mine["layout"] = f"{text} {{instruction}} {{prompt}} {{response}}\nVerdict:\n"
-    (tmp_path / "mine.json").write_text(json.dumps({"templates": [mine]}), encoding="utf-8")
-    library = load_library("chat", [tmp_path / "mine.json"])
-
-    built = builder().build(library.get("mine"), "p", ["r"], "error")
-
-    assert f"{text} {text} p r\nVerdict:" in decoded("tiny", built)
-
-
-@pytest.mark.parametrize("text", INJECTIONS)
-def test_a_callers_text_is_not_interpreted_by_the_models_chat_template(text: str) -> None:
-    """Its Jinja renders a placeholder; prompt and response reach the model as sent."""
-    built = builder().build(CHAT.default("pointwise"), text, [text], "error")
-
-    assert decoded("tiny", built).count(text) == 2
-
-
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "..\\..\\boot.ini", "a\0b"])
-def test_a_template_name_opens_no_file(live: Live, name: str) -> None:
-    """It is looked up among the loaded templates, and not repeated."""
-    answer = live.http.post("/score", json={**PAIR, "template": name})
-
-    assert answer.status_code in (404, 422)
-    assert "etc" not in answer.text
-    assert "boot" not in answer.text
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("deep.toml", "templates = " + "[" * 50_000),
-        ("deep.json", '{"templates": ' + "[" * 200_000),
-        ("huge.json", '{"templates": [{"name": "x", "version": ' + "9" * 5000 + "}]}"),
-        ("device.toml", "\0" * 100),
-    ],
-)
-def test_a_file_that_breaks_the_parser_is_refused_by_name(tmp_path: Path, file: str, content: str) -> None:
-    """Extreme nesting and huge numbers are reported like any other mistake."""
-    (tmp_path / file).write_text(content, encoding="utf-8")
-
-    with pytest.raises(ServiceError, match=file) as refused:
-        load_library("chat", [tmp_path / file])
-
-    assert refused.value.code == ErrorCode.BAD_TEMPLATE
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
