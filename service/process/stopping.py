@@ -23,7 +23,7 @@ from client.runtime import program
 # Signals within this many seconds count as one: `timeout` signals both its child and the process group, and Ctrl-C may
 # arrive from the terminal and again from a wrapper program.
 _ONE_SIGNAL: Final = 0.02
-_POLL_SECONDS: Final = 0.5
+_WAIT_SECONDS: Final = 0.5
 
 
 class Stop:
@@ -63,7 +63,7 @@ class Stop:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             with suppress(Empty):
-                return self._events.get(timeout=min(left, _POLL_SECONDS))
+                return self._events.get(timeout=min(left, _WAIT_SECONDS))
         raise Empty
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

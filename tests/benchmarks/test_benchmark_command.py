@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from bench.support.process import free_port
 from client.__main__ import COMMANDS
 from client.__main__ import main as client_main
 from client.benchmarks import pairs, rewardbench, rmbench
 from client.benchmarks.results.records import CONFIG_FILE, ITEMS_FILE, REPORT_FILE, SUMMARY_FILE
 from tests.support.live import live_service, wait_for
-from tests.support.redis_server import free_port
 
 SUBSETS = ("alpacaeval-easy", "llmbar-natural", "donotanswer", "hep-go", "math-prm")
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.support.process import free_port
 from service.engine.contract import AnyAnswer, Engine, Generated, GeneratedText, ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
@@ -29,7 +30,6 @@ from tests.support.fleet import Program
 from tests.support.live import wait_for
 from tests.support.openai_recording import prompts_of, recorded
 from tests.support.openai_server import Upstream
-from tests.support.redis_server import free_port
 
 pytestmark = [
     pytest.mark.vllm,

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from bench.support.process import free_port
 from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
 from service.engine.contract import ClassifyItem, Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
@@ -35,7 +36,7 @@ from service.questions import Predicate
 from service.worker.loop import STALLED_STATUS
 from tests.support.fleet import Api, Program
 from tests.support.live import wait_for
-from tests.support.redis_server import RedisServer, free_port
+from tests.support.redis_server import RedisServer
 from tests.support.reference import rewardbench_pairs
 from tests.support.tiny import tiny_tokenizer
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from bench.support.process import free_port
 from service.engine.contract import Executor, ScoreItem
 from service.engine.torch import ladder
 from service.engine.torch.cpu import build, kernel
@@ -30,7 +31,6 @@ from service.engine.torch.ladder import CheckError, Reference, Rung, Verdict
 from service.engine.torch.packing import Prompt
 from tests.support.fleet import START_SECONDS, Api
 from tests.support.live import wait_for
-from tests.support.redis_server import free_port
 from tests.support.saboteur import compiler
 from tests.support.tiny import make_tiny_model
 

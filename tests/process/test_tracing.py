@@ -8,13 +8,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from bench.support.process import running_service
+from bench.support.process import free_port, running_service
 from service.engine.contract import ScoreItem
 from service.queue.contract import Job
 from service.telemetry import tracing
 from tests.support.fleet import Fleet, run_code
 from tests.support.otlp import Collector, attributes, collector
-from tests.support.redis_server import free_port
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CALLERS = {"traceparent": f"00-{TRACE}-{PARENT}-01"}

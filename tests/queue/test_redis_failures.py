@@ -12,6 +12,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
+from bench.support.process import free_port
 from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.errors import ServiceError
@@ -20,7 +21,7 @@ from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import GROUP, PAYLOAD, Keys
 from service.queue.redis_worker import RedisWorkerQueue, Timing
 from service.telemetry.metrics import Metrics
-from tests.support.redis_server import RedisServer, free_port, running_redis
+from tests.support.redis_server import RedisServer, running_redis
 
 ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
 INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100)

@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.support.process import free_port
 from tests.support.fleet import Fleet, Program
 from tests.support.live import wait_for
 from tests.support.load import Mix, RunningLoad, Tally
-from tests.support.redis_server import RedisServer, free_port, leftovers, running_redis
+from tests.support.redis_server import RedisServer, leftovers, running_redis
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 BATCHES = Mix(batches=20, batch_size=100, singles=0)

@@ -16,9 +16,8 @@ from typing import Self
 
 import httpx
 
-from bench.support.process import peak_of
+from bench.support.process import free_port, peak_of
 from tests.support.live import wait_for
-from tests.support.redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
 # Python, its imports and a tokenizer, on two busy cores.

