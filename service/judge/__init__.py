@@ -1,1 +1,1 @@
-"""Judging: requests become prompts, prompts become jobs, answers become scores. The door is `pipeline.Judging`."""
+"""Judging: prompt specs become prompts and jobs, and answers become judgements. The door is `pipeline.Pipeline`."""

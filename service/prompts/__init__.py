@@ -1,1 +1,1 @@
-"""Prompts: templates and texts become token ids with label ids. The door is `builder.PromptBuilder`."""
+"""Prompts: a layout and texts become token ids and label ids. The door is `builder.PromptBuilder`."""

@@ -1,1 +1,1 @@
-"""The wires: for each protocol one file, from a body to prompt specs and from judgements to a body."""
+"""Wires: one file per protocol, from a request body to prompt specs and from judgements to the answer's body."""

@@ -1,1 +1,1 @@
-"""The engine that runs transformers' models with torch, in this process."""
+"""The engine that runs transformers' models with torch in this process. The door is `engine.TorchEngine`."""

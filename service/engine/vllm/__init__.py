@@ -1,1 +1,1 @@
-"""The engine for GPUs."""
+"""The engine for GPUs: vLLM in processes of its own. The door is `engine.VllmEngine`."""
