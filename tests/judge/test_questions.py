@@ -24,10 +24,10 @@ from service.judge.scoring import Judgement
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import PromptBuilder
 from service.questions import Choice, Layout, Option, Predicate, PromptSpec, Question, Scale
-from service.queue.memory import MemoryJobs
+from service.queue.memory import MemoryQueue
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
-from service.worker.scheduler import Batcher
+from service.worker.scheduler import Scheduler
 from tests.support.reference import Reference
 
 INPUT = "The quick brown fox jumps over the lazy dog."
@@ -62,8 +62,8 @@ def words(reference: Reference) -> list[str]:
 @contextmanager
 def running(engine: Engine, tiny_model: Path) -> Iterator[Pipeline]:
     """A pipeline over a queue that a worker with this engine empties."""
-    queue, metrics, stop = MemoryJobs(1000, 1_000_000), Metrics(), threading.Event()
-    worker = Worker(engine, queue, Batcher(4096, 64, 0.001), metrics)
+    queue, metrics, stop = MemoryQueue(1000, 1_000_000), Metrics(), threading.Event()
+    worker = Worker(engine, queue, Scheduler(4096, 64, 0.001), metrics)
     thread = threading.Thread(target=worker.run, args=(stop,))
     thread.start()
     prompts = PromptBuilder(load_tokenizer(tiny_model), engine.info.max_tokens)
