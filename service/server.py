@@ -25,7 +25,8 @@ from service.judge.provenance import Provenance, settings_digest
 from service.judge.score_cache import MemoryCache, redis_cache
 from service.judge.template_files import load_library
 from service.judge.templates import TemplateLibrary
-from service.loading.engines import Model, check_engine, find_model, load_engine
+from service.loading.engines import check_engine, find_model, load_engine
+from service.loading.model import Model
 from service.process.hosts import AllowedHosts
 from service.process.listening import listen
 from service.process.stopping import Stop

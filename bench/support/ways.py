@@ -167,7 +167,7 @@ def by_engine(engine: Engine, items: Sequence[ScoreItem]) -> None:
 
 def by_vllm(engine: VllmEngine, items: Sequence[ScoreItem]) -> None:
     """The same, with nothing left from the round before."""
-    engine.forget()
+    engine.reset_prefix_cache()
     by_engine(engine, items)
 
 

@@ -1,8 +1,16 @@
-"""What an engine is: the only seam between the service and a model runtime.
+"""The seam between the service and a model runtime: an engine answers batches of items.
 
-An engine is loaded for one task and has one method, `run`: labels' probabilities for `ScoreItem`s, a classification
-head's logit for `ClassifyItem`s, or generated text for `GenerateItem`s. An engine that asks a server whose tokenizer
-is not known here gets text in place of token ids: `TextScoreItem`s and `TextGenerateItem`s.
+An engine is loaded for one task and takes the items of that task only:
+
+    task        item          answer           what the answer holds
+    labels      ScoreItem     LabelLogprobs    the log-probability of every label as the next token
+    classify    ClassifyItem  Classified       the logit of a classification head
+    generate    GenerateItem  Generated        new tokens
+
+An upstream server whose tokenizer is not known here is sent text: TextScoreItem -> LabelLogprobs, TextGenerateItem ->
+GeneratedText. A failure that concerns one item only is its answer, an ItemFailure.
+
+All log-probabilities are natural logarithms over the full vocabulary. Lengths are in tokens.
 """
 
 from __future__ import annotations
@@ -17,18 +25,20 @@ from client.errors import ErrorCode
 
 Task: TypeAlias = Literal["labels", "classify", "generate"]
 
-TOKEN_BYTES: Final = 4
-"""Bytes of UTF-8 for one token, where a text's tokens can only be estimated: about what they are in English prose."""
+BYTES_PER_TOKEN: Final = 4
+"""UTF-8 bytes per token in length estimates, for text whose tokenizer is not known: about right for English prose."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreItem:
-    """One prompt whose next token is asked about.
+    """A prompt and the labels that may follow it.
 
-    `token_ids` is the whole prompt, special tokens included. `label_ids` are the distinct ids whose log-probability
-    is asked for. `boundaries` are rising offsets into `token_ids` at which the prompt's content changes (after the
-    template's head, after the question): items with equal tokens before a boundary may share that prefix's work, and
-    an engine that shares must always split there, so that an item's number does not depend on its neighbours.
+    `token_ids`: the whole prompt, special tokens included. `label_ids`: the token ids whose log-probabilities are
+    wanted, one or more, all different, in any order.
+
+    `boundaries`: increasing offsets into `token_ids` where a shared prefix may end (after the template's head, after
+    the question). An engine that shares prefixes must split the prompt at every one of them, even where nothing is
+    shared: the split changes rounding, and a score must not depend on the other items of its batch.
     """
 
     token_ids: Sequence[int]
@@ -38,11 +48,12 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class LabelLogprobs:
-    """The answer for one item: natural-log probabilities over the full vocabulary, in the order of the item's labels.
+    """The answer to a ScoreItem or TextScoreItem.
 
-    `argmax_id` is the likeliest next token; for text it is the place of the label that the token is, or the number of
-    labels where it is none. `cached_tokens` counts the tokens whose work was not done again. `floored`:
-    an API did not return every label, and a probability that was set for this case stands in for what is missing.
+    `logprobs`: one per label, in the item's order. `argmax_id`: the most likely next token; for a TextScoreItem the
+    index of the label that it spells, or the number of labels if it spells none. `cached_tokens`: how many of the
+    prompt's tokens were taken from a prefix cache. `floored`: an API did not return every label, and the missing ones
+    have the configured floor instead of their own log-probability.
     """
 
     logprobs: tuple[float, ...]
@@ -53,7 +64,7 @@ class LabelLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class ClassifyItem:
-    """One text for a classification head with one output. `token_ids` and `boundaries` as in ScoreItem."""
+    """A text for a classification head with one output. `token_ids` and `boundaries` as in ScoreItem."""
 
     token_ids: Sequence[int]
     boundaries: tuple[int, ...] = ()
@@ -61,7 +72,7 @@ class ClassifyItem:
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """The raw logit of the head, computed in fp32 from the last token's hidden state."""
+    """The raw logit of the head, without an activation, in fp32 from the last token's hidden state."""
 
     logit: float
     cached_tokens: int = 0
@@ -69,12 +80,11 @@ class Classified:
 
 @dataclass(frozen=True, slots=True)
 class GenerateItem:
-    """One prompt to be continued. `token_ids` and `boundaries` as in ScoreItem.
+    """A prompt to continue. `token_ids` and `boundaries` as in ScoreItem.
 
-    At most `max_new_tokens` are generated; one of `stop_ids` (the model's end-of-sequence ids) ends the text.
-    `temperature` 0 takes the likeliest token each time; else `seed` (0 to 2**63 - 1, of which the torch engine uses
-    the lower 32 bits) alone decides the draws, whatever stands beside the item, but for the rounding of a batch of
-    another shape.
+    Generation stops at one of `stop_ids` (usually the model's end-of-sequence ids) or after `max_new_tokens`.
+    `temperature` 0 is greedy. Above 0 `seed`, 0 to 2**63 - 1, fixes the draws whatever else is in the batch, but a
+    batch of another shape may round logits differently. The torch engine uses the seed's lower 32 bits.
     """
 
     token_ids: Sequence[int]
@@ -87,7 +97,7 @@ class GenerateItem:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """The new tokens, without the one that ended them; `ended` is False where the limit cut the text off."""
+    """The new tokens without the stop token. `ended` is False if `max_new_tokens` cut the text off."""
 
     token_ids: tuple[int, ...]
     ended: bool
@@ -95,14 +105,14 @@ class Generated:
 
     @property
     def new_tokens(self) -> int:
-        """Its length in tokens."""
+        """How many tokens were generated."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class TextScoreItem:
-    """A prompt as text, for a server that tokenizes it. `labels` are the distinct words whose log-probability as the
-    first word of a reply is asked for."""
+    """A ScoreItem as text, for a server that tokenizes: the user message `text`, and the labels that may begin the
+    reply, all different."""
 
     text: str
     labels: tuple[str, ...]
@@ -110,7 +120,7 @@ class TextScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class TextGenerateItem:
-    """A prompt as text that is to be replied to. The rest as in GenerateItem; the server knows what ends a reply."""
+    """A GenerateItem as text: the user message `text`. The server decides where the reply ends."""
 
     text: str
     max_new_tokens: int
@@ -120,7 +130,7 @@ class TextGenerateItem:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedText:
-    """A generated reply; `ended` is False where the limit cut it off. `new_tokens` is its length in tokens."""
+    """A reply of `new_tokens` tokens. `ended` is False if `max_new_tokens` cut it off."""
 
     text: str
     ended: bool
@@ -130,7 +140,7 @@ class GeneratedText:
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
-    """What befell one item alone: it is passed on to the item's caller, and the item is not tried again."""
+    """A failure of this item alone. Its caller gets the code and the message; the item is not retried."""
 
     code: ErrorCode
     message: str
@@ -140,16 +150,16 @@ TokenItem: TypeAlias = ScoreItem | ClassifyItem | GenerateItem
 TextItem: TypeAlias = TextScoreItem | TextGenerateItem
 AnyItem: TypeAlias = TokenItem | TextItem
 AnyAnswer: TypeAlias = LabelLogprobs | Classified | Generated | GeneratedText
-Item = TypeVar("Item", bound=AnyItem)
+ItemT = TypeVar("ItemT", bound=AnyItem)
 
 
 @dataclass(frozen=True, slots=True)
 class Executor:
-    """The code and the hardware that compute an engine's numbers.
+    """The code and hardware that an engine computes with.
 
-    `rung` names the way (`compiled-amx`, `packed`, …), `digest` stands for all that the last digits depend on besides
-    the model's files and the item. `stable` says whether an item was found to have the same bits in any company: True
-    or False where that was checked when the model was loaded, None where it was not.
+    `rung`: which implementation (`compiled-amx`, `packed`, `vllm`, …). `digest` covers everything that the last digits
+    depend on except the model's files and the item. `stable`: whether an item has the same bits in every batch, as
+    checked when the model was loaded; None if it was not checked.
     """
 
     rung: str
@@ -159,10 +169,10 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself once it is loaded.
+    """What a loaded engine says about itself.
 
-    `engine` is its kind (`torch`, `vllm`, …), `dtype` the number format of the weights, `max_tokens` the longest prompt
-    in tokens, `batch_tokens` the number of tokens that fill one call well: the worker forms batches of about that many.
+    `engine`: its kind (`torch`, `vllm`, …). `dtype`: the weights' number format. `max_tokens`: the longest item, prompt
+    and new tokens together. `batch_tokens`: how many tokens make a full batch; the scheduler aims for that.
     """
 
     engine: str
@@ -174,62 +184,68 @@ class EngineInfo:
 
     @property
     def variant(self) -> str:
-        """All that an answer depends on besides the model's files and the item, our release included."""
+        """Everything an answer depends on except the model's files and the item, our release included: a cache key."""
         return f"{version('judge-as-api')} {self.engine} {self.executor.rung} {self.executor.digest} {self.dtype}"
 
 
 class Engine(Protocol):
-    """A loaded model. One thread calls it; it need not be safe for more."""
+    """A loaded model. Called from one thread at a time; it need not be thread-safe."""
 
     @property
     def info(self) -> EngineInfo:
-        """What it is; the same from load to close."""
+        """Constant from load to close."""
 
     def run(self, items: Sequence[AnyItem]) -> Sequence[AnyAnswer | ItemFailure]:
-        """One answer for each item, in order.
+        """Answer a batch: one answer per item, in order. Returns when all of them are answered.
 
-        Every item has 1 to `info.max_tokens` tokens, those that may be generated included. Raises ValueError for an
-        item of another task or outside these bounds, before anything is computed, and whatever the runtime raises when
-        it fails as a whole; the worker then tries the items one by one.
+        Every item has at least one token, at most `info.max_tokens` including the tokens to generate, and, if it asks
+        for labels, at least one. Raises ValueError for an item of another task or outside these limits, before
+        computing anything. Any other exception fails the batch as a whole; the worker then tries each item alone.
         """
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model. The engine cannot be used afterwards."""
 
 
-def text_tokens(text: str) -> int:
-    """An estimate of a text's tokens, of which only the server's tokenizer knows the number: see TOKEN_BYTES."""
-    return -(-len(text.encode()) // TOKEN_BYTES)
+def estimate_tokens(text: str) -> int:
+    """About how many tokens a text has, by its length in bytes."""
+    return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
 def prompt_tokens(item: AnyItem) -> int:
-    """What is read for an item, in tokens; an estimate for text."""
-    return text_tokens(item.text) if isinstance(item, TextItem) else len(item.token_ids)
+    """The length of an item's prompt in tokens; estimated for text."""
+    return estimate_tokens(item.text) if isinstance(item, TextItem) else len(item.token_ids)
 
 
-def tokens_of(item: AnyItem) -> int:
-    """What is read for an item and may be generated, in tokens."""
+def total_tokens(item: AnyItem) -> int:
+    """The length of an item's prompt plus the most tokens that may be generated for it."""
     new = item.max_new_tokens if isinstance(item, GenerateItem | TextGenerateItem) else 0
     return prompt_tokens(item) + new
 
 
-def items_of(kind: type[Item], items: Sequence[AnyItem]) -> list[Item]:
-    """The items, all of this kind; raises ValueError for another task's."""
-    found: list[Item] = [item for item in items if isinstance(item, kind)]
-    if len(found) != len(items):
+def check_kind(kind: type[ItemT], items: Sequence[AnyItem]) -> list[ItemT]:
+    """The items, typed. Raises ValueError if one of them is of another kind."""
+    matching: list[ItemT] = [item for item in items if isinstance(item, kind)]
+    if len(matching) != len(items):
         raise ValueError(f"this engine answers {kind.__name__} only: it was loaded for one task")
-    return found
+    return matching
 
 
-def digest_of(*parts: str) -> str:
-    """12 hexadecimal digits that stand for these texts."""
+def split_labels(item: ScoreItem, most: int) -> list[ScoreItem]:
+    """The item once per `most` of its labels, in their order, for a runtime that limits how many it takes at once."""
+    parts = [item.label_ids[start : start + most] for start in range(0, len(item.label_ids), most)]
+    return [ScoreItem(item.token_ids, part, item.boundaries) for part in parts]
+
+
+def short_digest(*parts: str) -> str:
+    """12 hex digits of a SHA-256 over these strings."""
     return sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def check_ids(token_ids: Sequence[int], most: int, vocabulary: int) -> None:
-    """Raise ValueError for too many ids, none, or one that the model has not got.
+    """Raise ValueError unless there are 1 to `most` ids, each below `vocabulary`.
 
-    Engines check before anything is computed: ids out of range would abort the whole CUDA context, not just this call.
+    Engines call this before computing anything: on a GPU an id out of range aborts the whole CUDA context.
     """
     if not 1 <= len(token_ids) <= most:
         raise ValueError(f"an item has {len(token_ids)} tokens; this engine reads 1 to {most}")

@@ -1,6 +1,6 @@
-"""An engine without a model: numbers that look like a judge's and cost nothing, the same on every machine.
+"""An engine without a model: made-up numbers that look like a judge's, the same on every machine.
 
-It is there to test the service, to measure what the service itself costs, and to try a deployment without weights.
+For testing the service, measuring its own overhead, and trying out a deployment without weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from service.engine.contract import (
     ScoreItem,
     Task,
     TokenItem,
-    items_of,
-    tokens_of,
+    check_kind,
+    total_tokens,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ CRASH_STATUS: Final = 70
 _KINDS: Final[dict[Task, type[TokenItem]]] = {"labels": ScoreItem, "classify": ClassifyItem, "generate": GenerateItem}
 _SPREAD: Final = 4.0
 _GRADES: Final = 6
-_WRITTEN: Final = "A fake judge reads nothing."
+_RATIONALE: Final = "A fake judge reads nothing."
 _LABEL_MASS: Final = (0.5, 0.99)
 _SPECIAL_TOKENS: Final = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE: Final = (
@@ -60,14 +60,15 @@ _WORDS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class FakeEngine:
-    """See `Engine` for the contract. The numbers are a pure function of an item's own fields.
+    """Implements Engine. An answer is a pure function of its item.
 
-    Labels share 0.5 to 0.99 of the probability; the log-odds of two labels lie within ±8 and do not depend on what
-    other labels are asked for. A head's logit lies within ±8. Written text is a sentence and a line `Score: n`, in the
-    tokens of `encode`, by default those of `fake_tokenizer`; a share `unparseable` of the texts has no such line. A
-    call sleeps for `delay` seconds and `delay_per_token` for each token read or written. For rehearsing failures: a
-    call with an item that holds `poison_token` raises RuntimeError as a whole, an item that holds `nan_token` gets NaN,
-    one with `crash_token` ends the process, one with `hang_token` never returns.
+    All labels together get 0.5 to 0.99 of the probability. The log-odds of two labels lie within ±8 and do not depend
+    on the other labels. A classification head's logit lies within ±8. Generated text is a sentence and a line
+    `Score: n`, in the tokens of `encode` (default: those of `fake_tokenizer`); a share `unparseable` of the texts lacks
+    that line. A call sleeps for `delay` seconds plus `delay_per_token` for each token of its prompts and texts.
+
+    To rehearse failures: a batch with `poison_token` in it raises RuntimeError, an item with `nan_token` gets NaN, one
+    with `crash_token` ends the process, one with `hang_token` blocks forever.
     """
 
     vocab_size: int = 2048
@@ -88,28 +89,28 @@ class FakeEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """Made up like the numbers, which depend on the item alone."""
+        """See Engine. `stable` holds: an answer depends on its item alone."""
         executor = Executor("fake", self.digest, stable=True)
         return EngineInfo(self.name, self.task, self.dtype, self.max_tokens, self.batch_tokens, executor)
 
     def run(self, items: Sequence[AnyItem]) -> list[LabelLogprobs | Classified | Generated]:
-        """One answer per item, in order. Raises ValueError for an item outside the contract."""
-        found = items_of(_KINDS[self.task], items)
-        self._read(found)
-        return [self._answer(item) for item in found]
+        """See Engine. Raises ValueError for an item outside the contract, RuntimeError for a poisoned batch."""
+        accepted = check_kind(_KINDS[self.task], items)
+        self._prefill(accepted)
+        return [self._answer(item) for item in accepted]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to free."""
 
-    def _read(self, items: Sequence[TokenItem]) -> None:
-        """What befalls a call whatever it asks for."""
+    def _prefill(self, items: Sequence[TokenItem]) -> None:
+        """Check the items, sleep, and rehearse failures: the same for all tasks."""
         tokens = 0
         for item in items:
             if isinstance(item, ScoreItem) and not item.label_ids:
                 raise ValueError("an item has no label ids")
             if not 1 <= len(item.token_ids) <= self.max_tokens:
                 raise ValueError(f"an item needs 1 to {self.max_tokens} tokens, has {len(item.token_ids)}")
-            tokens += tokens_of(item)
+            tokens += total_tokens(item)
         seconds = self.delay + self.delay_per_token * tokens
         if seconds > 0:
             time.sleep(seconds)
@@ -120,24 +121,24 @@ class FakeEngine:
     def _answer(self, item: TokenItem) -> LabelLogprobs | Classified | Generated:
         match item:
             case ScoreItem():
-                return self._judge(item)
+                return self._score(item)
             case ClassifyItem():
                 return Classified(self._logit(item))
             case GenerateItem():
-                return self._written(item)
+                return self._generate(item)
 
     def _logit(self, item: ClassifyItem) -> float:
         if self.nan_token in item.token_ids:
             return math.nan
-        return 2 * _SPREAD * (2 * _uniform(_digest(item.token_ids), b"logit") - 1)
+        return 2 * _SPREAD * (2 * _uniform(_prompt_key(item.token_ids), b"logit") - 1)
 
-    def _written(self, item: GenerateItem) -> Generated:
-        """Another seed is another text, unless the temperature is 0."""
+    def _generate(self, item: GenerateItem) -> Generated:
+        """The text depends on the seed, unless the temperature is 0."""
         seed = item.seed if item.temperature else 0
-        key = _digest([*item.token_ids, seed & 0xFFFFFFFF, seed >> 32])
+        key = _prompt_key([*item.token_ids, seed & 0xFFFFFFFF, seed >> 32])
         graded = _uniform(key, b"graded") >= self.unparseable
         line = f"\nScore: {int(_GRADES * _uniform(key, b'grade'))}" if graded else ""
-        ids = tuple((self.encode or _encode)(f"{_WRITTEN}{line}"))
+        ids = tuple((self.encode or _encode)(f"{_RATIONALE}{line}"))
         return Generated(ids[: item.max_new_tokens], ended=len(ids) < item.max_new_tokens)
 
     def _rehearse_disaster(self, items: Sequence[TokenItem]) -> None:
@@ -146,19 +147,19 @@ class FakeEngine:
         while self.hang_token is not None and any(self.hang_token in item.token_ids for item in items):
             time.sleep(60)
 
-    def _judge(self, item: ScoreItem) -> LabelLogprobs:
-        key = _digest(item.token_ids)
+    def _score(self, item: ScoreItem) -> LabelLogprobs:
+        key = _prompt_key(item.token_ids)
         low, high = _LABEL_MASS
         mass = low + (high - low) * _uniform(key, b"mass")
         logits = [_SPREAD * (2 * _uniform(key, label.to_bytes(8, "little")) - 1) for label in item.label_ids]
         if self.nan_token in item.token_ids:
             logits = [math.nan] * len(logits)
-        total = math.log(mass) - math.log(sum(math.exp(logit) for logit in logits))
-        logprobs = tuple(logit + total for logit in logits)
-        return LabelLogprobs(logprobs, self._likeliest(item, logprobs, 1 - mass))
+        shift = math.log(mass) - math.log(sum(math.exp(logit) for logit in logits))
+        logprobs = tuple(logit + shift for logit in logits)
+        return LabelLogprobs(logprobs, self._argmax(item, logprobs, 1 - mass))
 
-    def _likeliest(self, item: ScoreItem, logprobs: Sequence[float], rest: float) -> int:
-        """The likeliest label, or a token that is no label where the rest of the vocabulary weighs more."""
+    def _argmax(self, item: ScoreItem, logprobs: Sequence[float], rest: float) -> int:
+        """The most likely label, or some other token if the rest of the vocabulary has more probability than it."""
         best = max(range(len(logprobs)), key=logprobs.__getitem__)
         if math.exp(logprobs[best]) >= rest:
             return item.label_ids[best]
@@ -170,24 +171,23 @@ def _encode(text: str) -> tuple[int, ...]:
     return tuple(fake_tokenizer()(text).input_ids)
 
 
-def _digest(token_ids: Sequence[int]) -> bytes:
-    """A hash of the ids' bytes, as 32-bit little-endian numbers whatever the machine."""
+def _prompt_key(token_ids: Sequence[int]) -> bytes:
+    """A hash of the ids as 32-bit little-endian numbers, whatever the machine's byte order."""
     ids = array("I", token_ids)
     if sys.byteorder == "big":
         ids.byteswap()
     return blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def _uniform(key: bytes, what: bytes) -> float:
-    """A number in [0, 1) that is a function of both arguments."""
-    return int.from_bytes(blake2b(what, key=key, digest_size=6).digest(), "little") / 2**48
+def _uniform(key: bytes, purpose: bytes) -> float:
+    """A pseudo-random number in [0, 1), a function of both arguments."""
+    return int.from_bytes(blake2b(purpose, key=key, digest_size=6).digest(), "little") / 2**48
 
 
 def fake_tokenizer(max_tokens: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ChatML's control tokens and chat template, made on the spot in some milliseconds.
+    """A byte-level BPE with ChatML's control tokens and chat template, trained on the spot in milliseconds.
 
-    Any text can be encoded. Yes, No, A, B and common English words are one token each, with and without a space
-    before them.
+    It encodes any text. Yes, No, A, B and common English words are single tokens, with and without a leading space.
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

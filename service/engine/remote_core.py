@@ -1,6 +1,4 @@
-"""What an engine offers besides its answers when the model runs in processes of its own: news of their death, and an
-end for what nobody waits for any more.
-"""
+"""What the worker asks of an engine whose model runs in other processes: whether they live, and to honour deadlines."""
 
 from __future__ import annotations
 
@@ -9,21 +7,21 @@ from typing import Protocol, runtime_checkable
 
 
 class EngineLostError(RuntimeError):
-    """The processes that run the model are gone. No item is at fault, and no other call will succeed.
+    """The processes that run the model are gone. No item is at fault, and every later call will fail as well.
 
-    The worker must not answer its jobs then but end, so that they go to another one.
+    The worker ends without answering its jobs, so that another worker takes them.
     """
 
 
 @runtime_checkable
 class RemoteCore(Protocol):
-    """An engine of which the worker asks this too."""
+    """Implemented by such an engine in addition to Engine."""
 
     def check(self) -> None:
-        """Return if the processes live; raises EngineLostError. Costs next to nothing."""
+        """Raise EngineLostError if the processes are gone. Cheap enough to call while idle."""
 
     def set_deadlines(self, deadlines: Sequence[float]) -> None:
-        """When the items of the next call are given up, in order, in seconds of `time.monotonic()`.
+        """When to give up each item of the next `run`, in its order, in seconds of `time.monotonic()`.
 
-        An item that is not answered by then is stopped, and its answer is an ItemFailure.
+        An item that is unanswered by then is aborted, and its answer is an ItemFailure.
         """

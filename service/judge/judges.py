@@ -25,7 +25,7 @@ from service.settings import ModelSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from service.loading.engines import Model
+    from service.loading.model import Model
 
 REWARD_TEMPLATE: Final = "reward-model@1"
 """Stands for the template in results of a reward model, which has none."""

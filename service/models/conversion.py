@@ -1,7 +1,7 @@
-"""A GGUF file turned into a folder that transformers (and vLLM) load: safetensors in bf16, tokenizer, configuration.
+"""Converts a GGUF file to a folder that transformers and vLLM load: safetensors in bf16, tokenizer, configuration.
 
-Runs as a process of its own (`python -m service.models.conversion`), so that its memory goes back when it is done and
-the process that asked for it need not import torch. transformers reads the file; what it loses is put right here.
+Runs as its own process (`python -m service.models.conversion`), so that its memory is freed and the process that
+started it need not import torch. transformers reads the file; what it drops on the way is restored here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# Two roundings of one matrix differ by a few percent; two matrices by about the square root of two.
+# As a relative distance: two roundings of one matrix differ by a few percent, unrelated matrices by about sqrt(2).
 SAME_MATRIX = 0.25
 _ROWS_COMPARED = 2048
 
@@ -26,12 +26,12 @@ class ConversionError(Exception):
 
 
 def convert(gguf: Path, folder: Path, *, parameters: int | None = None) -> int:
-    """Write the model that `gguf` holds into the empty folder `folder`; the number of its parameters.
+    """Write the model in `gguf` to the empty folder `folder`. Returns its number of parameters.
 
-    Raises ConversionError if that number is not `parameters`, where given.
+    Raises ConversionError if `parameters` is given and differs from that.
     """
-    tokenizer = load_tokenizer(gguf)
-    model = load_model(gguf)
+    tokenizer = gguf_tokenizer(gguf)
+    model = gguf_model(gguf)
     tie_output_matrix(model)
     count = int(sum(weights.numel() for weights in model.parameters()))
     if parameters is not None and count != parameters:
@@ -42,8 +42,8 @@ def convert(gguf: Path, folder: Path, *, parameters: int | None = None) -> int:
     return count
 
 
-def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """The file's tokenizer, with what transformers does not read from a GGUF file put back."""
+def gguf_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
+    """The file's tokenizer, including the steps that transformers does not read from a GGUF file."""
     from gguf import GGUFReader
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -56,10 +56,10 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def restore_scheme(tokenizer: PreTrainedTokenizerFast, scheme: str | None) -> None:
-    """Put back the steps before the merges that a GGUF file only names.
+    """Restore the steps before the merges, of which a GGUF file stores only the name.
 
-    `smollm` splits every digit off before anything else, which matters for spaces before digits. `qwen2` brings text
-    into Unicode's composed form (NFC).
+    `smollm` splits off every digit first, which changes how spaces before digits are merged. `qwen2` normalizes text
+    to NFC.
     """
     from tokenizers import normalizers, pre_tokenizers
 
@@ -72,11 +72,11 @@ def restore_scheme(tokenizer: PreTrainedTokenizerFast, scheme: str | None) -> No
         backend.normalizer = normalizers.NFC()
 
 
-def load_model(gguf: Path) -> PreTrainedModel:
-    """The file's weights, unpacked to bf16."""
+def gguf_model(gguf: Path) -> PreTrainedModel:
+    """The file's model, dequantized to bf16."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    # Without dequantize=True a model that came from a GGUF file refuses to be saved.
+    # Without dequantize=True transformers refuses to save the model.
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
@@ -84,10 +84,10 @@ def load_model(gguf: Path) -> PreTrainedModel:
 
 
 def tie_output_matrix(model: PreTrainedModel) -> bool:
-    """Make the output matrix and the embeddings one again where the file holds two roundings of one matrix.
+    """Tie the output matrix and the embeddings again if the file holds two roundings of one matrix.
 
-    A quantised file of a model with tied weights often stores the matrix twice, the output's copy more exactly: that
-    one is kept for both. Matrices that really differ are left alone. True if they were tied.
+    A quantized file of a model with tied weights often stores the matrix twice, with more bits for the output's copy,
+    which is kept for both. Matrices that really differ are left alone. True if they were tied.
     """
     head = _matrix(model.get_output_embeddings())  # type: ignore[no-untyped-call]
     embeddings = _matrix(model.get_input_embeddings())
@@ -103,7 +103,7 @@ def tie_output_matrix(model: PreTrainedModel) -> bool:
 def _matrix(layer: torch.nn.Module) -> torch.nn.Parameter:
     weight = layer.weight
     if not isinstance(weight, torch.nn.Parameter):
-        raise ConversionError(f"{type(layer).__name__} holds no matrix")
+        raise ConversionError(f"{type(layer).__name__} has no weight matrix")
     return weight
 
 
@@ -116,15 +116,15 @@ def _same_matrix(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert one file; the last line of stderr says what went wrong."""
+    """Convert one file. If that fails, the last line of stderr says why."""
     parser = argparse.ArgumentParser(prog="python -m service.models.conversion", description=__doc__.partition("\n")[0])
     parser.add_argument("gguf", type=Path, help="the GGUF file")
-    parser.add_argument("folder", type=Path, help="the folder to write, which must not exist or be empty")
-    parser.add_argument("--parameters", type=int, help="the number of parameters that the model must have")
+    parser.add_argument("folder", type=Path, help="the folder to write: new or empty")
+    parser.add_argument("--parameters", type=int, help="how many parameters the model must have")
     arguments = parser.parse_args(argv)
     try:
         convert(arguments.gguf, arguments.folder, parameters=arguments.parameters)
-    except Exception as exc:  # whatever transformers raises is one line for the process that asked
+    except Exception as exc:  # any: the parent process shows the reason as one line
         sys.stderr.write(f"\n{type(exc).__name__}: {' '.join(str(exc).split())}\n")
         return 1
     return 0

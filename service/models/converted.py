@@ -1,4 +1,4 @@
-"""The cache of converted models: one folder for each known name, made once from the packages that carry it."""
+"""The cache of converted models: one folder per known name, made once from Python packages that carry the weights."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _CONVERTER_NEEDS = ("accelerate", "gguf", "safetensors", "torch", "transformers"
 
 
 def converted_folder(name: str, cache_dir: Path | None = None) -> Path:
-    """Where the converted model of this name is, or will be."""
+    """Where the converted model of this name is, or would be."""
     return cache_root(cache_dir) / "models" / name
 
 
 def is_converted(folder: Path) -> bool:
-    """A folder that this module has finished: it is renamed into place as a whole."""
+    """Whether this is a complete converted model: such a folder is renamed into place only when it is finished."""
     return (folder / PROVENANCE).is_file()
 
 
 def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
-    """Download the model's packages and convert what they carry into `folder`.
+    """Download the model's packages and convert their content into `folder`.
 
-    A second process that wants the same model waits for the first one. Raises ModelError; what was downloaded and
-    checked by then is kept for the next call.
+    A second process that wants the same model waits for the first. Raises ModelError; verified downloads are kept for
+    the next call.
     """
     stages = Stages(bars=progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def fetch_converted(model: KnownModel, folder: Path, *, progress: bool) -> None:
 
 def _fetch_and_convert(model: KnownModel, folder: Path, stages: Stages) -> None:
     if folder.exists() and not (folder / PROVENANCE).exists():
-        raise ModelError(f"{folder} is in the way and is no model of ours: move it or delete it")
+        raise ModelError(f"{folder} is in the way and was not made by this program: move it or delete it")
     _check_needs()
     work = folder.with_name(f".{folder.name}.partial")
     work.mkdir(exist_ok=True)
@@ -70,13 +70,13 @@ def _fetch_and_convert(model: KnownModel, folder: Path, stages: Stages) -> None:
         shutil.rmtree(leftover)
     _check_space(model, work)
     gguf = fetch_gguf(model, work, stages)
-    # The process id in the name keeps a conversion that outlived its killed parent out of the way.
+    # With the process id, because the conversion of a killed parent may still be writing to its own folder.
     unfinished = work / f"converted-{os.getpid()}"
     unfinished.mkdir()
     with stages.busy(f"{model.name}: converting to safetensors (a minute or so)"):
         _convert(model, gguf, unfinished)
     for path in unfinished.iterdir():
-        path.chmod((unfinished / "config.json").stat().st_mode)  # safetensors writes files that only their owner reads
+        path.chmod((unfinished / "config.json").stat().st_mode)  # safetensors makes files that only the owner can read
     write_provenance(model, unfinished)
     sync_all(unfinished)
     if folder.exists():  # damaged
@@ -91,7 +91,7 @@ def _check_needs() -> None:
     missing = [package for package in _CONVERTER_NEEDS if find_spec(package) is None]
     if missing:
         raise ModelError(
-            f"converting the packages' file needs {', '.join(missing)}, not installed here: "
+            f"converting the model needs {', '.join(missing)}, not installed here: "
             'pip install "judge-as-api[service,torch]"'
         )
 
@@ -102,7 +102,7 @@ def _check_space(model: KnownModel, work: Path) -> None:
     free = shutil.disk_usage(work).free
     if free < needed:
         raise ModelError(
-            f"{work.parent} has {free / 1e9:.1f} GB free, and fetching and converting takes {needed / 1e9:.1f} GB: "
+            f"{work.parent} has {free / 1e9:.1f} GB free, but fetching and converting takes {needed / 1e9:.1f} GB: "
             f"make room, or set {CACHE_VARIABLE} to a folder on another disk"
         )
 
@@ -116,8 +116,8 @@ def _convert(model: KnownModel, gguf: Path, folder: Path) -> None:
     if done.returncode < 0:
         memory = 0.8 + 3.5e-9 * (model.parameters or 2 * model.gguf_bytes)
         raise ModelError(
-            f"the conversion was stopped by signal {-done.returncode}: most likely there was not enough memory "
-            f"(it takes about {memory:.0f} GB)"
+            f"the conversion was killed by signal {-done.returncode}, most likely for lack of memory "
+            f"(it needs about {memory:.0f} GB)"
         )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
@@ -132,7 +132,7 @@ def _version(package: str) -> str | None:
 
 
 def write_provenance(model: KnownModel, folder: Path) -> None:
-    """Say in the folder where the model is from, what made it, and the digest of each file."""
+    """Write provenance.json: where the model comes from, the converter's versions, and each file's digest."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     packages = ("judge-as-api", "transformers", "gguf", "torch")
     provenance = {
@@ -154,7 +154,7 @@ def write_provenance(model: KnownModel, folder: Path) -> None:
 
 
 def differences(folder: Path) -> list[str]:
-    """What has changed in a converted folder since it was made: one line for each file; empty if nothing has."""
+    """What has changed in a converted folder since it was made: one line per file, every file read again."""
     stored = _stored(folder) or {}
     present = {path.name for path in folder.iterdir()} - {PROVENANCE}
     added = [f"{name}: was not there when the model was converted" for name in sorted(present - stored.keys())]
@@ -162,25 +162,25 @@ def differences(folder: Path) -> list[str]:
 
 
 def damage(folder: Path, digests: Callable[[Iterable[Path]], list[str]] = digests_of) -> list[str]:
-    """What of a converted folder's files is missing or not as it was made: one line for each.
+    """Which of a converted folder's files are missing or have changed: one line per file, [] if none.
 
-    Digests of large files may be remembered ones, so it costs little at each start.
+    Cheap enough for every start, because the digests of large files are remembered.
     """
     stored = _stored(folder)
     if stored is None:
         return [f"{PROVENANCE}: cannot be read"]
     present = [name for name in sorted(stored) if (folder / name).is_file()]
     lines = [f"{name}: missing" for name in sorted(stored.keys() - set(present))]
-    for name, found in zip(present, digests(folder / name for name in present), strict=True):
-        size, digest = stored[name]["bytes"], stored[name]["sha256"]
-        if found != digest:
-            now = (folder / name).stat().st_size
-            lines.append(f"{name}: sha256 {found} ({now} bytes) instead of {digest} ({size} bytes)")
+    for name, digest in zip(present, digests(folder / name for name in present), strict=True):
+        expected, expected_size = stored[name]["sha256"], stored[name]["bytes"]
+        if digest != expected:
+            size = (folder / name).stat().st_size
+            lines.append(f"{name}: sha256 {digest} ({size} bytes) instead of {expected} ({expected_size} bytes)")
     return lines
 
 
 def _stored(folder: Path) -> dict[str, Any] | None:
-    """Sizes and digests of a converted folder's files by name; None where that cannot be read."""
+    """Sizes and digests of a converted folder's files by name. None if provenance.json is unreadable."""
     try:
         stored = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["files"]
         return {name: {"bytes": file["bytes"], "sha256": file["sha256"]} for name, file in stored.items()}

@@ -1,4 +1,4 @@
-"""The cache folder, and the SHA-256 of files: of large ones computed once and remembered there."""
+"""The cache folder, and SHA-256 digests of files; those of large files are computed once and remembered there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from client.runtime.files import write_whole
 
 CACHE_VARIABLE: Final = "JUDGE_CACHE_DIR"
 LARGE: Final = 8 << 20
-"""Bytes of a file from which on its digest is remembered."""
-# A file that was written this lately may be written again without another time.
-_TICK_NS: Final = 2_000_000_000
+"""The digests of files of this many bytes or more are remembered."""
+CLOCK_TICK_NS: Final = 2_000_000_000
+"""A file system's time resolution at worst: a file modified more recently may change once more and look the same."""
 _THREADS: Final = 4
 
 
@@ -31,22 +31,22 @@ def cache_root(cache_dir: Path | None = None) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """The hex digest of a file's content."""
+    """The hex digest of a file's content. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digests_of(paths: Iterable[Path]) -> list[str]:
-    """`digest_of` for each, several at a time."""
+    """`digest_of` each file, some in parallel, in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(digest_of, paths))
 
 
 def digest_of(path: Path) -> str:
-    """The hex digest of a file's content; that of a large file may be remembered from an earlier call.
+    """The hex digest of a file's content, remembered between calls for a large file. Raises OSError.
 
-    It is remembered by path, inode, size, and the times of the last change of contents and of attributes: the latter
-    cannot be set back. A cache folder that cannot be written, or that holds rubbish, only costs time. Raises OSError.
+    Remembered under path, inode, size, mtime and ctime; unlike mtime, ctime cannot be set back. A cache folder that
+    cannot be written or holds garbage costs only time.
     """
     state = _state(path)
     if state[0] < LARGE:
@@ -57,7 +57,7 @@ def digest_of(path: Path) -> str:
     if known is not None:
         return known
     digest = sha256_of(path)
-    if _state(path) == state and max(state[2:]) + _TICK_NS < time.time_ns():
+    if _state(path) == state and max(state[2:]) + CLOCK_TICK_NS < time.time_ns():
         with suppress(OSError):
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memo, json.dumps({"path": os.fsdecode(path), "state": state, "sha256": digest}))
@@ -65,8 +65,8 @@ def digest_of(path: Path) -> str:
 
 
 def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _remembered(memo: Path, state: list[int]) -> str | None:

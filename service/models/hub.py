@@ -1,4 +1,4 @@
-"""The model hub: is it there, does it have the model, and a snapshot of the files that a judge needs."""
+"""The model hub: whether it answers and has a model, and a snapshot of the files that a judge needs."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from service.models.manifest import ModelError
 from service.models.progress import Stages
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
-# Pickled weights run code when they are read: only safetensors are taken.
+# Only safetensors, because unpickling weights can run code.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-# Sub-folders hold other formats, and `consolidated` files the same weights once more.
+# Sub-folders hold other formats; `consolidated` files hold the same weights again.
 NOT_PATTERNS = ["*/*", "consolidated*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _PROBE_TIMEOUT = httpx.Timeout(10.0, connect=3.0)
 
 
 class HubError(ModelError):
-    """The hub does not give the model; the message is the reason alone."""
+    """The hub does not provide the model. The message is only the reason."""
 
 
 def is_hub_id(name: str) -> bool:
-    """`org/name`, or `org/name@revision`."""
+    """Whether it has the form `org/name` or `org/name@revision`."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def endpoint() -> str:
-    """Where the hub is: HF_ENDPOINT, else the public hub."""
+    """The hub's URL: HF_ENDPOINT, or the public hub."""
     return (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
 
 
 def fetch_snapshot(name: str, *, progress: bool) -> Path:
-    """The folder of the model's files, from the hub, or from the hub's cache where the hub cannot be reached.
+    """The folder of the model's files, from the hub or, if the hub is unreachable, from the hub's cache.
 
-    One short request first finds out whether the hub answers and has the model: a hub that cannot be reached costs
-    seconds. Raises HubError with the reason.
+    A short request checks first that the hub answers and has the model, so an unreachable hub costs only seconds. A
+    damaged file in the cache is downloaded once more. Raises HubError with the reason.
     """
-    exempt_loopback()  # for the hub's own library
+    exempt_loopback()  # for huggingface_hub
     try:
-        url_of(endpoint())  # before that library is imported, which fails at such a port
-        _probe(name)
+        url_of(endpoint())  # before huggingface_hub is imported, because that crashes on an invalid port
+        _probe_hub(name)
     except httpx.InvalidURL as exc:
         raise HubError(f"HF_ENDPOINT is no URL ({exc})") from exc
-    except _UnreachableError as exc:
+    except _HubUnreachableError as exc:
         cached = cached_snapshot(name)
         if cached is None:
             raise HubError(f"{exc}, and the hub's cache does not hold it") from exc
@@ -60,19 +60,21 @@ def fetch_snapshot(name: str, *, progress: bool) -> Path:
         if damaged:
             raise HubError(f"{exc}, and in the hub's cache {_names(damaged)} is damaged: delete it") from exc
         return cached
-    folder = _download(name, progress=progress)
+    folder = _download_snapshot(name, progress=progress)
     damaged = damaged_files(folder)
-    if not damaged:
-        return folder
+    return _download_again(name, damaged, progress=progress) if damaged else folder
+
+
+def _download_again(name: str, damaged: Sequence[Path], *, progress: bool) -> Path:
     Stages().say(f"{name}: {_names(damaged)} in the hub's cache is damaged; downloading it again")
     try:
         for path in damaged:
-            path.resolve().unlink(missing_ok=True)  # files with the same contents are one
+            path.resolve().unlink(missing_ok=True)  # the blob may be gone already: equal files share one
             path.unlink(missing_ok=True)
     except OSError as exc:
         raise HubError(f"{exc.filename} in the hub's cache is damaged and cannot be deleted ({exc.strerror})") from exc
-    folder = _download(name, progress=progress)
-    # A mirror may call small files by something else than a digest.
+    folder = _download_snapshot(name, progress=progress)
+    # Only the weights: a mirror may name the blobs of small files by something other than their digest.
     still = [path for path in damaged_files(folder) if path.suffix == ".safetensors"]
     if still:
         raise HubError(f"{_names(still)} is not what the hub says it is, downloaded twice")
@@ -84,10 +86,10 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def cached_snapshot(name: str) -> Path | None:
-    """The folder of the model's files if the hub's cache holds them all; touches no network."""
+    """The folder of the model's files if the hub's cache holds them all. Does not use the network."""
     try:
         folder = _snapshot(name, local_files_only=True)
-    except (OSError, ValueError):  # not there, in part there, or no id that the hub's library accepts
+    except (OSError, ValueError):  # missing, incomplete, or not an id that huggingface_hub accepts
         return None
     return folder if has_weights(folder) else None
 
@@ -103,7 +105,7 @@ def _snapshot(name: str, **where: Any) -> Path:
 
 
 def has_weights(folder: Path) -> bool:
-    """A configuration and every safetensors file that the index, if there is one, names."""
+    """Whether the folder has a configuration and safetensors: all files of the index, or any if there is no index."""
     if not (folder / "config.json").is_file():
         return False
     index = folder / "model.safetensors.index.json"
@@ -117,14 +119,16 @@ def has_weights(folder: Path) -> bool:
 
 
 def damaged_files(folder: Path) -> list[Path]:
-    """The files of a snapshot whose contents are not what the hub's cache calls them by.
+    """The files of a snapshot whose content does not match the name of their blob in the hub's cache.
 
-    That is SHA-256 for large files and git's SHA-1, or a mirror's, for others. Under other names nothing is known.
+    The name is the SHA-256 of a large file and git's SHA-1 (on some mirrors a plain SHA-1) of a small one. Blobs with
+    other names cannot be checked.
     """
-    found = {path: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()}
-    large = {path: blob for path, blob in found.items() if re.fullmatch(r"[0-9a-f]{64}", blob.name)}
-    small = {path: blob for path, blob in found.items() if re.fullmatch(r"[0-9a-f]{40}", blob.name)}
-    wrong = [path for path, now in zip(large, digests_of(large.values()), strict=True) if now != large[path].name]
+    blobs = {path: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()}
+    large = {path: blob for path, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob.name)}
+    small = {path: blob for path, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{40}", blob.name)}
+    digests = zip(large, digests_of(large.values()), strict=True)
+    wrong = [path for path, digest in digests if digest != large[path].name]
     return wrong + [path for path, blob in small.items() if blob.name not in _sha1s(blob.read_bytes())]
 
 
@@ -133,58 +137,58 @@ def _sha1s(content: bytes) -> set[str]:
     return {hashlib.sha1(head + content, usedforsecurity=False).hexdigest() for head in heads}
 
 
-class _UnreachableError(Exception):
-    """No answer from the hub that says anything of the model."""
+class _HubUnreachableError(Exception):
+    """The hub gave no answer that says anything about the model."""
 
 
-def _probe(name: str) -> None:
+def _probe_hub(name: str) -> None:
     from huggingface_hub import get_token
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _UnreachableError("not asked, because HF_HUB_OFFLINE is set")
+        raise _HubUnreachableError("not asked, because HF_HUB_OFFLINE is set")
     repo, _, revision = name.partition("@")
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{endpoint()}/api/models/{repo}/revision/{(revision or 'main').replace('/', '%2F')}"
-    way = ""
+    via = ""
     try:
         proxy = proxy_of(url)
-        way = f", asked through {proxy}" if proxy else ""
+        via = f", asked through {proxy}" if proxy else ""
         with httpx.Client(transport=httpx.HTTPTransport(proxy=proxy.address if proxy else None)) as http:
             answer = http.get(url, headers=headers, timeout=_PROBE_TIMEOUT, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL, ProxySettingError) as exc:
-        raise _UnreachableError(f"not reachable at {endpoint()}{way} ({str(exc) or type(exc).__name__})") from exc
+        raise _HubUnreachableError(f"not reachable at {endpoint()}{via} ({str(exc) or type(exc).__name__})") from exc
     if answer.status_code >= 500 or answer.status_code in {407, 429}:
-        raise _UnreachableError(f"{endpoint()} answers {answer.status_code}")
+        raise _HubUnreachableError(f"{endpoint()} answers {answer.status_code}")
     if answer.is_error:
-        raise HubError(_refusal(answer))
+        raise HubError(_refusal_reason(answer))
 
 
-def _refusal(answer: httpx.Response) -> str:
+def _refusal_reason(answer: httpx.Response) -> str:
     code = answer.headers.get("X-Error-Code", "")
     if code == "GatedRepo":
         return "the model is gated: accept its terms on its page and set HF_TOKEN"
     if code == "RevisionNotFound":
         return "the hub has the model, but not this revision"
     if code == "RepoNotFound" or answer.status_code in {401, 404}:
-        # The hub says 401 of a model that does not exist, so as not to tell which private ones do.
+        # The hub answers 401 for a model that does not exist, to hide which private ones do.
         return "the hub has no such model, or it is private and HF_TOKEN does not open it"
     return f"{endpoint()} answers {answer.status_code}"
 
 
-def _download(name: str, *, progress: bool) -> Path:
+def _download_snapshot(name: str, *, progress: bool) -> Path:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    quieten = not progress and not are_progress_bars_disabled()
-    if quieten:
+    silence = not progress and not are_progress_bars_disabled()
+    if silence:
         disable_progress_bars()
     try:
         folder = _snapshot(name, endpoint=endpoint())
-    except Exception as exc:  # the transport's own errors are of a library that changes with the hub's version
+    except Exception as exc:  # any: which HTTP library's errors it raises depends on huggingface_hub's version
         raise HubError(f"the download failed ({' '.join(str(exc).split()) or type(exc).__name__})") from exc
     finally:
-        if quieten:
+        if silence:
             enable_progress_bars()
     if not has_weights(folder) and not damaged_files(folder):
-        raise HubError("the model has no weights as safetensors there, and pickled ones are not read")
+        raise HubError("the model has no weights as safetensors there, and pickled weights are not accepted")
     return folder

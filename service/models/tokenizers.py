@@ -1,4 +1,4 @@
-"""The tokenizer in a model's folder."""
+"""Loads the tokenizer in a model's folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside a model's weights; the network is not asked.
+    """The tokenizer in this folder, without using the network.
 
-    Raises ServiceError(NOT_READY) where the folder holds none, or one without a fast (Rust) implementation.
+    Raises ServiceError(NOT_READY) if there is none, or none with a fast (Rust) implementation.
     """
-    from transformers import AutoTokenizer  # here: it takes seconds, and not every user of this module needs it
+    from transformers import AutoTokenizer  # here, because the import takes seconds
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)

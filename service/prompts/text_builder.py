@@ -1,7 +1,7 @@
 """From prompt specs to the text that a server reads, where its tokenizer is not known here.
 
 Control strings in a user's text are not guarded: the server tokenizes, and keeps the content of a message apart from
-its own control tokens. Lengths are estimates in tokens (`text_tokens`): a server that finds a prompt too long says so
+its own control tokens. Lengths are estimates in tokens (`estimate_tokens`): a server that finds a prompt too long says so
 itself.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from client.schema import Message, Truncation
-from service.engine.contract import TOKEN_BYTES, TextScoreItem, text_tokens
+from service.engine.contract import BYTES_PER_TOKEN, TextScoreItem, estimate_tokens
 from service.engine.upstream.logprobs import word_of
 from service.errors import ServiceError
 from service.prompts.builder import JudgePrompt, PromptBuilder
@@ -35,7 +35,7 @@ class TextPrompt(TextScoreItem):
     @property
     def tokens(self) -> int:
         """An estimate of its length."""
-        return text_tokens(self.text)
+        return estimate_tokens(self.text)
 
     @property
     def label_ids(self) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class TextPrompts:
 
     def fewest_tokens(self, texts: Sequence[str]) -> int:
         """A lower bound of the number of tokens of a prompt of these texts, by the same estimate."""
-        return text_tokens("".join(texts))
+        return estimate_tokens("".join(texts))
 
     def check(self, layout: Layout | None) -> None:
         """Build a probe, so that a layout that cannot work is found at start-up. Raises ServiceError as `build`."""
@@ -93,17 +93,17 @@ class TextPrompts:
         if self.fewest_tokens([*parts[::2], layout.instruction]) > self.max_tokens:
             raise template_too_long(self.max_tokens)
         whole = _filled(layout, parts, texts)
-        fits = text_tokens(whole) <= self.max_tokens
+        fits = estimate_tokens(whole) <= self.max_tokens
         text = whole if fits else self._shortened(layout, parts, texts, spec.truncation)
         labels, spellings = _labels(layout.options)
         return TextPrompt(text, labels, spellings, truncated=not fits)
 
     def _shortened(self, layout: Layout, parts: Sequence[str], texts: list[str], truncation: Truncation) -> str:
         """The prompt with its texts cut until the estimate fits."""
-        lengths = {index: text_tokens(texts[index]) for index in cuttable(_TURNS, len(texts), truncation)}
+        lengths = {index: estimate_tokens(texts[index]) for index in cuttable(_TURNS, len(texts), truncation)}
 
         def excess(cut_texts: list[str]) -> int:
-            return text_tokens(_filled(layout, parts, cut_texts)) - self.max_tokens
+            return estimate_tokens(_filled(layout, parts, cut_texts)) - self.max_tokens
 
         def cut(index: int, keep: int) -> str:
             return _cut(texts[index], keep, left=index < _TURNS)
@@ -126,7 +126,7 @@ def _filled(layout: Layout, parts: Sequence[str], texts: Sequence[str]) -> str:
 
 def _cut(text: str, keep: int, *, left: bool) -> str:
     """The last `keep` tokens of the text, by the estimate; or as many of its two ends, with a mark between them."""
-    raw, size = text.encode(), keep * TOKEN_BYTES
+    raw, size = text.encode(), keep * BYTES_PER_TOKEN
     # A character that the cut goes through is left out.
     if left:
         return raw[-size:].decode(errors="ignore")

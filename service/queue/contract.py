@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from client.errors import ErrorCode
-from service.engine.contract import AnyAnswer, AnyItem, Executor, tokens_of
+from service.engine.contract import AnyAnswer, AnyItem, Executor, total_tokens
 from service.errors import ServiceError
 
 
@@ -47,7 +47,7 @@ class Job:
     tokens: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tokens_of(self.item))
+        object.__setattr__(self, "tokens", total_tokens(self.item))
 
 
 @dataclass(frozen=True, slots=True)

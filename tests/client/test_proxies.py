@@ -15,7 +15,8 @@ from pydantic import SecretStr
 
 from client import AsyncJudge, Judge, JudgeAPIError, JudgeConnectionError
 from client.transport.proxies import ProxySettingError, exempt_loopback, is_loopback, proxy_of
-from service.engine.upstream.openai_client import Access, UpstreamError, base_url, find_served
+from service.engine.upstream.errors import UpstreamError
+from service.engine.upstream.openai_client import Access, base_url, find_served
 from service.models.hub import HubError, fetch_snapshot
 from service.telemetry import tracing
 from tests.support.otlp import collector

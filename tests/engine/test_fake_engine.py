@@ -1,4 +1,4 @@
-"""The fake engine: numbers that are a function of the item and of nothing else."""
+"""The fake engine's numbers are a function of the item and of nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ items = st.builds(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer that goes with the engine."""
+    """The engine's tokenizer."""
     return fake_tokenizer()
 
 
@@ -54,7 +54,7 @@ def test_labels_take_part_of_the_probability(item: ScoreItem) -> None:
 
 @given(items)
 def test_the_likeliest_token_is_a_label_only_if_it_outweighs_the_rest(item: ScoreItem) -> None:
-    """`argmax_id` is the best label exactly when its probability is no less than what the labels leave over."""
+    """`argmax_id` is the most likely label exactly if its probability is no less than all other tokens' together."""
     (answer,) = FakeEngine().run([item])
 
     best = max(answer.logprobs)
@@ -134,8 +134,8 @@ def test_a_text_is_cut_off_at_its_length() -> None:
     assert (len(text.token_ids), text.ended) == (3, False)
 
 
-def test_a_share_of_texts_states_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    """As many texts as asked for have no grade to be read."""
+def test_a_share_of_texts_states_no_grade(tokenizer: PreTrainedTokenizerFast) -> None:
+    """About as many texts as asked for lack a grade."""
     texts = FakeEngine(task="generate", unparseable=0.3).run([GenerateItem([n], 256, (2,), 0.7, n) for n in range(200)])
 
     missing = sum(parse_grade(tokenizer.decode(text.token_ids)) is None for text in texts)

@@ -1,4 +1,4 @@
-"""A server's tokens are those of the right label, in every form in which they are answered."""
+"""Labels are found among a server's tokens, in every form of an answer; and what happens when one is missing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import math
 
 import pytest
 
-from service.engine.upstream.logprobs import UNSEEN, Answer, Token, by_id, by_word, read
-from service.engine.upstream.openai_client import UpstreamError
-from tests.support.openai_server import chat_answer, columns_answer
+from client.errors import ErrorCode
+from service.engine.contract import ItemFailure, LabelLogprobs
+from service.engine.upstream.errors import UpstreamError
+from service.engine.upstream.logprobs import ZERO_LOGPROB, Token, TopLogprobs, by_id, by_word, parse_logprobs
+from tests.support.openai_server import Upstream, chat_answer, columns_answer, openai_server
+from tests.support.upstream import chat, failed, message
 
 
 def tokens(**logprobs: float) -> list[Token]:
@@ -30,7 +33,7 @@ def test_two_spellings_that_are_both_labels_share_nothing() -> None:
     """Each token counts for the label that is written like it, so that their sum holds it once."""
     returned = tokens(Yes=-1.0, _Yes=-2.0, _No=-3.0)
 
-    assert by_word(returned, ["Yes", " Yes", "No", " No"]) == [-1.0, -2.0, UNSEEN, -3.0]
+    assert by_word(returned, ["Yes", " Yes", "No", " No"]) == [-1.0, -2.0, ZERO_LOGPROB, -3.0]
 
 
 def test_a_label_without_a_token_is_missing() -> None:
@@ -48,28 +51,30 @@ def test_a_token_that_is_listed_twice_counts_once() -> None:
     """The chosen token stands in the list as well, and some servers repeat it there."""
     body = chat_answer([("Yes", -0.5), ("Yes", -0.5), ("No", -1.5)])
 
-    assert by_word(read(json.dumps(body).encode()).tokens, ["Yes", "No"]) == [-0.5, -1.5]
+    assert by_word(parse_logprobs(json.dumps(body).encode()).tokens, ["Yes", "No"]) == [-0.5, -1.5]
 
 
 def test_two_tokens_of_one_text_are_two() -> None:
     """SentencePiece's with and without a space look the same as text; their probabilities differ."""
     body = chat_answer([("Yes", math.log(0.5)), ("Yes", math.log(0.25)), ("No", -3.0)])
 
-    assert by_word(read(json.dumps(body).encode()).tokens, ["Yes"])[0] == pytest.approx(math.log(0.75))
+    assert by_word(parse_logprobs(json.dumps(body).encode()).tokens, ["Yes"])[0] == pytest.approx(math.log(0.75))
 
 
 def test_a_chosen_token_outside_the_list_belongs_to_the_answer() -> None:
     """At temperature 1 it may be any token."""
     body = columns_answer(("token_id:9", -7.0), {"token_id:5": -0.1, "token_id:6": -3.0})
 
-    answer = read(json.dumps(body).encode())
+    answer = parse_logprobs(json.dumps(body).encode())
     assert by_id(answer.tokens, [9, 5]) == [-7.0, -0.1]
-    assert answer.likeliest == Token("token_id:5", -0.1, 5)
+    assert answer.argmax == Token("token_id:5", -0.1, 5)
 
 
 def test_the_least_token_bounds_what_was_not_returned() -> None:
-    """But for those that servers list with a stand-in for zero."""
-    assert Answer(Token("a", -1.0), (Token("a", -1.0), Token("b", -5.0), Token("c", UNSEEN))).least == -5.0
+    """Except for those that servers list with a stand-in for probability 0."""
+    listed = (Token("a", -1.0), Token("b", -5.0), Token("c", ZERO_LOGPROB))
+
+    assert TopLogprobs(listed[0], listed).lowest == -5.0
 
 
 @pytest.mark.parametrize(
@@ -85,14 +90,79 @@ def test_the_least_token_bounds_what_was_not_returned() -> None:
         b'{"choices": [{"logprobs": {"tokens": ["Yes"], "token_logprobs": [null]}}]}',
     ],
 )
-def test_what_is_no_answer_is_an_error(body: bytes) -> None:
-    """Nor is a probability above 1, or none at all."""
+def test_a_body_without_logprobs_is_an_error(body: bytes) -> None:
+    """So are a probability above 1 and NaN."""
     with pytest.raises(UpstreamError, match="the upstream server's answer"):
-        read(body)
+        parse_logprobs(body)
 
 
-def test_a_tokenizers_mark_for_a_space_is_none_of_a_labels_letters() -> None:
-    """A label that is written as a tokenizer writes it is the same word."""
-    tokens = [Token("\u2581Good", -0.1), Token("Bad", -3.0)]
+def test_a_label_may_have_the_tokenizers_mark_for_a_space() -> None:
+    """It is the same word with and without it."""
+    returned = [Token("\u2581Good", -0.1), Token("Bad", -3.0)]
 
-    assert by_word(tokens, ["\u2581Good", "Bad"]) == by_word(tokens, ["Good", "Bad"]) == [-0.1, -3.0]
+    assert by_word(returned, ["\u2581Good", "Bad"]) == by_word(returned, ["Good", "Bad"]) == [-0.1, -3.0]
+
+
+HALF, DEEP, NONE = "half", "deep", "none"
+REPLIES = {
+    "full": [("Yes", -1.0), ("No", -2.0)],
+    HALF: [("Yes", -1.0), ("Maybe", -2.0)],
+    DEEP: [("Yes", -1.0), ("Maybe", -30.0)],
+    NONE: [("Maybe", -1.0)],
+}
+
+
+def test_a_missing_label_is_an_error_of_its_item() -> None:
+    """Its neighbours have their numbers."""
+    with openai_server(words=REPLIES.__getitem__) as upstream, chat(upstream) as engine:
+        full, half = engine.run([message("full"), message(HALF)])
+
+    assert isinstance(full, LabelLogprobs)
+    assert isinstance(half, ItemFailure)
+    assert half.code is ErrorCode.LABEL_NOT_RETURNED
+    assert half.message.startswith("label 2 of 2 is not among the 2 tokens")
+
+
+def test_a_floor_stands_in_for_a_missing_label_and_says_so() -> None:
+    """It is never above the least likely token that was returned; without any label it is no help."""
+    with openai_server(words=REPLIES.__getitem__) as upstream, chat(upstream, floor=-20.0) as engine:
+        half, deep, none = engine.run([message(content) for content in (HALF, DEEP, NONE)])
+
+    assert isinstance(half, LabelLogprobs)
+    assert (half.logprobs, half.floored) == ((-1.0, -20.0), True)
+    assert isinstance(deep, LabelLogprobs)
+    assert deep.logprobs == (-1.0, -30.0)
+    assert failed(none) is ErrorCode.LABEL_NOT_RETURNED
+
+
+@pytest.mark.parametrize("floor", [None, -20.0])
+def test_chat_returns_twenty_of_many_labels(floor: float | None) -> None:
+    """Of 255 choices most are missing from a list of 20: an error, or the floor for each of them."""
+    labels = [str(number) for number in range(255)]
+    served = openai_server(words=lambda _: [(label, -0.1 * (1 + place)) for place, label in enumerate(labels)])
+    with served as upstream, chat(upstream, floor=floor) as engine:
+        (answer,) = engine.run([message("x", *labels)])
+
+    if floor is None:
+        assert failed(answer) is ErrorCode.LABEL_NOT_RETURNED
+    else:
+        listed = tuple(-0.1 * (1 + place) for place in range(20))
+        assert answer == LabelLogprobs((*listed, *[floor] * 235), 0, floored=True)
+
+
+def test_a_list_that_was_left_out_is_no_reason_for_a_floor() -> None:
+    """vLLM does so beside requests for exact ids: the label may be likely all the same; the error is a passing one."""
+    served = openai_server(words=lambda _: [("Yes", -0.7), ("<|endoftext|>", -9999.0)])
+    with served as upstream, chat(upstream, floor=-20.0) as engine:
+        (answer,) = engine.run([message("x")])
+
+    assert failed(answer) is ErrorCode.INFERENCE_FAILED
+
+
+def test_an_answer_without_a_missing_label_is_not_floored(upstream: Upstream) -> None:
+    """A floor changes nothing where nothing is missing."""
+    with chat(upstream, floor=-1.0) as engine:
+        (answer,) = engine.run([message("x")])
+
+    assert isinstance(answer, LabelLogprobs)
+    assert not answer.floored

@@ -1,17 +1,13 @@
-"""The whole service with the upstream engine, against a real server: both ways of asking, and starts that must fail."""
+"""The whole service with the upstream engine, over a server of the test's own, in both ways of asking."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -19,51 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.upstream.openai_client import UpstreamError
-from service.http.uvicorn_server import Server
-from service.loading.engines import find_model, load_engine
-from service.loading.upstream import find_upstream
-from service.queue.memory import MemoryQueue
-from service.server import compose
-from service.settings import Settings
-from service.telemetry.metrics import Metrics
-from service.worker.loop import Worker
-from service.worker.scheduler import make_scheduler
-from tests.engine.test_upstream import returned, words
 from tests.support.openai_server import MODEL, Reply, Seen, Upstream, error, openai_server
 from tests.support.reference import paper_file, paper_text
-
-CONVERSATION = json.loads((Path(__file__).parents[1] / "data" / "openai_conversation.json").read_text(encoding="utf-8"))
-KEY = "sk-very-secret-123"
-
-
-@contextmanager
-def served(upstream: Upstream, **settings: Any) -> Iterator[httpx.Client]:
-    """A service over that server, started as `python -m service` starts it."""
-    config = Settings(engine="upstream", upstream_url=upstream.url, host="127.0.0.1", port=0, **settings)
-    model, metrics = find_model(config), Metrics()
-    queue = MemoryQueue(config.max_queue_jobs, config.max_queue_tokens)
-
-    def work(stop: threading.Event) -> None:
-        engine = load_engine(config, model)
-        try:
-            Worker(engine, queue, make_scheduler(config, engine), metrics).run(stop)
-        finally:
-            engine.close()
-
-    with ThreadPoolExecutor(2) as executor:
-        server = Server(compose(config, model, queue, metrics, executor), config, work)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.005)
-            host, port = server.servers[0].sockets[0].getsockname()[:2]
-            with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as http:
-                yield http
-        finally:
-            server.should_exit = True
-            thread.join(30)
+from tests.support.upstream import CONVERSATION, KEY, served, torch_logprobs, words
 
 
 class TinyModel:
@@ -102,9 +56,9 @@ def test_ids_give_the_torch_engines_numbers(tiny_model: Path) -> None:
     assert [r["index"] for r in results] == [0, 1, 2, 3]
 
 
-def test_chat_judges_as_the_servers_words_say() -> None:
+def test_chat_judges_as_the_servers_words_say(upstream: Upstream) -> None:
     """The message that arrives is what the numbers are for, whatever order they come back in."""
-    with openai_server(words=words) as upstream, served(upstream) as http:
+    with served(upstream) as http:
         upstream.always = lambda seen: time.sleep(0.05 * ("2+2" in str(seen.body)))
         results = http.post("/score/batch", json={"items": [ask(*pair) for pair in PAIRS]}).json()["results"]
         info = http.get("/v1/models").json()["data"][0]
@@ -143,19 +97,19 @@ def test_a_requests_own_labels_are_asked_for() -> None:
     assert bad["error"]["code"] == "bad_label"
 
 
-def test_control_strings_arrive_as_they_were_written() -> None:
+def test_control_strings_arrive_as_they_were_written(upstream: Upstream) -> None:
     """The message is the template's text around the caller's, letter by letter: the server tokenizes it."""
     text = "<|im_end|>\n<|im_start|>user {response} </s> <s>"
     layout = {"format": "chat", "layout": "Q {prompt} A {response}", "labels": {"yes": ["Yes"], "no": ["No"]}}
-    with openai_server(words=words) as upstream, served(upstream) as http:
+    with served(upstream) as http:
         http.post("/score", json=ask(text, text, template=layout)).raise_for_status()
 
     assert upstream.asked[-1].body["messages"] == [{"role": "user", "content": f"Q {text} A {text}"}]
 
 
-def test_usage_is_the_estimate() -> None:
+def test_usage_is_the_estimate(upstream: Upstream) -> None:
     """A token for every four bytes of the message; the same text asked for again comes from the cache."""
-    with openai_server(words=words) as upstream, served(upstream) as http:
+    with served(upstream) as http:
         first, again = (http.post("/score", json=ask("Hi 日本", "ho")).json() for _ in range(2))
 
     (_, asked) = upstream.asked  # the probe goes before
@@ -165,10 +119,10 @@ def test_usage_is_the_estimate() -> None:
     assert first["log_odds"] == again["log_odds"]
 
 
-def test_max_tokens_bounds_the_estimate() -> None:
+def test_max_tokens_bounds_the_estimate(upstream: Upstream) -> None:
     """What is longer is refused before the server is asked, or cut where the request allows it."""
     long = ask("x" * 4000 + "end", "ho")
-    with openai_server(words=words) as upstream, served(upstream, max_tokens=500) as http:
+    with served(upstream, max_tokens=500) as http:
         refused = http.post("/score", json=long).json()
         cut = http.post("/score", json={**long, "truncation": "prompt_left"}).json()
 
@@ -179,13 +133,12 @@ def test_max_tokens_bounds_the_estimate() -> None:
     assert "xend" in asked.body["messages"][0]["content"]
 
 
-def test_a_grade_is_written_as_text() -> None:
+def test_a_grade_is_written_as_text(upstream: Upstream) -> None:
     """The self-rewarding judge reads the reply, and counts its tokens as the server does."""
     reply = {"choices": [{"message": {"content": "Fine.\nScore: 4"}, "finish_reason": "stop"}]}
-    with openai_server() as upstream:
-        upstream.always = lambda seen: Reply(body={**reply, "usage": {"completion_tokens": 7}}) if seen.body else None
-        with served(upstream, judge="self-reward", self_reward_mode="parsed", self_reward_samples=2) as http:
-            result = http.post("/score", json=ask("Hi", "ho")).json()
+    upstream.always = lambda seen: Reply(body={**reply, "usage": {"completion_tokens": 7}}) if seen.body else None
+    with served(upstream, judge="self-reward", self_reward_mode="parsed", self_reward_samples=2) as http:
+        result = http.post("/score", json=ask("Hi", "ho")).json()
 
     assert (result["grade"], result["samples"]) == (4.0, {"drawn": 2, "parsed": 2})
     assert result["usage"]["completion_tokens"] == 14
@@ -208,7 +161,7 @@ def test_a_recorded_conversation_is_followed() -> None:
             got = [http.post("/score", json=body).json() for body in asked]
 
     for exchange, result in zip(exchanges, got, strict=True):
-        yes, no = returned(exchange)
+        yes, no = torch_logprobs(exchange)
         assert (result["yes_logprob"], result["no_logprob"]) == pytest.approx((yes, no), abs=1e-3)
         assert result["log_odds"] == pytest.approx(yes - no, abs=1e-3)
 
@@ -225,10 +178,10 @@ def test_a_floor_is_said_in_the_answer() -> None:
     assert none["error"]["code"] == "label_not_returned"
 
 
-def test_a_failure_reaches_its_caller_alone() -> None:
+def test_a_failure_reaches_its_caller_alone(upstream: Upstream) -> None:
     """A prompt that the server refuses, a server that is busy: each with the code that clients act on."""
     refusals = {"long": error(400, "maximum context length is 9"), "busy": error(429, headers={"Retry-After": "999"})}
-    with openai_server(words=words) as upstream, served(upstream) as http:
+    with served(upstream) as http:
         upstream.always = lambda seen: next((refusals[w] for w in refusals if f"{w}-word" in str(seen.body)), None)
         items = [ask("q", "long-word"), ask("q", "fine"), ask("q", "busy-word")]
         long, fine, busy = http.post("/score/batch", json={"items": items}).json()["results"]
@@ -238,10 +191,12 @@ def test_a_failure_reaches_its_caller_alone() -> None:
     assert busy["error"]["code"] == "overloaded"
 
 
-def test_no_key_in_logs_or_errors(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_key_in_logs_or_errors(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The key goes to the server and nowhere else, also when that refuses it and repeats it."""
     monkeypatch.setenv("JUDGE_UPSTREAM_API_KEY", f"{KEY}\n")
-    with capture_logs() as logs, openai_server(words=words) as upstream, served(upstream) as http:
+    with capture_logs() as logs, served(upstream) as http:
         fine = http.post("/score", json=ask("q", "a"))
         upstream.key = "changed"
         refused = http.post("/score", json=ask("q", "b"))
@@ -250,96 +205,3 @@ def test_no_key_in_logs_or_errors(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert (fine.status_code, refused.status_code) == (200, 500)
     assert "JUDGE_UPSTREAM_API_KEY" in refused.text
     assert KEY not in repr((logs, fine.text, refused.text, capfd.readouterr()))
-
-
-def test_an_unreachable_server_is_told_with_its_address() -> None:
-    """At once, not when the first request comes; callers are told less (`message`)."""
-    settings = Settings(engine="upstream", upstream_url="http://127.0.0.1:9", upstream_model="x")
-
-    with pytest.raises(
-        UpstreamError, match=r"no answer from the upstream server: http://127.0.0.1:9/v1: .*refused"
-    ) as told:
-        find_model(settings)
-    assert told.value.message == "no answer from the upstream server"
-
-
-def test_what_the_probe_meets_ends_the_start() -> None:
-    """A server that lists the model and cannot give probabilities is found out before callers are let in."""
-    with openai_server(words=words) as upstream:
-        upstream.always = lambda seen: error(400, "logprobs are not supported") if seen.body else None
-        config = Settings(engine="upstream", upstream_url=upstream.url)
-
-        with pytest.raises(RuntimeError, match="says: logprobs are not supported"):
-            load_engine(config, find_model(config))
-
-
-def test_a_judge_that_needs_a_classification_head_is_refused() -> None:
-    """No API gives the output of one: before the server is asked."""
-    with openai_server() as upstream, pytest.raises(ValueError, match="classification head"):
-        find_model(Settings(engine="upstream", upstream_url=upstream.url, judge="reward-model"))
-
-    assert not upstream.seen
-
-
-def test_settings_that_are_missing_are_named() -> None:
-    """Before anything is asked for."""
-    with pytest.raises(ValueError, match="--upstream-url"):
-        find_model(Settings(engine="upstream"))
-    with openai_server() as upstream, pytest.raises(ValueError, match="--model"):
-        find_model(Settings(engine="upstream", upstream_url=upstream.url, upstream_api="completions"))
-
-
-def test_what_changes_the_numbers_changes_the_fingerprint(tiny_model: Path) -> None:
-    """So that queues and caches of two ways of asking never mix."""
-    with openai_server() as upstream:
-        upstream.models = [{"id": "a"}, {"id": "b"}]
-        variants: list[dict[str, Any]] = [
-            {"upstream_model": "a"},
-            {"upstream_model": "b"},
-            {"upstream_model": "a", "floor": -20.0},
-            {"upstream_model": "a", "upstream_top_logprobs": 5},
-            {"upstream_model": "a", "upstream_body": {"reasoning_effort": "none"}},
-            {"upstream_model": "a", "model": str(tiny_model)},
-        ]
-        found = [
-            find_upstream(Settings(engine="upstream", upstream_url=upstream.url, **variant)).fingerprint
-            for variant in (*variants, variants[0])
-        ]
-
-    assert len(set(found)) == len(variants)
-    assert found[-1] == found[0]
-
-
-def test_prompts_are_as_long_as_the_server_says(tiny_model: Path) -> None:
-    """One token less, for the one that it writes; fewer where they are set, or the tokenizer's folder says so.
-
-    Of text, whose tokens are estimated, twice as many: the server has the last word.
-    """
-    with openai_server() as upstream:
-        url: dict[str, Any] = {"engine": "upstream", "upstream_url": upstream.url}
-        ids = find_upstream(Settings(**url, model=str(tiny_model)))
-        less = find_upstream(Settings(**url, model=str(tiny_model), max_tokens=100))
-        text = find_upstream(Settings(**url))
-
-    assert [ids.max_tokens, less.max_tokens, text.max_tokens] == [1023, 100, 2048]
-
-
-def test_fields_of_ones_own_go_with_each_request() -> None:
-    """Such as the one that keeps a model from thinking first."""
-    more = {"chat_template_kwargs": {"enable_thinking": False}}
-    with openai_server(words=words) as upstream:
-        config = Settings(engine="upstream", upstream_url=upstream.url, upstream_body=json.dumps(more))
-        load_engine(config, find_model(config)).close()
-
-    assert upstream.asked[0].body["chat_template_kwargs"] == {"enable_thinking": False}
-
-
-def test_a_batch_fills_the_places_some_times() -> None:
-    """More would only make each call longer."""
-    with openai_server(words=words) as upstream:
-        config = Settings(engine="upstream", upstream_url=upstream.url, upstream_concurrency=8)
-        engine = load_engine(config, find_model(config))
-        scheduler = make_scheduler(config, engine)
-        engine.close()
-
-    assert scheduler.room == 32

@@ -24,28 +24,22 @@ from service.models.resolve import resolve
 from service.prompts.builder import PromptBuilder
 from service.prompts.text_builder import Prompt
 from service.settings import Settings
-from tests.engine.test_upstream import CONVERSATION, failed
-from tests.engine.test_upstream_service import served
 from tests.support.fleet import Program
 from tests.support.live import wait_for
 from tests.support.openai_recording import prompts_of, recorded
 from tests.support.openai_server import Upstream
+from tests.support.upstream import CONVERSATION, failed, served
+from tests.support.vllm import START_SECONDS, VLLM_MARKS
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.timeout(1800),
-    # vLLM's imports warn of many things that are not ours.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = VLLM_MARKS
 
 SMOLLM = "smollm2-135m-instruct"
-START_SECONDS = 900.0
 FLAGS = ["--dtype", "float32", "--max-model-len", "1025", "--max-num-batched-tokens", "1025", "--enforce-eager"]
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """Of the model."""
+    """SmolLM2's folder."""
     return resolve(SMOLLM).path
 
 
@@ -54,12 +48,8 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     """A running server's base address."""
     base = f"http://127.0.0.1:{(port := free_port())}/v1"
     flags = ["--model", str(folder), "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_NO_USAGE_STATS", "1")
-        log = tmp_path_factory.mktemp("vllm") / "server.log"
-        server = Program(["vllm.entrypoints.openai.api_server", *flags, *FLAGS], log)
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    server = Program(["vllm.entrypoints.openai.api_server", *flags, *FLAGS], log, {"VLLM_NO_USAGE_STATS": "1"})
     try:
         wait_for(lambda: not server.alive or "startup complete" in server.output, START_SECONDS)
         assert server.alive, server.output

@@ -1,4 +1,4 @@
-"""The comparison of two engines goes on where it was stopped; vLLM itself is not needed here."""
+"""The comparison of two engines resumes where it was stopped; vLLM itself is not needed here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEXTS = [("What is 2+2?", answer) for answer in ("4", "5", "four", "a number", "
 
 @pytest.fixture
 def prompts(tiny_model: Path) -> list[JudgePrompt]:
-    """Five of them."""
+    """Five prompts."""
     return judge_prompts(tiny_model, TEXTS)
 
 
 class Counting(FakeEngine):
-    """Counts the prompts that it is asked for, and dies of the one that comes after `last`."""
+    """Counts the prompts of each batch, and fails on the one that comes after `last`."""
 
     def __init__(self, last: int = 100) -> None:
         super().__init__()
@@ -29,22 +29,22 @@ class Counting(FakeEngine):
         self._last = last
 
     def run(self, items: list[ScoreItem]) -> list[LabelLogprobs | ItemFailure]:
-        """The fake engine's."""
+        """The fake engine's answers."""
         self.asked.append(len(items))
         if sum(self.asked) > self._last:
             raise RuntimeError("enough")
         return list(super().run(items))
 
 
-def test_an_interrupted_side_goes_on(prompts: list[JudgePrompt], tmp_path: Path) -> None:
+def test_an_interrupted_side_resumes(prompts: list[JudgePrompt], tmp_path: Path) -> None:
     """What was answered is not asked for again, and the numbers are those of a run in one go."""
     whole = side("a", Counting, prompts, tmp_path / "whole.jsonl")
     stopped, second = Counting(last=4), Counting()
     with pytest.raises(RuntimeError, match="enough"):
         side("b", lambda: stopped, prompts, tmp_path / "part.jsonl", call_tokens=1)
-    gone_on = side("b", lambda: second, prompts, tmp_path / "part.jsonl", call_tokens=1)
+    resumed = side("b", lambda: second, prompts, tmp_path / "part.jsonl", call_tokens=1)
 
-    assert gone_on.log_odds == whole.log_odds
+    assert resumed.log_odds == whole.log_odds
     assert second.asked == [1, 1, 1]  # the first call is the warm-up
     assert len((tmp_path / "part.jsonl").read_text().splitlines()) == 5
 

@@ -1,7 +1,7 @@
-"""The vLLM engine, for real: beside the torch engine, as a worker behind the whole service, and when it is killed.
+"""The vLLM engine against the torch engine, and starts that must fail.
 
-`make test-vllm` runs these where vLLM is installed; nothing here is skipped where it is not. Models are a tiny one made
-on the spot and SmolLM2, fetched once into the user's cache; JUDGE_TEST_PAIRS says how many samples it reads.
+`make test-vllm` runs these; they need vLLM and are not skipped without it. The models are a random one made on the spot
+and SmolLM2, fetched once into the user's cache; JUDGE_TEST_PAIRS says how many samples it reads.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from bench.support.process import free_port
 from bench.vllm_agreement import compare, judge_prompts, side, torch_loader, vllm_loader
 from client.errors import ErrorCode
 from service.engine.contract import ClassifyItem, Generated, GenerateItem, ItemFailure, LabelLogprobs, ScoreItem
@@ -30,61 +25,16 @@ from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
 from service.engine.vllm.engine import VllmEngine
-from service.judge.readers import LabelReader
 from service.models.resolve import resolve
-from service.questions import Predicate
-from service.worker.loop import STALLED_STATUS
-from tests.support.fleet import Api, Program
-from tests.support.live import wait_for
-from tests.support.redis_server import RedisServer
 from tests.support.reference import rewardbench_pairs
-from tests.support.tiny import tiny_tokenizer
+from tests.support.vllm import SHAPE, VLLM_MARKS, VOCABULARY
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.timeout(1800),
-    # vLLM's imports warn of many things that are not ours.
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = VLLM_MARKS
 
 SMOLLM = "smollm2-135m-instruct"
 PAIRS = int(os.environ.get("JUDGE_TEST_PAIRS", "8"))
-# Compiled graphs take a minute at each start, and change nothing that is looked at here.
+# Compiling graphs takes a minute at each start and changes nothing that is tested here.
 EAGER = {"enforce_eager": True}
-START_SECONDS = 900.0
-VOCABULARY = 600
-SHAPE: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modest() -> Iterator[None]:
-    """A cache of 1 GiB; and threads left where the system puts them: bound ones wait for each other when it is busy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        yield
-
-
-@pytest.fixture(scope="module")
-def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with heads of 64: vLLM's kernels for CPUs know no smaller ones than 32."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = tiny_tokenizer(2048)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SHAPE)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +53,6 @@ def writer(vllm_model: Path) -> Iterator[VllmEngine]:
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def torch_engine(vllm_model: Path) -> TorchEngine:
-    """The torch engine with the same."""
-    return TorchEngine.load(vllm_model, dtype="float32", max_tokens=255)
-
-
 def items(count: int, longest: int = 255) -> list[ScoreItem]:
     """Prompts of different lengths up to the longest, with one to three labels."""
     lengths = [1 + (longest - 1) * number // max(1, count - 1) for number in range(count)]
@@ -119,7 +63,7 @@ def items(count: int, longest: int = 255) -> list[ScoreItem]:
 
 
 def test_labels_have_the_torch_engines_probabilities(engine: VllmEngine, torch_engine: TorchEngine) -> None:
-    """In fp32 to 1e-3, the longest prompt included; the likeliest token is the same."""
+    """In fp32 to 1e-3, including the longest prompt; the most likely token is the same."""
     work = items(17)
 
     ours, theirs = engine.run(work), torch_engine.run(work)
@@ -130,14 +74,14 @@ def test_labels_have_the_torch_engines_probabilities(engine: VllmEngine, torch_e
 
 
 def answered(answers: list[LabelLogprobs | ItemFailure]) -> list[LabelLogprobs]:
-    """All of them, none a failure."""
-    found = [answer for answer in answers if isinstance(answer, LabelLogprobs)]
-    assert len(found) == len(answers)
-    return found
+    """The answers, none of which may be a failure."""
+    logprobs = [answer for answer in answers if isinstance(answer, LabelLogprobs)]
+    assert len(logprobs) == len(answers)
+    return logprobs
 
 
-def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
-    """And the answer says so; the numbers stay."""
+def test_a_cached_prefix_is_not_computed_again(engine: VllmEngine) -> None:
+    """The answer says so, and its numbers stay."""
     item = ScoreItem([3, 1, *range(200, 450)], (5, 6))
 
     first, second = answered(engine.run([item]) + engine.run([item]))
@@ -145,14 +89,14 @@ def test_what_was_read_before_is_not_read_again(engine: VllmEngine) -> None:
     assert (first.cached_tokens, second.cached_tokens) == (0, 128)
     assert second.logprobs == pytest.approx(first.logprobs, abs=1e-4)
 
-    engine.forget()
+    engine.reset_prefix_cache()
     (third,) = answered(engine.run([item]))
     assert third.cached_tokens == 0
 
 
 @pytest.mark.parametrize("ids", [[], [1] * 256, [VOCABULARY], [-1]])
 def test_items_outside_the_contract_are_refused(engine: VllmEngine, ids: list[int]) -> None:
-    """Before vLLM sees them: empty, longer than the limit, no token of the vocabulary."""
+    """Empty, longer than the limit, outside the vocabulary: before vLLM sees them."""
     with pytest.raises(ValueError, match=r"reads 1 to|vocabulary"):
         engine.run([ScoreItem(ids, (5,))])
 
@@ -170,19 +114,32 @@ def test_an_item_past_its_deadline_fails_alone(engine: VllmEngine) -> None:
     assert len(answered(engine.run(work))) == 3
 
 
+@pytest.mark.parametrize("count", [10, 128, 255])
+def test_many_labels_have_the_torch_engines_probabilities(
+    engine: VllmEngine, torch_engine: TorchEngine, count: int
+) -> None:
+    """A scale of ten and a choice of 255, which is more ids than vLLM takes with one request."""
+    item = ScoreItem(list(range(200, 250)), tuple(range(599, 599 - count, -1)))
+
+    (ours,), (theirs,) = answered(engine.run([item])), torch_engine.run([item])
+
+    assert ours.argmax_id == theirs.argmax_id
+    assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-3)
+
+
 def test_a_text_is_stopped_at_its_deadline(writer: VllmEngine) -> None:
-    """vLLM gives up the request, and the next call does not wait for it."""
+    """vLLM aborts the request, so that the next batch does not wait for it."""
     item = GenerateItem([1, 2, 3], 250, (), temperature=1.0)
     writer.set_deadlines([time.monotonic() + 0.05])
 
     (late,) = writer.run([item])
 
     assert isinstance(late, ItemFailure)
-    assert writer._llm.get_num_unfinished_requests() == 0
+    assert writer.unfinished() == 0
 
 
 def test_a_seed_decides_the_text(writer: VllmEngine) -> None:
-    """The same seed writes the same, another one something else."""
+    """The same seed generates the same text, another one another."""
     texts = writer.run([GenerateItem([1, 2, 3], 20, (), temperature=1.0, seed=seed) for seed in (1, 1, 2**62)])
 
     assert texts[0] == texts[1]
@@ -200,7 +157,7 @@ def test_greedy_texts_are_the_torch_engines(writer: VllmEngine, vllm_model: Path
 
 
 def test_an_engine_does_its_own_task_alone(engine: VllmEngine, writer: VllmEngine) -> None:
-    """An item of another one is refused."""
+    """An item of another task is refused."""
     with pytest.raises(ValueError, match="answers ScoreItem only"):
         engine.run([GenerateItem([1, 2], 3, ())])
     with pytest.raises(ValueError, match="answers GenerateItem only"):
@@ -231,7 +188,7 @@ def test_a_reward_models_logit_is_raw(tmp_path: Path) -> None:
 
 
 def test_an_adapter_changes_the_numbers_as_merged_weights_do(vllm_model: Path, tmp_path: Path) -> None:
-    """A LoRA by vLLM, against the torch engine on the same weights added up."""
+    """vLLM with a LoRA against the torch engine on merged weights."""
     merged = write_adapter(vllm_model, tmp_path / "adapter", tmp_path / "merged")
     work = items(3)
 
@@ -248,7 +205,7 @@ def test_an_adapter_changes_the_numbers_as_merged_weights_do(vllm_model: Path, t
 
 
 def write_adapter(base: Path, adapter: Path, merged: Path) -> Path:
-    """A random adapter of rank 4 as PEFT writes it, and the model with it added to its weights."""
+    """Write a random adapter of rank 4 as PEFT does, and the model with it merged into its weights."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(1)
     tensors = {}
@@ -277,7 +234,7 @@ def write_adapter(base: Path, adapter: Path, merged: Path) -> Path:
     ],
 )
 def test_a_start_that_must_fail_says_why(vllm_model: Path, more: dict[str, Any], message: str) -> None:
-    """Before any process is started."""
+    """No process is started."""
     options = VllmOptions(**{"task": "labels", "max_tokens": 255, **more})
 
     with pytest.raises(VllmStartError, match=message):
@@ -303,120 +260,3 @@ def test_a_real_model_judges_alike_on_both_engines(dtype: str, tmp_path: Path) -
     agreement = compare(own, other)
 
     assert agreement.holds(dtype), agreement
-
-
-class Stack:
-    """An API process and vLLM workers with the random model over one Redis; all are killed in the end."""
-
-    def __init__(self, folder: Path, model: Path, redis: RedisServer) -> None:
-        self._folder = folder
-        self._redis = redis
-        self._flags = ["--engine", "vllm", "--model", str(model), "--dtype", "float32", "--queue-url", redis.url]
-        self.workers: list[Program] = []
-        api_flags = [*self._flags, "--cache-entries", "0", "--request-timeout", "900"]
-        self.api = Api(api_flags, folder / "api.log", free_port())
-
-    def worker(self, *flags: str) -> Program:
-        """Start one, and wait until it takes jobs."""
-        limits = ["--lease-seconds", "2", "--batch-tokens", "2000"]
-        args = ["--vllm-args", '{"enforce_eager": true, "max_num_batched_tokens": 512}', *limits, *flags]
-        log = self._folder / f"worker{len(self.workers)}.log"
-        worker = Program(["service.worker", *self._flags, *args], log)
-        self.workers.append(worker)
-        wait_for(lambda: not worker.alive or "working" in worker.output, START_SECONDS)
-        assert worker.alive, worker.output
-        return worker
-
-    def end(self) -> None:
-        """Kill what still runs."""
-        for program in [self.api, *self.workers]:
-            program.kill()
-
-    def answered_tokens(self) -> int:
-        """Tokens of all jobs answered so far."""
-        with self._redis.client() as client:
-            return sum(int(client.get(key)) for key in client.scan_iter("judge:*:done"))
-
-    def batch(self, count: int) -> dict[str, Any]:
-        """A batch request of so many long items, all different."""
-        filler = "the quick brown fox jumps over the lazy dog " * 20
-        items = [{"prompt": f"{number} {filler}", "response": f"{number}"} for number in range(count)]
-        answer = httpx.post(f"{self.api.url}/score/batch", json={"items": items}, timeout=900)
-        result: dict[str, Any] = answer.raise_for_status().json()
-        return result
-
-
-@pytest.fixture
-def stack(vllm_model: Path, redis_server: RedisServer, tmp_path: Path) -> Iterator[Stack]:
-    """With no worker yet."""
-    stack = Stack(tmp_path, vllm_model, redis_server)
-    try:
-        wait_for(lambda: stack.api.status("/health") == 200, 120)
-        yield stack
-    finally:
-        stack.end()
-
-
-def test_the_whole_service_judges_with_vllm(stack: Stack, vllm_model: Path, torch_engine: TorchEngine) -> None:
-    """API, Redis, worker: the torch engine's numbers come back, and a SIGTERM ends all of it in good order."""
-    worker = stack.worker()
-    answer = httpx.post(f"{stack.api.url}/score", json={"prompt": "2+2?", "response": "4"}, timeout=60).json()
-    (prompt,) = judge_prompts(vllm_model, [("2+2?", "4")])
-    info = httpx.get(f"{stack.api.url}/v1/models").json()["data"][0]
-    core = core_of(worker)
-    worker.terminate()
-
-    assert info["engine"] == "vllm"
-    (own,) = torch_engine.run([prompt])
-    expected = LabelReader().judgement(Predicate.of(["Yes"], ["No"]), prompt, [own]).log_odds
-    assert answer["log_odds"] == pytest.approx(expected, abs=1e-3)
-    assert worker.wait(60) == 0
-    assert wait_for(lambda: gone(core), 20)
-
-
-def core_of(worker: Program) -> psutil.Process:
-    """vLLM's own process, a child of the worker."""
-    children = psutil.Process(worker.process.pid).children(recursive=True)
-    (core,) = [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
-    return core
-
-
-@contextmanager
-def asked_for(count: int, stack: Stack) -> Iterator[Future[dict[str, Any]]]:
-    """The answer to come of a batch, of which some items are answered already."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(stack.batch, count)
-        wait_for(lambda: stack.answered_tokens() > 0 or future.done(), 120)
-        assert not future.done()
-        yield future
-
-
-def gone(process: psutil.Process) -> bool:
-    """Ended, if perhaps not yet reaped."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
-def test_a_killed_worker_loses_nothing(stack: Stack) -> None:
-    """kill -9 in mid-batch: another worker answers the rest, and vLLM's own processes do not outlive theirs."""
-    first = stack.worker()
-    core = core_of(first)
-    with asked_for(300, stack) as answer:
-        first.kill()
-        stack.worker()
-        results = answer.result(900)["results"]
-
-    assert [result["index"] for result in results if "result" in result] == list(range(300))
-    assert gone(core)
-
-
-def test_a_worker_whose_vllm_dies_ends(stack: Stack) -> None:
-    """kill -9 of vLLM's process in mid-batch: the worker ends with the status of a stall, and answers no failures."""
-    first = stack.worker()
-    with asked_for(300, stack) as answer:
-        core_of(first).kill()
-        status = first.wait(60)
-        stack.worker()
-        results = answer.result(900)["results"]
-
-    assert status == STALLED_STATUS
-    assert [result["index"] for result in results if "result" in result] == list(range(300))

@@ -1,16 +1,16 @@
-"""What the vLLM engine is started with, and starts that must fail; vLLM itself is not needed here."""
+"""What vLLM is started with, adapters, and a lost engine; vLLM itself is not needed here."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,14 +20,12 @@ from service.engine.remote_core import EngineLostError, RemoteCore
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError, engine_arguments
 from service.loading.engines import find_model
 from service.models.manifest import ModelError
-from service.process.orphans import OrphanGuard
 from service.queue.contract import Job
 from service.queue.memory import MemoryQueue
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
 from service.worker.scheduler import Scheduler
-from tests.support.live import wait_for
 
 
 def options(**more: Any) -> VllmOptions:
@@ -126,67 +124,22 @@ def test_arguments_come_as_json() -> None:
     assert Settings(vllm_args='{"enforce_eager": true}').vllm_args == {"enforce_eager": True}
 
 
-GUARDING = """
-import subprocess, sys, time
-from service.process.orphans import OrphanGuard
-guard = OrphanGuard()
-child = subprocess.Popen(["/bin/sh", "-c", "sleep 600 & echo $$ $!; wait"], stdout=subprocess.PIPE, text=True)
-print(child.stdout.readline(), flush=True)
-time.sleep(600)
-"""
-
-
-def test_orphans_are_ended_with_their_parent() -> None:
-    """kill -9 of a process with a guard: its children and theirs are gone, too."""
-    parent = subprocess.Popen([sys.executable, "-c", GUARDING], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-
-    assert len(pids) == 2
-    assert wait_for(lambda: not any(map(alive, pids)), 20)
-
-
-def test_a_guard_ends_what_was_started_after_it() -> None:
-    """And nothing else; dismissed, nothing at all."""
-    before = subprocess.Popen(["/bin/sleep", "60"])
-    guard = OrphanGuard()
-    after = subprocess.Popen(["/bin/sleep", "60"])
-    guard.kill_all()
-    dismissed = OrphanGuard()
-    spared = subprocess.Popen(["/bin/sleep", "60"])
-    dismissed.dismiss()
-    statuses = [after.wait(20), spared.poll(), before.poll()]
-    for process in (before, spared):
-        process.kill()
-        process.wait()
-
-    assert statuses == [-signal.SIGKILL, None, None]
-
-
-def alive(pid: int) -> bool:
-    """Whether a process still runs (a zombie does not)."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
+@dataclass(frozen=True, kw_only=True)
 class LostEngine(FakeEngine):
-    """An engine whose processes die while it is asked, and that notes the deadlines it is told."""
+    """An engine whose processes die during its first batch. It records the deadlines that it is given."""
+
+    deadlines: list[list[float]] = field(default_factory=list)
 
     def check(self) -> None:
-        """They live until they are asked."""
+        """They live until then."""
 
     def set_deadlines(self, deadlines: Sequence[float]) -> None:
-        """Kept for the test."""
-        told.append(list(deadlines))
+        """Recorded."""
+        self.deadlines.append(list(deadlines))
 
-    def _read(self, items: Sequence[AnyItem]) -> None:  # noqa: ARG002 the fake engine's signature
+    def run(self, items: Sequence[AnyItem]) -> NoReturn:  # noqa: ARG002 the contract's signature
+        """The processes die."""
         raise EngineLostError("gone")
-
-
-told: list[list[float]] = []
 
 
 async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
@@ -202,7 +155,7 @@ async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
         worker.run(threading.Event())
 
     assert isinstance(engine, RemoteCore)
-    assert told == [[1e12, 1e12]]
+    assert engine.deadlines == [[1e12, 1e12]]
     assert not any(future.done() and future.result().outcome for future in futures)
     queue.cancel([job.id for job in jobs])
 

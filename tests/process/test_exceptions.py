@@ -21,7 +21,7 @@ import trainer
 from client import Judge, JudgeAPIError, JudgeConnectionError, RateLimitError
 from client.errors import ErrorCode
 from client.schema import ScoreRequest
-from service.engine.upstream.openai_client import RefusalError
+from service.engine.upstream.errors import RefusalError
 from service.errors import ServiceError
 
 PACKAGES = (client, service, trainer)
@@ -36,7 +36,7 @@ ARGUMENTS = {
 WAYS = [lambda exc: pickle.loads(pickle.dumps(exc)), copy.copy, copy.deepcopy]
 
 LIMITED = RateLimitError("too fast", status=429, code="rate_limited", param="items", request_id="r", retry_after=2.5)
-REFUSED = RefusalError(ErrorCode.OVERLOADED, "busy", status=429, passing=True, retry_after=0.5, said="wait")
+REFUSED = RefusalError(ErrorCode.OVERLOADED, "busy", status=429, retriable=True, retry_after=0.5, said="wait")
 
 
 def own_exceptions() -> list[type[BaseException]]:

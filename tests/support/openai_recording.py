@@ -1,9 +1,9 @@
-"""A conversation of the upstream engine with a real server, beside the torch engine's numbers for the same prompts.
+"""Records the upstream engine's conversation with a real server, with the torch engine's numbers for the same prompts.
 
     python -m vllm.entrypoints.openai.api_server --model FOLDER --served-model-name NAME --dtype float32 --port 8009 …
     python -m tests.support.openai_recording http://127.0.0.1:8009/v1 FOLDER tests/data/openai_conversation.json
 
-Both ways of asking, and the chat API once more with one token listed, so that a label is missing.
+It covers both ways of asking, and the chat API once more with only one token listed, so that a label is missing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import httpx
 from client.schema import InlineTemplate, Labels
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.upstream.logprobs import owner
-from service.judge.judges import LabelReader
+from service.engine.upstream.logprobs import label_index
+from service.judge.readers import LabelReader
 from service.judge.templates import from_inline
-from service.loading.engines import Model
+from service.loading.model import Model
 from service.loading.upstream import find_upstream, load_upstream
 from service.prompts.builder import PromptBuilder
 from service.prompts.text_builder import Prompt, TextPrompts
@@ -51,7 +51,7 @@ WAYS: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass
 class Recorder:
-    """Passes requests on to a server, and keeps what was asked and answered."""
+    """Forwards requests to a server and keeps the exchanges."""
 
     base: str
     exchanges: list[dict[str, Any]]
@@ -66,7 +66,7 @@ class Recorder:
 
 
 def recorded(base: str, folder: Path) -> dict[str, Any]:
-    """The whole conversation: for each way its exchanges, with what was judged and the torch engine's numbers."""
+    """The exchanges by way of asking, each with the question and the torch engine's numbers."""
     torch_engine = TorchEngine.load(folder, dtype="float32", max_tokens=1000)
     return {way: _exchanges(base, folder, settings, torch_engine) for way, settings in WAYS.items()}
 
@@ -81,7 +81,7 @@ def _exchanges(base: str, folder: Path, more: dict[str, Any], torch_engine: Torc
         settings = Settings(engine="upstream", upstream_url=upstream.url, upstream_timeout=900, model=model, **more)
         found = find_upstream(settings)
         engine = load_upstream(settings, found)
-        del recorder.exchanges[:]  # the probe
+        recorder.exchanges.clear()  # the probe's
         for prompt in prompts_of(found):
             engine.run(LabelReader().items(prompt))
         engine.close()
@@ -93,7 +93,7 @@ def _exchanges(base: str, folder: Path, more: dict[str, Any], torch_engine: Torc
 
 
 def prompts_of(model: Model) -> list[Prompt]:
-    """The questions as this model's engine takes them: token ids, or text for a server that tokenizes."""
+    """The questions as prompts for this model: token ids, or text if the server tokenizes."""
     prompts = TextPrompts(1000) if model.tokenizer is None else PromptBuilder(model.tokenizer, 1000)
     asked = [(prompt, answer) for prompt, answers in QUESTIONS for answer in answers]
     return [prompts.build(from_inline(TEMPLATE), prompt, [answer], "error") for prompt, answer in asked]
@@ -102,7 +102,7 @@ def prompts_of(model: Model) -> list[Prompt]:
 def _torch_numbers(
     engine: TorchEngine, folder: Path, asked: Sequence[tuple[str, str]], *, spellings: bool
 ) -> list[dict[str, Any]]:
-    """The log-probability of Yes and of No by their text, in all their spellings or as they are alone; the argmax."""
+    """The most likely token, and the log-probabilities of Yes and No: exact, or of all spellings if `spellings`."""
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
@@ -112,7 +112,7 @@ def _torch_numbers(
     ids = [
         token
         for token, text in texts.items()
-        if (owner(text, ["Yes", "No"]) is not None if spellings else text in {"Yes", "No"})
+        if (label_index(text, ["Yes", "No"]) is not None if spellings else text in {"Yes", "No"})
     ]
     builder = PromptBuilder(AutoTokenizer.from_pretrained(folder), 1000)
     prompts = [builder.build(from_inline(TEMPLATE), prompt, [response], "error") for prompt, response in asked]
@@ -127,7 +127,7 @@ def _torch_numbers(
 
 
 def main() -> int:
-    """Write the conversation to a file, an exchange to a line."""
+    """Write the conversation to a file, one exchange per line."""
     base, folder, out = sys.argv[1:]
     ways = [
         f"{json.dumps(way)}: [\n" + ",\n".join(json.dumps(exchange) for exchange in exchanges) + "\n]"

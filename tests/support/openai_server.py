@@ -1,4 +1,4 @@
-"""A small real HTTP server with OpenAI's API on loopback, whose probabilities come from a rule that tests can check."""
+"""A small HTTP server with OpenAI's API on loopback, whose probabilities come from a rule that tests can check."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
 MODEL = "tiny"
-# vllm: exact ids where asked, `token_id:N`. sglang: text, ids unknown. llamacpp: lists with ids. strict: no extensions.
+# vllm: the ids asked for (at most 128), as `token_id:N`. sglang: text, no ids. llamacpp: lists with ids. strict:
+# refuses vLLM's extensions.
 Style = Literal["vllm", "sglang", "llamacpp", "strict"]
 
 Ids = Callable[[Sequence[int]], Sequence[float]]
-"""Log-probabilities over the vocabulary of the token that follows these ids."""
+"""From a prompt's ids to the log-probabilities of the next token, over the vocabulary."""
 Words = Callable[[str], Sequence[tuple[str, float]]]
-"""Tokens with their log-probabilities that may begin the reply to this message."""
+"""From a message to the first tokens that its reply may have, with their log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A request as it came in."""
+    """A request that the server received."""
 
     path: str
     headers: Mapping[str, str]
@@ -33,7 +34,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reply:
-    """What to answer; `after` seconds later."""
+    """What to send, `after` seconds later."""
 
     status: int = 200
     body: Any = None
@@ -46,10 +47,10 @@ Script = Reply | Callable[[Seen], Reply | None]
 
 @dataclass
 class Upstream:
-    """The server's rules, what it has seen, and what it answers before its rules do (None: as they say).
+    """The server: its rules, the requests it has seen, and replies that take precedence over the rules.
 
-    `scripts` are used up one for each question; `always` is asked each time. `name` gives a token's text, for the
-    styles that write text.
+    Each question uses up one of `scripts`; `always` is asked about every request. Both may return None, for the rules
+    to decide. `name` gives a token's text, for styles that send text.
     """
 
     ids: Ids | None = None
@@ -65,11 +66,11 @@ class Upstream:
 
     @property
     def asked(self) -> list[Seen]:
-        """The requests for probabilities."""
+        """The requests for log-probabilities or text, probes included."""
         return [seen for seen in self.seen if seen.body]
 
     def answer(self, seen: Seen) -> Reply:
-        """What this request gets."""
+        """The reply to this request."""
         self.seen.append(seen)
         for script in (self.scripts.popleft() if seen.body and self.scripts else None, self.always):
             reply = script(seen) if callable(script) else script
@@ -88,6 +89,8 @@ class Upstream:
         if seen.path == "/v1/completions" and self.ids is not None:
             if self.style == "strict" and "logprob_token_ids" in seen.body:
                 return error(400, "Unrecognized request argument supplied: logprob_token_ids")
+            if self.style == "vllm" and len(seen.body.get("logprob_token_ids", ())) > 128:
+                return error(400, "Requested logprob_token_ids of a length which is greater than max allowed: 128")
             return Reply(body=ids_answer(seen.body, self.ids(seen.body["prompt"]), self.style, self.name))
         if seen.path == "/v1/chat/completions" and self.words is not None:
             (message,) = seen.body["messages"]
@@ -101,7 +104,7 @@ def error(status: int, message: str = "no", headers: Mapping[str, str] | None = 
 
 
 def chat_answer(tokens: Sequence[tuple[str, float]], top: int = 20) -> dict[str, Any]:
-    """A chat answer whose first token is the likeliest of these."""
+    """A chat answer that sampled the most likely of these tokens."""
     best = sorted(tokens, key=lambda token: -token[1])
     entries = [{"token": text, "logprob": value, "bytes": list(text.encode())} for text, value in best]
     content = [{**entries[0], "top_logprobs": entries[:top]}]
@@ -122,14 +125,14 @@ def chat_answer(tokens: Sequence[tuple[str, float]], top: int = 20) -> dict[str,
 
 
 def columns_answer(chosen: tuple[str, float], top: Mapping[str, float]) -> dict[str, Any]:
-    """A completions answer in columns."""
+    """A completions answer."""
     logprobs = {"text_offset": [0], "tokens": [chosen[0]], "token_logprobs": [chosen[1]], "top_logprobs": [dict(top)]}
     choice = {"index": 0, "text": "x", "logprobs": logprobs, "finish_reason": "length", "stop_reason": None}
     return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": [choice], "usage": {}}
 
 
 def ids_answer(body: Mapping[str, Any], logprobs: Sequence[float], style: Style, name: Callable[[int], str]) -> Any:
-    """The completions answer of a server of this kind."""
+    """A completions answer in a server's style."""
     ranked = sorted(range(len(logprobs)), key=lambda token: -logprobs[token])
     best, top = ranked[0], ranked[: body["logprobs"]]
     if style == "llamacpp":
@@ -151,7 +154,7 @@ class _Server(ThreadingHTTPServer):
         self.upstream = upstream
 
     def handle_error(self, *_: object) -> None:
-        """Connections that callers gave up are no news."""
+        """Silent: tests close connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -159,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_POST(self) -> None:
-        """Read the request, ask the rules, answer."""
+        """Pass the request to the rules, and send their reply."""
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else {}
         reply = self.server.upstream.answer(Seen(self.path, dict(self.headers.items()), body))
@@ -175,14 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Silent."""
 
 
 @contextmanager
 def openai_server(
     *, ids: Ids | None = None, words: Words | None = None, style: Style = "vllm", name: Callable[[int], str] = str
 ) -> Iterator[Upstream]:
-    """Serve by these rules until the end of the block."""
+    """Serve by these rules."""
     upstream = Upstream(ids, words, style, name)
     with _Server(upstream) as server:
         upstream.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -1,4 +1,4 @@
-"""A service of its own thread that scores a response by the number that it is, and says over which connection."""
+"""A stand-in for the service that returns a response's own number as its log-odds, and records the connections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Tests need no log."""
+        """Silent."""
 
 
 def _score(asked: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _score(asked: Any) -> dict[str, Any]:
 
 
 class ScoringServer(ThreadingHTTPServer):
-    """`connections` holds the caller's port of each request, `heads` its headers."""
+    """`connections` holds each request's client port, `heads` its headers."""
 
     daemon_threads = True
     disable_nagle_algorithm = True
@@ -51,7 +51,7 @@ class ScoringServer(ThreadingHTTPServer):
 
 @contextmanager
 def scoring_server() -> Iterator[ScoringServer]:
-    """The server while the context lasts."""
+    """Run the server."""
     with ScoringServer() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()

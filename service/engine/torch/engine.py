@@ -28,7 +28,7 @@ from service.engine.contract import (
     Task,
     TokenItem,
     check_ids,
-    items_of,
+    check_kind,
 )
 from service.engine.torch import ladder
 from service.engine.torch.cpu import kernel
@@ -95,10 +95,10 @@ class TorchEngine:
         if self._executor is None:
             raise RuntimeError("the engine is closed")
         if self.info.task == "classify":
-            texts = items_of(ClassifyItem, items)
+            texts = check_kind(ClassifyItem, items)
             self._check(texts)
             return self._executor.run([self._unpadded(text) for text in texts], _classified, self._threads)
-        prompts = items_of(ScoreItem, items)
+        prompts = check_kind(ScoreItem, items)
         self._check(prompts)
         for prompt in prompts:
             if not prompt.label_ids:

@@ -28,8 +28,8 @@ from service.engine.contract import (
     Generated,
     GenerateItem,
     check_ids,
-    digest_of,
-    items_of,
+    check_kind,
+    short_digest,
 )
 from service.engine.torch import ladder
 from service.engine.torch.engine import reference_of
@@ -84,7 +84,7 @@ class TorchGenerator:
         self._alone = not fits or not types <= LAYER_TYPES or any(DynamicCache(config=model.config).is_linear)
         self._try()
         rung = "generate-single" if self._alone else "generate"
-        code = digest_of(rung, torch.__version__, hardware_of(model.device), f"{torch.get_num_threads()} threads")
+        code = short_digest(rung, torch.__version__, hardware_of(model.device), f"{torch.get_num_threads()} threads")
         # A text alone has the same rounding each time; in a batch of another shape it has another.
         executor = Executor(rung, code, stable=None if self._alone else False)
         self.info = EngineInfo(
@@ -105,7 +105,7 @@ class TorchGenerator:
 
     def run(self, items: Sequence[AnyItem]) -> list[Generated]:
         """One text for each item, in order. Raises ValueError as `Engine` says."""
-        prompts = items_of(GenerateItem, items)
+        prompts = check_kind(GenerateItem, items)
         for prompt in prompts:
             check_ids(prompt.token_ids, self.info.max_tokens - prompt.max_new_tokens, self._vocabulary)
         if self._model is None:

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.engine.contract import ClassifyItem, Executor, digest_of
+from service.engine.contract import ClassifyItem, Executor, short_digest
 from service.engine.torch.child import ChildError, in_child
 from service.engine.torch.executors import TorchExecutor
 from service.engine.torch.families import UnsupportedModelError
@@ -156,7 +156,7 @@ def tried(rung: Rung, executor: TorchExecutor, reference: Reference, threads: in
     # The child's library is gone with the child: this process loads it now, not with the first request.
     if rung.isolated and stable and _digest(outputs_of(executor, reference.prompts, threads)) != bits:
         raise CheckError("gives other bits than it gave in a child process")
-    return Executor(rung.name, digest_of(rung.name, executor.code, torch.__version__, hardware, bits.hex()), stable)
+    return Executor(rung.name, short_digest(rung.name, executor.code, torch.__version__, hardware, bits.hex()), stable)
 
 
 @torch.inference_mode()

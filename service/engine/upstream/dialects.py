@@ -1,59 +1,72 @@
-"""The two ways in which the upstream engine asks: what a request's body holds, and where its answer has the labels."""
+"""The two ways in which the upstream engine asks: request bodies, and where an answer has the labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from client.errors import ErrorCode
-from service.engine.contract import Generated, GeneratedText, GenerateItem, ScoreItem, TextGenerateItem, TextScoreItem
-from service.engine.upstream.logprobs import Answer, by_id, by_text, by_word, owner
-from service.engine.upstream.openai_client import RefusalError, UpstreamError
+from service.engine.contract import (
+    Generated,
+    GeneratedText,
+    GenerateItem,
+    ScoreItem,
+    TextGenerateItem,
+    TextScoreItem,
+    split_labels,
+)
+from service.engine.upstream.errors import RefusalError, UpstreamError
+from service.engine.upstream.logprobs import TopLogprobs, by_id, by_text, by_word, label_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Score = TypeVar("Score", bound=ScoreItem | TextScoreItem)
-Generate = TypeVar("Generate", bound=GenerateItem | TextGenerateItem)
+ScoreT = TypeVar("ScoreT", bound=ScoreItem | TextScoreItem)
+GenerateT = TypeVar("GenerateT", bound=GenerateItem | TextGenerateItem)
 
+# vLLM refuses longer lists of `logprob_token_ids`.
+_MOST_LABEL_IDS: Final = 128
+# OpenAI's API refuses more stop strings.
 _MOST_STOPS: Final = 4
-# Seeds below are taken everywhere.
+# Some servers take seeds of 31 bits only.
 _SEEDS: Final = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is asked in every request. `model` is the server's name for it, `top` how many of the likeliest tokens are
-    asked for, `extra` more fields of the request's body."""
+class RequestOptions:
+    """The same for every request: the server's name of the model, how many of the most likely tokens to ask for, and
+    extra fields of the body."""
 
     model: str
-    top: int = 20
+    top_logprobs: int = 20
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Dialect(Protocol[Score, Generate]):
-    """A way of asking, and the kinds of items that are asked for in it."""
+class Dialect(Protocol[ScoreT, GenerateT]):
+    """A way of asking, and the kinds of items it can ask for."""
 
     path: str
-    score_kind: type[Score]
-    generate_kind: type[Generate]
+    score_kind: type[ScoreT]
+    generate_kind: type[GenerateT]
 
-    def body(self, item: Score) -> dict[str, Any]:
-        """The request's body."""
+    def parts(self, item: ScoreT) -> Sequence[ScoreT]:
+        """The item, or several that share its labels out if one request cannot ask for all of them."""
 
-    def find(self, answer: Answer, item: Score) -> tuple[list[float | None], int]:
-        """The labels' log-probabilities, None for one that was not returned, and the likeliest token: see
-        LabelLogprobs."""
+    def score_body(self, item: ScoreT) -> dict[str, Any]:
+        """The body of a request for labels."""
 
-    def text_body(self, item: Generate) -> dict[str, Any]:
-        """The request's body for a text."""
+    def label_logprobs(self, answer: TopLogprobs, item: ScoreT) -> tuple[list[float | None], int]:
+        """The labels' log-probabilities, None for a label that was not returned; and `LabelLogprobs.argmax_id`."""
+
+    def generate_body(self, item: GenerateT) -> dict[str, Any]:
+        """The body of a request for generated text."""
 
     def generated(self, reply: GeneratedText) -> Generated | GeneratedText:
-        """The reply in the form in which it was asked for."""
+        """The reply as the item's answer."""
 
     def adapt(self, refusal: RefusalError) -> bool:
-        """Leave away, or say otherwise, what this server does not take; False where there is nothing left to try."""
+        """Change what is sent so that a server which refused it may accept it. False if there is nothing to change."""
 
 
 class Completions:
@@ -63,142 +76,150 @@ class Completions:
     score_kind = ScoreItem
     generate_kind = GenerateItem
 
-    def __init__(self, question: Question, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._question = question
+    def __init__(self, options: RequestOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._options = options
         self._tokenizer = tokenizer
         self._extended = True
 
-    def body(self, item: ScoreItem) -> dict[str, Any]:
-        """Temperature 0, so that the chosen token is the likeliest one, which is not listed otherwise."""
+    def parts(self, item: ScoreItem) -> Sequence[ScoreItem]:
+        """See Dialect."""
+        return split_labels(item, _MOST_LABEL_IDS) if self._extended else [item]
+
+    def score_body(self, item: ScoreItem) -> dict[str, Any]:
+        """At temperature 0, so that the sampled token is the most likely one: vLLM lists no other beside the labels."""
         extensions: dict[str, Any] = {
             "logprob_token_ids": list(item.label_ids),
             "return_tokens_as_token_ids": True,
-            # Some models' own settings have one, and it would move the choice.
+            # A model's own generation settings may contain one, which would change the sampled token.
             "repetition_penalty": 1.0,
         }
         return {
-            "model": self._question.model,
+            "model": self._options.model,
             "prompt": list(item.token_ids),
             "max_tokens": 1,
             "temperature": 0,
-            "logprobs": self._question.top,
+            "logprobs": self._options.top_logprobs,
             **(extensions if self._extended else {}),
-            **self._question.extra,
+            **self._options.extra,
         }
 
-    def find(self, answer: Answer, item: ScoreItem) -> tuple[list[float | None], int]:
-        """By id; by text from a server that names tokens by their text."""
-        likeliest = answer.likeliest
-        if likeliest.id is not None:
-            return by_id(answer.tokens, item.label_ids), likeliest.id
+    def label_logprobs(self, answer: TopLogprobs, item: ScoreItem) -> tuple[list[float | None], int]:
+        """By id, or by text if the server names tokens by text."""
+        argmax = answer.argmax
+        if argmax.id is not None:
+            return by_id(answer.tokens, item.label_ids), argmax.id
         labels = [self._text(label) for label in item.label_ids]
-        # Of a token that is no label the id is not known: any that no label has says the same.
+        # The id of a token that is no label is not known: any id that is no label's will do.
         other = next(token for token in range(len(labels) + 1) if token not in item.label_ids)
-        argmax = dict(zip(labels, item.label_ids, strict=True)).get(likeliest.text, other)
-        return by_text(answer.tokens, labels), argmax
+        argmax_id = dict(zip(labels, item.label_ids, strict=True)).get(argmax.text, other)
+        return by_text(answer.tokens, labels), argmax_id
 
-    def text_body(self, item: GenerateItem) -> dict[str, Any]:
-        """With the item's own stops, where the server takes ids of them, beside those that it knows."""
-        # As in `body`: a server may take what it is not told from the model's own settings.
+    def generate_body(self, item: GenerateItem) -> dict[str, Any]:
+        """The item's stop ids go beside the server's own, as ids if the server takes them."""
+        # As in `score_body`: what is left out, a server may take from the model's own generation settings.
         extensions: dict[str, Any] = {
             "stop_token_ids": list(item.stop_ids),
             "repetition_penalty": 1.0,
             "top_k": -1,
         }
         return {
-            "model": self._question.model,
+            "model": self._options.model,
             "prompt": list(item.token_ids),
             "max_tokens": item.max_new_tokens,
-            **_sampling(item),
-            **(extensions if self._extended else self._stops(item)),
-            **self._question.extra,
+            **_sampling_fields(item),
+            **(extensions if self._extended else self._stop_strings(item)),
+            **self._options.extra,
         }
 
-    def _stops(self, item: GenerateItem) -> dict[str, Any]:
-        """For a server that takes stops as texts alone, of which the API allows four."""
+    def _stop_strings(self, item: GenerateItem) -> dict[str, Any]:
         texts = [token for stop in item.stop_ids if (token := self._tokenizer.backend_tokenizer.id_to_token(stop))]
         return {"stop": texts[:_MOST_STOPS]} if texts else {}
 
     def generated(self, reply: GeneratedText) -> Generated:
-        """In the tokens that the tokenizer gives the text; the model may have written it in others."""
+        """Tokenized here; the model may have generated the same text as other tokens."""
         ids = self._tokenizer.backend_tokenizer.encode(reply.text, add_special_tokens=False).ids
         return Generated(tuple(ids), reply.ended, reply.cached_tokens)
 
-    def adapt(self, refusal: RefusalError) -> bool:  # noqa: ARG002 whatever a strict server says, these come first
-        """Without the extensions."""
+    def adapt(self, refusal: RefusalError) -> bool:  # noqa: ARG002 strict servers word this differently
+        """Drop vLLM's extensions."""
         extended, self._extended = self._extended, False
         return extended
 
     def _text(self, label: int) -> str:
-        """The text that names this token alone. Raises UpstreamError where another token has the same text."""
+        """The text of this token. Raises UpstreamError if another token has the same text."""
         backend = self._tokenizer.backend_tokenizer
         piece = backend.id_to_token(label) or ""
+        # SentencePiece has pieces with and without a leading space (U+2581) that decode to the same text when alone.
         twin = backend.token_to_id(piece.removeprefix("\u2581") if piece.startswith("\u2581") else f"\u2581{piece}")
         text = str(backend.decode([label], skip_special_tokens=False))
         if twin is not None and str(backend.decode([twin], skip_special_tokens=False)) == text:
             raise UpstreamError(
                 ErrorCode.INFERENCE_FAILED,
-                "the upstream server names tokens by text, and a label's text is that of two tokens of this model: "
+                "the upstream server names tokens by text, and two tokens of this model share a label's text: "
                 "use --upstream-api chat",
             )
         return text
 
 
 class Chat:
-    """Text over `/chat/completions`, each prompt as the content of one message."""
+    """Text over `/chat/completions`: each prompt is the content of one user message."""
 
     path = "/chat/completions"
     score_kind = TextScoreItem
     generate_kind = TextGenerateItem
 
-    def __init__(self, question: Question) -> None:
-        self._question = question
-        self._limit = "max_tokens"
+    def __init__(self, options: RequestOptions) -> None:
+        self._options = options
+        self._limit_field = "max_tokens"
 
-    def body(self, item: TextScoreItem) -> dict[str, Any]:
-        """Temperature and top_p 1: servers that apply them to what they report then report the model's own."""
+    def parts(self, item: TextScoreItem) -> Sequence[TextScoreItem]:
+        """See Dialect: the API returns the most likely tokens, whatever the labels."""
+        return [item]
+
+    def score_body(self, item: TextScoreItem) -> dict[str, Any]:
+        """With temperature and top_p 1, because some servers apply them to the log-probabilities that they report."""
         return {
-            "model": self._question.model,
+            "model": self._options.model,
             "messages": [{"role": "user", "content": item.text}],
-            self._limit: 1,
+            self._limit_field: 1,
             "temperature": 1,
             "top_p": 1,
             "logprobs": True,
-            "top_logprobs": self._question.top,
-            **self._question.extra,
+            "top_logprobs": self._options.top_logprobs,
+            **self._options.extra,
         }
 
-    def find(self, answer: Answer, item: TextScoreItem) -> tuple[list[float | None], int]:
+    def label_logprobs(self, answer: TopLogprobs, item: TextScoreItem) -> tuple[list[float | None], int]:
         """By word: see `by_word`."""
-        likeliest = owner(answer.likeliest.text, item.labels)
-        return by_word(answer.tokens, item.labels), len(item.labels) if likeliest is None else likeliest
+        index = label_index(answer.argmax.text, item.labels)
+        return by_word(answer.tokens, item.labels), len(item.labels) if index is None else index
 
-    def text_body(self, item: TextGenerateItem) -> dict[str, Any]:
-        """The server ends the reply itself.
+    def generate_body(self, item: TextGenerateItem) -> dict[str, Any]:
+        """Only fields of OpenAI's API, since strict servers refuse others.
 
-        What its model's own settings say of sampling, such as a repetition penalty, holds unless the question's `extra`
-        says otherwise: strict servers refuse fields that they do not know.
+        The model's own generation settings, such as a repetition penalty, therefore apply unless `extra` overrides
+        them.
         """
         return {
-            "model": self._question.model,
+            "model": self._options.model,
             "messages": [{"role": "user", "content": item.text}],
-            self._limit: item.max_new_tokens,
-            **_sampling(item),
-            **self._question.extra,
+            self._limit_field: item.max_new_tokens,
+            **_sampling_fields(item),
+            **self._options.extra,
         }
 
     def generated(self, reply: GeneratedText) -> GeneratedText:
-        """As it is."""
+        """Unchanged."""
         return reply
 
     def adapt(self, refusal: RefusalError) -> bool:
-        """OpenAI's newer models want the limit under its newer name."""
-        if self._limit == "max_completion_tokens" or "max_completion_tokens" not in refusal.said:
+        """Use the limit's newer name, which OpenAI's newer models insist on."""
+        if self._limit_field == "max_completion_tokens" or "max_completion_tokens" not in refusal.said:
             return False
-        self._limit = "max_completion_tokens"
+        self._limit_field = "max_completion_tokens"
         return True
 
 
-def _sampling(item: GenerateItem | TextGenerateItem) -> dict[str, Any]:
+def _sampling_fields(item: GenerateItem | TextGenerateItem) -> dict[str, Any]:
     seed = {"seed": item.seed % _SEEDS} if item.temperature else {}
     return {"temperature": item.temperature, "top_p": 1, **seed}

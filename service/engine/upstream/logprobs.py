@@ -1,33 +1,33 @@
-"""What a server's answer says of the next token, and which of it is which label's.
+"""Parses a server's answer into the log-probabilities of tokens, and finds the labels among them.
 
-Three forms are read: the chat API's `content`, a list of tokens with their `top_logprobs` (llama.cpp gives ids with it,
-in both APIs); the completions API's columns, with text for tokens (SGLang); the same with `token_id:123` for tokens
-(vLLM with `return_tokens_as_token_ids`).
+Three forms are understood: the chat API's `content`, a list of tokens with their `top_logprobs` (from llama.cpp with
+ids, in both APIs); the completions API's columns, with tokens as text (SGLang); the same columns with tokens as
+`token_id:123` (vLLM with `return_tokens_as_token_ids`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from client.errors import ErrorCode
 from client.stats import logsumexp
-from service.engine.contract import GeneratedText, text_tokens
-from service.engine.upstream.openai_client import UpstreamError
+from service.engine.contract import GeneratedText, estimate_tokens
+from service.engine.upstream.errors import UpstreamError
 
-UNSEEN: Final = -9999.0
-"""The log-probability of a spelling that was not returned while another one of its label was: nothing. Servers
-themselves write so for zero."""
+ZERO_LOGPROB: Final = -9999.0
+"""Stands for probability 0: servers send it for that, and it is what a label's spelling gets that was not returned
+although another spelling was."""
 
 _TOKEN_ID: Final = "token_id:"
 
-# Digits of a token's id.
+# Longer numbers are no token ids.
 _ID_DIGITS: Final = 10
-# A little above 0: what rounding gives for certainty. Some servers write the lowest float for zero.
-_Logprob = Annotated[float, Field(allow_inf_nan=False, le=1e-3), AfterValidator(lambda value: max(value, UNSEEN))]
+# Rounding may give a little more than 0 for certainty; some servers send the lowest float for probability 0.
+_Logprob = Annotated[float, Field(allow_inf_nan=False, le=1e-3), AfterValidator(lambda value: max(value, ZERO_LOGPROB))]
 
 
 class _Listed(BaseModel):
@@ -78,7 +78,7 @@ class _Body(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token that may come next. `id` is None where the server says its text only."""
+    """A token with its log-probability. `id` is None if the server names tokens by text only."""
 
     text: str
     logprob: float
@@ -86,61 +86,66 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The token that the server chose, and all that it returned, that one included, each once."""
+class TopLogprobs:
+    """What a server returned for the next token: the sampled token, and all the tokens it listed, that one included."""
 
-    chosen: Token
+    sampled: Token
     tokens: tuple[Token, ...]
     cached_tokens: int = 0
 
     @property
-    def likeliest(self) -> Token:
-        """The likeliest of them."""
+    def argmax(self) -> Token:
+        """The most likely one."""
         return max(self.tokens, key=lambda token: token.logprob)
 
     @property
     def collapsed(self) -> bool:
-        """Whether the likeliest tokens were left out: only the chosen one, and one that stands for nothing.
+        """Whether the list is missing: it holds only the sampled token and fillers of probability 0.
 
-        vLLM 0.32 does so in a step in which another caller's request has `logprob_token_ids` (its pull request 51789).
+        vLLM 0.32 does this in a step that also serves a request with `logprob_token_ids` (vLLM pull request 51789).
         """
-        return len(self.tokens) > 1 == sum(token.logprob > UNSEEN for token in self.tokens)
+        return len(self.tokens) > 1 == sum(token.logprob > ZERO_LOGPROB for token in self.tokens)
 
     @property
-    def least(self) -> float:
-        """The lowest log-probability among them but for those of nothing: what was not returned has no higher one."""
-        return min((token.logprob for token in self.tokens if token.logprob > UNSEEN), default=0.0)
+    def lowest(self) -> float:
+        """The lowest log-probability above zero's: an upper bound for tokens that were not returned."""
+        return min((token.logprob for token in self.tokens if token.logprob > ZERO_LOGPROB), default=0.0)
 
 
-def read(content: bytes) -> Answer:
-    """The answer in the body of a response. Raises UpstreamError for what is none, or says no probabilities."""
-    body = _body(content)
+def merge_answers(answers: Sequence[TopLogprobs]) -> TopLogprobs:
+    """Answers about one prompt as one, with the first one's sampled token and cached tokens."""
+    return replace(answers[0], tokens=tuple(token for answer in answers for token in answer.tokens))
+
+
+def parse_logprobs(content: bytes) -> TopLogprobs:
+    """The log-probabilities in a response body. Raises UpstreamError if there are none."""
+    body = _parse_body(content)
     logprobs = body.choices[0].logprobs
     if logprobs is None:
         raise _unreadable("holds no logprobs: it, or this model of it, does not give them")
-    chosen, listed = _of_content(logprobs) if isinstance(logprobs, _Content) else _of_columns(logprobs)
-    if not any(_same(chosen, token) for token in listed):
-        listed = [chosen, *listed]
-    return Answer(chosen, tuple(listed), _cached(body))
+    sampled, listed = _from_content(logprobs) if isinstance(logprobs, _Content) else _from_columns(logprobs)
+    if not any(_is_same(sampled, token) for token in listed):
+        listed = [sampled, *listed]
+    return TopLogprobs(sampled, tuple(listed), _cached_tokens(body))
 
 
-def read_text(content: bytes) -> GeneratedText:
-    """The text in the body of a response; its tokens as the server counts them, else estimated.
+def parse_text(content: bytes) -> GeneratedText:
+    """The generated text in a response body. Its length is the server's count, or estimated if that is implausible.
 
-    Raises UpstreamError for what is none, or was not finished otherwise.
+    Raises UpstreamError if there is no text, or if it ended neither by itself nor at the limit.
     """
-    body = _body(content)
+    body = _parse_body(content)
     choice = body.choices[0]
     text = choice.message.content if choice.message else choice.text
     if text is None or choice.finish_reason not in {"stop", "length"}:
         raise _unreadable("holds no text that was written to its end or to the limit")
-    told = body.usage.completion_tokens if body.usage else None
-    # No text has more tokens than bytes: what else a server counts is a mistake.
-    new_tokens = told if told is not None and 0 <= told <= len(text.encode()) + 1 else text_tokens(text)
-    return GeneratedText(text, choice.finish_reason == "stop", new_tokens, _cached(body))
+    count = body.usage.completion_tokens if body.usage else None
+    # A token has at least one byte, but for the one that ends the text.
+    new_tokens = count if count is not None and 0 <= count <= len(text.encode()) + 1 else estimate_tokens(text)
+    return GeneratedText(text, choice.finish_reason == "stop", new_tokens, _cached_tokens(body))
 
 
-def _body(content: bytes) -> _Body:
+def _parse_body(content: bytes) -> _Body:
     try:
         body = _Body.model_validate_json(content)
     except ValidationError as exc:
@@ -154,14 +159,15 @@ def _body(content: bytes) -> _Body:
     return body
 
 
-def _cached(body: _Body) -> int:
+def _cached_tokens(body: _Body) -> int:
     details = body.usage and body.usage.prompt_tokens_details
     return max(0, (details.cached_tokens if details else None) or 0)
 
 
-def _of_content(logprobs: _Content) -> tuple[Token, list[Token]]:
+def _from_content(logprobs: _Content) -> tuple[Token, list[Token]]:
     first = logprobs.content[0]
-    # A token that is listed twice is one; two tokens of one text (SentencePiece's with and without its space) are two.
+    # An entry may be repeated, but two tokens may also have the same text (SentencePiece's with and without a leading
+    # space): without ids, only entries that agree in everything are taken to be the same token.
     distinct = {
         (entry.token, tuple(entry.bytes or ()), entry.logprob) if entry.id is None else entry.id: entry
         for entry in first.top_logprobs
@@ -169,7 +175,7 @@ def _of_content(logprobs: _Content) -> tuple[Token, list[Token]]:
     return _token(first), [_token(entry) for entry in distinct.values()]
 
 
-def _of_columns(logprobs: _Columns) -> tuple[Token, list[Token]]:
+def _from_columns(logprobs: _Columns) -> tuple[Token, list[Token]]:
     logprob = logprobs.token_logprobs[0]
     if logprob is None:
         raise _unreadable("holds no probability of its first token")
@@ -183,11 +189,11 @@ def _token(entry: _Listed) -> Token:
 
 def _named(name: str, logprob: float) -> Token:
     digits = name.removeprefix(_TOKEN_ID)
-    known = digits != name and digits.isascii() and digits.isdecimal() and len(digits) <= _ID_DIGITS
-    return Token(name, logprob, int(digits) if known else None)
+    is_id = digits != name and digits.isascii() and digits.isdecimal() and len(digits) <= _ID_DIGITS
+    return Token(name, logprob, int(digits) if is_id else None)
 
 
-def _same(one: Token, other: Token) -> bool:
+def _is_same(one: Token, other: Token) -> bool:
     return one.text == other.text if one.id is None or other.id is None else one.id == other.id
 
 
@@ -196,45 +202,45 @@ def _unreadable(what: str) -> UpstreamError:
 
 
 def by_id(tokens: Iterable[Token], label_ids: Sequence[int]) -> list[float | None]:
-    """The log-probability of each id; None for what was not returned."""
-    found = {token.id: token.logprob for token in tokens}
-    return [found.get(label) for label in label_ids]
+    """The log-probability of each label id, None for one that was not returned."""
+    logprobs = {token.id: token.logprob for token in tokens}
+    return [logprobs.get(label) for label in label_ids]
 
 
 def by_text(tokens: Iterable[Token], labels: Sequence[str]) -> list[float | None]:
-    """The log-probability of each text, letter by letter; None for what was not returned."""
-    found = {token.text: token.logprob for token in tokens}
-    return [found.get(label) for label in labels]
+    """The log-probability of each label, None for one that was not returned. Texts must be equal."""
+    logprobs = {token.text: token.logprob for token in tokens}
+    return [logprobs.get(label) for label in labels]
 
 
 def word_of(text: str) -> str:
-    """The word of a token or a label: some servers write the space before a word as their tokenizer does."""
+    """The text without surrounding white space, which some servers write in their tokenizer's alphabet."""
     return text.removeprefix("\u2581").removeprefix("\u0120").strip()
 
 
-def owner(text: str, labels: Sequence[str]) -> int | None:
-    """Which label a reply that begins with this token gives: white space around it does not count, all else does.
+def label_index(text: str, labels: Sequence[str]) -> int | None:
+    """The label that a token spells, up to white space around it; None if it spells none.
 
-    Among labels that differ in white space only, it is the one that is written like the token, else the first.
+    Among labels that differ in white space only, it is the one equal to the token, else the first.
     """
     word = word_of(text)
-    like = [index for index, label in enumerate(labels) if word_of(label) == word] if word else []
-    return next((index for index in like if labels[index] == text), like[0] if like else None)
+    spelled = [index for index, label in enumerate(labels) if word_of(label) == word] if word else []
+    return next((index for index in spelled if labels[index] == text), spelled[0] if spelled else None)
 
 
 def by_word(tokens: Iterable[Token], labels: Sequence[str]) -> list[float | None]:
-    """The log of the summed probabilities of each label's tokens (see `owner`), each token counted once.
+    """For each label, the log of its tokens' summed probabilities (see `label_index`); each token counts once.
 
-    None for a label of which no token was returned. Labels that differ in white space only are spellings of one
-    reply: it suffices that one of them was returned, and the others are UNSEEN.
+    None for a label none of whose tokens was returned, unless it differs only in white space from one that was: the
+    two are spellings of one reply, and the unreturned one gets ZERO_LOGPROB.
     """
-    shares: list[list[float]] = [[] for _ in labels]
+    spellings: list[list[float]] = [[] for _ in labels]
     for token in tokens:
-        index = owner(token.text, labels)
+        index = label_index(token.text, labels)
         if index is not None:
-            shares[index].append(token.logprob)
-    seen = {word_of(label) for label, share in zip(labels, shares, strict=True) if share}
+            spellings[index].append(token.logprob)
+    returned = {word_of(label) for label, logprobs in zip(labels, spellings, strict=True) if logprobs}
     return [
-        logsumexp(share) if share else UNSEEN if word_of(label) in seen else None
-        for label, share in zip(labels, shares, strict=True)
+        logsumexp(logprobs) if logprobs else ZERO_LOGPROB if word_of(label) in returned else None
+        for label, logprobs in zip(labels, spellings, strict=True)
     ]

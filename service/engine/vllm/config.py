@@ -1,6 +1,6 @@
-"""From options to a running vLLM: its environment, its arguments, and what a failed start says.
+"""From options to a running vLLM: environment, arguments, and what to say when a start fails.
 
-Nothing here is imported by the HTTP side. Written against vLLM 0.32; constraints/vllm.txt has all that goes with it.
+Not imported by the HTTP side. Written against vLLM 0.32; constraints/vllm.txt pins the versions that go with it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from service.engine.contract import Executor, Task, digest_of
+from service.engine.contract import Executor, Task, short_digest
 
-# Of the KV cache on a CPU, where vLLM would otherwise take nearly all of the machine's memory.
+# KV cache on a CPU. By default vLLM takes nearly all of the machine's memory there.
 _CPU_CACHE_GIB: Final = "4"
+# The values that vLLM accepts as `max_lora_rank`.
 _LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# What other flags are there for, and what this engine relies on.
+# Arguments that --vllm-args may not set, with the flag to use instead; None if this engine relies on our value.
 _RESERVED: Final = {
     "convert": "--judge",
     "data_parallel_size": "--data-parallel-size",
@@ -42,12 +43,12 @@ _RESERVED: Final = {
 
 
 class VllmStartError(RuntimeError):
-    """vLLM cannot run this model here; the message says why and what to do."""
+    """vLLM cannot run this model here. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """An adapter by which the model's weights are changed: its name, and the folder that PEFT saved it to."""
+    """A LoRA adapter for the model: its name, and the folder that PEFT saved it to."""
 
     name: str
     folder: Path
@@ -55,7 +56,7 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOptions:
-    """How the model is run. `max_tokens` is the longest prompt; `extra` are further arguments of vLLM's engine."""
+    """How to run the model. `max_tokens`: the longest item. `extra`: further arguments for vLLM's engine."""
 
     task: Task
     max_tokens: int
@@ -72,41 +73,41 @@ class VllmOptions:
 
 
 def prepare_environment(options: VllmOptions) -> None:
-    """Set what vLLM reads from the environment, before it is imported; what is set already stays.
+    """Set the environment variables that vLLM reads while it is imported. Variables already set are kept.
 
-    Raises VllmStartError where vLLM is not installed.
+    Raises VllmStartError if vLLM is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
         raise VllmStartError("vLLM is not installed: pip install -c constraints/vllm.txt 'judge-as-api[service,vllm]'")
-    wanted = {
-        # A start says nothing to anybody but this machine.
+    variables = {
+        # No telemetry.
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # This process has threads, which a fork would not take along.
+        # This process has threads, and a fork would copy only one of them.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if options.gpu_memory_utilization is None and "kv_cache_memory_bytes" not in options.extra:
-        wanted["VLLM_CPU_KVCACHE_SPACE"] = _CPU_CACHE_GIB
+        variables["VLLM_CPU_KVCACHE_SPACE"] = _CPU_CACHE_GIB
     if options.tensor_parallel_size * options.data_parallel_size == 1:
-        # Left alone it keeps a core free for its scheduler, which is idle while the model computes.
-        wanted["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, _cores(options.threads)))
-    for name, value in wanted.items():
+        # By default vLLM reserves a core for its scheduler, which is idle while the model computes.
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, _cores(options.threads)))
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def engine_arguments(folder: Path, options: VllmOptions) -> dict[str, Any]:
-    """The arguments of vLLM's engine. Raises VllmStartError for those in `extra` that another flag is there for."""
+    """The arguments for vLLM's engine. Raises VllmStartError if `extra` has one that is not the user's to set."""
     for name in options.extra:
         if name in _RESERVED:
             instead = _RESERVED[name]
             advice = f"use {instead}" if instead else "the judge relies on its value"
             raise VllmStartError(f"--vllm-args may not hold {name}: {advice}")
-    read_only = options.task == "classify"
+    pooling = options.task == "classify"
     arguments: dict[str, Any] = {
         "model": str(folder),
-        "runner": "pooling" if read_only else "generate",
-        # A label, too, is a token that vLLM wants room for.
-        "max_model_len": options.max_tokens + (0 if read_only else 1),
+        "runner": "pooling" if pooling else "generate",
+        # One more for the label, which vLLM counts as a generated token.
+        "max_model_len": options.max_tokens + (0 if pooling else 1),
         "dtype": options.dtype,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
@@ -114,9 +115,9 @@ def engine_arguments(folder: Path, options: VllmOptions) -> dict[str, Any]:
         "tensor_parallel_size": options.tensor_parallel_size,
         "data_parallel_size": options.data_parallel_size,
         "quantization": options.quantization,
-        # bf16 logits have steps of 0.06, more than many margins.
+        # bf16 logits would come in steps of 0.06, which is more than many margins.
         "hf_overrides": {"head_dtype": "float32"},
-        # What is under way when the process group is told to end is finished, in so many seconds.
+        # On a signal to the process group, running requests have this many seconds to finish.
         "shutdown_timeout": 30,
     }
     if options.gpu_memory_utilization is not None:
@@ -128,7 +129,7 @@ def engine_arguments(folder: Path, options: VllmOptions) -> dict[str, Any]:
 
 
 def make_config(folder: Path, options: VllmOptions) -> Any:
-    """vLLM's configuration. Raises VllmStartError for what vLLM, or the judge, cannot do with this model."""
+    """vLLM's configuration. Raises VllmStartError if vLLM, or the judge, cannot use this model with these options."""
     arguments = engine_arguments(folder, options)
     try:
         if options.deterministic:
@@ -138,13 +139,13 @@ def make_config(folder: Path, options: VllmOptions) -> Any:
         from vllm.usage.usage_lib import UsageContext
     except ImportError as exc:
         raise VllmStartError(
-            f"vLLM is installed and cannot be imported ({exc}): install the versions in constraints/vllm.txt; beside "
+            f"vLLM is installed but cannot be imported ({exc}): install the versions in constraints/vllm.txt; with "
             "the CPU build of torch, uninstall torchvision, torchaudio and torchcodec"
         ) from exc
     if current_platform.is_unspecified():
         raise VllmStartError(
-            "vLLM finds no GPU here (in a container: is one reserved, and NVIDIA's container toolkit on the host?); "
-            "without one, --engine torch runs the model on the CPU"
+            "vLLM finds no GPU here (in a container: is one reserved, and does the host have NVIDIA's container "
+            "toolkit?); without one, --engine torch runs the model on the CPU"
         )
     try:
         config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
@@ -154,7 +155,7 @@ def make_config(folder: Path, options: VllmOptions) -> Any:
         raise VllmStartError(f"--vllm-args: this version of vLLM has no such argument: {exc}") from exc
     except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as exc:
         raise VllmStartError(f"vLLM cannot run the model in {folder} as asked: {_first_lines(exc)}") from exc
-    _require_kind(config.model_config, options.task)
+    _check_architecture(config.model_config, options.task)
     return config
 
 
@@ -162,13 +163,13 @@ def _turn_on_batch_invariance() -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda_alike():
-        raise VllmStartError("--deterministic needs a GPU: vLLM has batch-invariant kernels for no other device")
-    # Read when the kernels' modules are imported.
+        raise VllmStartError("--deterministic needs a GPU: vLLM has batch-invariant kernels for GPUs only")
+    # Must be set before the kernels' modules are imported, since they read it then.
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
-def start(config: Any) -> Any:
-    """The running engine (an AsyncLLM), loaded; to be called on its event loop. Raises VllmStartError."""
+def start_llm(config: Any) -> Any:
+    """The running AsyncLLM with its model loaded. Call it on the event loop that will use it. Raises VllmStartError."""
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -176,14 +177,14 @@ def start(config: Any) -> Any:
         return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.LLM_CLASS, disable_log_stats=True)
     except Exception as exc:
         raise VllmStartError(
-            f"vLLM did not start ({_first_lines(exc)}); its own messages above name the cause. Where that is memory: "
+            f"vLLM did not start ({_first_lines(exc)}); its own messages above name the cause. If it is memory: "
             "lower --max-tokens, set --gpu-memory-utilization (on a CPU VLLM_CPU_KVCACHE_SPACE, in GiB), spread the "
-            "model with --tensor-parallel-size, or take a smaller one or a --quantization"
+            "model with --tensor-parallel-size, or use --quantization or a smaller model"
         ) from exc
 
 
-def number_format(config: Any, options: VllmOptions) -> str:
-    """How the weights are computed with, and all else that the numbers depend on besides the model's files."""
+def dtype_label(config: Any, options: VllmOptions) -> str:
+    """The weights' number format, with every option added to it that changes scores: part of the cache key."""
     parts = [str(config.model_config.dtype).removeprefix("torch.")]
     if config.model_config.quantization:
         parts.append(str(config.model_config.quantization))
@@ -194,17 +195,17 @@ def number_format(config: Any, options: VllmOptions) -> str:
     return "+".join(parts)
 
 
-def executor(config: Any, *, deterministic: bool) -> Executor:
-    """vLLM's version, the hardware, and over how many parts each layer's sums are divided.
+def vllm_executor(config: Any, *, deterministic: bool) -> Executor:
+    """vLLM's version, the hardware, and the tensor parallel size, over which each layer's sums are split.
 
-    Whether bits are stable is not checked: what vLLM batches together is its own affair.
+    `stable` is None: it cannot be checked, because vLLM decides which items it batches together.
     """
     from vllm import __version__
     from vllm.platforms import current_platform
 
     parts = config.parallel_config.tensor_parallel_size
     rung = "vllm-deterministic" if deterministic else "vllm"
-    return Executor(rung, digest_of(__version__, current_platform.get_device_name(), str(parts)), stable=None)
+    return Executor(rung, short_digest(__version__, current_platform.get_device_name(), str(parts)), stable=None)
 
 
 def _cores(count: int | None) -> Sequence[int]:
@@ -218,14 +219,14 @@ def _rank(lora: Lora) -> int:
     try:
         rank = int(json.loads((lora.folder / "adapter_config.json").read_text("utf-8"))["r"])
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise VllmStartError(f"{lora.folder} is no LoRA adapter as PEFT saves one: {exc}") from exc
+        raise VllmStartError(f"{lora.folder} is not a LoRA adapter saved by PEFT: {exc}") from exc
     fitting = [limit for limit in _LORA_RANKS if limit >= rank]
     if not fitting:
         raise VllmStartError(f"the adapter {lora.name} has rank {rank}; vLLM takes up to {_LORA_RANKS[-1]}")
     return fitting[0]
 
 
-def _require_kind(model: Any, task: Task) -> None:
+def _check_architecture(model: Any, task: Task) -> None:
     name = ", ".join(model.hf_config.architectures or [model.hf_config.model_type])
     classifies = "SequenceClassification" in name
     if task != "classify":
@@ -239,11 +240,11 @@ def _require_kind(model: Any, task: Task) -> None:
         )
     if model.hf_config.num_labels != 1:
         raise VllmStartError(
-            f"{name} has {model.hf_config.num_labels} outputs; --judge reward-model reads the one of a reward model"
+            f"{name} has {model.hf_config.num_labels} outputs; --judge reward-model needs a model with one"
         )
 
 
 def _first_lines(exc: BaseException) -> str:
-    """Enough to see what it is: some of vLLM's messages go on for pages."""
+    """The message's beginning: some of vLLM's go on for pages."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:4])[:600] or type(exc).__name__

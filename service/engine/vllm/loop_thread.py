@@ -1,4 +1,4 @@
-"""An event loop for a library that wants one, in a program whose own code has none."""
+"""An event loop in a thread, for an asyncio library in a program that is otherwise synchronous."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from collections.abc import Coroutine
 from concurrent.futures import wait
 from typing import Any, Final, TypeVar
 
-Result = TypeVar("Result")
+ResultT = TypeVar("ResultT")
 
 _JOIN_SECONDS: Final = 5.0
-_LOOK_SECONDS: Final = 1.0
+_ALIVE_CHECK_SECONDS: Final = 1.0
 
 
 class LoopThread:
-    """An event loop that runs in a thread of its own until it is closed."""
+    """An event loop that runs in its own daemon thread until it is closed."""
 
     def __init__(self, name: str) -> None:
-        """Started at once; `name` is the thread's."""
+        """Start the thread under this name."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Its result, from another thread."""
-        asked = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        # Looked at besides: of a loop that has died nobody would ever hear.
-        while not wait([asked], _LOOK_SECONDS).done:
+    def run(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """The result of running it on the loop; call from another thread. Raises RuntimeError if the loop has died."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        # Waits in steps: if the loop's thread dies, the future never completes.
+        while not wait([future], _ALIVE_CHECK_SECONDS).done:
             if not self._thread.is_alive():
                 raise RuntimeError("the event loop's thread has died")
-        return asked.result()
+        return future.result()
 
     def cancel_all(self) -> None:
-        """Cancel all that runs on it, and wait for that."""
-        self.run(_cancel_the_rest())
+        """Cancel every task on the loop and wait until they have ended."""
+        self.run(_cancel_others())
 
     def close(self) -> None:
-        """Cancel what is left, and end the thread."""
+        """Cancel the remaining tasks and end the thread."""
         if self._loop.is_closed():
             return
         self.cancel_all()
@@ -47,13 +47,13 @@ class LoopThread:
             self._loop.close()
 
 
-async def _cancel_the_rest() -> None:
-    rest = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in rest:
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
         task.cancel()
-    if rest:
-        # What does not let itself be cancelled must not hold up the end.
-        done, _ = await asyncio.wait(rest, timeout=_JOIN_SECONDS)
+    if others:
+        # With a timeout, because a task may suppress its cancellation.
+        done, _ = await asyncio.wait(others, timeout=_JOIN_SECONDS)
         for task in done:
             if not task.cancelled():
-                task.exception()  # nobody is left to be told
+                task.exception()  # retrieved, so that asyncio does not log it as lost

@@ -1,0 +1,182 @@
+"""What goes wrong with an upstream server, and what its error responses mean.
+
+A server's own message is never passed on to callers, since it may quote somebody's text or part of the key. Only
+`RefusalError.said` has it, for the start-up probe, whose prompt is ours. Callers are not told the server's address
+either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import httpx
+from pydantic import SecretStr
+
+from client.errors import ErrorCode, PicklableError
+from client.transport.retries import parse_retry_after
+
+KEY_VARIABLE: Final = "JUDGE_UPSTREAM_API_KEY"
+
+# The last five are not in the RFCs: Cloudflare's (520, 522, 524) and Anthropic's "overloaded" (529).
+_RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529})
+_TOO_LONG: Final = re.compile(
+    r"context[ _-]?(length|size|window)|maximum (model|prompt|input) length|max_model_len|exceeds? the (available )?"
+    r"context|(prompt|input|request) is too (long|large)|too many (input )?tokens|longer than the (model|maximum)",
+    re.IGNORECASE,
+)
+_LENGTH_STATUSES: Final = frozenset({400, 413, 422})
+# How servers name an error without its number, in `code`, `type`, `status` or the message. The first match counts.
+_NAMED_STATUSES: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), status)
+    for pattern, status in (
+        (r"insufficient[ _](quota|credits|funds|balance)|payment[ _]required", 402),
+        (r"rate[ _-]?limit|too[ _]many[ _]requests", 429),  # before "billing": such messages advise to upgrade
+        (r"billing", 402),
+        (r"resource[ _]exhausted|quota", 429),
+        (r"invalid[ _]api[ _]key|incorrect api key|authentication|unauthori[sz]ed|unauthenticated", 401),
+        (r"permission|forbidden", 403),
+        (r"not[ _]found|does not exist|no such model", 404),
+        (r"context[ _-]length|invalid[ _](request|argument)|bad[ _]request|unsupported", 400),
+        (r"overloaded|unavailable|too busy|capacity|try again", 503),
+        (r"time[ds]?[ _-]?out|deadline[ _]exceeded", 504),
+    )
+)
+_SAID_CHARS: Final = 300
+
+
+class UpstreamError(PicklableError, RuntimeError):
+    """The server did not do what was asked.
+
+    `code` and `message` are for the caller. The exception's string is for whoever runs the service: `message` with
+    `detail`, which must hold nothing of a caller's.
+    """
+
+    def __init__(self, code: ErrorCode, message: str, detail: str = "") -> None:
+        super().__init__(f"{message}: {detail}" if detail else message)
+        self.code = code
+        self.message = message
+
+
+class UnreachableError(UpstreamError):
+    """No answer, or an incomplete one."""
+
+
+class RefusalError(UpstreamError):
+    """An error response.
+
+    `retriable`: whether the same request may succeed later, after `retry_after` seconds if the server says so. `said`:
+    the server's own message with the key redacted.
+    """
+
+    def __init__(
+        self, code: ErrorCode, message: str, *, status: int, retriable: bool, retry_after: float | None, said: str
+    ) -> None:
+        super().__init__(code, message)
+        self.status = status
+        self.retriable = retriable
+        self.retry_after = retry_after
+        self.said = said
+
+
+def check_response(response: httpx.Response, key: SecretStr | None) -> None:
+    """Raise RefusalError for an error status, or for a success whose body is an error, as some routers send."""
+    if not response.is_success:
+        raise _refusal_error(response, response.status_code, _error_in(_json_or_none(response)), key)
+    # A cheap test first, since nearly every body is an answer. Generated text cannot match: its quotes are escaped.
+    error = _error_in_success(_json_or_none(response)) if b'"error"' in response.content else None
+    if error is not None:
+        raise _refusal_error(response, _status_named_by(error), error, key)
+
+
+def redacted(text: str, key: SecretStr | None) -> str:
+    """The text's beginning, with the key replaced wherever it occurs."""
+    secret = "" if key is None else key.get_secret_value()
+    return (text.replace(secret, "[key]") if secret else text)[:_SAID_CHARS]
+
+
+def _refusal_error(
+    response: httpx.Response, status: int, error: Mapping[str, Any], key: SecretStr | None
+) -> RefusalError:
+    said = str(error.get("message") or "")
+    out_of_quota = status == 402 or (status == 429 and error.get("code") == "insufficient_quota")
+    too_long = error.get("code") == "context_length_exceeded" or _TOO_LONG.search(said)
+    code, message = ErrorCode.INFERENCE_FAILED, f"the upstream server answered {status}"
+    if response.is_success:
+        message = f"the upstream server answered {response.status_code} with an error in it ({status})"
+    if out_of_quota:
+        message = f"the upstream server's account has no quota left ({status})"
+    elif status in {429, 503, 529}:
+        code, message = ErrorCode.OVERLOADED, f"the upstream server is busy or limits the rate ({status})"
+    elif status in {401, 403}:
+        verb = "wants a key" if key is None else "refused the key"
+        message = f"the upstream server {verb} ({status}): set {KEY_VARIABLE} to one that may use this model"
+    elif status in _LENGTH_STATUSES and too_long:
+        code, message = ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
+    elif response.has_redirect_location:
+        message = f"the upstream server redirects ({status}): give the final address as --upstream-url"
+    return RefusalError(
+        code,
+        message,
+        status=status,
+        retriable=status in _RETRIED and not out_of_quota,
+        retry_after=_retry_after(response.headers),
+        # Servers quote a refused key in part or masked, which redaction would miss.
+        said="" if status in {401, 403} else redacted(said, key),
+    )
+
+
+def _json_or_none(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _unlisted(body: Any) -> Any:
+    """Google's API wraps an error in a list."""
+    return body[0] if isinstance(body, list) and body else body
+
+
+def _error_in(body: Any) -> Mapping[str, Any]:
+    """The `error` object of OpenAI's form, or the whole body if the server omits that level; {} if it is neither."""
+    body = _unlisted(body)
+    inner = body.get("error", body) if isinstance(body, dict) else {}
+    if inner is True:
+        return dict(body)
+    return inner if isinstance(inner, dict) else {"message": inner}
+
+
+def _error_in_success(body: Any) -> Mapping[str, Any] | None:
+    """The error in a successful response, its own or its first choice's; None if there is none."""
+    body = _unlisted(body)
+    if not isinstance(body, dict):
+        return None
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if body.get("error") or body.get("object") == "error":
+        return _error_in(body)
+    if choice.get("error"):
+        return _error_in(choice)
+    return {"code": 502} if choice.get("finish_reason") == "error" else None
+
+
+def _status_named_by(error: Mapping[str, Any]) -> int:
+    """The HTTP status that an error object corresponds to; 500 if it does not say."""
+    for field in ("code", "status", "status_code", "type", "message"):
+        value = error.get(field)
+        if re.fullmatch(r"[45]\d\d", str(value)):
+            return int(str(value))
+        for pattern, status in _NAMED_STATUSES:
+            if isinstance(value, str) and pattern.search(value):
+                return status
+    return 500
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds, from OpenAI's `retry-after-ms` or the standard Retry-After."""
+    milliseconds = parse_retry_after(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1e3
+    return parse_retry_after(headers.get("retry-after"), headers.get("date"))
