@@ -1,8 +1,8 @@
 """From prompt specs to the text that a server reads, where its tokenizer is not known here.
 
 Control strings in a user's text are not guarded: the server tokenizes, and keeps the content of a message apart from
-its own control tokens. Lengths are estimates in tokens (`estimate_tokens`): a server that finds a prompt too long says so
-itself.
+its own control tokens. Lengths are estimates in tokens (`estimate_tokens`): a server that finds a prompt too long says
+so itself.
 """
 
 from __future__ import annotations
