@@ -1,4 +1,4 @@
-"""The upstream engine's answers: whose numbers they are, what is sent for them, and what a missing label does."""
+"""The upstream engine's answers: they are the server's numbers, in both ways of asking; and the requests it sends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.upstream import NO, YES, chat, completions, failed, item, mes
 
 @pytest.mark.parametrize("task", ["labels", "generate"])
 def test_it_is_an_engine(upstream: Upstream, task: Task) -> None:
-    """The service can use it wherever it uses another, for the task that it was made for."""
+    """It meets the contract, for the task it was made for."""
     with chat(upstream, task=task) as engine:
         used: Engine = engine
 
@@ -109,8 +109,8 @@ def test_labels_far_down_are_exact_where_the_server_takes_their_ids(
     assert len(upstream.asked) == -(-count // 128)
 
 
-def test_tokens_named_by_text_are_matched_letter_by_letter() -> None:
-    """A server that leaves out ids names them by their text."""
+def test_tokens_without_ids_are_matched_by_exact_text() -> None:
+    """As from a server that names tokens by text only."""
     tokenizer = tiny_tokenizer()
     yes, no = tokenizer.convert_tokens_to_ids(["Yes", "No"])
 
@@ -126,7 +126,7 @@ def test_tokens_named_by_text_are_matched_letter_by_letter() -> None:
 
 
 def test_a_strict_server_is_asked_without_extensions() -> None:
-    """The probe finds out; judgements then cost one request each."""
+    """The probe finds out, so that later items need only one request each."""
     strict = openai_server(ids=spread, style="strict", name=lambda token: f"token_id:{token}")
     with strict as upstream, completions(upstream) as engine:
         engine.probe(item(9))
@@ -159,8 +159,8 @@ def test_chat_says_whether_a_label_was_likeliest() -> None:
     assert (other.argmax_id, yes.argmax_id) == (2, 0)
 
 
-def test_newer_models_get_the_newer_name_of_the_limit(upstream: Upstream, by_text: UpstreamEngine) -> None:
-    """OpenAI's refuse `max_tokens` and name what they want instead."""
+def test_newer_models_get_the_limits_newer_name(upstream: Upstream, by_text: UpstreamEngine) -> None:
+    """OpenAI's refuse `max_tokens` and say what to use instead."""
     refusal = error(400, "Unsupported parameter: use 'max_completion_tokens' instead.", param="max_tokens")
     upstream.always = lambda seen: refusal if "max_tokens" in seen.body else None
     by_text.probe(message("probe"))
@@ -224,7 +224,7 @@ def written(text: str, finish_reason: str = "stop", **more: Any) -> Reply:
 
 
 def test_a_reply_is_a_text(upstream: Upstream) -> None:
-    """As the server wrote it, told from one that its limit cut off; its tokens as the server counts them."""
+    """Marked as cut off if the limit ended it; its tokens as the server counts them, or estimated."""
     items = [TextGenerateItem("Grade it", 8), TextGenerateItem("Grade it", 8, temperature=0.7, seed=2**40 + 5)]
     upstream.scripts.extend([written("Score: 3\n", usage={"completion_tokens": 5}), written("Score: ", "length")])
     with chat(upstream, task="generate", concurrency=1) as engine:
@@ -239,8 +239,8 @@ def test_a_reply_is_a_text(upstream: Upstream) -> None:
     ]
 
 
-def test_ids_are_continued(upstream: Upstream) -> None:
-    """With the ids that end the text."""
+def test_generated_text_is_returned_as_ids(upstream: Upstream) -> None:
+    """The item's stop ids are sent, and the model's own sampling settings are overridden."""
     upstream.scripts.append(written(" Yes"))
     with completions(upstream, task="generate") as engine:
         (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])
@@ -250,8 +250,8 @@ def test_ids_are_continued(upstream: Upstream) -> None:
     assert (upstream.asked[0].body["repetition_penalty"], upstream.asked[0].body["top_k"]) == (1.0, -1)
 
 
-def test_a_reply_that_was_withheld_is_an_error(upstream: Upstream) -> None:
-    """A filter's stop is no end."""
+def test_a_reply_stopped_by_a_content_filter_is_an_error(upstream: Upstream) -> None:
+    """It is not a complete text."""
     upstream.scripts.append(written("", "content_filter"))
     with completions(upstream, task="generate") as engine:
         (answer,) = engine.run([GenerateItem((5, 6), 4, (2,))])

@@ -29,8 +29,8 @@ def hidden(body: Any, **headers: str) -> Reply:
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503])
-def test_what_may_pass_is_asked_again(upstream: Upstream, by_ids: UpstreamEngine, status: int) -> None:
-    """Twice refused, then answered."""
+def test_temporary_errors_are_retried(upstream: Upstream, by_ids: UpstreamEngine, status: int) -> None:
+    """Two errors, then the answer."""
     upstream.scripts.extend([error(status), error(status)])
 
     assert isinstance(answer_of(by_ids), LabelLogprobs)
@@ -41,14 +41,14 @@ def test_what_may_pass_is_asked_again(upstream: Upstream, by_ids: UpstreamEngine
     ("headers", "seconds"),
     [
         ({"Retry-After": "0.4"}, 0.4),
-        # OpenAI says both, and the seconds would be more than may be waited.
+        # OpenAI sends both. Here the seconds are beyond the deadline.
         ({"retry-after-ms": "300", "Retry-After": "3600"}, 0.3),
     ],
 )
-def test_retry_after_is_waited_off(
+def test_retry_after_is_obeyed(
     upstream: Upstream, by_ids: UpstreamEngine, headers: dict[str, str], seconds: float
 ) -> None:
-    """The server is not asked before the time that it names, in milliseconds if it does."""
+    """The server is not asked again before that time, given in milliseconds or seconds."""
     times: list[float] = []
     upstream.always = lambda _: times.append(time.monotonic())
     upstream.scripts.append(lambda _: times.append(time.monotonic()) or error(429, headers=headers))
@@ -61,14 +61,16 @@ def test_retry_after_is_waited_off(
     "refusal",
     [
         error(429, headers={"Retry-After": "3600"}),
-        # An hour after the answer's own date: the server's clock may be another one.
+        # An hour after the answer's own date, whatever this machine's clock says.
         error(429, headers={"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry-After": "Wed, 21 Oct 2015 08:28:00 GMT"}),
         hidden({"error": {"code": 429}}, **{"Retry-After": "3600"}),
     ],
     ids=["seconds", "date", "sent as a success"],
 )
-def test_a_wait_beyond_the_deadline_is_not_begun(upstream: Upstream, by_ids: UpstreamEngine, refusal: Reply) -> None:
-    """The caller is told to come back instead."""
+def test_a_retry_after_beyond_the_deadline_fails_at_once(
+    upstream: Upstream, by_ids: UpstreamEngine, refusal: Reply
+) -> None:
+    """The caller is told to come back later."""
     upstream.scripts.append(refusal)
 
     assert failed(answer_of(by_ids)) is ErrorCode.OVERLOADED
@@ -83,8 +85,8 @@ def test_a_server_that_keeps_failing_is_given_up(upstream: Upstream, by_ids: Ups
     assert len(upstream.asked) == 6
 
 
-def test_an_account_without_quota_is_not_asked_again(upstream: Upstream, by_ids: UpstreamEngine) -> None:
-    """That does not pass by waiting."""
+def test_an_account_without_quota_is_not_retried(upstream: Upstream, by_ids: UpstreamEngine) -> None:
+    """Waiting would not help."""
     upstream.always = lambda _: error(429, code="insufficient_quota")
     answer = answer_of(by_ids)
 
@@ -110,8 +112,8 @@ def test_an_account_without_quota_is_not_asked_again(upstream: Upstream, by_ids:
         {"error": {"code": 429}, "choices": []},
     ],
 )
-def test_a_rate_limit_sent_as_a_success_is_waited_off(upstream: Upstream, by_ids: UpstreamEngine, body: Any) -> None:
-    """It is asked again, and if nothing helps the service says that it is busy."""
+def test_a_rate_limit_sent_as_a_success_is_retried(upstream: Upstream, by_ids: UpstreamEngine, body: Any) -> None:
+    """If that does not help, the item fails as overloaded."""
     upstream.scripts.append(hidden(body))
     upstream.always = lambda seen: hidden(body) if seen.body["prompt"] == [66] else None
     passed, busy = answer_of(by_ids, 1), answer_of(by_ids, 66)
@@ -131,8 +133,8 @@ def test_a_rate_limit_sent_as_a_success_is_waited_off(upstream: Upstream, by_ids
         {"choices": [{"finish_reason": "error", "text": "", "logprobs": None}]},
     ],
 )
-def test_a_failure_sent_as_a_success_is_asked_again(upstream: Upstream, by_ids: UpstreamEngine, body: Any) -> None:
-    """A provider that failed, or an error that says nothing of its kind, may pass."""
+def test_a_failure_sent_as_a_success_is_retried(upstream: Upstream, by_ids: UpstreamEngine, body: Any) -> None:
+    """A failed provider, or an error that does not say its kind, may be temporary."""
     upstream.scripts.append(hidden(body))
 
     assert isinstance(answer_of(by_ids), LabelLogprobs)
@@ -154,7 +156,7 @@ TOO_LONG = "maximum context length is 4096 tokens"
         ({"error": {"code": 400, "message": TOO_LONG}}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, "longer"),
         ({"error": {"code": "context_length_exceeded"}}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, "longer"),
         ({"error": TOO_LONG}, ErrorCode.CONTEXT_LENGTH_EXCEEDED, "longer"),
-        # No judgement in it: an error, never a score.
+        # Not an answer: an error, never a score.
         (b"<html>", ErrorCode.INFERENCE_FAILED, "does a proxy answer"),
         (b"", ErrorCode.INFERENCE_FAILED, "does a proxy answer"),
         ({"choices": []}, ErrorCode.INFERENCE_FAILED, "not in the form of OpenAI's API (choices:"),
@@ -172,10 +174,10 @@ TOO_LONG = "maximum context length is 4096 tokens"
         ),
     ],
 )
-def test_a_success_that_is_none_fails_its_item_at_once(
+def test_a_success_without_an_answer_fails_its_item_at_once(
     upstream: Upstream, by_ids: UpstreamEngine, reply: Any, code: ErrorCode, words: str
 ) -> None:
-    """A refusal counts as if the server had sent its status, and an answer says what it lacks; no second request."""
+    """A refusal counts as if it had the right status; otherwise the message says what is missing. No retry."""
     upstream.always = lambda _: hidden(reply)
     answer = answer_of(by_ids)
 
@@ -184,8 +186,8 @@ def test_a_success_that_is_none_fails_its_item_at_once(
     assert len(upstream.asked) == 1
 
 
-def test_an_error_that_is_null_is_none(upstream: Upstream, by_ids: UpstreamEngine) -> None:
-    """Some servers send the field with every answer."""
+def test_an_error_field_that_is_null_is_ignored(upstream: Upstream, by_ids: UpstreamEngine) -> None:
+    """Some servers send it with every answer."""
 
     def with_null(seen: Seen) -> Reply:
         return Reply(body={"error": None, **ids_answer(seen.body, spread(seen.body["prompt"]), "vllm", str)})
@@ -195,8 +197,8 @@ def test_an_error_that_is_null_is_none(upstream: Upstream, by_ids: UpstreamEngin
     assert isinstance(answer_of(by_ids), LabelLogprobs)
 
 
-def test_a_slow_item_costs_only_itself(upstream: Upstream) -> None:
-    """The others of its batch are answered."""
+def test_an_item_that_times_out_fails_alone(upstream: Upstream) -> None:
+    """The other items of the batch are answered."""
     upstream.always = lambda seen: Reply(after=3.0) if seen.body["prompt"] == [66] else None
     with completions(upstream, timeout=1.0) as engine:
         first, slow, last = engine.run([item(1), item(66), item(2)])
@@ -206,8 +208,8 @@ def test_a_slow_item_costs_only_itself(upstream: Upstream) -> None:
     assert slow == ItemFailure(ErrorCode.DEADLINE_EXCEEDED, "the upstream server did not answer within 1 s")
 
 
-def test_an_unreadable_answer_is_an_error_of_its_item(upstream: Upstream, by_ids: UpstreamEngine) -> None:
-    """A proxy's page is no judgement; the other item of the batch has its own."""
+def test_an_item_with_an_unreadable_answer_fails_alone(upstream: Upstream, by_ids: UpstreamEngine) -> None:
+    """Such as an HTML page of a proxy; the other item of the batch is answered."""
     upstream.always = lambda seen: Reply(body=b"<html>") if seen.body["prompt"] == [66] else None
     good, bad = by_ids.run([item(1), item(66)])
 
@@ -224,18 +226,18 @@ def test_an_unreadable_answer_is_an_error_of_its_item(upstream: Upstream, by_ids
         error(400, "anything", code="context_length_exceeded"),
     ],
 )
-def test_a_prompt_that_the_server_finds_too_long_is_the_callers(
+def test_a_prompt_that_is_too_long_for_the_server_is_the_callers_error(
     upstream: Upstream, by_ids: UpstreamEngine, refusal: Reply
 ) -> None:
-    """With the code that such prompts have everywhere."""
+    """With the code that the service itself uses for such prompts."""
     upstream.scripts.append(refusal)
 
     assert failed(answer_of(by_ids)) is ErrorCode.CONTEXT_LENGTH_EXCEEDED
     assert len(upstream.asked) == 1
 
 
-def test_the_key_is_sent_and_said_nowhere(upstream: Upstream, capfd: pytest.CaptureFixture[str]) -> None:
-    """Not where it is refused by a server that repeats it, nor in the engine's own words."""
+def test_the_key_is_sent_and_never_shown(upstream: Upstream, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither in the error of a server that quotes it, nor in the engine's own logs and representation."""
     upstream.key = "another"
     with capture_logs() as logs, completions(upstream, key=KEY) as engine:
         answer = answer_of(engine)
@@ -249,8 +251,8 @@ def test_the_key_is_sent_and_said_nowhere(upstream: Upstream, capfd: pytest.Capt
     assert KEY not in said
 
 
-def test_a_key_in_an_error_sent_as_a_success_is_said_nowhere(upstream: Upstream) -> None:
-    """The server's words are for the start-up check alone, and the key is blotted out of them."""
+def test_a_key_in_an_error_sent_as_a_success_is_never_shown(upstream: Upstream) -> None:
+    """Callers and logs get our message, not the server's."""
     upstream.always = lambda _: hidden({"error": {"code": 400, "message": f"the key {KEY} is odd"}})
     with completions(upstream, key=KEY) as engine, capture_logs() as logs:
         answer = answer_of(engine)
@@ -259,16 +261,16 @@ def test_a_key_in_an_error_sent_as_a_success_is_said_nowhere(upstream: Upstream)
     assert KEY not in answer.message + str(logs)
 
 
-def test_a_probe_says_what_the_server_says(upstream: Upstream, by_ids: UpstreamEngine) -> None:
-    """Its prompt is ours, so nothing of a caller's can be in it."""
+def test_a_failed_probe_quotes_the_server(upstream: Upstream, by_ids: UpstreamEngine) -> None:
+    """The probe's prompt is ours, so the quote cannot contain a caller's text."""
     upstream.always = lambda _: error(400, "logprobs must be at most 5")
 
     with pytest.raises(UpstreamError, match="answered 400 and says: logprobs must be at most 5"):
         by_ids.probe(item())
 
 
-def test_a_probe_whose_label_is_missing_is_no_reason_not_to_start() -> None:
-    """The user's templates may do better; the log says it."""
+def test_a_probe_with_a_missing_label_only_warns() -> None:
+    """The templates in use may ask for labels that the server does return."""
     served = openai_server(words=lambda _: [("Maybe", -0.1)])
     with served as upstream, capture_logs() as logs, chat(upstream) as engine:
         engine.probe(message("x"))

@@ -1,4 +1,4 @@
-"""From settings to the upstream engine: what is asked at start, starts that must fail, and the model's fingerprint."""
+"""From settings to the upstream engine: the probe, starts that must fail, and the model's fingerprint and length."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from service.worker.scheduler import make_scheduler
 from tests.support.openai_server import Upstream, error
 
 
-def test_an_unreachable_server_is_told_with_its_address() -> None:
-    """At once, not when the first request comes; callers are told less (`message`)."""
+def test_an_unreachable_server_is_reported_with_its_address() -> None:
+    """At start, not with the first request. `message`, which is for callers, does not have the address."""
     settings = Settings(engine="upstream", upstream_url="http://127.0.0.1:9", upstream_model="x")
 
     with pytest.raises(
@@ -27,8 +27,8 @@ def test_an_unreachable_server_is_told_with_its_address() -> None:
     assert told.value.message == "no answer from the upstream server"
 
 
-def test_what_the_probe_meets_ends_the_start(upstream: Upstream) -> None:
-    """A server that lists the model and cannot give probabilities is found out before callers are let in."""
+def test_a_failed_probe_ends_the_start(upstream: Upstream) -> None:
+    """Such as that of a server which lists the model but gives no probabilities."""
     upstream.always = lambda seen: error(400, "logprobs are not supported") if seen.body else None
     config = Settings(engine="upstream", upstream_url=upstream.url)
 
@@ -37,7 +37,7 @@ def test_what_the_probe_meets_ends_the_start(upstream: Upstream) -> None:
 
 
 def test_a_judge_that_needs_a_classification_head_is_refused(upstream: Upstream) -> None:
-    """No API gives the output of one: before the server is asked."""
+    """OpenAI's API has none. The server is not asked."""
     with pytest.raises(ValueError, match="classification head"):
         find_model(Settings(engine="upstream", upstream_url=upstream.url, judge="reward-model"))
 
@@ -45,7 +45,7 @@ def test_a_judge_that_needs_a_classification_head_is_refused(upstream: Upstream)
 
 
 def test_settings_that_are_missing_are_named(upstream: Upstream) -> None:
-    """Before anything is asked for."""
+    """In an error that says which flag to set."""
     with pytest.raises(ValueError, match="--upstream-url"):
         find_model(Settings(engine="upstream"))
     with pytest.raises(ValueError, match="--model"):
@@ -53,7 +53,7 @@ def test_settings_that_are_missing_are_named(upstream: Upstream) -> None:
 
 
 def test_what_changes_the_numbers_changes_the_fingerprint(upstream: Upstream, tiny_model: Path) -> None:
-    """So that queues and caches of two ways of asking never mix."""
+    """So that queues and caches of different set-ups never mix."""
     upstream.models = [{"id": "a"}, {"id": "b"}]
     variants: list[dict[str, Any]] = [
         {"upstream_model": "a"},
@@ -73,10 +73,7 @@ def test_what_changes_the_numbers_changes_the_fingerprint(upstream: Upstream, ti
 
 
 def test_prompts_are_as_long_as_the_server_says(upstream: Upstream, tiny_model: Path) -> None:
-    """One token less, for the one that it writes; fewer where they are set, or the tokenizer's folder says so.
-
-    Of text, whose tokens are estimated, twice as many: the server has the last word.
-    """
+    """Minus one for the generated label, or --max-tokens. Text, whose length is estimated, may be twice as long."""
     url: dict[str, Any] = {"engine": "upstream", "upstream_url": upstream.url}
     ids = find_upstream(Settings(**url, model=str(tiny_model)))
     less = find_upstream(Settings(**url, model=str(tiny_model), max_tokens=100))
@@ -85,8 +82,8 @@ def test_prompts_are_as_long_as_the_server_says(upstream: Upstream, tiny_model: 
     assert [ids.max_tokens, less.max_tokens, text.max_tokens] == [1023, 100, 2048]
 
 
-def test_fields_of_ones_own_go_with_each_request(upstream: Upstream) -> None:
-    """Such as the one that keeps a model from thinking first."""
+def test_extra_body_fields_are_sent_with_each_request(upstream: Upstream) -> None:
+    """Such as the one that turns off a model's thinking."""
     more = {"chat_template_kwargs": {"enable_thinking": False}}
     config = Settings(engine="upstream", upstream_url=upstream.url, upstream_body=json.dumps(more))
     load_engine(config, find_model(config)).close()
@@ -94,8 +91,8 @@ def test_fields_of_ones_own_go_with_each_request(upstream: Upstream) -> None:
     assert upstream.asked[0].body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_a_batch_fills_the_places_some_times(upstream: Upstream) -> None:
-    """More would only make each call longer."""
+def test_a_batch_is_four_times_the_concurrency(upstream: Upstream) -> None:
+    """A larger one would only take longer."""
     config = Settings(engine="upstream", upstream_url=upstream.url, upstream_concurrency=8)
     engine = load_engine(config, find_model(config))
     scheduler = make_scheduler(config, engine)

@@ -21,7 +21,7 @@ def tokens(**logprobs: float) -> list[Token]:
 
 
 def test_spellings_of_one_reply_are_summed() -> None:
-    """White space around a token does not make it another reply; a capital letter does."""
+    """White space around a token does not matter; capital letters do."""
     returned = tokens(Yes=math.log(0.5), _Yes=math.log(0.25), yes=math.log(0.1), No=math.log(0.05))
 
     yes, no = by_word(returned, ["Yes", "No"])
@@ -30,38 +30,38 @@ def test_spellings_of_one_reply_are_summed() -> None:
 
 
 def test_two_spellings_that_are_both_labels_share_nothing() -> None:
-    """Each token counts for the label that is written like it, so that their sum holds it once."""
+    """Each token counts for the label that equals it, and so only once in the labels' sum."""
     returned = tokens(Yes=-1.0, _Yes=-2.0, _No=-3.0)
 
     assert by_word(returned, ["Yes", " Yes", "No", " No"]) == [-1.0, -2.0, ZERO_LOGPROB, -3.0]
 
 
 def test_a_label_without_a_token_is_missing() -> None:
-    """Nothing is made up for it."""
+    """Its log-probability is None."""
     assert by_word(tokens(Yes=-1.0, Nope=-2.0), ["Yes", "No"]) == [-1.0, None]
     assert by_id([Token("x", -1.0, 7)], [8, 7]) == [None, -1.0]
 
 
-def test_a_piece_with_the_tokenizers_own_mark_for_a_space_is_read() -> None:
-    """Some servers write pieces of the vocabulary as they are."""
+def test_a_token_may_have_the_tokenizers_mark_for_a_space() -> None:
+    """Some servers send the vocabulary's raw pieces."""
     assert by_word([Token("\u2581Yes", -1.0), Token("\u0120No", -2.0)], ["Yes", "No"]) == [-1.0, -2.0]
 
 
 def test_a_token_that_is_listed_twice_counts_once() -> None:
-    """The chosen token stands in the list as well, and some servers repeat it there."""
+    """Some servers list the sampled token twice."""
     body = chat_answer([("Yes", -0.5), ("Yes", -0.5), ("No", -1.5)])
 
     assert by_word(parse_logprobs(json.dumps(body).encode()).tokens, ["Yes", "No"]) == [-0.5, -1.5]
 
 
-def test_two_tokens_of_one_text_are_two() -> None:
-    """SentencePiece's with and without a space look the same as text; their probabilities differ."""
+def test_two_tokens_with_the_same_text_are_two() -> None:
+    """SentencePiece's with and without a space look the same as text, but differ in probability."""
     body = chat_answer([("Yes", math.log(0.5)), ("Yes", math.log(0.25)), ("No", -3.0)])
 
     assert by_word(parse_logprobs(json.dumps(body).encode()).tokens, ["Yes"])[0] == pytest.approx(math.log(0.75))
 
 
-def test_a_chosen_token_outside_the_list_belongs_to_the_answer() -> None:
+def test_a_sampled_token_outside_the_list_is_added() -> None:
     """At temperature 1 it may be any token."""
     body = columns_answer(("token_id:9", -7.0), {"token_id:5": -0.1, "token_id:6": -3.0})
 
@@ -70,7 +70,7 @@ def test_a_chosen_token_outside_the_list_belongs_to_the_answer() -> None:
     assert answer.argmax == Token("token_id:5", -0.1, 5)
 
 
-def test_the_least_token_bounds_what_was_not_returned() -> None:
+def test_the_lowest_logprob_bounds_what_was_not_returned() -> None:
     """Except for those that servers list with a stand-in for probability 0."""
     listed = (Token("a", -1.0), Token("b", -5.0), Token("c", ZERO_LOGPROB))
 
@@ -113,7 +113,7 @@ REPLIES = {
 
 
 def test_a_missing_label_is_an_error_of_its_item() -> None:
-    """Its neighbours have their numbers."""
+    """The other items of the batch are answered."""
     with openai_server(words=REPLIES.__getitem__) as upstream, chat(upstream) as engine:
         full, half = engine.run([message("full"), message(HALF)])
 
@@ -124,7 +124,7 @@ def test_a_missing_label_is_an_error_of_its_item() -> None:
 
 
 def test_a_floor_stands_in_for_a_missing_label_and_says_so() -> None:
-    """It is never above the least likely token that was returned; without any label it is no help."""
+    """It is never above the least likely returned token, and is not used if all labels are missing."""
     with openai_server(words=REPLIES.__getitem__) as upstream, chat(upstream, floor=-20.0) as engine:
         half, deep, none = engine.run([message(content) for content in (HALF, DEEP, NONE)])
 
@@ -150,8 +150,8 @@ def test_chat_returns_twenty_of_many_labels(floor: float | None) -> None:
         assert answer == LabelLogprobs((*listed, *[floor] * 235), 0, floored=True)
 
 
-def test_a_list_that_was_left_out_is_no_reason_for_a_floor() -> None:
-    """vLLM does so beside requests for exact ids: the label may be likely all the same; the error is a passing one."""
+def test_no_floor_is_used_if_the_list_is_missing() -> None:
+    """vLLM omits it beside requests for exact ids. The label may still be likely, so this is an error to retry."""
     served = openai_server(words=lambda _: [("Yes", -0.7), ("<|endoftext|>", -9999.0)])
     with served as upstream, chat(upstream, floor=-20.0) as engine:
         (answer,) = engine.run([message("x")])
@@ -160,7 +160,7 @@ def test_a_list_that_was_left_out_is_no_reason_for_a_floor() -> None:
 
 
 def test_an_answer_without_a_missing_label_is_not_floored(upstream: Upstream) -> None:
-    """A floor changes nothing where nothing is missing."""
+    """Even if the floor is above its logprobs."""
     with chat(upstream, floor=-1.0) as engine:
         (answer,) = engine.run([message("x")])
 

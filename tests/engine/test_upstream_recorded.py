@@ -60,7 +60,7 @@ def test_a_recorded_vllm_gives_the_torch_engines_numbers_by_text() -> None:
 
 @pytest.mark.parametrize("floor", [None, -20.0])
 def test_a_recorded_answer_without_one_label_is_an_error_or_floored(floor: float | None) -> None:
-    """One token was asked for, and vLLM returned the one that it drew: no answer holds both labels, some hold one."""
+    """Asked for one token, vLLM returned only the sampled one: no answer has both labels, some have one."""
     way = "chat, one token"
     with replayed(way) as upstream, chat(upstream, model=model_of(way), top=1, floor=floor) as engine:
         answers = engine.run(messages(way))

@@ -21,7 +21,7 @@ from tests.support.upstream import CONVERSATION, KEY, served, torch_logprobs, wo
 
 
 class TinyModel:
-    """The tiny model as the rule of a server: its own forward, in fp32."""
+    """The tiny model as a server's rule: its own forward in fp32."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -57,7 +57,7 @@ def test_ids_give_the_torch_engines_numbers(tiny_model: Path) -> None:
 
 
 def test_chat_judges_as_the_servers_words_say(upstream: Upstream) -> None:
-    """The message that arrives is what the numbers are for, whatever order they come back in."""
+    """Each response gets the numbers of its own message, in whatever order the answers arrive."""
     with served(upstream) as http:
         upstream.always = lambda seen: time.sleep(0.05 * ("2+2" in str(seen.body)))
         results = http.post("/score/batch", json={"items": [ask(*pair) for pair in PAIRS]}).json()["results"]
@@ -85,7 +85,7 @@ def test_papers_raw_prompts_are_sent_as_messages(tmp_path: Path) -> None:
 
 
 def test_a_requests_own_labels_are_asked_for() -> None:
-    """Any word may be one, with no file that has it; what no first word of a reply can be is refused."""
+    """Any word may be a label; what cannot be a reply's first word is refused."""
     layout = {"format": "chat", "layout": "{prompt} {response}", "labels": {"yes": ["Hervorragend"], "no": ["Mäßig"]}}
     wordy = {**layout, "labels": {"yes": ["Very good"], "no": ["Bad"]}}
     served_by = openai_server(words=lambda _: [("Hervorragend", -0.5), ("Mäßig", -1.0), ("Yes", -3), ("No", -4)])
@@ -98,7 +98,7 @@ def test_a_requests_own_labels_are_asked_for() -> None:
 
 
 def test_control_strings_arrive_as_they_were_written(upstream: Upstream) -> None:
-    """The message is the template's text around the caller's, letter by letter: the server tokenizes it."""
+    """The message is the template's text around the caller's, unchanged: the server tokenizes it."""
     text = "<|im_end|>\n<|im_start|>user {response} </s> <s>"
     layout = {"format": "chat", "layout": "Q {prompt} A {response}", "labels": {"yes": ["Yes"], "no": ["No"]}}
     with served(upstream) as http:
@@ -108,7 +108,7 @@ def test_control_strings_arrive_as_they_were_written(upstream: Upstream) -> None
 
 
 def test_usage_is_the_estimate(upstream: Upstream) -> None:
-    """A token for every four bytes of the message; the same text asked for again comes from the cache."""
+    """One token per four bytes of the message. The same text again comes from the score cache."""
     with served(upstream) as http:
         first, again = (http.post("/score", json=ask("Hi 日本", "ho")).json() for _ in range(2))
 
@@ -120,7 +120,7 @@ def test_usage_is_the_estimate(upstream: Upstream) -> None:
 
 
 def test_max_tokens_bounds_the_estimate(upstream: Upstream) -> None:
-    """What is longer is refused before the server is asked, or cut where the request allows it."""
+    """A longer prompt is refused without asking the server, or cut if the request allows it."""
     long = ask("x" * 4000 + "end", "ho")
     with served(upstream, max_tokens=500) as http:
         refused = http.post("/score", json=long).json()
@@ -133,8 +133,8 @@ def test_max_tokens_bounds_the_estimate(upstream: Upstream) -> None:
     assert "xend" in asked.body["messages"][0]["content"]
 
 
-def test_a_grade_is_written_as_text(upstream: Upstream) -> None:
-    """The self-rewarding judge reads the reply, and counts its tokens as the server does."""
+def test_a_grade_is_parsed_from_the_reply(upstream: Upstream) -> None:
+    """Its tokens are counted as the server counts them."""
     reply = {"choices": [{"message": {"content": "Fine.\nScore: 4"}, "finish_reason": "stop"}]}
     upstream.always = lambda seen: Reply(body={**reply, "usage": {"completion_tokens": 7}}) if seen.body else None
     with served(upstream, judge="self-reward", self_reward_mode="parsed", self_reward_samples=2) as http:
@@ -146,7 +146,7 @@ def test_a_grade_is_written_as_text(upstream: Upstream) -> None:
 
 
 def test_a_recorded_conversation_is_followed() -> None:
-    """Each question is the recorded one, and the judgement is the torch engine's for the same model."""
+    """Requests are the recorded ones, and judgements the torch engine's for the same model."""
     exchanges = CONVERSATION["chat"]
     name = exchanges[0]["request"]["model"]
 
@@ -167,7 +167,7 @@ def test_a_recorded_conversation_is_followed() -> None:
 
 
 def test_a_floor_is_said_in_the_answer() -> None:
-    """And an item without its label has its own error beside it."""
+    """An item without any label fails beside it."""
     replies = {"half": [("Yes", -1.0), ("Maybe", -2.0)], "none": [("Maybe", -1.0)]}
     items = [ask("q", "half"), ask("q", "none")]
     served_by = openai_server(words=lambda m: replies["none" if "none" in m else "half"])
@@ -179,7 +179,7 @@ def test_a_floor_is_said_in_the_answer() -> None:
 
 
 def test_a_failure_reaches_its_caller_alone(upstream: Upstream) -> None:
-    """A prompt that the server refuses, a server that is busy: each with the code that clients act on."""
+    """A refused prompt, a busy server: each with the code that clients act on."""
     refusals = {"long": error(400, "maximum context length is 9"), "busy": error(429, headers={"Retry-After": "999"})}
     with served(upstream) as http:
         upstream.always = lambda seen: next((refusals[w] for w in refusals if f"{w}-word" in str(seen.body)), None)
@@ -194,7 +194,7 @@ def test_a_failure_reaches_its_caller_alone(upstream: Upstream) -> None:
 def test_no_key_in_logs_or_errors(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The key goes to the server and nowhere else, also when that refuses it and repeats it."""
+    """The key goes only to the server, even if the server refuses and quotes it."""
     monkeypatch.setenv("JUDGE_UPSTREAM_API_KEY", f"{KEY}\n")
     with capture_logs() as logs, served(upstream) as http:
         fine = http.post("/score", json=ask("q", "a"))

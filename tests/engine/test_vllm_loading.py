@@ -34,7 +34,7 @@ def options(**more: Any) -> VllmOptions:
 
 
 def adapter(folder: Path, rank: int = 12) -> Path:
-    """The folder of an adapter, as far as it is looked at before vLLM reads it."""
+    """An adapter's folder with what is checked before vLLM reads it."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
     (folder / "adapter_model.bin").write_bytes(bytes(10))
@@ -42,14 +42,14 @@ def adapter(folder: Path, rank: int = 12) -> Path:
 
 
 def test_prompts_leave_room_for_the_label() -> None:
-    """The label counts as a token that is written; a classification head writes none."""
+    """The label counts as a generated token; a classification head generates none."""
     lengths = [engine_arguments(Path("m"), options(task=task))["max_model_len"] for task in ("labels", "classify")]
 
     assert lengths == [101, 100]
 
 
 def test_the_output_layer_is_in_fp32_unless_told_otherwise() -> None:
-    """bf16 logits are too coarse; other overrides of the model's configuration leave that alone."""
+    """bf16 logits are too coarse. Other overrides of the model's configuration do not change that."""
     more = engine_arguments(Path("m"), options(extra={"hf_overrides": {"rope_theta": 1.0}}))
     other = engine_arguments(Path("m"), options(extra={"hf_overrides": {"head_dtype": "model"}}))
 
@@ -61,20 +61,20 @@ def test_the_output_layer_is_in_fp32_unless_told_otherwise() -> None:
     ("name", "advice"), [("max_model_len", "use --max-tokens"), ("enable_prefix_caching", "relies on")]
 )
 def test_arguments_that_have_a_flag_are_refused(name: str, advice: str) -> None:
-    """Two sources for one value could only disagree."""
+    """One value must not have two sources."""
     with pytest.raises(VllmStartError, match=f"--vllm-args may not hold {name}: .*{advice}"):
         engine_arguments(Path("m"), options(extra={name: 1}))
 
 
 def test_an_adapters_rank_is_rounded_up(tmp_path: Path) -> None:
-    """vLLM takes some ranks only as its limit."""
+    """vLLM accepts only certain numbers as the largest rank."""
     lora = Lora("mine", adapter(tmp_path / "a", rank=12))
 
     assert engine_arguments(Path("m"), options(lora=lora))["max_lora_rank"] == 16
 
 
 def test_an_adapter_is_another_judge(tiny_model: Path, tmp_path: Path) -> None:
-    """Its name is the model's name, and queues and caches of the bare model are not shared."""
+    """With its own name and fingerprint, so that it shares no queue or cache with the base model."""
     bare = find_model(Settings(engine="vllm", model=str(tiny_model)))
     changed = find_model(
         Settings(engine="vllm", model=str(tiny_model), lora=f"mine={adapter(tmp_path / 'a')}"),
@@ -85,7 +85,7 @@ def test_an_adapter_is_another_judge(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_an_adapter_is_named(tiny_model: Path, tmp_path: Path) -> None:
-    """Before vLLM is started; and an engine that runs no adapters says so."""
+    """Before vLLM is started. So is an engine that does not support adapters."""
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         find_model(Settings(engine="vllm", model=str(tiny_model), lora=f"mine={tmp_path}"))
     with pytest.raises(ValueError, match="--lora needs --engine vllm"):
@@ -104,7 +104,7 @@ def test_a_folder_without_an_adapter_is_named(tiny_model: Path, tmp_path: Path) 
 def test_an_adapter_that_vllm_would_serve_in_part_is_refused(
     more: dict[str, Any], told: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Before it is started; the message says how to serve it all the same."""
+    """Before vLLM is started; the message says how to serve it anyway."""
     folder = adapter(tmp_path / "a")
     (folder / "adapter_config.json").write_text(json.dumps({"r": 4, **more}))
 
@@ -113,7 +113,7 @@ def test_an_adapter_that_vllm_would_serve_in_part_is_refused(
 
 
 def test_the_longest_prompt_is_one_token_shorter(tiny_model: Path) -> None:
-    """As long as the model reads, less the label."""
+    """With vLLM, which counts the label."""
     longest = [find_model(Settings(engine=engine, model=str(tiny_model))).max_tokens for engine in ("torch", "vllm")]
 
     assert longest == [2048, 2047]
@@ -143,7 +143,7 @@ class LostEngine(FakeEngine):
 
 
 async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
-    """Its jobs are for another worker: no failure is sent, and the items are not tried one by one."""
+    """Its jobs are for another worker: no failure is sent, and items are not retried one by one."""
     queue = MemoryQueue(10, 10_000)
     await queue.open()
     jobs = [Job(name, ScoreItem([1, 2], (3,)), deadline=1e12, submitted=0.0) for name in "ab"]
@@ -161,7 +161,7 @@ async def test_a_lost_engine_ends_the_worker_and_answers_nothing() -> None:
 
 
 def test_a_machine_without_a_gpu_is_named(tmp_path: Path) -> None:
-    """Not in vLLM's words, which are of an empty string: what is missing, and what runs without it."""
+    """With what is missing and what to use instead, unlike vLLM's own message about an empty string."""
     modules = {
         "engine/arg_utils": "AsyncEngineArgs = None",
         "platforms/__init__": "class current_platform:\n    is_unspecified = staticmethod(lambda: True)",
