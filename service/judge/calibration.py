@@ -1,4 +1,4 @@
-"""The calibration files of the settings, checked against the model and the templates that they are to be used with."""
+"""The calibration files that the settings name, checked against the model and the templates."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from service.judge.templates import TemplateLibrary
 def load_all(
     paths: Sequence[Path], provenance: Provenance, templates: TemplateLibrary
 ) -> dict[str, TemplateCalibration]:
-    """The calibrations of all the files by template id.
+    """The calibrations of all the files, by template id.
 
-    Raises CalibrationError, which names the file, for one that cannot be read, that was fitted to another model or
-    another way of asking, or that has a template which this service does not know, which is pairwise, or which an
-    earlier file has too.
+    Raises CalibrationError, which names the file, if it cannot be read, was fitted to another model or another way of
+    asking, or has a template that this service does not know, that is pairwise, or that an earlier file has too.
     """
     fingerprint = provenance.fingerprint
     asked_with = {t.id: provenance.asked_with(t) for t in templates.all()} or {

@@ -1,9 +1,10 @@
-"""The grade that a self-rewarding judge wrote: read strictly, from its own text alone, or not at all.
+"""The grade in a self-rewarding judge's text: read strictly, from the judge's own words alone, or not at all.
 
-A statement of the grade is `Score:` as the judge was told to write it, wherever it stands, or `score:` in any case at
-the beginning of a line (`Final score:`, `Total score:` too). Behind it must come a whole number from 0 to 5, and no
-other number in that line but the scale, as in `4/5` or `4 out of 5`. Stars, underscores, backticks, brackets, `$` and
-`\boxed` around it do not count. Nothing can be read from a text
+The published parser gave 0 where two grades contradicted each other, and 5 for `credit score: 720` in the prompt.
+Here a grade is stated by `Score:`, as the judge is told to write it, anywhere; or by `score:` in any case at the
+beginning of a line (`Final score:`, `Total score:` too). A whole number from 0 to 5 must follow, and no other number in
+that line but the scale, as in `4/5` or `4 out of 5`. Stars, underscores, backticks, brackets, `$` and `\boxed` around
+it are ignored. No grade is read from a text
 
 - without a statement (`I would give it a 4`), or with one that holds no such number (`Score: 720`, `Score: 4.5`,
   `Score: 4/10`, `Score: 3 or 4`, `Score: -1`, `Score: four`),
@@ -28,7 +29,7 @@ _GRADE: Final = re.compile(rf"\s*([0-{TOP_GRADE}])(?!\w|[.,]\d)(?:\s*(?:/|out of
 
 
 def parse_grade(text: str, ended: bool = True) -> int | None:
-    """The grade that the text states, 0 to 5; None where none can be read. `ended`: the text was not cut off."""
+    """The grade that the text states, 0 to 5, or None. `ended`: the text was not cut off."""
     plain = text.translate(_DECORATION).replace("\\boxed", "")
     statements = list(_STATEMENT.finditer(plain))
     found = {_grade_in(statement["rest"]) for statement in statements}

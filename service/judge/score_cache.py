@@ -1,6 +1,6 @@
-"""Scores that are known already: they are deterministic, so the same tokens need not be judged twice.
+"""Known answers: the same tokens give the same numbers, so they need not be judged twice.
 
-A cache never fails a request and hardly delays it: what it cannot say in time is unknown, and is judged.
+A cache never fails a request and hardly delays it: an answer that it does not have in time is judged anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from service.engine.contract import AnyItem, Classified, LabelLogprobs, ScoreIte
 
 log = structlog.get_logger(__name__)
 
-# Seconds that Redis may take to answer, and for which it is left alone after it has failed.
+# Seconds that Redis may take to answer, and for which it is not asked again after a failure.
 REDIS_LIMIT: Final = 0.1
 REDIS_PAUSE: Final = 1.0
 LOG_EVERY: Final = 60.0
@@ -38,7 +38,7 @@ _BROKEN = (RedisError, OSError, asyncio.TimeoutError)
 Answer = TypeVar("Answer")
 
 Kept: TypeAlias = LabelLogprobs | Classified
-"""What is remembered. Generated text is not: it would take a hundred times the memory."""
+"""Answers that are remembered. Generated text is not: it would take a hundred times the memory."""
 
 
 class ScoreCache(Protocol):
@@ -50,15 +50,15 @@ class ScoreCache(Protocol):
     async def put(self, found: Mapping[bytes, Kept]) -> None:
         """Remember these, and forget the oldest where there are too many.
 
-        What is not finite is left out, and what a floor stands in for: asked again, the API may say it.
+        Left out are answers that are not finite, and floored ones: asked again, the API may return the label.
         """
 
     async def close(self) -> None:
-        """Let go of what it holds open."""
+        """Close its connections."""
 
 
 def item_key(item: AnyItem) -> bytes:
-    """16 bytes for what is asked, whoever answers."""
+    """16 bytes that stand for an item, whoever answers it."""
     if isinstance(item, TextItem):
         asked = json.dumps([item.labels if isinstance(item, TextScoreItem) else [], item.text]).encode()
         return blake2b(asked, digest_size=_KEY_BYTES).digest()
@@ -69,12 +69,12 @@ def item_key(item: AnyItem) -> bytes:
 
 
 def variant_key(variant: str, item: bytes) -> bytes:
-    """16 bytes for an `item_key`; `variant` says what else the numbers depend on: model, task, what computes them."""
+    """16 bytes for an `item_key`; `variant` is all else that the numbers depend on: model, task, code and hardware."""
     return blake2b(item + variant.encode(), digest_size=_KEY_BYTES).digest()
 
 
 class MemoryCache:
-    """In this process; what was used least recently is forgotten first."""
+    """In this process; the least recently used answer is forgotten first."""
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
@@ -96,7 +96,7 @@ class MemoryCache:
             self._entries.popitem(last=False)
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 # Each answer under a key of its own, which Redis lets expire; `index` has the keys by the time of their writing (in
@@ -124,16 +124,17 @@ end
 
 
 class RedisCache:
-    """Shared by all processes that use the same Redis, and there for `ttl` seconds after it was written.
+    """Shared by all processes that use the same Redis; an answer is kept for `ttl` seconds after it was written.
 
-    At most `max_entries` are kept, those written last. After a failure Redis is left alone for a second, so that one
-    that hangs does not cost every request the time limit.
+    At most `max_entries` are kept, those written last. After a failure Redis is not asked for a second, so that a
+    hanging one does not cost every request the time limit.
     """
 
     def __init__(self, redis: Redis, prefix: str, ttl: float, max_entries: int) -> None:
         self._redis = redis
-        # The braces keep all keys in one slot of a cluster, as a script's keys have to be.
-        self._base = f"{prefix}:cache:{{scores}}:".encode()
+        # The braces keep all keys in one slot of a cluster, where a script's keys must be.
+        self.base = f"{prefix}:cache:{{scores}}:".encode()
+        """All of its keys in Redis begin like this."""
         self._ttl_ms = max(1, int(ttl * 1000))
         self._max_entries = max_entries
         self._put = redis.register_script(_PUT)
@@ -143,24 +144,24 @@ class RedisCache:
     async def get(self, keys: Sequence[bytes]) -> list[Kept | None]:
         found: list[Any] | None = None
         if keys:
-            found = await self._ask(lambda: self._redis.mget([self._base + key for key in keys]))
+            found = await self._ask(lambda: self._redis.mget([self.base + key for key in keys]))
         return [_unpacked(value) for value in found] if found else [None] * len(keys)
 
     async def put(self, found: Mapping[bytes, Kept]) -> None:
         packed = {key: _packed(answer) for key, answer in found.items() if _is_kept(answer)}
         if packed:
-            names = [self._base + b"index", *(self._base + key for key in packed)]
+            names = [self.base + b"index", *(self.base + key for key in packed)]
             pairs = [part for pair in packed.items() for part in pair]
             await self._ask(lambda: self._put(keys=names, args=[self._ttl_ms, self._max_entries, *pairs]))
 
     async def close(self) -> None:
-        """Close the connections; those to a Redis that is silent, for a moment at most."""
+        """Close the connections, without waiting long for a silent Redis."""
         with suppress(*_BROKEN):
             async with asyncio.timeout(REDIS_LIMIT):
                 await self._redis.aclose(close_connection_pool=True)
 
     async def _ask(self, ask: Callable[[], Awaitable[Answer]]) -> Answer | None:
-        """Redis' answer, or None where there is none in time."""
+        """Redis' answer, or None if it fails or is late."""
         if time.monotonic() < self._ask_again:
             return None
         try:
@@ -176,7 +177,7 @@ class RedisCache:
 
 
 def redis_cache(url: str, prefix: str, ttl: float, max_entries: int) -> RedisCache:
-    """A cache with connections of its own, that nothing else waits for. Raises ValueError for a URL that is none."""
+    """A cache with connections of its own, so that nothing else waits for them. Raises ValueError for a bad URL."""
     pool: Any = BlockingConnectionPool.from_url(
         url,
         max_connections=CONNECTIONS,
@@ -195,7 +196,7 @@ def _is_kept(answer: Kept) -> bool:
 
 
 def _packed(answer: Kept) -> bytes:
-    """A count of labels and their log-probabilities; of no labels, which no judge has, and a head's logit."""
+    """The number of labels and their log-probabilities; or 0, which no judge of labels has, and a head's logit."""
     if isinstance(answer, Classified):
         return _HEAD.pack(0, answer.cached_tokens, 0) + struct.pack("<d", answer.logit)
     count = len(answer.logprobs)
@@ -203,7 +204,7 @@ def _packed(answer: Kept) -> bytes:
 
 
 def _unpacked(value: bytes | None) -> Kept | None:
-    """None also for bytes that are no answer: of another version, perhaps."""
+    """None also for bytes that are not an answer: another version may have written them."""
     if value is None or len(value) < _HEAD.size:
         return None
     argmax_id, cached_tokens, count = _HEAD.unpack_from(value)

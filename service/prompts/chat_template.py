@@ -1,4 +1,4 @@
-"""What a model's chat template puts around texts: the one user message that a judge's prompt is, or a conversation."""
+"""What a model's chat template puts around a judge's prompt, which is one user message, or around a conversation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Render = Callable[..., str]
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, chat_date: date | None, problem: str) -> Render:
-    """The model's chat template as a function of messages and options, which raises ServiceError(BAD_TEMPLATE): that
-    the template `problem`.
+    """The model's chat template as a function of messages and options. It raises ServiceError(BAD_TEMPLATE), saying
+    that the template `problem`.
 
-    `strftime_now` gives this date, or the default one, and never the clock's: prompts would depend on the day on which
-    a process was started. `date_string`, which has a fixed value in templates that ask for it, is set where a date is
-    given. A template that draws random numbers fails always, instead of now and then.
+    `strftime_now` gives this date, or the default one, never the clock's: else prompts would depend on the day on which
+    the process started. Templates that read `date_string` have a fixed value for it, which a given date replaces. A
+    template that draws random numbers is always refused, instead of now and then.
     """
-    told: dict[str, Any] = {"tokenize": False, "day": chat_date or DEFAULT_CHAT_DATE}
+    fixed: dict[str, Any] = {"tokenize": False, "day": chat_date or DEFAULT_CHAT_DATE}
     if chat_date is not None:
-        told["date_string"] = chat_date.strftime("%d %b %Y")
+        fixed["date_string"] = chat_date.strftime("%d %b %Y")
 
     def render(messages: Sequence[dict[str, str]], **options: Any) -> str:
         if unsteady:
@@ -42,7 +42,7 @@ def renderer(tokenizer: PreTrainedTokenizerBase, chat_date: date | None, problem
 
     def once(messages: Sequence[dict[str, str]], **options: Any) -> str:
         try:
-            return str(apply_dated(tokenizer, list(messages), **told, **options))
+            return str(apply_dated(tokenizer, list(messages), **fixed, **options))
         except Exception as error:  # a template raises what it likes
             raise bad_template(f"the model's chat template {problem}: {error}") from error
 
@@ -55,29 +55,29 @@ def renderer(tokenizer: PreTrainedTokenizerBase, chat_date: date | None, problem
 
 
 class ChatFrame:
-    """The head before the message and the tail behind it.
+    """The head before the message and the tail after it.
 
-    Nearly every template writes a head, the message (some trim it) and a tail. Where that holds for all of the probes,
-    no Jinja runs for a request. Else each message is rendered and compared, and refused where more has changed.
+    Nearly every template writes a head, the message (some trim it) and a tail. Where that holds for all probes, no
+    Jinja runs for a request. Otherwise each message is rendered and compared, and refused if more has changed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_date: date | None = None) -> None:
-        """`chat_date` is what the template is told of the day; see `renderer`."""
+        """`chat_date` is the date that the template gets; see `renderer`."""
         self._template = renderer(tokenizer, chat_date, "fails (use format raw)")
         self._mark = secrets.token_hex(16)
         self._head, self._tail = "", ""
         self._trims: tuple[bool, bool] | None = None
-        with suppress(ServiceError):  # no template, or one that fails: said when a message is rendered
+        with suppress(ServiceError):  # no template, or one that fails: reported when a message is rendered
             self._head, _, self._tail = self._render(self._mark).partition(self._mark)
             self._trims = self._trims_of_all(self._probes())
 
     @property
     def written(self) -> str:
-        """All that the template itself writes; empty where there is none that works."""
+        """All that the template itself writes; empty if it does not work."""
         return self._head + self._tail
 
     def around(self, content: str) -> tuple[str, str, str, int]:
-        """Head, message as the template writes it, tail, and the number of characters trimmed from its left."""
+        """Head, message as the template writes it, tail, and how many characters were trimmed from its left."""
         trims = self._trims or self._trims_of_all([content])
         if trims is None:
             raise bad_template("the model's chat template changes this text: use format raw")
@@ -94,7 +94,7 @@ class ChatFrame:
         ]
 
     def _trims_of_all(self, contents: Sequence[str]) -> tuple[bool, bool] | None:
-        """On which sides these messages are trimmed; None where they change in another way."""
+        """On which sides these messages are trimmed; None if they change in another way."""
         rendered = [self._render(content) for content in contents]
         for left, right in ((False, False), (True, True), (True, False), (False, True)):
             if rendered == [self._head + _trim(content, left, right)[0] + self._tail for content in contents]:
@@ -106,7 +106,7 @@ class ChatFrame:
 
 
 class ConversationFrame:
-    """What stands before, between and behind the turns of a conversation, up to the end of the assistant's last one."""
+    """The text before, between and after the turns of a conversation, up to the end of the assistant's last one."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_date: date | None = None) -> None:
         """Raises ServiceError(BAD_TEMPLATE) for a model without a chat template."""
@@ -118,7 +118,7 @@ class ConversationFrame:
 
     @property
     def written(self) -> str:
-        """All that the template itself writes around a question and its answer; empty where it fails on that."""
+        """All that the template itself writes around a question and its answer; empty if it fails on them."""
         with suppress(ServiceError):
             return "".join(self._pieces(("user", "assistant")))
         return ""
@@ -157,11 +157,11 @@ def _woven(pieces: Sequence[str], texts: Sequence[str]) -> str:
 
 
 def bad_template(problem: str) -> ServiceError:
-    """The refusal of a template that does not work with this model."""
+    """The error for a template that does not work with this model."""
     return ServiceError(ErrorCode.BAD_TEMPLATE, problem, param="template")
 
 
 def _trim(text: str, left: bool, right: bool) -> tuple[str, int]:
-    """The text without the white space on these sides, and how much of it stood on the left."""
+    """The text without white space on these sides, and how many characters that was on the left."""
     kept = text.lstrip() if left else text
     return (kept.rstrip() if right else kept), len(text) - len(kept)

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +31,7 @@ from service.judge.readers import LabelReader
 from service.judge.score_cache import (
     REDIS_LIMIT,
     REDIS_PAUSE,
+    Kept,
     MemoryCache,
     RedisCache,
     ScoreCache,
@@ -189,10 +190,10 @@ async def test_redis_holds_no_more_keys_than_the_bound(shared: RedisCache, serve
     await shared.put({key(number): ANSWER for number in range(9)})
 
     with server.client() as client:
-        keys = list(client.scan_iter(match=shared._base + b"*"))
+        keys = list(client.scan_iter(match=shared.base + b"*"))
         lives = [client.pttl(name) for name in keys]
         assert len(keys) == LIMIT + 1
-        assert client.zcard(shared._base + b"index") == LIMIT
+        assert client.zcard(shared.base + b"index") == LIMIT
     assert min(lives) > 0
 
 
@@ -201,7 +202,7 @@ async def test_bytes_that_are_no_answer_are_a_miss(shared: RedisCache, server: R
     nan = struct.pack("<IIB2d", 1, 0, 2, math.nan, -1.0)
     with server.client() as client:
         for number, value in enumerate([b"\x00" * 12, b"", nan, struct.pack("<IIBd", 0, 0, 0, math.inf)]):
-            client.set(shared._base + key(number), value)
+            client.set(shared.base + key(number), value)
 
     assert await shared.get([key(number) for number in range(4)]) == [None] * 4
 
@@ -240,7 +241,7 @@ async def test_an_error_that_redis_answers_is_a_miss(server: RedisServer) -> Non
     """So is a server that refuses (wrong type, no rights, no memory)."""
     cache = RedisCache(Redis.from_url(server.url), uuid.uuid4().hex, 60.0, LIMIT)
     with server.client() as client:
-        client.set(cache._base + b"index", "no index")
+        client.set(cache.base + b"index", "no index")
     await cache.put({key(0): ANSWER})
 
     assert await held(cache, 1) == []
@@ -250,6 +251,18 @@ async def test_an_error_that_redis_answers_is_a_miss(server: RedisServer) -> Non
 LAYOUT = Layout(
     format="raw", text="{prompt}{response}", slots=("prompt", "response"), question=Predicate.of(["Yes"], ["No"])
 )
+
+
+class RecordingCache(MemoryCache):
+    """It also knows under which keys something was written."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+        self.keys: list[bytes] = []
+
+    async def put(self, found: Mapping[bytes, Kept]) -> None:
+        self.keys += found
+        await super().put(found)
 
 
 class Numbered:
@@ -267,7 +280,7 @@ class Desk:
         self.variant: str | None = INFO.variant
         self.queue = MemoryQueue(100, 10_000)
         self.metrics = Metrics()
-        self.cache = MemoryCache(100)
+        self.cache = RecordingCache()
         dispatcher = Dispatcher(self.queue, self.metrics, Scores(self.cache, "model"))
         prompts: Any = Numbered()
         self.pipeline = Pipeline(prompts, LabelReader(), dispatcher, ThreadPoolExecutor(1), self.metrics)
@@ -396,8 +409,7 @@ async def test_an_answer_to_another_question_is_neither_remembered_nor_believed(
     _, (failed,) = await desk.ask(1)
     del desk.answer
     _, (judged,) = await desk.ask(1)
-    for name in list(desk.cache._entries):
-        await desk.cache.put({name: wrong})
+    await desk.cache.put(dict.fromkeys(list(desk.cache.keys), wrong))
     jobs, (again,) = await desk.ask(1)
 
     assert failed.code is ErrorCode.INFERENCE_FAILED

@@ -18,9 +18,9 @@ import pytest
 from service.errors import ServiceError
 from service.judge.grades import parse_grade
 from service.prompts.builder import PromptBuilder
-from service.prompts.tokenizer import _least_composed
-from tests.prompts.test_prompt import composing_tokenizer, inline, tokenizer_named
+from service.prompts.length_bound import least_composed
 from tests.support.live import Live, live_service
+from tests.support.prompts import composing_tokenizer, inline, tokenizer_named
 
 # What was quadratic took minutes for these sizes; what is linear takes a fraction of a second.
 BOUND = 10.0
@@ -156,6 +156,6 @@ def test_composition_never_shrinks_a_text_below_the_bound() -> None:
 
     for text in [*spelled, *(f"a\u4e00{each * 3}b" for each in spelled)]:
         raw = unicodedata.normalize("NFC", text).encode()
-        size, words = _least_composed(text.encode())
+        size, words = least_composed(text.encode())
         assert size <= len(raw)
         assert words <= sum(chr(byte).isalnum() for byte in raw if byte < 0x80)

@@ -1,117 +1,39 @@
-"""Prompts: rendering, control tokens, labels in context, boundaries, truncation."""
+"""Prompts: rendering, control tokens, boundaries, many at once."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from client.errors import ErrorCode
 from client.schema import InlineTemplate, Labels, Message
 from service.errors import ServiceError
-from service.judge.template_files import load_library
-from service.judge.templates import Template, TemplateLibrary, from_inline
+from service.judge.templates import TemplateLibrary, from_inline
 from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import JudgePrompt, PromptBuilder
 from service.prompts.rendering import flatten
-from service.prompts.truncation import CUT_MARK
 from service.questions import PromptSpec
-from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
-
-TRIMMING = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] | trim }} [/INST]{% endfor %}"
-CLOSED = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
-REWRITING = "{% for m in messages %}User: {{ m['content'] | replace('/no_think', '') }}\nBot:{% endfor %}"
-CHAT, RAW = load_library("chat"), load_library("raw")
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
-CONTROL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>"]
-PARTS = [*CONTROL, "<|im_", "end|>", "<", "s>", " ", "\n", "é", "Yes", "\0"]
-FORGED = st.lists(st.sampled_from([*PARTS, "e\u0301", "مرحبا", "👩‍👧"]), min_size=1, max_size=12).map("".join)
-LONG = " ".join(f"word{number}" for number in range(400))
-
-
-def llama_tokenizer(chat_template: str | None = TRIMMING, scheme: str = "first") -> PreTrainedTokenizerFast:
-    """A BPE as Llama 2 and Mistral have it: `▁` for spaces, bytes as fallback, a BOS put before every text."""
-    merges = [("Y", "e"), ("Ye", "s"), ("▁", "Yes"), ("N", "o"), ("▁", "No"), ("x", "x")]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *map("".join, merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **names)
-
-
-def composing_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with Qwen's normalisation to NFC, and a long token that is composed."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    tokenizer.backend_tokenizer.add_tokens([AddedToken("\u00e9" * 20, normalized=True)])
-    return tokenizer
-
-
-def swallowing_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with control tokens that take the white space behind them with them, as Phi-3's do."""
-    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    state["added_tokens"] = [token | {"rstrip": True} for token in state["added_tokens"]]
-    backend = Tokenizer.from_str(json.dumps(state))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE)
-
-
-@cache
-def tokenizer_named(name: str) -> Any:
-    """The tokenizers that the tests go through."""
-    return {
-        "tiny": tiny_tokenizer,
-        "composing": composing_tokenizer,
-        "swallowing": swallowing_tokenizer,
-        "llama": llama_tokenizer,
-        "closed": lambda: llama_tokenizer(CLOSED, "always"),
-        "rewriting": lambda: llama_tokenizer(REWRITING),
-        "bare": lambda: llama_tokenizer(None),
-    }[name]()
-
-
-@cache
-def builder(name: str = "tiny", max_tokens: int = 4096) -> PromptBuilder:
-    """A builder for one of those tokenizers."""
-    return PromptBuilder(tokenizer_named(name), max_tokens)
-
-
-def inline(layout: str, *, form: Any = "raw", yes: Sequence[str] = (" Yes",), no: Sequence[str] = (" No",)) -> Template:
-    """A template as it comes with a request."""
-    return from_inline(InlineTemplate(format=form, layout=layout, labels=Labels(yes=list(yes), no=list(no))))
-
-
-def by_transformers(name: str, text: str) -> list[int]:
-    """One user message through the tokenizer's own chat template."""
-    messages = [{"role": "user", "content": text}]
-    ids: list[int] = tokenizer_named(name).apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
-    )
-    return ids
-
-
-def decoded(name: str, prompt: JudgePrompt) -> str:
-    """The text of a prompt's tokens, control tokens included."""
-    text: str = tokenizer_named(name).backend_tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False)
-    return text
-
-
-def control_ids(name: str, prompt: JudgePrompt) -> list[int]:
-    """The control tokens of a prompt, in order."""
-    control = tokenizer_named(name).backend_tokenizer.get_added_tokens_decoder()
-    return [id_ for id_ in prompt.token_ids if id_ in control]
+from tests.support.prompts import (
+    CHAT,
+    CONTROL,
+    FORGED,
+    LONG,
+    RAW,
+    TEXTS,
+    builder,
+    by_transformers,
+    control_ids,
+    decoded,
+    inline,
+    llama_tokenizer,
+    tokenizer_named,
+)
+from tests.support.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", ["tiny", "composing", "llama", "closed", "rewriting"])
@@ -253,74 +175,6 @@ def test_built_in_templates_pass_their_check(library: TemplateLibrary) -> None:
     assert len(lengths) == 18
 
 
-@pytest.mark.parametrize(("name", "library"), [("tiny", CHAT), ("tiny", RAW), ("bare", RAW)])
-def test_labels_are_the_next_token(name: str, library: TemplateLibrary) -> None:
-    """The prompt's text with a label added has the prompt's tokens and then the label's id."""
-    built = builder(name).build(library.default("pointwise"), "What is 2+2?", ["4"], "error")
-
-    text = tokenizer_named(name).backend_tokenizer.decode(list(built.token_ids), skip_special_tokens=False)
-    text = text.removeprefix("<s> ")
-    label = library.default("pointwise").yes[0]
-    after = tokenizer_named(name)(text + label)["input_ids"]
-    assert after == [*built.token_ids, *built.label_ids[: built.spellings[0]]]
-
-
-def test_spellings_of_one_token_count_once() -> None:
-    """Where "Yes" and " Yes" are one id after the prompt, that id is given once."""
-    template = inline("{prompt} {response}", form="chat", yes=["Yes", " Yes"], no=["No"])
-
-    built = builder("closed").build(template, "x", ["y"], "error")
-
-    assert built.label_ids[:1] == (tokenizer_named("closed").convert_tokens_to_ids("▁Yes"),)
-
-
-@pytest.mark.parametrize(
-    ("yes", "no", "problem"),
-    [
-        ([" Yes", " certainly so"], [" No"], r"yes label 1 is \d+ tokens"),
-        ([" Yes"], [" certainly so"], r"no label 0 is \d+ tokens"),
-        ([" Yes", " No"], [" No"], "same token"),
-    ],
-)
-def test_labels_that_are_no_single_tokens_are_refused(yes: list[str], no: list[str], problem: str) -> None:
-    """A label of several tokens, or on both sides, is refused by its side and place, not by its text."""
-    with pytest.raises(ServiceError, match=problem) as caught:
-        builder().build(inline("{prompt} {response}\nGood:", yes=yes, no=no), "x", ["y"], "error")
-
-    assert (caught.value.code, caught.value.param) == (ErrorCode.BAD_LABEL, "template.labels")
-    assert "certainly" not in caught.value.message
-
-
-@pytest.mark.parametrize("label", ["x", "xx"])
-def test_a_label_that_changes_the_prompt_is_refused(label: str) -> None:
-    """A label that changes the prompt's last token is refused, even where only the whole prompt shows that it does:
-    of an odd number of x the last one is a token of its own, of the last 48 characters none is."""
-    template = inline("{prompt}{response}", yes=[label], no=["y"])
-
-    with pytest.raises(ServiceError, match="joins") as caught:
-        builder("bare").build(template, "q", ["x" * 101], "error")
-
-    assert caught.value.code is ErrorCode.BAD_LABEL
-
-
-@settings(deadline=None)
-@given(answer=st.text("Yes NoA\n", min_size=1, max_size=80))
-def test_labels_are_found_in_the_whole_context(answer: str) -> None:
-    """Where the user's text comes last, the labels are right or refused, just as the whole text says."""
-    template = inline("{prompt}{response}", yes=[" Yes"], no=[" No"])
-    encode = tokenizer_named("bare")
-    single = [
-        encode(f"x{answer}{label}")["input_ids"][:-1] == encode(f"x{answer}")["input_ids"] for label in template.yes
-    ]
-
-    try:
-        found = builder("bare").build(template, "x", [answer], "error").label_ids[:1]
-    except ServiceError:
-        found = ()
-
-    assert bool(found) == all(single)
-
-
 @pytest.mark.parametrize("library", [CHAT, RAW])
 @pytest.mark.parametrize("prompt", ["What is 2+2?", "ends in a blank \n\n", "é👩‍👧", "<|im_end|>"])
 def test_answers_to_one_question_share_their_beginning(library: TemplateLibrary, prompt: str) -> None:
@@ -358,139 +212,6 @@ def test_a_prompt_behind_the_response_has_no_boundary() -> None:
     built = builder().build(inline("Given {response} to {prompt}\nGood:"), "x", ["y"], "error")
 
     assert len(built.boundaries) == 1
-
-
-def test_a_text_that_just_fits_is_not_touched() -> None:
-    """A prompt of exactly the longest length is built whole; one token less is refused."""
-    template = RAW.default("pointwise")
-    length = len(builder().build(template, LONG, ["x"], "error").token_ids)
-
-    fitting = builder(max_tokens=length).build(template, LONG, ["x"], "prompt_left")
-
-    assert (len(fitting.token_ids), fitting.truncated) == (length, False)
-    with pytest.raises(ServiceError, match=f"{length} tokens long.* at most {length - 1}") as caught:
-        builder(max_tokens=length - 1).build(template, LONG, ["x"], "error")
-    assert (caught.value.code, caught.value.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "prompt")
-
-
-@pytest.mark.parametrize("name", ["tiny", "llama"])
-@settings(deadline=None, max_examples=30)
-@given(prompt=FORGED, answer=FORGED, room=st.integers(0, 60))
-def test_cut_prompts_fit_and_are_real_texts(name: str, prompt: str, answer: str, room: int) -> None:
-    """A cut prompt is not too long, uses nearly all of the room, and its text is tokenised as any text is."""
-    template = inline("Q: {prompt} A: {response}\nGood:", form="raw")
-    limited = builder(name, 300 + room)
-
-    built = limited.build(template, prompt * 60 + LONG, [answer], "prompt_left")
-
-    text = decoded(name, built).removeprefix("<s> ")
-    assert 280 + room < len(built.token_ids) <= 300 + room
-    assert text.startswith("Q: ")
-    assert text.endswith(f"{LONG[-40:]} A: {answer}\nGood:")
-
-
-def test_prompt_left_keeps_the_end_of_the_question() -> None:
-    """The prompt loses its beginning; layout, instruction and response stay whole."""
-    template = RAW.default("pointwise")
-    built = builder(max_tokens=600).build(template, LONG, ["The response."], "prompt_left")
-
-    text = decoded("tiny", built)
-    head, tail = template.text.format(instruction=template.instruction, prompt="\0", response="The response.").split(
-        "\0"
-    )
-    assert built.truncated
-    assert text.startswith(head)
-    assert text.endswith(tail)
-    assert LONG.endswith(text.removeprefix(head).removesuffix(tail))
-    assert len(built.token_ids) > 590
-
-
-def test_response_middle_keeps_both_ends_of_the_response() -> None:
-    """The response loses its middle, where a mark stands; all else stays whole."""
-    built = builder(max_tokens=600).build(inline("Q: {prompt} A: {response}\nGood:"), "x", [LONG], "response_middle")
-
-    before, after = decoded("tiny", built).removeprefix("Q: x A: ").removesuffix("\nGood:").split(CUT_MARK)
-    assert built.truncated
-    assert LONG.startswith(before)
-    assert LONG.endswith(after)
-    assert abs(len(before) - len(after)) < 20
-
-
-def test_of_two_responses_the_longer_is_cut() -> None:
-    """A short response stays whole beside a long one, in either order, and both orders show the same texts."""
-    template, limited = inline("{prompt} {response_a} {response_b}\nGood:"), builder(max_tokens=600)
-
-    texts = [
-        decoded("tiny", limited.build(template, "x", pair, "response_middle"))
-        for pair in (["short one", LONG], [LONG, "short one"])
-    ]
-
-    assert texts[0].startswith("x short one word0")
-    assert texts[1].endswith("word399 short one\nGood:")
-
-
-def test_two_long_responses_are_cut_to_one_length() -> None:
-    """Of two long responses as much is left of one as of the other."""
-    template = inline("{prompt}|{response_a}|{response_b}|\nGood:")
-
-    built = builder(max_tokens=600).build(template, "x", [LONG, LONG + LONG], "response_middle")
-
-    _, first, second, _ = decoded("tiny", built).split("|")
-    assert abs(len(first) - len(second)) < 20
-    assert len(built.token_ids) > 590
-
-
-@pytest.mark.parametrize(
-    ("truncation", "prompt", "answer", "param"),
-    [
-        ("prompt_left", "x", LONG, "response"),
-        ("response_middle", LONG, "y", "prompt"),
-        ("error", "x", LONG, "response"),
-    ],
-)
-def test_what_cannot_be_cut_enough_is_refused(truncation: Any, prompt: str, answer: str, param: str) -> None:
-    """Where the part that may be cut is not what is too long, the request is refused with the longer field's name."""
-    with pytest.raises(ServiceError) as caught:
-        builder(max_tokens=600).build(RAW.default("pointwise"), prompt, [answer], truncation)
-
-    assert (caught.value.code, caught.value.param) == (ErrorCode.CONTEXT_LENGTH_EXCEEDED, param)
-
-
-@pytest.mark.parametrize(
-    ("truncation", "prompt", "answer"), [("prompt_left", LONG * 500, "x"), ("response_middle", "x", LONG * 500)]
-)
-def test_huge_texts_are_cut_to_fit(truncation: Any, prompt: str, answer: str) -> None:
-    """A text of megabytes is cut like any other."""
-    template = inline("{prompt} {response}\nGood:")
-
-    built = builder(max_tokens=600).build(template, prompt, [answer], truncation)
-
-    assert built.truncated
-    assert 590 < len(built.token_ids) <= 600
-
-
-def test_a_huge_text_is_refused_with_a_bound() -> None:
-    """A text that cannot fit however it is tokenised is refused before it is tokenised."""
-    with pytest.raises(ServiceError, match="at least") as caught:
-        builder(max_tokens=600).build(RAW.default("pointwise"), LONG * 500, ["x"], "error")
-
-    assert caught.value.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED
-
-
-@pytest.mark.parametrize("name", ["tiny", "composing", "bare"])
-@settings(deadline=None)
-@given(
-    text=TEXTS
-    | FORGED
-    | st.sampled_from(
-        [" " * 300, "0123456789" * 20, "The quick brown fox" * 9, "e\u0301" * 20, "\u03b1\u0313\u0300\u0345" * 30]
-    )
-)
-def test_the_bound_never_exceeds_the_tokens(name: str, text: str) -> None:
-    """The bound that refuses huge texts is never more than the number of tokens that they have."""
-    prompts = builder(name)
-
-    assert prompts._codec.fewest_tokens([text]) <= len(prompts._codec.ids(text, True))
 
 
 def test_threads_agree() -> None:
