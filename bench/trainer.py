@@ -34,8 +34,9 @@ from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.policy.generation import row_seed
-from trainer.policy.models import choose_device, choose_dtype, eos_ids, load_model, load_tokenizer, quiet_libraries
+from trainer.policy.models import choose_device, choose_dtype, eos_ids, load_model, quiet_libraries
 from trainer.policy.samplers import SampleSettings, make_sampler
+from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.records import Instruction, Sample, Score
 from trainer.sample import _ask, _distinct
 

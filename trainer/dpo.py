@@ -22,11 +22,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
+from trainer.errors import InputError
 from trainer.flags import add_flags, given
-from trainer.policy.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
-from trainer.programs import InputError, perform_stage, run_program, stderr_console
+from trainer.policy.models import model_identity, needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.tokenizers import load_tokenizer
+from trainer.programs import perform_stage, run_program, stderr_console
 from trainer.run.bars import Tell, silent
-from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, write_json, write_whole
+from trainer.run.files import write_json, write_whole
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER
 from trainer.run.stages import Stage, content_digest
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.preferences import Split, load_preferences, split_preferences

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from client.benchmarks.results.records import ITEMS_FILE, read_rows
 from client.runtime.cli import judge_address
 from client.schema import Truncation
+from trainer.errors import InputError
 from trainer.evaluation.harness import TASKS, HarnessOptions, require_harness, run_harness
 from trainer.evaluation.verdicts import MODES, Metrics, VerdictOptions, describe_judge, judge_duels, make_duels, measure
 from trainer.flags import add_flags, given
@@ -36,10 +37,11 @@ from trainer.labels.labelers import JudgeOptions
 from trainer.policy.models import model_identity, quiet_libraries, resolve_model
 from trainer.policy.samplers import SampleSettings
 from trainer.policy.weights import same_weights
-from trainer.programs import InputError, reading_input, run_program, stderr_console
+from trainer.programs import reading_input, run_program, stderr_console
 from trainer.run.bars import advance_bar
+from trainer.run.files import read_records, write_json, write_record
 from trainer.run.rates import Meter, keep_rate
-from trainer.run.records import METRICS_FILE, Instruction, read_records, write_json, write_record
+from trainer.run.records import METRICS_FILE, Instruction
 from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 from trainer.sample import Sampled, sample_responses
 

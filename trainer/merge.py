@@ -22,21 +22,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.chat import turn_end
-from trainer.policy.models import (
-    DTYPES,
-    DType,
-    ModelError,
-    load_model,
-    load_tokenizer,
-    needs_trainer,
-    put_in_place,
-    quiet_libraries,
-    resolve_model,
-)
+from trainer.errors import InputError, ModelError, StageError
+from trainer.policy.models import DTYPES, DType, load_model, needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.tokenizers import load_tokenizer
 from trainer.policy.weights import TensorFiles, same_weights
-from trainer.programs import InputError, run_program, stderr_console
+from trainer.programs import run_program, stderr_console
 from trainer.run.bars import say
-from trainer.run.stages import StageError
+from trainer.run.files import put_in_place
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.training import disk_full_said
 

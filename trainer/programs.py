@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Any
 from client.runtime.cli import fail
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.proxies import exempt_loopback
+from trainer.errors import InputError, RecordError, StageError
 from trainer.policy.models import needs_trainer
 from trainer.run.bars import Tell, advance_bar
-from trainer.run.records import RecordError
-from trainer.run.stages import Stage, StageError, open_run
+from trainer.run.stages import Stage, open_run
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-class InputError(ValueError):
-    """What a command was given cannot be used; the message says why."""
 
 
 @contextmanager

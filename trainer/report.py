@@ -18,6 +18,7 @@ from trainer.dpo import DPO_FILE, DPO_LOG
 from trainer.evaluation.verdicts import Duel, Metrics, make_duels
 from trainer.evaluation.winrate import WinRate
 from trainer.policy.models import needs_trainer
+from trainer.run.files import read_record, read_records, write_whole
 from trainer.run.records import (
     CONFIG_FILE,
     HELD_OUT_FILE,
@@ -31,9 +32,6 @@ from trainer.run.records import (
     Pair,
     PairStats,
     Sample,
-    read_record,
-    read_records,
-    write_whole,
 )
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.rounding import MERGE_FILE

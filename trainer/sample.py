@@ -27,30 +27,16 @@ from typing import Any, Literal
 from client.chat import own_turn, turn_end
 from client.schema import Message
 from client.texts import is_blank
+from trainer.errors import InputError, ModelError
 from trainer.flags import add_flags, given
 from trainer.policy.generation import Generated, row_seed
-from trainer.policy.models import (
-    BASE_STOPS,
-    ModelError,
-    chat_ids,
-    context_length,
-    has_base_template,
-    load_tokenizer,
-    model_identity,
-    release_memory,
-    resolve_model,
-)
+from trainer.policy.models import context_length, model_identity, release_memory, resolve_model
 from trainer.policy.samplers import Asked, SampleSettings, make_sampler
-from trainer.programs import InputError, perform_stage, reading_input, run_program
+from trainer.policy.tokenizers import BASE_STOPS, chat_ids, has_base_template, load_tokenizer
+from trainer.programs import perform_stage, reading_input, run_program
 from trainer.run.bars import Advance, Tell, silent
-from trainer.run.records import (
-    SAMPLES_FILE,
-    Instruction,
-    Sample,
-    appending,
-    read_records,
-    write_records,
-)
+from trainer.run.files import appending, read_records, write_records
+from trainer.run.records import SAMPLES_FILE, Instruction, Sample
 from trainer.run.stages import Stage, content_digest
 
 
@@ -134,7 +120,7 @@ def _ask(tokenizer: Any, instruction: Instruction, settings: SampleSettings) -> 
     if settings.system is not None:
         turns.insert(0, Message(role="system", content=settings.system))
     seeds = [row_seed(settings.seed, instruction.id, sample) for sample in range(settings.samples)]
-    return Asked(instruction.id, chat_ids(tokenizer, turns, answer=True), seeds)
+    return Asked(instruction.id, chat_ids(tokenizer, turns), seeds)
 
 
 def _resume(output: Path, asked: Sequence[Asked], samples: int) -> set[str]:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from trainer.config import LoopSettings, add_loop_flags, settings_from
 from trainer.dpo import DPO_FILE, DPO_LOG, train_dpo
+from trainer.errors import InputError
 from trainer.evaluate import Evaluation, Model, Referee, model_of, summary_of
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import OUTPUTS as INSTRUCTION_OUTPUTS
@@ -41,10 +42,11 @@ from trainer.labels.pairs import write_pairs
 from trainer.merge import push_to_hub
 from trainer.plan import write_plan
 from trainer.policy.models import quiet_libraries, release_memory, resolve_model
-from trainer.programs import InputError, run_program, stderr_console
+from trainer.programs import run_program, stderr_console
 from trainer.report import write_card, write_run_report
 from trainer.run.adoption import adopt
 from trainer.run.bars import advance_bar
+from trainer.run.files import read_records, write_json
 from trainer.run.rates import Meter, keep_rate
 from trainer.run.records import (
     ADAPTER_FOLDER,
@@ -58,8 +60,6 @@ from trainer.run.records import (
     SCORES_FILE,
     Instruction,
     Score,
-    read_records,
-    write_json,
 )
 from trainer.run.stages import RunFolder, Stage, open_run
 from trainer.sample import Sampled, sample_responses

@@ -23,11 +23,14 @@ from client.benchmarks.data.tables import Record as TableRow
 from client.benchmarks.data.tables import read_table
 from client.schema import Message
 from client.texts import is_blank, messages_in, said
+from trainer.errors import InputError
 from trainer.flags import add_flags, given
-from trainer.policy.models import load_tokenizer, model_identity, needs_trainer, quiet_libraries, resolve_model
-from trainer.programs import InputError, perform_stage, run_program
+from trainer.policy.models import model_identity, needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.tokenizers import load_tokenizer
+from trainer.programs import perform_stage, run_program
 from trainer.run.bars import Tell, silent
-from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json, write_whole
+from trainer.run.files import write_json, write_whole
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record
 from trainer.run.stages import Stage, content_digest
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.settings import TuneSettings, is_main, load_base, training_arguments

@@ -25,11 +25,13 @@ from client.schema import Message
 from client.texts import is_blank, messages_in
 from tests.support.fake_judge import SCORE, own_environment
 from tests.support.live import Live, live_service
+from trainer.errors import RecordError
 from trainer.instructions.reading import read_instructions
 from trainer.labels.labelers import RandomLabeler
 from trainer.labels.labeling import Labelling, label_samples
 from trainer.labels.pairs import PairOptions, make_pairs
-from trainer.run.records import Instruction, RecordError, Score, read_records
+from trainer.run.files import read_records
+from trainer.run.records import Instruction, Score
 from trainer.run.records import Sample as Sampled
 from trainer.sft import load_examples
 from trainer.tuning.preferences import load_preferences

@@ -18,11 +18,12 @@ from client.benchmarks.run import Asking, JudgeChangedError, RunFolder, judge_sa
 from client.calibrate.evidence import EvidenceError, from_runs
 from client.calibration import CalibrationError
 from tests.support.live import Live, live_service
+from trainer.errors import StageError
 from trainer.labels.labelers import JudgeOptions, Label, LabelOptions
 from trainer.labels.labeling import Labelling, describe_labeler, label_samples, run_labelling
 from trainer.run.records import Instruction, ScoreError
 from trainer.run.records import Sample as Sampled
-from trainer.run.stages import StageError, open_run
+from trainer.run.stages import open_run
 
 ASKED = {"prompt": "p", "response": "r"}
 

@@ -17,7 +17,7 @@ from service.prompts.builder import PromptBuilder
 from service.prompts.chat_template import ConversationFrame
 from tests.support.live import live_service
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from trainer.policy.models import chat_ids, load_tokenizer
+from trainer.policy.tokenizers import chat_ids, load_tokenizer
 
 NOW = "{{ strftime_now('%d %b %Y, %H:%M:%S.%f') }}\n" + CHAT_TEMPLATE
 LLAMA = (
@@ -127,7 +127,7 @@ def test_a_run_of_the_trainer_has_the_same_prompts_on_every_day(tmp_path: Path) 
     folder = folder_with(NOW, tmp_path)
     messages = [Message(role="user", content="2+2?")]
 
-    first, second = (chat_ids(load_tokenizer(folder), messages, answer=True) for _ in range(2))
+    first, second = (chat_ids(load_tokenizer(folder), messages) for _ in range(2))
 
     assert first == second
     assert tiny_tokenizer().decode(first).startswith("26 Jul 2024")

@@ -20,12 +20,14 @@ from service.prompts.chat_template import ChatFrame
 from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
 from tests.support.training import TOY, said, toy_preferences, toy_settings
 from trainer.dpo import train_dpo
+from trainer.errors import InputError
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.merge import merge
-from trainer.policy.models import chat_ids, eos_ids, load_tokenizer
+from trainer.policy.models import eos_ids
 from trainer.policy.samplers import SampleSettings
-from trainer.programs import InputError
-from trainer.run.records import Instruction, Sample, Score, read_records
+from trainer.policy.tokenizers import chat_ids, load_tokenizer
+from trainer.run.files import read_records
+from trainer.run.records import Instruction, Sample, Score
 from trainer.sample import Sampled, sample_responses
 from trainer.sft import Example, sft_settings, train_sft
 from trainer.tuning.preferences import Preference, Split
@@ -119,7 +121,7 @@ def test_policy_and_judge_are_asked_alike() -> None:
     tokenizer = tokenizer_with(THINKING)
     head, body, tail, _ = ChatFrame(tokenizer).around("Why?")
 
-    asked = tokenizer.decode(chat_ids(tokenizer, [Message(role="user", content="Why?")], answer=True))
+    asked = tokenizer.decode(chat_ids(tokenizer, [Message(role="user", content="Why?")]))
 
     assert asked == head + body + tail
     assert asked.endswith("<think>\n\n</think>\n\n")
@@ -181,9 +183,7 @@ def test_the_end_is_trained_where_the_template_has_no_token_for_it(
     train_sft(folder, [example] * 8, tmp_path / "run", sft_settings(**{**TOY, "epochs": 6.0}))
     merged = merge(tmp_path / "run" / "adapter", tmp_path / "merged", dtype="float32")
 
-    ids = torch.tensor(
-        [[*chat_ids(tokenizer, example.prompt, answer=True), *tokenizer(ANSWERS[template])["input_ids"]]]
-    )
+    ids = torch.tensor([[*chat_ids(tokenizer, example.prompt), *tokenizer(ANSWERS[template])["input_ids"]]])
     before, after = (
         AutoModelForCausalLM.from_pretrained(one)(ids).logits[0, -1].log_softmax(0)[tokenizer.eos_token_id]
         for one in (folder, merged)
@@ -198,7 +198,7 @@ def test_samples_end_where_the_template_ends_a_turn(tmp_path: Path) -> None:
     prompt = [said("user", "Why?")]
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     # The likeliest token behind the prompt changes places with the end of turn.
-    likeliest = int(model(torch.tensor([chat_ids(tokenizer, prompt, answer=True)])).logits[0, -1].argmax())
+    likeliest = int(model(torch.tensor([chat_ids(tokenizer, prompt)])).logits[0, -1].argmax())
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.config.tie_word_embeddings = False
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

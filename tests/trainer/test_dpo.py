@@ -21,8 +21,7 @@ import torch
 from tests.support.live import wait_for
 from tests.support.training import TOY, Killed, adapter_weights, kill_at, log_lines, said, toy_preferences, toy_settings
 from trainer.dpo import DPO_FILE, DPO_LOG, FSDP_CONFIG, PRESETS, DPOResult, main, preset, train_dpo
-from trainer.policy.models import ModelError
-from trainer.programs import InputError
+from trainer.errors import InputError, ModelError
 from trainer.run.stages import content_digest
 from trainer.tuning.preferences import Split, load_preferences, split_preferences
 from trainer.tuning.settings import CHECKPOINTS

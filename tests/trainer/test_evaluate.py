@@ -22,7 +22,8 @@ from trainer.evaluate import main, summary_of
 from trainer.evaluation.harness import HarnessOptions, choose_items, pooled
 from trainer.evaluation.verdicts import Duel, Metrics, is_refusal, make_duels, measure
 from trainer.evaluation.winrate import Outcome, length_controlled, mean_estimate, outcome_of, win_rate
-from trainer.run.records import Instruction, Sample, read_records
+from trainer.run.files import read_records
+from trainer.run.records import Instruction, Sample
 from trainer.sample import Sampled
 
 SMALL = ["--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]

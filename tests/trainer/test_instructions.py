@@ -17,6 +17,7 @@ import pytest
 from client import Judge
 from client.benchmarks.data.tables import SampleError
 from tests.support.live import live_service
+from trainer.errors import StageError
 from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, categories_of, question_template
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import (
@@ -28,8 +29,8 @@ from trainer.instructions.selection import (
     prepare_instructions,
 )
 from trainer.labels.labelers import JudgeOptions
-from trainer.run.records import HELD_OUT_FILE, INSTRUCTIONS_FILE, Instruction, Score, ScoreError, read_records
-from trainer.run.stages import StageError
+from trainer.run.files import read_records
+from trainer.run.records import HELD_OUT_FILE, INSTRUCTIONS_FILE, Instruction, Score, ScoreError
 
 DATA = Path(__file__).parents[2] / "../shared/data/instructions.jsonl"
 

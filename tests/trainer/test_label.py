@@ -17,6 +17,7 @@ from client.benchmarks.run import Progress
 from client.bulk import BulkOptions
 from service.engine.fake import FakeEngine, fake_tokenizer
 from tests.support.live import Live, live_service
+from trainer.errors import StageError
 from trainer.labels.labelers import (
     RANDOM_SPREAD,
     Arm,
@@ -27,8 +28,8 @@ from trainer.labels.labelers import (
     Text,
 )
 from trainer.labels.labeling import Labelling, describe_labeler, label_samples, run_labelling
-from trainer.run.records import Instruction, Sample, Score, ScoreError, read_records
-from trainer.run.stages import StageError
+from trainer.run.files import read_records
+from trainer.run.records import Instruction, Sample, Score, ScoreError
 
 QUICK = BulkOptions(batch_items=4, patience=0.5)
 

@@ -21,8 +21,10 @@ from service.engine.torch.engine import TorchEngine
 from tests.support.tiny import CHAT_TEMPLATE
 from tests.support.training import toy_preferences, toy_settings, with_nan
 from trainer.dpo import train_dpo
+from trainer.errors import ModelError
 from trainer.merge import main, merge
-from trainer.policy.models import ModelError, load_model, load_tokenizer, quiet_libraries, resolve_model
+from trainer.policy.models import load_model, quiet_libraries, resolve_model
+from trainer.policy.tokenizers import load_tokenizer
 from trainer.tuning.preferences import Split
 from trainer.tuning.rounding import kept_update, merge_and_weigh
 

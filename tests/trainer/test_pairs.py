@@ -14,20 +14,11 @@ from hypothesis import strategies as st
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 
 from service.engine.fake import fake_tokenizer
+from trainer.errors import StageError
 from trainer.labels.candidates import KEPT_MARGIN, Candidate, Judged, balanced
 from trainer.labels.pairs import NoPairsError, PairOptions, make_pairs, write_pairs
-from trainer.run.records import (
-    Finish,
-    Instruction,
-    Pair,
-    PairStats,
-    Sample,
-    Score,
-    ScoreError,
-    read_record,
-    read_records,
-)
-from trainer.run.stages import StageError
+from trainer.run.files import read_record, read_records
+from trainer.run.records import Finish, Instruction, Pair, PairStats, Sample, Score, ScoreError
 
 Row = tuple[str, float | str | None, Finish]
 

@@ -14,11 +14,13 @@ import transformers
 
 from client.schema import Message
 from tests.support.tiny import make_tiny_model
+from trainer.errors import InputError, ModelError
 from trainer.policy.generation import Decoding, _draw, _uniforms, generate, row_seed
-from trainer.policy.models import ModelError, chat_ids, eos_ids, load_model, load_tokenizer, quiet_libraries
+from trainer.policy.models import eos_ids, load_model, quiet_libraries
 from trainer.policy.samplers import SampleSettings
-from trainer.programs import InputError
-from trainer.run.records import Instruction, read_records
+from trainer.policy.tokenizers import chat_ids, load_tokenizer
+from trainer.run.files import read_records
+from trainer.run.records import Instruction
 from trainer.sample import Sampled, main, sample_responses
 
 INSTRUCTIONS = [Instruction(id=f"q{n}", prompt=f"What is {n}? " + "the quick fox " * n) for n in range(7)]
@@ -115,7 +117,7 @@ def test_a_cut_off_response_is_marked(samples: Any) -> None:
 def test_every_end_token_of_the_generation_configuration_stops(samples: Any, tiny_model: Path, tmp_path: Path) -> None:
     """A second end-of-sequence token ends a response, and is no part of it."""
     model, tokenizer = load_model(tiny_model, torch.float32).eval(), load_tokenizer(tiny_model)
-    prompt = chat_ids(tokenizer, [Message(role="user", content=INSTRUCTIONS[0].prompt)], answer=True)
+    prompt = chat_ids(tokenizer, [Message(role="user", content=INSTRUCTIONS[0].prompt)])
     likeliest = generate(model, [prompt], [[0]], Decoding(temperature=0.0, max_new_tokens=3), frozenset())[0][
         0
     ].token_ids
@@ -219,8 +221,11 @@ def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> Non
     tokenizer = load_tokenizer(folder)
     turns = [Message(role="user", content="Hi"), Message(role="assistant", content="Yes")]
 
-    assert tokenizer.decode(chat_ids(tokenizer, turns[:1], answer=True)) == "User: Hi\n\nAssistant:"
-    assert tokenizer.decode(chat_ids(tokenizer, turns, answer=False)) == "User: Hi\n\nAssistant: Yes<|im_end|>\n\n"
+    assert tokenizer.decode(chat_ids(tokenizer, turns[:1])) == "User: Hi\n\nAssistant:"
+    assert (
+        tokenizer.decode(chat_ids(tokenizer, turns, add_generation_prompt=False))
+        == "User: Hi\n\nAssistant: Yes<|im_end|>\n\n"
+    )
 
 
 def test_a_prompt_without_room_is_counted(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from service.engine.fake import FakeEngine
 from tests.killed_loop import POINTS
 from tests.support.live import Live, live_service
 from trainer.__main__ import main as trainer_main
-from trainer.run.records import Instruction, Pair, read_records
+from trainer.run.files import read_records
+from trainer.run.records import Instruction, Pair
 from trainer.self_improve import main
 
 ROOT = Path(__file__).parents[2]

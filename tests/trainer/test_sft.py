@@ -11,8 +11,8 @@ import pytest
 from client.benchmarks.data.samples import SampleError
 from tests.support.tiny import make_tiny_model
 from tests.support.training import TOY, Killed, adapter_weights, kill_at, log_lines, said
-from trainer.policy.models import BASE_TEMPLATE, load_tokenizer
-from trainer.programs import InputError
+from trainer.errors import InputError
+from trainer.policy.tokenizers import BASE_TEMPLATE, load_tokenizer
 from trainer.sft import SFT_FILE, SFT_LOG, Example, load_examples, main, sft_settings, train_sft
 
 EXAMPLES = [

@@ -15,7 +15,8 @@ from tests.benchmarks.test_report import EVIL, Page
 from trainer.evaluation.verdicts import make_duels, measure
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.report import MAX_TEXT, TEXTS, cut, spread, write_run_report
-from trainer.run.records import Instruction, Pair, Sample, Score, write_record, write_records
+from trainer.run.files import write_record, write_records
+from trainer.run.records import Instruction, Pair, Sample, Score
 
 
 def said(name: str, number: int, text: str) -> Sample:

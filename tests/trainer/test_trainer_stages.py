@@ -10,17 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from trainer.run.records import (
-    Instruction,
-    RecordError,
-    Sample,
-    Score,
-    ScoreError,
-    appending,
-    read_records,
-    write_records,
-)
-from trainer.run.stages import RunFolder, Stage, StageError, content_digest, open_run
+from trainer.errors import RecordError, StageError
+from trainer.run.files import appending, read_records, write_records
+from trainer.run.records import Instruction, Sample, Score, ScoreError
+from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 
 
 def instruction(number: int) -> Instruction:

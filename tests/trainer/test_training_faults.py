@@ -25,9 +25,9 @@ from tests.support.training import (
     with_nan,
 )
 from trainer.dpo import DPO_FILE, DPO_LOG, main, train_dpo
+from trainer.errors import StageError
 from trainer.evaluate import model_of
 from trainer.policy.weights import model_digest
-from trainer.run.records import StageError
 from trainer.run.stages import Stage
 from trainer.sft import SFT_LOG, Example, sft_settings, train_sft
 from trainer.tuning.preferences import Preference, Split

@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
 
-from trainer.policy.models import ModelError
+from trainer.errors import ModelError
 
 TASKS: Final = ("arc_easy", "bbh", "mmlu", "ifeval")
 _INSTALL: Final = "pip install 'lm_eval[hf,ifeval]>=0.4.13'"

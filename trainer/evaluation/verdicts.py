@@ -32,6 +32,7 @@ from client.errors import JudgeError
 from client.schema import ModelInfo, Truncation
 from client.stats import mean
 from client.texts import is_blank
+from trainer.errors import StageError
 from trainer.evaluation.winrate import (
     Estimate,
     Outcome,
@@ -45,7 +46,6 @@ from trainer.evaluation.winrate import (
 from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, connected, lost, shown_url
 from trainer.labels.labeling import OnProgress
 from trainer.run.records import GENERAL, Instruction, Record, Sample, count_by
-from trainer.run.stages import StageError
 
 MODES: Final[tuple[Mode, ...]] = ("pairwise", "pointwise")
 # Openings by which a refusal is told, in lower case: a crude list, in English, that also finds some who are only sorry.

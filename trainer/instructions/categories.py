@@ -19,10 +19,10 @@ from statistics import fmean, pstdev
 from typing import Final, TypeAlias
 
 from client.schema import Format, InlineTemplate, Labels, ModelInfo, TemplatesResult
+from trainer.errors import StageError
 from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, LabelOptions, ServiceLabeler, connected, shown_url
 from trainer.labels.labeling import Labelling, OnProgress, label_samples
 from trainer.run.records import Instruction, Sample, Score, count_by
-from trainer.run.stages import StageError
 
 # The log-odds of each question, in the order of DESCRIPTIONS.
 Answers: TypeAlias = tuple[float, ...]

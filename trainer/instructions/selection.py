@@ -16,10 +16,12 @@ from typing import Final
 
 from client.benchmarks.data.samples import SampleError, choose
 from client.benchmarks.results.records import Sample as Entry
+from trainer.errors import StageError
 from trainer.instructions.categories import Categories, CategoryOptions, categorise
 from trainer.instructions.reading import Source, read_instructions
 from trainer.labels.labelers import JudgeOptions
 from trainer.labels.labeling import OnProgress
+from trainer.run.files import write_record, write_records
 from trainer.run.records import (
     GENERAL,
     HELD_OUT_FILE,
@@ -28,10 +30,7 @@ from trainer.run.records import (
     Instruction,
     Record,
     count_by,
-    write_record,
-    write_records,
 )
-from trainer.run.stages import StageError
 
 CATEGORIES_FILE: Final = "categories.jsonl"
 # What the stage leaves; the answers about categories are there to go on with, and empty where none were needed.

@@ -21,11 +21,11 @@ from typing import IO, Any, Final, Protocol
 
 from client import Judge, JudgeError
 from trainer.config import DEFAULT_COMMAND, LoopSettings
+from trainer.errors import StageError
 from trainer.evaluate import Model, Referee, model_of
 from trainer.evaluation.verdicts import describe_judge
 from trainer.labels.labelers import RANDOM, JudgeOptions, LabelOptions
 from trainer.labels.labeling import describe_labeler
-from trainer.run.stages import StageError
 
 LOG_FILE: Final = "judge.log"
 _STOP_TIMEOUT: Final = 60.0

@@ -22,8 +22,8 @@ from client.errors import JudgeAPIError, JudgeError
 from client.judge import AsyncJudge
 from client.runtime.cli import CALL_TIMEOUT
 from client.schema import InlineTemplate, ModelInfo, ScoreRequest, TemplatesResult, Truncation
+from trainer.errors import StageError
 from trainer.run.records import GENERAL, ScoreError
-from trainer.run.stages import StageError
 
 Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random"]
 

@@ -17,9 +17,10 @@ from typing import TypeAlias
 
 from client.benchmarks.run import EMPTY_RESPONSE, Progress, is_final
 from client.texts import is_blank
+from trainer.errors import StageError
 from trainer.labels.labelers import Label, Labeler, LabelOptions, Text, open_labeler
-from trainer.run.records import Instruction, Key, Sample, Score, ScoreError, appending, read_records, write_records
-from trainer.run.stages import StageError
+from trainer.run.files import appending, read_records, write_records
+from trainer.run.records import Instruction, Key, Sample, Score, ScoreError
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 

@@ -21,7 +21,9 @@ from typing import Final, Literal, TypeAlias
 from client.benchmarks.run import EMPTY_RESPONSE
 from client.schema import Message
 from client.texts import is_blank
+from trainer.errors import StageError
 from trainer.labels.candidates import Candidate, Judged, balanced
+from trainer.run.files import write_record, write_records
 from trainer.run.records import (
     PAIRS_FILE,
     PAIRS_STATS_FILE,
@@ -34,10 +36,7 @@ from trainer.run.records import (
     Sample,
     Score,
     count_by,
-    write_record,
-    write_records,
 )
-from trainer.run.stages import StageError
 
 CutOff: TypeAlias = Literal["reject-only", "keep", "drop"]
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final
 
-from trainer.policy.models import ModelError
-from trainer.run.records import StageError
+from trainer.errors import ModelError, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,9 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from trainer.errors import ModelError
 from trainer.policy.generation import Decoding, Generated, generate
-from trainer.policy.models import DTYPES, DType, ModelError, choose_device, choose_dtype, eos_ids, load_model
+from trainer.policy.models import DTYPES, DType, choose_device, choose_dtype, eos_ids, load_model
 
 SamplerName: TypeAlias = Literal["auto", "transformers", "vllm"]
 # Responses that are written at the same time. On a CPU a small model is three times as fast with 64 as with 16.

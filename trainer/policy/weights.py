@@ -15,7 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from trainer.run.records import RecordError, file_digest
+from trainer.errors import RecordError
+from trainer.run.files import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trainer.run.stages import Stage, StageError, differing_keys
+from trainer.errors import StageError
+from trainer.run.stages import Stage, differing_keys
 
 
 def adopt(stage: Stage, source: Path, overwrite: bool = False, *, needed: bool = True) -> None:

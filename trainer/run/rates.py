@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from client.benchmarks.run import Progress
-from trainer.run.records import write_json
+from trainer.run.files import write_json
 
 RATES_FILE: Final = "rates.json"
 

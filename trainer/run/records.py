@@ -9,20 +9,13 @@ Unknown fields are passed over, so that a file of a newer version, or one with n
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from hashlib import sha256
-from pathlib import Path
-from typing import IO, Any, Final, Literal, Self, TypeAlias, TypeVar
+from collections.abc import Iterable
+from typing import Final, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, field_validator, model_validator
 
 from client.benchmarks.results.records import RowError
-from client.runtime import files, jsonl
-from client.runtime.jsonl import line_of, read_lines
-from client.runtime.validation import first_problem
 from client.schema import Message
 from client.texts import messages_in
 
@@ -43,19 +36,9 @@ REPORT_FILE: Final = "report.html"
 GENERAL: Final = "general"
 CATEGORIES: Final = (GENERAL, "chat", "code", "math", "safety")
 
-_CHUNK: Final = 1 << 20
-
 Finish: TypeAlias = Literal["stop", "length"]
 # The instruction's id and the number of the sample: what a sample and its score share.
 Key: TypeAlias = tuple[str, int]
-
-
-class StageError(RuntimeError):
-    """The run cannot go on; the message says why and what to do. What is written stays, and a rerun goes on from it."""
-
-
-class RecordError(StageError):
-    """A file of the run cannot be read or written; the message names the file, the line, and what to do."""
 
 
 class Record(BaseModel):
@@ -200,109 +183,6 @@ class PairStats(Record):
     by_category: dict[str, CategoryStats]
 
 
-R = TypeVar("R", bound=Record)
-
-
-def read_records(path: Path, kind: type[R]) -> list[R]:
-    """The records of a JSON-lines file, in its order.
-
-    A last line with no newline after it, as a killed process leaves it, is passed over. Raises RecordError for a broken
-    line anywhere else, and for a file that cannot be read.
-    """
-    try:
-        return read_lines(path, kind)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RecordError(f"{error}; remove that line or the file") from error
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a whole file, which is there under its name only when it is complete. Raises RecordError."""
-    write_whole(path, b"".join(line_of(record) for record in records))
-
-
-def write_record(path: Path, record: Record) -> None:
-    """Write one record as indented JSON, complete or not at all. Raises RecordError."""
-    write_whole(path, record.model_dump_json(indent=2).encode() + b"\n")
-
-
-def read_record(path: Path, kind: type[R]) -> R:
-    """The file's one record. Raises RecordError."""
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise RecordError(f"{path}: not a {kind.__name__}: {first_problem(error)}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write an indented JSON value, complete or not at all. Raises RecordError, and ValueError for NaN or infinity."""
-    write_whole(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises OSError."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` beside the file and then put it in the file's place. Raises RecordError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, data)
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-@contextmanager
-def appending(path: Path) -> Iterator[Callable[[Record], None]]:
-    """A function that appends a record's line and has handed it to the system when it returns.
-
-    What a killed process left of a last line is cut off first. Raises RecordError where another process is appending to
-    the same file, and when the disk is full; the lines before stay.
-    """
-    with ExitStack() as stack:
-        with _writing(path):
-            append_line = stack.enter_context(jsonl.appending(path))
-
-        def append(record: Record) -> None:
-            with _writing(path):
-                append_line(record)
-
-        yield append
-
-
 def count_by(values: Iterable[str]) -> dict[str, int]:
-    """How often each value occurs, the most frequent first, equals by name."""
+    """How often each value occurs, most frequent first, then by name."""
     return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
-
-
-def unwritable(path: Path, error: OSError) -> RecordError:
-    """The error for a file that could not be written."""
-    return RecordError(
-        f"{path}: cannot be written: {error.strerror or error}. Make room or give another --output; "
-        "a rerun goes on from what is written"
-    )
-
-
-def lock(file: IO[bytes], path: Path) -> None:
-    """Keep other processes off; the lock goes with the file's closing or the process. Raises RecordError."""
-    with _writing(path):
-        jsonl.lock(file)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong with writing `path`, as a RecordError."""
-    try:
-        yield
-    except BlockingIOError as error:
-        raise RecordError(f"{path}: another process is writing it: wait for it, or give another --output") from error
-    except OSError as error:
-        raise unwritable(path, error) from error

@@ -22,9 +22,11 @@ from typing import Any, Final
 
 from client.benchmarks import run
 from client.runtime.files import sync_all
+from trainer.errors import StageError
 from trainer.policy.weights import SHA256, weights_mark
 from trainer.run.bars import say
-from trainer.run.records import CONFIG_FILE, StageError, file_digest, lock, unwritable, write_json
+from trainer.run.files import file_digest, lock, unwritable, write_json
+from trainer.run.records import CONFIG_FILE
 
 __all__ = ["RunFolder", "Stage", "StageError", "content_digest", "differing_keys", "open_run"]
 

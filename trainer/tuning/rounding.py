@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from trainer.merge import merge
 from trainer.policy.models import DType, resolve_model
 from trainer.policy.weights import TensorFiles, same_weights
-from trainer.run.records import write_json
+from trainer.run.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from trainer.policy.models import DType, ModelError, choose_device, choose_dtype, load_model
+from trainer.errors import ModelError
+from trainer.policy.models import DType, choose_device, choose_dtype, load_model
 
 Method: TypeAlias = Literal["lora", "qlora", "qlora-or-lora", "full"]
 Schedule: TypeAlias = Literal["cosine", "linear", "constant_with_warmup"]

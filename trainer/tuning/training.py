@@ -18,11 +18,13 @@ from typing import Any, Final
 
 from client.chat import NO_THINKING
 from client.schema import Message
-from trainer.policy.models import chat_ids, closing, is_as_sampled, put_in_place
+from trainer.errors import StageError
+from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix
 from trainer.policy.weights import TensorFiles, model_digest, same_weights
 from trainer.run.bars import Tell, say
-from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record, write_json
-from trainer.run.stages import StageError, differing_keys
+from trainer.run.files import put_in_place, write_json
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record
+from trainer.run.stages import differing_keys
 from trainer.tuning.settings import CHECKPOINTS, TuneSettings, is_main, world_size
 from trainer.tuning.trl_compat import compact_head
 
@@ -65,7 +67,7 @@ class Usable:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._closing = closing(tokenizer)
+        self._closing = training_suffix(tokenizer)
         self.too_long = self.unlike = 0
 
     @property
@@ -84,9 +86,12 @@ class Usable:
             row = record.model_dump()
             turns: dict[str, list[Message]] = {side: getattr(record, side) for side in ("prompt", *sides)}
             whole = [[*turns["prompt"], *turns[side]] for side in sides]
-            if max(len(chat_ids(self._tokenizer, one, answer=False)) for one in whole) > self._max_length:
+            if (
+                max(len(chat_ids(self._tokenizer, one, add_generation_prompt=False)) for one in whole)
+                > self._max_length
+            ):
                 self.too_long += 1
-            elif not all(is_as_sampled(self._tokenizer, turns["prompt"], turns[side][-1]) for side in sides):
+            elif not all(renders_as_sampled(self._tokenizer, turns["prompt"], turns[side][-1]) for side in sides):
                 self.unlike += 1
             else:
                 for side in sides:
