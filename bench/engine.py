@@ -41,9 +41,9 @@ from torch.nn import functional
 
 from bench.support.process import cpu_seconds, process_tree
 from bench.support.ways import MAX_TOKENS, Settings, Ways, by_engine, peak_alone
-from service.engine.contract import ScoreItem
+from service.engine.contract import DType, ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.torch.loading import DType, choose_dtype, dtype_name
+from service.engine.torch.loading import choose_dtype, dtype_name
 from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer

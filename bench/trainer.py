@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from client.chat import stop_ids
 from client.runtime.cli import judge_address
 from service.judge.template_files import load_library
 from service.models import resolve as models
@@ -33,12 +34,11 @@ from service.prompts.builder import PromptBuilder
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import PairOptions, make_pairs
-from trainer.policy.generation import row_seed
-from trainer.policy.models import choose_device, choose_dtype, eos_ids, load_model, quiet_libraries
-from trainer.policy.samplers import SampleSettings, make_sampler
+from trainer.policy.models import choose_device, choose_dtype, load_model, quiet_libraries
+from trainer.policy.samplers import SampleSettings, make_sampler, response_seed
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.records import Instruction, Sample, Score
-from trainer.sample import _ask, _distinct
+from trainer.sample import distinct_samples, sampling_request
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instructions.jsonl"
 LONGEST_PROMPT = 1500
@@ -103,18 +103,18 @@ def plain(policy: Path, judge: Path, asked: Sequence[Instruction], settings: Sam
     import torch
 
     device = choose_device()
-    tokenizer, model = load_tokenizer(policy), load_model(policy, choose_dtype("auto", device)).to(device).eval()
-    judging = model if judge == policy else load_model(judge, choose_dtype("auto", device)).to(device).eval()
+    tokenizer, model = load_tokenizer(policy), load_model(policy, choose_dtype("auto", device), device)
+    judging = model if judge == policy else load_model(judge, choose_dtype("auto", device), device)
     prompts = PromptBuilder(load_judge_tokenizer(judge), judging.config.max_position_embeddings)
     library = load_library("chat" if prompts.has_chat_template else "raw")
-    ends = eos_ids(policy, tokenizer)
+    ends = stop_ids(tokenizer, policy)
 
     def sample(seed: int) -> list[Sample]:
         found = []
         for one in asked:
-            ids = torch.tensor([_ask(tokenizer, one, settings).token_ids], device=device)
+            ids = torch.tensor([sampling_request(tokenizer, one, settings).token_ids], device=device)
             for number in range(settings.samples):
-                torch.manual_seed(row_seed(seed, one.id, number))
+                torch.manual_seed(response_seed(seed, one.id, number))
                 with torch.inference_mode():
                     row = model.generate(
                         ids,
@@ -123,7 +123,7 @@ def plain(policy: Path, judge: Path, asked: Sequence[Instruction], settings: Sam
                         temperature=settings.temperature,
                         top_k=0,
                         max_new_tokens=settings.max_new_tokens,
-                        eos_token_id=sorted(ends),
+                        eos_token_id=list(ends),
                         pad_token_id=tokenizer.pad_token_id,
                     )[0, ids.shape[1] :].tolist()
                 text = tokenizer.decode([token for token in row if token not in ends])
@@ -164,11 +164,11 @@ def ours(policy: Path, asked: Sequence[Instruction], settings: SampleSettings, j
 
     def sample(seed: int) -> list[Sample]:
         own = SampleSettings(samples=settings.samples, max_new_tokens=settings.max_new_tokens, seed=seed)
-        ordered = sorted((_ask(tokenizer, one, own) for one in asked), key=lambda one: -len(one.token_ids))
+        ordered = sorted((sampling_request(tokenizer, one, own) for one in asked), key=lambda one: -len(one.token_ids))
         width, found = max(1, rows // settings.samples), list[Sample]()
         for batch in (ordered[start : start + width] for start in range(0, len(ordered), width)):
             for one, responses in zip(batch, draw(batch), strict=True):
-                found += _distinct(one.id, responses, tokenizer)
+                found += distinct_samples(one.id, responses, tokenizer)
         return found
 
     def label(samples: Sequence[Sample]) -> list[Score]:

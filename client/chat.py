@@ -5,8 +5,10 @@ A tokenizer is transformers'; nothing of it is imported here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 NO_THINKING: Final[Mapping[str, Any]] = {"enable_thinking": False}
@@ -38,6 +40,22 @@ def turn_end(tokenizer: Any) -> TurnEnd:
     ids = frozenset([token for token in tokens if token is not None][:1])
     texts = [] if ids else [line for text in (last, followed) if (line := _first_line(text))]
     return TurnEnd(ids, tuple(dict.fromkeys(texts)), tokens[0] is not None)
+
+
+def stop_ids(tokenizer: Any, folder: Path | None = None) -> tuple[int, ...]:
+    """The tokens that end a generated text, in ascending order: the tokenizer's end of sequence, the chat template's
+    end of turn, and those of generation_config.json in the model's `folder`, or else of its config.json.
+    """
+    ids = {*turn_end(tokenizer).ids}
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    files = [folder / name for name in ("generation_config.json", "config.json")] if folder else []
+    for file in filter(Path.is_file, files):
+        eos = json.loads(file.read_text("utf-8")).get("eos_token_id")
+        if eos is not None:
+            ids.update(eos if isinstance(eos, list) else [eos])
+            break
+    return tuple(sorted(ids))
 
 
 def own_turn(text: str, ended: bool, stops: tuple[str, ...]) -> tuple[str, bool]:

@@ -77,7 +77,7 @@ def merge(
             f"{source} is quantised: its weights take no adapter. Give --base the model that it was made of"
         )
     with quiet_libraries():
-        model = load_model(source, torch.float32).eval()
+        model = load_model(source, torch.float32)
         probes = _probes(tokenizer, model)
         if not full:
             model = _with_adapter(model, adapter, source, probes)
@@ -88,7 +88,7 @@ def merge(
         _save(model, tokenizer, part, model_card(output.name, first, numbers or {}))
         expected = _logits(model.float(), probes)
         del model
-        _check(_logits(load_model(part, torch.float32).eval(), probes), expected, expected, part)
+        _check(_logits(load_model(part, torch.float32), probes), expected, expected, part)
     put_in_place(part, output)
     return output
 

@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM
 from bench.support.calls import in_calls
 from bench.support.checkout import Checkout
 from bench.support.process import peak_memory, process_tree, reset_peak_memory
-from service.engine.contract import Engine, ScoreItem
+from service.engine.contract import DType, Engine, ScoreItem
 from service.engine.torch.engine import TorchEngine
-from service.engine.torch.loading import DType
 from service.engine.vllm.config import VllmOptions
 from service.engine.vllm.engine import VllmEngine
 

@@ -24,6 +24,7 @@ from typing import Final, Literal, Protocol, TypeAlias, TypeVar
 from client.errors import ErrorCode
 
 Task: TypeAlias = Literal["labels", "classify", "generate"]
+DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
 BYTES_PER_TOKEN: Final = 4
 """UTF-8 bytes per token in length estimates, for text whose tokenizer is not known: about right for English prose."""

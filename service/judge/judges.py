@@ -8,13 +8,11 @@ reward-model  the logit of a classification head that reads the conversation
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from client.chat import turn_end
+from client.chat import stop_ids, turn_end
 from client.errors import ErrorCode
 from client.schema import CompareMode
 from service.errors import ServiceError
@@ -23,8 +21,6 @@ from service.judge.templates import Mode
 from service.settings import ModelSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from service.loading.model import Model
 
 REWARD_TEMPLATE: Final = "reward-model@1"
@@ -83,24 +79,11 @@ def judge_of(settings: ModelSettings, model: Model, text_of: Callable[[Sequence[
     if settings.task == "generate":
         sampling = Sampling(settings.self_reward_samples, settings.self_reward_tokens)
         if model.tokenizer is not None:  # else the server ends its replies itself
-            stop_ids, stop_texts = stop_ids_of(model.tokenizer, model.folder), turn_end(model.tokenizer).texts
-            sampling = replace(sampling, stop_ids=stop_ids, stop_texts=stop_texts)
+            sampling = replace(
+                sampling,
+                stop_ids=stop_ids(model.tokenizer, model.folder),
+                stop_texts=turn_end(model.tokenizer).texts,
+            )
         return written_grade(sampling, text_of)
     by_name = {judge.name: judge for judge in (YES_NO, PAIRWISE, EXPECTED_GRADE, REWARD_MODEL)}
     return by_name[settings.judge]
-
-
-def stop_ids_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> tuple[int, ...]:
-    """What ends a text: the tokenizer's end of sequence, the chat template's end of a turn, and what the model's
-    generation configuration names.
-    """
-    found = set(turn_end(tokenizer).ids)
-    if tokenizer.eos_token_id is not None:
-        found.add(int(tokenizer.eos_token_id))
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name if folder else None
-        stated = json.loads(file.read_text("utf-8")).get("eos_token_id") if file and file.is_file() else None
-        if stated is not None:
-            found.update(stated if isinstance(stated, list) else [stated])
-            break
-    return tuple(sorted(found))

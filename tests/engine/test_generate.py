@@ -1,4 +1,4 @@
-"""The torch engine's text: the model's own greedy continuation, seeded draws, whatever stands beside an item."""
+"""The torch engine generates the model's own greedy text and seeded draws, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MambaConfig
 
 from service.engine.contract import Generated, GenerateItem, ScoreItem
 from service.engine.torch.generate import TorchGenerator
-from service.engine.torch.loading import EngineLoadError
-from tests.support.tiny import make_tiny_model
+from service.engine.torch.loading import EngineLoadError, Loaded
+from tests.support.tiny import greedy_tokens, make_tiny_model
 from tests.support.training import with_nan
 
 NEW_TOKENS = 24
@@ -52,37 +52,29 @@ def greedy(prompt: tuple[int, ...], stop: tuple[int, ...] = (), **more: Any) -> 
 
 
 def sampled(prompt: tuple[int, ...], seed: int) -> GenerateItem:
-    """An item that is drawn."""
+    """An item at temperature 0.7."""
     return greedy(prompt, temperature=0.7, seed=seed)
 
 
-def own(model: Any, prompt: tuple[int, ...], **more: Any) -> list[int]:
-    """What transformers' own greedy search writes."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, **more
-    )
-    return out[0, len(prompt) :].tolist()
-
-
 def stop_for(engine: TorchGenerator, prompt: tuple[int, ...], at: int) -> int:
-    """A token that the prompt's continuation holds at this place, not before."""
+    """A token that first occurs in the prompt's continuation at index `at` or later."""
     (text,) = engine.run([greedy(prompt)])
-    found = next(i for i in range(at, NEW_TOKENS) if text.token_ids[i] not in text.token_ids[:i])
-    return text.token_ids[found]
+    first = next(i for i in range(at, NEW_TOKENS) if text.token_ids[i] not in text.token_ids[:i])
+    return text.token_ids[first]
 
 
-def test_logits_that_are_nan_are_no_text(folder: Path) -> None:
-    """A model that overflows in mid-text fails; its likeliest token would be a number as good as any."""
-    engine = TorchGenerator.load(folder, dtype="float32", device="cpu")
-    engine._model.model.norm.weight.data[3] = float("nan")
+def test_nan_logits_are_an_error(folder: Path) -> None:
+    """A model that overflows in mid-text fails: argmax over NaN would still return a token."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = TorchGenerator(Loaded(model, max_tokens=2048, batch_tokens=4096))
+    model.model.norm.weight.data[3] = float("nan")
 
     with pytest.raises(ArithmeticError, match="NaN"):
         engine.run([greedy((5, 6, 7))])
 
 
-def test_a_model_without_a_cache_of_keys_is_refused(tmp_path: Path) -> None:
-    """A recurrent model cannot go on from its keys and values; the message says what else there is."""
+def test_a_model_without_a_kv_cache_is_refused(tmp_path: Path) -> None:
+    """A recurrent model cannot continue from a KV cache; the message names the alternatives."""
     config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
 
@@ -98,11 +90,12 @@ def test_broken_weights_are_refused_at_load(folder: Path, tmp_path: Path) -> Non
 
 def test_greedy_text_is_the_models_own(engine: TorchGenerator, model: Any) -> None:
     """A batch of prompts of different lengths is continued as transformers continues each alone."""
-    some = prompts(7)
+    batch = prompts(7)
 
-    texts = engine.run([greedy(prompt) for prompt in some])
+    texts = engine.run([greedy(prompt) for prompt in batch])
 
-    assert [list(text.token_ids) for text in texts] == [own(model, prompt, eos_token_id=None) for prompt in some]
+    expected = [greedy_tokens(model, prompt, NEW_TOKENS, eos_token_id=None) for prompt in batch]
+    assert [list(text.token_ids) for text in texts] == expected
     assert not any(text.ended for text in texts)
 
 
@@ -120,36 +113,36 @@ def test_a_text_ends_at_a_stop_token(engine: TorchGenerator) -> None:
 
 
 def test_draws_depend_on_the_seed_alone(engine: TorchGenerator) -> None:
-    """The same item draws the same text alone, among others, in another order, and beside its own prompt."""
-    some = [sampled(prompt, seed) for prompt in prompts(5, seed=2) for seed in (1, 2**62)]
-    alone = [engine.run([item])[0].token_ids for item in some]
+    """An item draws the same text alone, among others, in another order, and next to its own prompt."""
+    items = [sampled(prompt, seed) for prompt in prompts(5, seed=2) for seed in (1, 2**62)]
+    alone = [engine.run([item])[0].token_ids for item in items]
 
-    together = [text.token_ids for text in engine.run(some)]
-    backwards = [text.token_ids for text in engine.run(some[::-1])]
+    together = [text.token_ids for text in engine.run(items)]
+    backwards = [text.token_ids for text in engine.run(items[::-1])]
 
     assert together == alone
     assert backwards == alone[::-1]
-    assert len(set(alone)) == len(some)
+    assert len(set(alone)) == len(items)
 
 
-def test_rows_that_end_do_not_disturb_those_that_go_on(engine: TorchGenerator) -> None:
-    """With texts that end at different places, each is the beginning of what it is without an end."""
-    some = prompts(9, seed=3)
-    whole = [text.token_ids for text in engine.run([sampled(prompt, i) for i, prompt in enumerate(some)])]
+def test_rows_that_end_do_not_disturb_the_others(engine: TorchGenerator) -> None:
+    """With texts that end at different lengths, each is a prefix of its text without stop tokens."""
+    batch = prompts(9, seed=3)
+    whole = [text.token_ids for text in engine.run([sampled(prompt, i) for i, prompt in enumerate(batch)])]
     stops = tuple({ids[2 * i] for i, ids in enumerate(whole[:6])})
 
     texts = engine.run(
-        [GenerateItem(prompt, NEW_TOKENS, stops, temperature=0.7, seed=i) for i, prompt in enumerate(some)]
+        [GenerateItem(prompt, NEW_TOKENS, stops, temperature=0.7, seed=i) for i, prompt in enumerate(batch)]
     )
 
-    places = [next((i for i, token in enumerate(ids) if token in stops), NEW_TOKENS) for ids in whole]
-    assert [text.token_ids for text in texts] == [ids[:place] for ids, place in zip(whole, places, strict=True)]
-    assert [text.ended for text in texts] == [place < NEW_TOKENS for place in places]
-    assert len(set(places)) > 2
+    lengths = [next((i for i, token in enumerate(ids) if token in stops), NEW_TOKENS) for ids in whole]
+    assert [text.token_ids for text in texts] == [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
+    assert [text.ended for text in texts] == [length < NEW_TOKENS for length in lengths]
+    assert len(set(lengths)) > 2
 
 
-def test_a_prompt_is_read_once_for_all_its_samples(engine: TorchGenerator) -> None:
-    """Samples of one prompt differ, and all but the first say that its tokens were not read again."""
+def test_a_prompt_is_prefilled_once_for_all_its_samples(engine: TorchGenerator) -> None:
+    """Samples of one prompt differ, and all but the first report its tokens as cached."""
     (prompt,) = prompts(1, seed=4)
 
     texts = engine.run([sampled(prompt, seed) for seed in range(3)])
@@ -171,13 +164,13 @@ def test_items_of_different_settings_go_in_one_call(engine: TorchGenerator) -> N
 
 
 def test_an_item_that_leaves_no_room_is_refused(engine: TorchGenerator) -> None:
-    """Prompt and text together are no longer than the model reads."""
+    """Prompt and text together must fit the model's context."""
     with pytest.raises(ValueError, match="2030 tokens; this engine reads 1 to 2024"):
         engine.run([greedy((5,) * 2030)])
 
 
 def test_an_engine_that_generates_does_nothing_else(engine: TorchGenerator) -> None:
-    """An item that asks for labels is refused, and it says that a text's rounding depends on its batch."""
+    """It refuses items that ask for labels, and reports that a text's rounding depends on its batch."""
     with pytest.raises(ValueError, match="answers GenerateItem only"):
         engine.run([ScoreItem([7], (5,))])
 

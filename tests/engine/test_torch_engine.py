@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from service.engine.contract import Engine, GenerateItem, ScoreItem
-from service.engine.torch.engine import DType, EngineLoadError, TorchEngine
+from service.engine.contract import DType, Engine, GenerateItem, ScoreItem
+from service.engine.torch.engine import EngineLoadError, TorchEngine
 
 VOCABULARY = 128
 SMALL = {

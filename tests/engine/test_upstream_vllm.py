@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from bench.support.process import free_port
+from client.chat import stop_ids
 from service.engine.contract import AnyAnswer, Engine, Generated, GeneratedText, ItemFailure, LabelLogprobs, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
-from service.judge.judges import stop_ids_of
 from service.judge.readers import LabelReader, Sampling, TextReader
 from service.loading.upstream import find_upstream, load_upstream
 from service.models.resolve import resolve
@@ -140,7 +140,7 @@ def test_greedy_texts_are_the_torch_engines(url: str, folder: Path, api: str) ->
     config = ids if api == "completions" else settings(url, self_reward_mode="parsed", judge="self-reward")
     engine, prompts = started(config)
     generator = TorchGenerator.load(folder, dtype="float32", max_tokens=1000)
-    reader = TextReader(Sampling(1, 12, stop_ids_of(tokenizer, folder)), PromptBuilder(tokenizer, 1000).text_of)
+    reader = TextReader(Sampling(1, 12, stop_ids(tokenizer, folder)), PromptBuilder(tokenizer, 1000).text_of)
 
     answers = engine.run([item for prompt in prompts[:3] for item in reader.items(prompt)])
     own = generator.run([item for prompt in prompts_of(find_upstream(ids))[:3] for item in reader.items(prompt)])

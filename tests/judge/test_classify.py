@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from service.engine.contract import Classified, ClassifyItem, ScoreItem
+from service.engine.contract import Classified, ClassifyItem, DType, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.ladder import probe_prompts
-from service.engine.torch.loading import DType, EngineLoadError
+from service.engine.torch.loading import EngineLoadError
 from tests.support.tiny import make_tiny_model
 
 PADDING = 0

@@ -17,9 +17,9 @@ import torch
 import transformers
 from torch import nn
 
-from service.engine.contract import ScoreItem
+from service.engine.contract import DType, ScoreItem
 from service.engine.torch.cpu import build, kernel
-from service.engine.torch.engine import DType, TorchEngine
+from service.engine.torch.engine import TorchEngine
 from tests.ladder.test_packed_forward import CONFIGS, SMALL, every, make_model, own_logprobs, some_items
 
 needs_bf16 = pytest.mark.skipif(

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 
-from service.engine.contract import LabelLogprobs, ScoreItem
-from service.engine.torch.engine import DType, TorchEngine
+from service.engine.contract import DType, LabelLogprobs, ScoreItem
+from service.engine.torch.engine import TorchEngine
 from tests.support.families import BASE, TINY, VOCABULARY
 
 SMALL = {**BASE, "num_hidden_layers": 3}

@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from client.chat import own_turn, turn_end
+from client.chat import own_turn, stop_ids, turn_end
 from client.schema import Message
 from service.engine.contract import Generated
-from service.judge.judges import stop_ids_of
 from service.judge.readers import Sampling, TextReader
 from service.prompts.chat_template import ChatFrame
 from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
@@ -23,7 +22,6 @@ from trainer.dpo import train_dpo
 from trainer.errors import InputError
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.merge import merge
-from trainer.policy.models import eos_ids
 from trainer.policy.samplers import SampleSettings
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
@@ -101,8 +99,7 @@ def test_both_sides_stop_at_the_templates_end_of_turn(tiny_model: Path, tmp_path
     tokenizer = load_tokenizer(folder)
     expected = {7, 9, *tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
 
-    assert eos_ids(folder, tokenizer) == expected
-    assert set(stop_ids_of(tokenizer, folder)) == expected
+    assert set(stop_ids(tokenizer, folder)) == expected
 
 
 def test_a_turn_that_ends_in_letters_is_cut_there() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -70,3 +72,13 @@ def make_tiny_model(
     (model.bfloat16().float() if rounded else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def greedy_tokens(model: Any, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
+    """The new tokens of transformers' own greedy search, the one that ended it included."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, **options
+    )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import Counter
@@ -10,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from client.schema import Message
-from tests.support.tiny import make_tiny_model
-from trainer.errors import InputError, ModelError
-from trainer.policy.generation import Decoding, _draw, _uniforms, generate, row_seed
-from trainer.policy.models import eos_ids, load_model, quiet_libraries
-from trainer.policy.samplers import SampleSettings
+from tests.support.tiny import greedy_tokens, make_tiny_model
+from tests.support.training import with_nan
+from trainer.errors import InputError, ModelError, StageError
+from trainer.policy.models import load_model
+from trainer.policy.samplers import SampleSettings, response_seed
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
 from trainer.run.records import Instruction
@@ -115,12 +115,10 @@ def test_a_cut_off_response_is_marked(samples: Any) -> None:
 
 
 def test_every_end_token_of_the_generation_configuration_stops(samples: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """A second end-of-sequence token ends a response, and is no part of it."""
-    model, tokenizer = load_model(tiny_model, torch.float32).eval(), load_tokenizer(tiny_model)
+    """A second end-of-sequence token ends a response, and is not part of it."""
+    tokenizer = load_tokenizer(tiny_model)
     prompt = chat_ids(tokenizer, [Message(role="user", content=INSTRUCTIONS[0].prompt)])
-    likeliest = generate(model, [prompt], [[0]], Decoding(temperature=0.0, max_new_tokens=3), frozenset())[0][
-        0
-    ].token_ids
+    likeliest = greedy_tokens(load_model(tiny_model, torch.float32), prompt, 3, eos_token_id=None)
     folder = Path(shutil.copytree(tiny_model, tmp_path / "two-ends"))
     ends = [tokenizer.eos_token_id, likeliest[2]]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
@@ -130,88 +128,20 @@ def test_every_end_token_of_the_generation_configuration_stops(samples: Any, tin
     assert (line.finish, line.tokens) == ("stop", likeliest.index(likeliest[2]))
 
 
-def test_padding_and_cache_change_nothing(ending_model: Path) -> None:
-    """Greedy responses to prompts of several lengths are those of the library's own generate, one at a time."""
-    model, tokenizer = load_model(ending_model, torch.float32).eval(), load_tokenizer(ending_model)
-    eos = eos_ids(ending_model, tokenizer)
-    prompts = [tokenizer(one.prompt)["input_ids"] for one in INSTRUCTIONS]
+def test_every_sample_has_a_seed_of_its_own() -> None:
+    """By the run's seed, the instruction and the number, which alone decide it."""
+    names = itertools.product((1, 2), ("a", "b"), (0, 1))
 
-    ours = generate(model, prompts, [[0]] * len(prompts), Decoding(temperature=0.0, max_new_tokens=16), eos)
-
-    with quiet_libraries():
-        own = [
-            model.generate(
-                input_ids=torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=16,
-            )[0, len(prompt) :].tolist()
-            for prompt in prompts
-        ]
-    assert [row[0].token_ids for row in ours] == [[token for token in row if token not in eos] for row in own]
+    assert len({response_seed(*name) for name in names}) == 8
+    assert response_seed(1, "a", 0) == 2467557379929174221
 
 
-SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
-CONFIGS = {
-    "sliding window": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
-    "windows and soft caps": lambda: transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=8),
-    "states of convolutions": lambda: transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
-}
+def test_a_model_with_nan_weights_samples_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    """The error says what to do, and the run can go on from it."""
+    folder = with_nan(tiny_model, tmp_path / "nan", "model.norm.weight")
 
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_every_kind_of_cache_gives_the_models_own_tokens(kind: str) -> None:
-    """Windows, and states that no row can leave, change nothing: greedy responses are those of single prompts."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
-    prompts = [list(range(3, 3 + length)) for length in (4, 9, 21)]
-    greedy = Decoding(temperature=0.0, max_new_tokens=12)
-    ends = frozenset(range(0, 128, 8))
-
-    together = generate(model, prompts, [[0, 1]] * 3, greedy, ends)
-
-    alone = [generate(model, [prompt], [[0, 1]], greedy, frozenset())[0] for prompt in prompts]
-    for row, single in zip(together, alone, strict=True):
-        assert [one.token_ids for one in row] == [single[0].token_ids[: len(row[0].token_ids)]] * 2
-
-
-def test_tokens_are_drawn_by_their_probability() -> None:
-    """Over evenly spread uniform numbers each token comes up as often as softmax says."""
-    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    uniforms = (torch.arange(10_000) + 0.5) / 10_000
-
-    drawn = _draw(logits.expand(10_000, -1), uniforms, Decoding(temperature=0.5))
-
-    shares = torch.bincount(drawn, minlength=4) / 10_000
-    assert torch.allclose(shares, (logits / 0.5).softmax(0), atol=2e-4)
-
-
-def test_top_p_leaves_out_the_tail() -> None:
-    """Only the likeliest tokens that together hold top_p of the probability are drawn."""
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    uniforms = (torch.arange(1000) + 0.5) / 1000
-
-    drawn = _draw(logits.expand(1000, -1), uniforms, Decoding(temperature=1.0, top_p=0.7))
-
-    assert set(drawn.tolist()) == {0, 1}
-
-
-def test_random_numbers_belong_to_a_sample() -> None:
-    """Each sample of each instruction has a seed of its own, and its numbers do not depend on the others'."""
-    seeds = [row_seed(1, name, sample) for name in ("a", "b") for sample in (0, 1)]
-
-    assert len(set(seeds)) == 4
-    assert torch.equal(_uniforms(seeds, 5)[2], _uniforms(seeds[2:3], 5)[0])
+    with pytest.raises(StageError, match=r"NaN or infinite.*--dtype float32"):
+        sample_responses(folder, INSTRUCTIONS, tmp_path / "s.jsonl", SampleSettings(**SMALL))
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> None:

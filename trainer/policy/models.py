@@ -5,22 +5,19 @@ torch and transformers are imported inside the functions, so that `--help` and s
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, get_args
 
-from client.chat import turn_end
+from service.engine.contract import DType as DType  # the same names for the judge and the policy
 from trainer.errors import ModelError
 from trainer.policy.weights import model_digest
 
-DType: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 DTYPES: Final = get_args(DType)
 
 _HUB_ID: Final = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -99,79 +96,52 @@ def _download(repo: str, revision: str | None) -> Path:
     return Path(folder)
 
 
-def choose_device(device: str = "auto") -> Any:
-    """The torch.device of that name; `auto` is cuda, mps or cpu, the first there is."""
+@contextmanager
+def _judge_loading() -> Iterator[Any]:
+    """Yield service.engine.torch.loading, which imports torch; its errors become ModelErrors.
+
+    The policy is loaded by the same code as the judge, so that both refuse the same broken folders.
+    """
     with needs_trainer():
-        import torch
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_dtype(dtype: DType, device: Any) -> Any:
-    """The torch.dtype of that name; `auto` is bfloat16 where the hardware multiplies it, else float32."""
-    import torch
-
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
-
-
-def _multiplies_bfloat16(device: Any) -> bool:
-    import torch
-
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
-
-
-def load_model(folder: Path, dtype: Any, **kwargs: Any) -> Any:
-    """The folder's causal model on the CPU, or where `kwargs` put it. Raises ModelError."""
-    with needs_trainer():
-        from transformers import AutoModelForCausalLM
-    auto: Any = AutoModelForCausalLM
+        from service.engine.torch import loading
     try:
-        model, info = auto.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the model in {folder} cannot be loaded: {error}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelError(f"{folder} lacks weights of the model ({missing}, …): they would be random numbers")
-    return model
+        yield loading
+    except loading.EngineLoadError as error:
+        raise ModelError(str(error)) from error
 
 
-def eos_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """All tokens that end a response: the tokenizer's, the chat template's, those of the generation configuration."""
-    found = {tokenizer.eos_token_id, *turn_end(tokenizer).ids}
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        stated = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-        if stated is not None:
-            found.update(stated if isinstance(stated, list) else [stated])
-            break
-    return frozenset(found)
+def choose_device(name: str = "auto") -> Any:
+    """The torch.device of that name; `auto` is the first available of cuda, mps and cpu. Raises ModelError."""
+    with _judge_loading() as loading:
+        return loading.choose_device(name)
+
+
+def choose_dtype(name: DType, device: Any) -> Any:
+    """The torch.dtype of that name; `auto` is bfloat16 if the device multiplies it natively, else float32."""
+    with _judge_loading() as loading:
+        return loading.choose_dtype(name, device)
+
+
+def load_model(folder: Path, dtype: Any, device: Any = None, **options: Any) -> Any:
+    """The causal model in `folder`, in evaluation mode, on `device` or where the options for from_pretrained put it.
+
+    Raises ModelError.
+    """
+    with _judge_loading() as loading:
+        from transformers import AutoModelForCausalLM
+
+        return loading.read_weights(AutoModelForCausalLM, folder, dtype, device, **options)
 
 
 def context_length(folder: Path) -> int | None:
-    """How many tokens the model reads, where its configuration says so."""
+    """The longest sequence the model reads, in tokens; None if its configuration does not say."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     length = config.get("text_config", config).get("max_position_embeddings")
     return int(length) if length else None
 
 
 def release_memory() -> None:
-    """Give back what models that nobody refers to any more still hold, on a GPU and on the host."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    # glibc keeps what a training on a CPU has freed: gigabytes, which the judge beside it may need.
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    """Return the memory of models that are no longer referenced; without torch there are none."""
+    if "torch" in sys.modules:
+        with _judge_loading() as loading:
+            loading.free_memory()

@@ -1,44 +1,48 @@
-"""What writes the responses: transformers in this process, or vLLM where it is installed."""
+"""What generates the responses: transformers in this process, or vLLM if it is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from trainer.errors import ModelError
-from trainer.policy.generation import Decoding, Generated, generate
-from trainer.policy.models import DTYPES, DType, choose_device, choose_dtype, eos_ids, load_model
+from client.chat import stop_ids
+from service.engine.contract import Generated as Generated
+from trainer.errors import ModelError, StageError
+from trainer.policy.models import DTYPES, DType, choose_device, choose_dtype, load_model
 
 SamplerName: TypeAlias = Literal["auto", "transformers", "vllm"]
-# Responses that are written at the same time. On a CPU a small model is three times as fast with 64 as with 16.
-_ROWS: Final = {"cpu": 64}
-_ROWS_ELSEWHERE: Final = 256
-_ROWS_VLLM: Final = 4096
+# Responses per batch. On a CPU a small model is three times as fast with 64 as with 16.
+_BATCH_ROWS: Final = {"cpu": 64}
+_BATCH_ROWS_ELSEWHERE: Final = 256
+# vLLM schedules the requests itself; this only bounds how much an interruption loses.
+_BATCH_ROWS_VLLM: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSettings:
-    """How the policy is sampled. Temperature 0 is greedy: one response, however many are asked for."""
+    """How the policy is sampled. Temperature 0 is greedy: all samples of an instruction are the same."""
 
-    samples: int = field(default=4, metadata={"help": "responses to each instruction"})
-    temperature: float = field(default=0.7, metadata={"help": "0 takes the likeliest token"})
-    top_p: float = field(default=1.0, metadata={"help": "probability that the tokens drawn from hold together"})
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens after which a response is cut off"})
-    seed: int = field(default=42, metadata={"help": "of the draws"})
-    system: str | None = field(default=None, metadata={"help": "a system message before each instruction"})
+    samples: int = field(default=4, metadata={"help": "responses per instruction"})
+    temperature: float = field(default=0.7, metadata={"help": "sampling temperature; 0 takes the likeliest token"})
+    top_p: float = field(default=1.0, metadata={"help": "nucleus sampling threshold"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest response, in tokens; longer ones are cut off"})
+    seed: int = field(default=42, metadata={"help": "seed of the draws"})
+    system: str | None = field(default=None, metadata={"help": "system message before each instruction"})
     sampler: SamplerName = field(
-        default="auto", metadata={"help": "auto is vllm where it is installed and there is a GPU"}
+        default="auto", metadata={"help": "auto is vllm if it is installed and there is a GPU, else transformers"}
     )
     rows: int | None = field(
-        default=None, metadata={"help": f"responses at a time ({_ROWS['cpu']} on a CPU, {_ROWS_ELSEWHERE} on a GPU)"}
+        default=None,
+        metadata={"help": f"responses per batch ({_BATCH_ROWS['cpu']} on a CPU, {_BATCH_ROWS_ELSEWHERE} on a GPU)"},
     )
-    dtype: DType = field(default="auto", metadata={"help": "auto is bfloat16 where the hardware multiplies it"})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, mps; auto takes the best there is"})
+    dtype: DType = field(default="auto", metadata={"help": "auto is bfloat16 if the hardware multiplies it natively"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda or mps; auto is the fastest available"})
 
     def __post_init__(self) -> None:
         if min(self.samples, self.max_new_tokens, self.rows or 1) < 1:
@@ -49,57 +53,70 @@ class SampleSettings:
             raise ValueError(f"unknown sampler {self.sampler!r} or dtype {self.dtype!r}")
 
     def described(self) -> dict[str, object]:
-        """What decides the responses: all but where they are computed and how many at a time."""
+        """The settings that decide the responses: all but the device and the batch size."""
         return {key: value for key, value in asdict(self).items() if key not in ("rows", "device")}
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt in the model's tokens, and a seed for each response wanted."""
+class SamplingRequest:
+    """An instruction's prompt in the model's tokens, and a seed for each response."""
 
     id: str
     token_ids: list[int]
     seeds: list[int]
 
 
-# One response for each seed of each prompt.
-Draw: TypeAlias = Callable[[Sequence[Asked]], list[list[Generated]]]
+# From requests to one response per seed.
+Sampler: TypeAlias = Callable[[Sequence[SamplingRequest]], list[list[Generated]]]
 
 
-def make_sampler(folder: Path, tokenizer: Any, settings: SampleSettings) -> tuple[int, Draw]:
-    """How many responses to draw at a time, and the function that draws them. Raises ModelError."""
-    name = settings.sampler
+def response_seed(seed: int, instruction_id: str, sample: int) -> int:
+    """A 63-bit seed of its own for each sample of each instruction, so that no response depends on the others."""
+    return int.from_bytes(sha256(f"{seed}\0{instruction_id}\0{sample}".encode()).digest()[:8], "big") >> 1
+
+
+def make_sampler(folder: Path, tokenizer: Any, settings: SampleSettings) -> tuple[int, Sampler]:
+    """How many responses to generate per batch, and the function that does it. Raises ModelError."""
     device = choose_device(settings.device)
+    name = settings.sampler
     if name == "auto":
         name = "vllm" if device.type == "cuda" and find_spec("vllm") is not None else "transformers"
-    eos = eos_ids(folder, tokenizer)
+    stops = stop_ids(tokenizer, folder)
     if name == "vllm":
-        return _ROWS_VLLM, _vllm(folder, eos, settings)
-    return _ROWS.get(device.type, _ROWS_ELSEWHERE), _transformers(folder, eos, settings, device)
+        return _BATCH_ROWS_VLLM, _vllm_sampler(folder, stops, settings)
+    rows = _BATCH_ROWS.get(device.type, _BATCH_ROWS_ELSEWHERE)
+    return rows, _transformers_sampler(folder, stops, settings, device)
 
 
-def _transformers(folder: Path, eos: frozenset[int], settings: SampleSettings, device: Any) -> Draw:
+def _transformers_sampler(folder: Path, stops: tuple[int, ...], settings: SampleSettings, device: Any) -> Sampler:
     import torch
 
-    model = load_model(folder, choose_dtype(settings.dtype, device)).to(device).eval()
-    decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens)
+    from service.engine.torch.decoding import SamplingParams, generate, has_kv_cache
 
-    def draw(batch: Sequence[Asked]) -> list[list[Generated]]:
+    model = load_model(folder, choose_dtype(settings.dtype, device), device)
+    if not has_kv_cache(model):
+        raise ModelError(f"{type(model).__name__} does not continue from a KV cache: use --sampler vllm")
+    params = SamplingParams(settings.max_new_tokens, stops, settings.temperature, settings.top_p)
+
+    def sample(requests: Sequence[SamplingRequest]) -> list[list[Generated]]:
+        prompts, seeds = [request.token_ids for request in requests], [request.seeds for request in requests]
         try:
-            return generate(model, [one.token_ids for one in batch], [one.seeds for one in batch], decoding, eos)
+            return generate(model, prompts, seeds, params)
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise ModelError("not enough memory for one instruction's samples: ask for shorter ones") from error
-        half = len(batch) // 2
-        return draw(batch[:half]) + draw(batch[half:])
+            raise ModelError("not enough memory for a single response: lower --max-new-tokens") from error
+        except ArithmeticError as error:
+            raise StageError(
+                "the model's logits are NaN or infinite, so nothing can be drawn: its weights are broken (train it "
+                "again with a lower --lr), or too large for the dtype (--dtype float32)"
+            ) from error
 
-    return draw
+    return sample
 
 
-def _vllm(folder: Path, eos: frozenset[int], settings: SampleSettings) -> Draw:
-    """The same by vLLM, which takes a seed for each request. Its numbers are not those of the other sampler.
+def _vllm_sampler(folder: Path, stops: tuple[int, ...], settings: SampleSettings) -> Sampler:
+    """vLLM takes a seed per request, but draws other numbers from it than `_transformers_sampler`.
 
-    Written from vLLM's documented interface (LLM, SamplingParams); not run in this project's tests, which have no GPU.
+    Written from vLLM's documented interface (LLM, SamplingParams); the project's tests have no GPU to run it on.
     """
     try:
         vllm = import_module("vllm")
@@ -108,18 +125,19 @@ def _vllm(folder: Path, eos: frozenset[int], settings: SampleSettings) -> Draw:
     engine = vllm.LLM(model=str(folder), dtype=settings.dtype, seed=settings.seed % 2**31, enable_prefix_caching=True)
     common = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
 
-    def draw(batch: Sequence[Asked]) -> list[list[Generated]]:
-        requests = [(one.token_ids, seed) for one in batch for seed in one.seeds]
+    def sample(requests: Sequence[SamplingRequest]) -> list[list[Generated]]:
+        flat = [(request.token_ids, seed) for request in requests for seed in request.seeds]
         outputs = engine.generate(
-            [{"prompt_token_ids": token_ids} for token_ids, _ in requests],
-            [vllm.SamplingParams(**common, seed=seed, stop_token_ids=sorted(eos)) for _, seed in requests],
+            [{"prompt_token_ids": token_ids} for token_ids, _ in flat],
+            [vllm.SamplingParams(**common, seed=seed, stop_token_ids=list(stops)) for _, seed in flat],
             use_tqdm=False,
         )
-        flat = []
+        texts = []
         for output in outputs:
-            ids = list(output.outputs[0].token_ids)
+            ids = tuple(output.outputs[0].token_ids)
             ended = output.outputs[0].finish_reason == "stop"
-            flat.append(Generated(ids[:-1] if ended and ids and ids[-1] in eos else ids, ended))
-        return [flat[start : start + settings.samples] for start in range(0, len(flat), settings.samples)]
+            # vLLM leaves the stop token in the output; `generate` does not.
+            texts.append(Generated(ids[:-1] if ended and ids and ids[-1] in stops else ids, ended))
+        return [texts[start : start + settings.samples] for start in range(0, len(texts), settings.samples)]
 
-    return draw
+    return sample

@@ -36,7 +36,6 @@ from service.engine.torch.executors import PackedExecutor, SingleExecutor, Torch
 from service.engine.torch.families import decoder_of
 from service.engine.torch.ladder import CheckError, Reference, Rung, Verdict
 from service.engine.torch.loading import (
-    DType,
     EngineLoadError,
     Loaded,
     LoadOptions,
@@ -48,7 +47,7 @@ from service.engine.torch.loading import (
 from service.engine.torch.packed_forward import PackedPrefill
 from service.engine.torch.tasks import NextToken, Outputs, RewardLogit
 
-__all__ = ["DType", "EngineLoadError", "TorchEngine", "check_all"]
+__all__ = ["EngineLoadError", "TorchEngine", "check_all"]
 
 logger = logging.getLogger(__name__)
 
