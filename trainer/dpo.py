@@ -27,8 +27,8 @@ from trainer.flags import add_flags, given
 from trainer.policy.models import model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.programs import perform_stage, run_program, stderr_console
-from trainer.run.bars import Tell, silent
 from trainer.run.files import write_json, write_whole
+from trainer.run.progress import ReportProgress, ignore_progress
 from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER
 from trainer.run.stages import Stage, content_digest
 from trainer.tuning.card import CARD_FILE, model_card
@@ -114,7 +114,11 @@ class DPOResult:
 
 
 def train_dpo(
-    model: str | Path, data: Split, folder: Path, settings: DPOSettings | None = None, tell: Tell = silent
+    model: str | Path,
+    data: Split,
+    folder: Path,
+    settings: DPOSettings | None = None,
+    tell: ReportProgress = ignore_progress,
 ) -> DPOResult:
     """Train on `data.train`, evaluate on `data.held_out`, and leave adapter/ (or model/), dpo_log.jsonl and dpo.json.
 

@@ -38,9 +38,9 @@ from trainer.policy.models import model_identity, quiet_libraries, resolve_model
 from trainer.policy.samplers import SampleSettings
 from trainer.policy.weights import same_weights
 from trainer.programs import reading_input, run_program, stderr_console
-from trainer.run.bars import advance_bar
 from trainer.run.files import read_records, write_json, write_record
-from trainer.run.rates import Meter, keep_rate
+from trainer.run.progress import progress_bar
+from trainer.run.rates import ProgressMeter, save_rate
 from trainer.run.records import METRICS_FILE, Instruction
 from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 from trainer.sample import Sampled, sample_responses
@@ -135,9 +135,9 @@ class Evaluation:
     def _respond(self, stage: Stage, model: Model) -> None:
         def work() -> None:
             instructions = read_records(self.held_out, Instruction)
-            with advance_bar(stderr_console(), f"answers of {model.title}") as tell:
+            with progress_bar(stderr_console(), f"answers of {model.title}") as tell:
                 stats = sample_responses(model.name, instructions, stage.folder / stage.outputs[0], self.sampling, tell)
-            keep_rate(stage.folder, "answering", stats.tokens, stats.seconds)
+            save_rate(stage.folder, "answering", stats.tokens, stats.seconds)
 
         self.run.run_stage(stage, work)
 
@@ -145,11 +145,11 @@ class Evaluation:
         from client.benchmarks.progress import shown
 
         with self.referee.serving() as judge, shown(stderr_console(), "comparing") as tell:
-            started, meter = time.monotonic(), Meter(tell)
+            started, meter = time.monotonic(), ProgressMeter(tell)
             options = VerdictOptions(judge, self.referee.truncation, self.referee.max_failures)
             judge_duels(duels, self.folder, options, meter)
         # Two for a pair, in either mode: both orders, or both responses.
-        keep_rate(self.folder, "comparing", 2 * meter.fresh, time.monotonic() - started)
+        save_rate(self.folder, "comparing", 2 * meter.new_items, time.monotonic() - started)
 
     def _by_harness(self) -> dict[str, Any] | None:
         if self.harness is None:

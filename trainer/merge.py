@@ -27,8 +27,8 @@ from trainer.policy.models import DTYPES, DType, load_model, needs_trainer, quie
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.policy.weights import TensorFiles, same_weights
 from trainer.programs import run_program, stderr_console
-from trainer.run.bars import say
 from trainer.run.files import put_in_place
+from trainer.run.progress import echo
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.training import disk_full_said
 
@@ -264,7 +264,7 @@ def _run(args: argparse.Namespace) -> None:
         merge(args.adapter, output, base=args.base, dtype=args.dtype, numbers=numbers)
     base = args.base or (None if (args.adapter / "config.json").is_file() else _base_of(args.adapter))
     if base is not None and same_weights(resolve_model(base), output):
-        say(f"warning: {output} has the weights of {base}: nothing of the training is left in {args.dtype}")
+        echo(f"warning: {output} has the weights of {base}: nothing of the training is left in {args.dtype}")
     sys.stdout.write(f"{output}\n")
     if args.push_to_hub:
         folder = args.adapter if args.push == "adapter" else output

@@ -16,7 +16,7 @@ from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES
 from trainer.instructions.reading import HUB, read_instructions
 from trainer.instructions.selection import POOL_FACTOR
 from trainer.labels.labelers import RANDOM, shown_url
-from trainer.policy.weights import Size, model_size
+from trainer.policy.weights import ModelSize, model_size
 from trainer.run.rates import rates_of_run
 
 _BF16, _FP32 = 2, 4
@@ -158,7 +158,7 @@ def _disk(settings: LoopSettings) -> list[str]:
     ]
 
 
-def disk_bytes(settings: LoopSettings, size: Size) -> tuple[int, int, int]:
+def disk_bytes(settings: LoopSettings, size: ModelSize) -> tuple[int, int, int]:
     """Bytes of a round's merged model, of what DPO leaves, and of its two checkpoints with AdamW's two moments."""
     width = _FP32 if settings.merge_dtype == "float32" else _BF16
     tuned = size.parameters if settings.dpo.method == "full" else size.lora_parameters(settings.dpo.rank)

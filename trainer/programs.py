@@ -14,7 +14,7 @@ from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.proxies import exempt_loopback
 from trainer.errors import InputError, RecordError, StageError
 from trainer.policy.models import needs_trainer
-from trainer.run.bars import Tell, advance_bar
+from trainer.run.progress import ReportProgress, progress_bar
 from trainer.run.stages import Stage, open_run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def stderr_console() -> Console:
 
 
 def perform_stage(
-    stage: Stage, config: Mapping[str, Any], title: str, work: Callable[[Tell], Any], *, overwrite: bool
+    stage: Stage, config: Mapping[str, Any], title: str, work: Callable[[ReportProgress], Any], *, overwrite: bool
 ) -> None:
     """Do a command's one stage in its run folder, and print the dataclass that `work` returns as JSON.
 
@@ -63,7 +63,7 @@ def perform_stage(
         if not stage.begin(overwrite=overwrite):
             console.print(f"{stage.folder / stage.outputs[0]} is complete", soft_wrap=True)
             return
-        with advance_bar(console, title) as tell:
+        with progress_bar(console, title) as tell:
             result = work(tell)
         stage.finish()
     sys.stdout.write(json.dumps(asdict(result), indent=2, allow_nan=False) + "\n")

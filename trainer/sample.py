@@ -33,8 +33,8 @@ from trainer.policy.models import context_length, model_identity, release_memory
 from trainer.policy.samplers import Generated, Sampler, SampleSettings, SamplingRequest, make_sampler, response_seed
 from trainer.policy.tokenizers import BASE_STOPS, chat_ids, has_base_template, load_tokenizer
 from trainer.programs import perform_stage, reading_input, run_program
-from trainer.run.bars import Advance, Tell, silent
 from trainer.run.files import appending, read_records, write_records
+from trainer.run.progress import ReportProgress, StageProgress, ignore_progress
 from trainer.run.records import SAMPLES_FILE, Instruction, Sample
 from trainer.run.stages import Stage, content_digest
 
@@ -65,7 +65,7 @@ def sample_responses(
     instructions: Sequence[Instruction],
     output: Path,
     settings: SampleSettings | None = None,
-    on_progress: Tell = silent,
+    on_progress: ReportProgress = ignore_progress,
 ) -> SampleStats:
     """Complete `output` (samples.jsonl): all samples of all instructions, keeping those it holds already.
 
@@ -170,13 +170,13 @@ def _sample_batches(
     sampler: Sampler,
     tokenizer: Any,
     output: Path,
-    on_progress: Tell,
+    on_progress: ReportProgress,
 ) -> int:
     """Append the samples of all instructions that are not `done`; the number of tokens generated.
 
     A batch with anything missing is generated whole, because its shape decides the rounding, and so the texts.
     """
-    progress = Advance(sum(map(len, batches)), len(done), len(done))
+    progress = StageProgress(sum(map(len, batches)), len(done), len(done))
     started, tokens = time.monotonic(), 0
     on_progress(progress)
     with appending(output) as append:

@@ -33,9 +33,8 @@ from trainer.dpo import DPO_FILE, DPO_LOG, train_dpo
 from trainer.errors import InputError
 from trainer.evaluate import Evaluation, Model, Referee, model_of, summary_of
 from trainer.instructions.reading import read_instructions
-from trainer.instructions.selection import OUTPUTS as INSTRUCTION_OUTPUTS
-from trainer.instructions.selection import prepare_instructions
-from trainer.labels.judges import JudgeSource, connect
+from trainer.instructions.selection import INSTRUCTION_OUTPUTS, prepare_instructions
+from trainer.labels.judges import JudgeSource, connect_judges
 from trainer.labels.labelers import RANDOM
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import write_pairs
@@ -45,9 +44,9 @@ from trainer.policy.models import quiet_libraries, release_memory, resolve_model
 from trainer.programs import run_program, stderr_console
 from trainer.report import write_card, write_run_report
 from trainer.run.adoption import adopt
-from trainer.run.bars import advance_bar
 from trainer.run.files import read_records, write_json
-from trainer.run.rates import Meter, keep_rate
+from trainer.run.progress import progress_bar
+from trainer.run.rates import ProgressMeter, save_rate
 from trainer.run.records import (
     ADAPTER_FOLDER,
     HELD_OUT_FILE,
@@ -78,7 +77,7 @@ PUSHED_FILE: Final = "pushed.json"
 def improve(settings: LoopSettings, console: Console) -> None:
     """The whole loop. Raises StageError where it stops and a rerun goes on, ValueError for what cannot work."""
     _check_machine(settings)
-    judges, referee = connect(settings)
+    judges, referee = connect_judges(settings)
     config = {**settings.described(), "labels": judges.described(model_of(settings.model))}
     if referee is not None:
         config["evaluation"] = referee.described
@@ -139,7 +138,7 @@ class Loop:
         def work() -> None:
             assert self.settings.sft_data is not None
             examples = load_examples(self.settings.sft_data)
-            with advance_bar(self.console, "SFT") as tell:
+            with progress_bar(self.console, "SFT") as tell:
                 train_sft(given.name, examples, folder, settings, tell)
 
         self._do(stage, work, adopted=True)
@@ -166,9 +165,9 @@ class Loop:
 
         def work() -> None:
             asked = read_records(instructions, Instruction)
-            with advance_bar(self.console, "sampling") as tell:
+            with progress_bar(self.console, "sampling") as tell:
                 stats = sample_responses(policy.name, asked, folder / SAMPLES_FILE, settings, tell)
-            keep_rate(folder, "sampling", stats.tokens, stats.seconds)
+            save_rate(folder, "sampling", stats.tokens, stats.seconds)
 
         self._do(Stage(folder, "samples", (SAMPLES_FILE,), inputs), work, adopted=adopted)
 
@@ -181,11 +180,11 @@ class Loop:
 
             instructions, samples = self._instructions(), read_records(folder / SAMPLES_FILE, Sampled)
             with self.judges.serving(policy) as judge, shown(self.console, "labelling") as tell:
-                started, meter = time.monotonic(), Meter(tell)
+                started, meter = time.monotonic(), ProgressMeter(tell)
                 options = replace(self.settings.labels, judge=judge)
                 run_labelling(options, instructions, samples, folder / SCORES_FILE, meter)
             if self.settings.labels.labeler != RANDOM:
-                keep_rate(folder, "labelling", meter.fresh, time.monotonic() - started)
+                save_rate(folder, "labelling", meter.new_items, time.monotonic() - started)
 
         self._do(Stage(folder, "scores", (SCORES_FILE,), inputs), work)
 
@@ -217,9 +216,9 @@ class Loop:
 
         def work() -> None:
             data = split_preferences(read_records(folder / PAIRS_FILE, Preference), share, settings.seed)
-            with advance_bar(self.console, "DPO") as tell:
+            with progress_bar(self.console, "DPO") as tell:
                 result = train_dpo(policy.name, data, folder, settings, tell)
-            keep_rate(folder, "training", result.pairs * settings.epochs, result.seconds)
+            save_rate(folder, "training", result.pairs * settings.epochs, result.seconds)
 
         self._do(stage, work)
         return self._merge(folder, output, stage, policy, title)
@@ -239,7 +238,7 @@ class Loop:
             self.settings.harness,
         )
         if self.settings.samples_from is not None:
-            adopt(evaluation.base_stage, self.settings.samples_from, self.run.overwrite, needed=False)
+            adopt(evaluation.base_stage, self.settings.samples_from, self.run.overwrite, required=False)
         self.console.print(summary_of(evaluation.perform()), soft_wrap=True, highlight=False)
 
     def push(self, folder: Path) -> None:

@@ -28,8 +28,8 @@ from trainer.flags import add_flags, given
 from trainer.policy.models import model_identity, needs_trainer, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.programs import perform_stage, run_program
-from trainer.run.bars import Tell, silent
 from trainer.run.files import write_json, write_whole
+from trainer.run.progress import ReportProgress, ignore_progress
 from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record
 from trainer.run.stages import Stage, content_digest
 from trainer.tuning.card import CARD_FILE, model_card
@@ -155,7 +155,7 @@ def train_sft(
     examples: Sequence[Example],
     folder: Path,
     settings: SFTSettings | None = None,
-    tell: Tell = silent,
+    tell: ReportProgress = ignore_progress,
 ) -> SFTResult:
     """Train, and leave adapter/ (or model/), sft_log.jsonl and sft.json in `folder`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client.schema import Message
 from trainer.dpo import DPOSettings, preset
-from trainer.run.bars import Advance
+from trainer.run.progress import StageProgress
 from trainer.tuning.preferences import Preference
 
 # As few steps as show an effect, on one core, in fp32.
@@ -57,10 +57,10 @@ class Killed(BaseException):
     """Stands for a kill: nothing of the program catches it."""
 
 
-def kill_at(step: int) -> Callable[[Advance], None]:
+def kill_at(step: int) -> Callable[[StageProgress], None]:
     """A progress function that ends the training after that step."""
 
-    def tell(advance: Advance) -> None:
+    def tell(advance: StageProgress) -> None:
         if advance.done >= step:
             raise Killed
 

@@ -22,7 +22,7 @@ from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, categories_o
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import (
     CATEGORIES_FILE,
-    OUTPUTS,
+    INSTRUCTION_OUTPUTS,
     InstructionOptions,
     choose_instructions,
     equal_shares,
@@ -213,7 +213,7 @@ def test_given_categories_need_no_judge(tmp_path: Path) -> None:
     assert (stats.records, stats.bad, stats.by_category) == (10, 1, {"math": 9})
     assert (stats.chosen, stats.held_out, stats.categorised) == ({"math": 4}, {"math": 2}, 0)
     assert len(read_records(tmp_path / INSTRUCTIONS_FILE, Instruction)) == 4
-    assert all((tmp_path / name).exists() for name in OUTPUTS)
+    assert all((tmp_path / name).exists() for name in INSTRUCTION_OUTPUTS)
 
 
 def test_missing_categories_need_a_judge(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_interrupted_categorisation_goes_on(tmp_path: Path) -> None:
         prepare_instructions(how, tmp_path / "parts", lambda progress: first.append(progress.done))
 
     assert first[0] == whole[: len(whole) // 2].count(b"\n")
-    for name in OUTPUTS:
+    for name in INSTRUCTION_OUTPUTS:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

@@ -15,12 +15,12 @@ from trl.data_utils import is_conversational, maybe_apply_chat_template
 
 from service.engine.fake import fake_tokenizer
 from trainer.errors import StageError
-from trainer.labels.candidates import KEPT_MARGIN, Candidate, Judged, balanced
+from trainer.labels.candidates import KEPT_MARGIN, CandidatePair, ScoredSample, balance_lengths
 from trainer.labels.pairs import NoPairsError, PairOptions, make_pairs, write_pairs
 from trainer.run.files import read_record, read_records
-from trainer.run.records import Finish, Instruction, Pair, PairStats, Sample, Score, ScoreError
+from trainer.run.records import FinishReason, Instruction, Pair, PairStats, Sample, Score, ScoreError
 
-Row = tuple[str, float | str | None, Finish]
+Row = tuple[str, float | str | None, FinishReason]
 
 
 def case(*groups: Sequence[Row]) -> tuple[list[Instruction], list[Sample], list[Score]]:
@@ -39,7 +39,7 @@ def case(*groups: Sequence[Row]) -> tuple[list[Instruction], list[Sample], list[
     return instructions, samples, scores
 
 
-def row(response: str, verdict: float | str | None = 0.0, finish: Finish = "stop") -> Row:
+def row(response: str, verdict: float | str | None = 0.0, finish: FinishReason = "stop") -> Row:
     """A row of `case`."""
     return response, verdict, finish
 
@@ -200,7 +200,7 @@ def test_every_sample_and_instruction_is_accounted_for(
     assert all(pair.margin >= min_margin and pair.margin > 0 for pair in pairs)
 
 
-def by_length(count: int) -> dict[str, list[Candidate]]:
+def by_length(count: int) -> dict[str, list[CandidatePair]]:
     """Candidates of instructions whose judge likes length: the wider the margin, the longer the chosen response."""
     rng = random.Random(3)
     choices = {}
@@ -209,8 +209,8 @@ def by_length(count: int) -> dict[str, list[Candidate]]:
         for k in range(4):
             length = rng.randint(10, 400)
             sample = Sample(id=f"{n}", sample=k, response="x" * length, tokens=1, finish="stop")
-            judged.append(Judged(sample, length / 150 + rng.gauss(0, 2), 0.5))
-        found = [Candidate(a, b) for a in judged for b in judged if a.log_odds > b.log_odds]
+            judged.append(ScoredSample(sample, length / 150 + rng.gauss(0, 2), 0.5))
+        found = [CandidatePair(a, b) for a in judged for b in judged if a.log_odds > b.log_odds]
         choices[f"{n}"] = sorted(found, key=lambda candidate: -candidate.margin)
     return choices
 
@@ -218,7 +218,7 @@ def by_length(count: int) -> dict[str, list[Candidate]]:
 def test_length_balance_evens_out_the_lengths() -> None:
     """Chosen responses that were much longer on average are no longer so, and margins stay wide."""
     choices = by_length(200)
-    plain, even = {name: found[0] for name, found in choices.items()}, balanced(choices)
+    plain, even = {name: found[0] for name, found in choices.items()}, balance_lengths(choices)
     before = sum(candidate.length_difference for candidate in plain.values()) / 200
     after = sum(candidate.length_difference for candidate in even.values()) / 200
 
@@ -234,9 +234,9 @@ def test_length_balance_works_both_ways() -> None:
     short = {
         name: sorted(
             (
-                Candidate(
-                    Judged(one.rejected.sample, -one.rejected.log_odds, 0.5),
-                    Judged(one.chosen.sample, -one.chosen.log_odds, 0.5),
+                CandidatePair(
+                    ScoredSample(one.rejected.sample, -one.rejected.log_odds, 0.5),
+                    ScoredSample(one.chosen.sample, -one.chosen.log_odds, 0.5),
                 )
                 for one in found
             ),
@@ -245,8 +245,8 @@ def test_length_balance_works_both_ways() -> None:
         for name, found in choices.items()
     }
 
-    assert abs(sum(candidate.length_difference for candidate in balanced(short).values())) / 200 < 3
-    assert balanced({}) == {}
+    assert abs(sum(candidate.length_difference for candidate in balance_lengths(short).values())) / 200 < 3
+    assert balance_lengths({}) == {}
 
 
 def test_no_pairs_is_an_error_that_explains_itself(tmp_path: Path) -> None:

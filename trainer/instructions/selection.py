@@ -34,7 +34,7 @@ from trainer.run.records import (
 
 CATEGORIES_FILE: Final = "categories.jsonl"
 # What the stage leaves; the answers about categories are there to go on with, and empty where none were needed.
-OUTPUTS: Final = (INSTRUCTIONS_FILE, HELD_OUT_FILE, INSTRUCTIONS_STATS_FILE, CATEGORIES_FILE)
+INSTRUCTION_OUTPUTS: Final = (INSTRUCTIONS_FILE, HELD_OUT_FILE, INSTRUCTIONS_STATS_FILE, CATEGORIES_FILE)
 # So many instructions are asked about for each one wanted, where there are more.
 POOL_FACTOR: Final = 4
 
@@ -97,7 +97,7 @@ class InstructionStats(Record):
 def prepare_instructions(
     options: InstructionOptions, folder: Path, on_progress: OnProgress | None = None
 ) -> InstructionStats:
-    """Write OUTPUTS into `folder`: instructions.jsonl, held_out.jsonl and how they came about.
+    """Write INSTRUCTION_OUTPUTS into `folder`: instructions.jsonl, held_out.jsonl and how they came about.
 
     Raises SampleError for a source that cannot be read or holds too little, and StageError as `categorise` does.
     """

@@ -14,7 +14,7 @@ _HALVINGS: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ScoredSample:
     """A usable sample with its score."""
 
     sample: Sample
@@ -28,11 +28,11 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class CandidatePair:
     """Two samples of one instruction that may become a pair; `margin` is never negative."""
 
-    chosen: Judged
-    rejected: Judged
+    chosen: ScoredSample
+    rejected: ScoredSample
 
     @property
     def margin(self) -> float:
@@ -45,7 +45,7 @@ class Candidate:
         return self.chosen.length - self.rejected.length
 
 
-def balanced(choices: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]:
+def balance_lengths(choices: Mapping[str, Sequence[CandidatePair]]) -> dict[str, CandidatePair]:
     """One candidate for each instruction, so that the mean length difference is as near 0 as one price makes it.
 
     This is the Lagrangian of "the largest sum of margins at a length difference of 0": each instruction takes the
@@ -59,7 +59,7 @@ def balanced(choices: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate]
         for name, found in choices.items()
     }
 
-    def taken(price: float) -> dict[str, Candidate]:
+    def taken(price: float) -> dict[str, CandidatePair]:
         return {
             name: max(found, key=lambda one: (one.margin - price * one.length_difference, one.margin))
             for name, found in allowed.items()

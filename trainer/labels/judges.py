@@ -118,7 +118,7 @@ class FollowingJudge:
         raise StageError(f"the judge that --judge-command starts {how} before it was ready: see {self.log}")
 
 
-def connect(settings: LoopSettings) -> tuple[JudgeSource, Referee | None]:
+def connect_judges(settings: LoopSettings) -> tuple[JudgeSource, Referee | None]:
     """Who labels, and who compares: nobody where nothing is held out. Raises StageError in seconds."""
     start = model_of(settings.model)
     common: dict[str, Any] = {"truncation": settings.labels.truncation, "max_failures": settings.labels.max_failures}

@@ -20,7 +20,7 @@ from client.texts import is_blank
 from trainer.errors import StageError
 from trainer.labels.labelers import Label, Labeler, LabelOptions, Text, open_labeler
 from trainer.run.files import appending, read_records, write_records
-from trainer.run.records import Instruction, Key, Sample, Score, ScoreError
+from trainer.run.records import Instruction, Sample, SampleKey, Score, ScoreError
 
 OnProgress: TypeAlias = Callable[[Progress], None]
 
@@ -89,7 +89,7 @@ class _Book:
         self._task, self._tell = task, tell
         self._texts = _texts_of(task)
         self.known = self._standing()
-        self.owners: dict[Text, list[Key]] = {}
+        self.owners: dict[Text, list[SampleKey]] = {}
         for key, text in self._texts.items():
             if key not in self.known:
                 self.owners.setdefault(text, []).append(key)
@@ -115,7 +115,7 @@ class _Book:
             self._progress.failed += _failed([score])
         self._report()
 
-    def _standing(self) -> dict[Key, Score]:
+    def _standing(self) -> dict[SampleKey, Score]:
         """The scores of the file, less what is worth asking again."""
         lines = read_records(self._task.path, Score) if self._task.path.exists() else []
         final = [line for line in lines if line.key in self._texts and (line.error is None or is_final(line.error))]
@@ -168,9 +168,9 @@ class _SameJudge:
             )
 
 
-def _texts_of(task: Labelling) -> dict[Key, Text]:
+def _texts_of(task: Labelling) -> dict[SampleKey, Text]:
     by_id = {instruction.id: instruction for instruction in task.instructions}
-    texts: dict[Key, Text] = {}
+    texts: dict[SampleKey, Text] = {}
     for sample in task.samples:
         instruction = by_id.get(sample.id)
         if instruction is None:
@@ -179,7 +179,7 @@ def _texts_of(task: Labelling) -> dict[Key, Text]:
     return texts
 
 
-def _score(key: Key, outcome: Label | ScoreError) -> Score:
+def _score(key: SampleKey, outcome: Label | ScoreError) -> Score:
     if isinstance(outcome, ScoreError):
         return Score(id=key[0], sample=key[1], error=outcome)
     return Score(id=key[0], sample=key[1], **asdict(outcome))

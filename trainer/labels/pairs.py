@@ -22,7 +22,7 @@ from client.benchmarks.run import EMPTY_RESPONSE
 from client.schema import Message
 from client.texts import is_blank
 from trainer.errors import StageError
-from trainer.labels.candidates import Candidate, Judged, balanced
+from trainer.labels.candidates import CandidatePair, ScoredSample, balance_lengths
 from trainer.run.files import write_record, write_records
 from trainer.run.records import (
     PAIRS_FILE,
@@ -30,10 +30,10 @@ from trainer.run.records import (
     CategoryStats,
     Histogram,
     Instruction,
-    Key,
     Pair,
     PairStats,
     Sample,
+    SampleKey,
     Score,
     count_by,
 )
@@ -53,7 +53,7 @@ class PairOptions:
 
     A pair needs a margin above 0 and of at least `min_margin` log-odds. `cut_off` says what becomes of responses that
     were cut off: they may be rejected but not chosen, are treated like others, or are left out. `length_balance` takes
-    other pairs than best against worst where that evens out the lengths; see trainer.labels.candidates.balanced.
+    other pairs than best against worst where that evens out the lengths; see trainer.labels.candidates.balance_lengths.
     """
 
     min_margin: float = field(
@@ -105,12 +105,12 @@ def make_pairs(
     """
     sorter = _Sorter({score.key: score for score in scores}, options)
     of_instruction = _grouped(instructions, samples)
-    candidates: dict[str, list[Candidate]] = {}
+    candidates: dict[str, list[CandidatePair]] = {}
     for instruction in instructions:
         if instruction.id in of_instruction:
             candidates[instruction.id] = sorter.candidates(of_instruction[instruction.id])
     choices = {name: found for name, found in candidates.items() if found}
-    chosen = balanced(choices) if options.length_balance else {name: found[0] for name, found in choices.items()}
+    chosen = balance_lengths(choices) if options.length_balance else {name: found[0] for name, found in choices.items()}
     before = [] if system is None else [Message(role="system", content=system)]
     pairs = [
         _pair(before, instruction, chosen[instruction.id]) for instruction in instructions if instruction.id in chosen
@@ -145,12 +145,12 @@ def explanation(stats: PairStats, options: PairOptions) -> str:
 class _Sorter:
     """Tells usable samples from others, finds their candidates, and counts what is left out."""
 
-    def __init__(self, scores: Mapping[Key, Score], options: PairOptions) -> None:
+    def __init__(self, scores: Mapping[SampleKey, Score], options: PairOptions) -> None:
         self._scores, self._options = scores, options
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
 
-    def candidates(self, samples: Sequence[Sample]) -> list[Candidate]:
+    def candidates(self, samples: Sequence[Sample]) -> list[CandidatePair]:
         """What may become the pair of one instruction, the widest margin first; none where there is no usable pair."""
         usable = self._usable(sorted(samples, key=lambda sample: sample.sample))
         self.counts["usable"] += len(usable)
@@ -162,7 +162,7 @@ class _Sorter:
         if not good:
             self.counts["unfinished"] += 1
             return []
-        found = [Candidate(one, other) for one in good for other in usable if other is not one]
+        found = [CandidatePair(one, other) for one in good for other in usable if other is not one]
         found.sort(key=_rank)
         widest = found[0].margin
         if widest == 0:
@@ -173,8 +173,8 @@ class _Sorter:
             return []
         return [one for one in found if one.margin > 0 and one.margin >= self._options.min_margin]
 
-    def _usable(self, samples: Sequence[Sample]) -> list[Judged]:
-        usable: list[Judged] = []
+    def _usable(self, samples: Sequence[Sample]) -> list[ScoredSample]:
+        usable: list[ScoredSample] = []
         seen: set[str] = set()
         for sample in samples:
             text, score = sample.response.strip(), self._scores.get(sample.key)
@@ -188,7 +188,7 @@ class _Sorter:
             assert score.log_odds is not None
             assert score.score is not None
             seen.add(text)
-            usable.append(Judged(sample, score.log_odds, score.score))
+            usable.append(ScoredSample(sample, score.log_odds, score.score))
         return usable
 
     def _reason_against(self, sample: Sample, score: Score | None) -> str | None:
@@ -205,7 +205,7 @@ class _Sorter:
         return None
 
 
-def _rank(candidate: Candidate) -> tuple[float, bool, int, int]:
+def _rank(candidate: CandidatePair) -> tuple[float, bool, int, int]:
     """The widest margin first; of equal ones a chosen response that is not cut off, then the earlier samples."""
     chosen, rejected = candidate.chosen.sample, candidate.rejected.sample
     return -candidate.margin, chosen.finish == "length", chosen.sample, rejected.sample
@@ -221,7 +221,7 @@ def _grouped(instructions: Sequence[Instruction], samples: Sequence[Sample]) -> 
     return groups
 
 
-def _pair(before: list[Message], instruction: Instruction, candidate: Candidate) -> Pair:
+def _pair(before: list[Message], instruction: Instruction, candidate: CandidatePair) -> Pair:
     return Pair(
         prompt=[*before, Message(role="user", content=instruction.prompt)],
         chosen=[Message(role="assistant", content=candidate.chosen.sample.response)],
@@ -238,7 +238,7 @@ def _stats(
     instructions: Sequence[Instruction],
     samples: Sequence[Sample],
     sorter: _Sorter,
-    chosen: Sequence[Candidate],
+    chosen: Sequence[CandidatePair],
     pairs: Sequence[Pair],
 ) -> PairStats:
     counts = sorter.counts

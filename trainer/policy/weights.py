@@ -1,6 +1,6 @@
-"""What the files of a model say by themselves: its size, which model it is, and whether two hold the same weights.
+"""What a model's files tell without loading it: its size, its identity, and whether two models have equal weights.
 
-safetensors: 8 bytes, little-endian, with the length of the JSON header that follows
+A safetensors file begins with 8 little-endian bytes, the length of the JSON header that follows them
 (https://huggingface.co/docs/safetensors).
 """
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 SHA256: Final = "sha256:"
 _LENGTH_BYTES: Final = 8
-_MOST_HEADER: Final = 100_000_000
-# LoRA's target "all-linear" leaves out embeddings and the output layer.
+_MAX_HEADER_BYTES: Final = 100_000_000
+# LoRA's target "all-linear" excludes embeddings and the output layer.
 _NOT_LINEAR: Final = ("embed", "wte", "wpe", "lm_head")
-# What decides what a model or an adapter says: no cards, no notes of other programs.
-_DECIDING: Final = (
+# The files that decide a model's or an adapter's outputs: no model cards, no files of other programs.
+_IDENTITY_FILES: Final = (
     "*.safetensors",
     "*.bin",
     "*.index.json",
@@ -45,19 +45,19 @@ _DECIDING: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """Parameters in all, and the sum of rows and columns of all matrices that LoRA adapts."""
+class ModelSize:
+    """The number of parameters, and the sum of rows and columns over all matrices that LoRA adapts."""
 
     parameters: int
     lora_width: int
 
     def lora_parameters(self, rank: int) -> int:
-        """Of an adapter of this rank: each matrix [m, n] gets [m, rank] and [rank, n]."""
+        """The parameters of an adapter of this rank: each matrix [m, n] gets [m, rank] and [rank, n]."""
         return rank * self.lora_width
 
 
-def model_size(folder: Path) -> Size | None:
-    """None where the folder holds no readable safetensors files."""
+def model_size(folder: Path) -> ModelSize | None:
+    """The size of the model in `folder`; None without readable safetensors files."""
     shapes: dict[str, list[int]] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
@@ -66,44 +66,46 @@ def model_size(folder: Path) -> Size | None:
         return None
     if not shapes:
         return None
-    linear = [shape for name, shape in shapes.items() if len(shape) == 2 and not any(no in name for no in _NOT_LINEAR)]
-    return Size(sum(prod(shape) for shape in shapes.values()), sum(sum(shape) for shape in linear))
+    linear = [
+        shape for name, shape in shapes.items() if len(shape) == 2 and not any(part in name for part in _NOT_LINEAR)
+    ]
+    return ModelSize(sum(prod(shape) for shape in shapes.values()), sum(sum(shape) for shape in linear))
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of the files that decide what a model says: the same wherever and whenever they were copied to.
+    """SHA-256 of the files that decide a model's outputs, independent of where and when they were copied.
 
-    A file is read once in a process, unless it changes. Raises RecordError where one cannot be read.
+    Each file is read once per process, unless it changes. Raises RecordError for an unreadable file.
     """
     try:
-        files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern) if path.is_file()})
-        digests = [[path.name, _digest_of(path, *_state(path))] for path in files]
+        files = sorted({path for pattern in _IDENTITY_FILES for path in folder.glob(pattern) if path.is_file()})
+        digests = [[path.name, _cached_digest(path, *_file_state(path))] for path in files]
     except OSError as error:
         raise RecordError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
     return SHA256 + sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def weights_mark(folder: Path) -> list[list[object]]:
-    """Names, sizes and times of a model's weights, by which earlier versions told models apart."""
+    """Names, sizes and times of a model's weight files, by which earlier versions identified models."""
     stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """What changes when a file does; the last cannot be set as one likes."""
+def _file_state(path: Path) -> tuple[int, ...]:
+    """What changes when the file does. The last, ctime, cannot be set back as mtime can."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)
-def _digest_of(path: Path, *_: int) -> str:
+def _cached_digest(path: Path, *_: int) -> str:
     return file_digest(path)
 
 
 def same_weights(first: Path, second: Path) -> bool:
-    """Whether two models have the same weights, each tensor of `first` rounded to the dtype that `second` keeps it in.
+    """Whether two models have equal weights, each tensor of `first` rounded to its dtype in `second`.
 
-    False where they do not name their tensors alike, or cannot be read. Stops at the first difference.
+    False if their tensors have different names, or cannot be read. Stops at the first difference.
     """
     try:
         with TensorFiles(first) as one, TensorFiles(second) as other:
@@ -118,10 +120,10 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 class TensorFiles:
-    """The tensors of a folder's safetensors files, by name, as they are stored. A context: the files stay open in it.
+    """The tensors of a folder's safetensors files, by name and as stored. A context manager that keeps the files open.
 
-    An output layer that is tied to the embeddings has their tensor, whether it is stored or not. Raises OSError and
-    RuntimeError for files that cannot be read, KeyError for a name that none of them has.
+    An output layer that is tied to the embeddings, and therefore not stored, yields the embeddings' tensor. Raises
+    OSError and RuntimeError for unreadable files, KeyError for an unknown name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,7 +145,7 @@ class TensorFiles:
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """The names of all stored tensors."""
         return set(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -156,7 +158,7 @@ class TensorFiles:
 def _shapes(file: Path) -> dict[str, list[int]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        if length > _MOST_HEADER:
+        if length > _MAX_HEADER_BYTES:
             raise ValueError(f"{file}: not a safetensors file")
         header = json.loads(stream.read(length))
     return {name: value["shape"] for name, value in header.items() if name != "__metadata__"}

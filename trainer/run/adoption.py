@@ -1,4 +1,4 @@
-"""Taking over what another run has made of the very same inputs: so two arms differ in their labels alone."""
+"""--samples-from: reuse stages of another run that have the same inputs, so that two arms differ only in their labels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from trainer.errors import StageError
 from trainer.run.stages import Stage, differing_keys
 
 
-def adopt(stage: Stage, source: Path, overwrite: bool = False, *, needed: bool = True) -> None:
-    """Copy a stage's outputs from the folder `source` of another run, unless they are here.
+def adopt(stage: Stage, source: Path, overwrite: bool = False, *, required: bool = True) -> None:
+    """Copy a stage's outputs from `source`, the folder of another run, unless the stage is done here.
 
-    Raises StageError where they are not finished there or are made from something else; where they are not `needed`,
-    the stage is left to be done here.
+    Raises StageError if the stage is unfinished there or has other inputs; if it is not `required`, nothing happens
+    instead, and the stage is left to be done here.
     """
     if stage.done:
         return
-    other = replace(stage, folder=source)
-    if not other.done:
-        if needed:
+    if not replace(stage, folder=source).done:
+        if required:
             raise StageError(f"--samples-from: {_problem(stage, source)}")
         return
     stage.begin(overwrite=overwrite)
@@ -37,8 +36,8 @@ def adopt(stage: Stage, source: Path, overwrite: bool = False, *, needed: bool =
 
 def _problem(stage: Stage, source: Path) -> str:
     try:
-        known: Mapping[str, Any] = json.loads((source / f"{stage.name}.done").read_bytes())
+        recorded: Mapping[str, Any] = json.loads((source / f"{stage.name}.done").read_bytes())
     except (OSError, ValueError):
         return f"{source} holds no finished stage {stage.name}"
-    differing = ", ".join(differing_keys(known, stage.recorded_inputs())) or "or missing files"
-    return f"{stage.name} in {source} was made otherwise (other {differing})"
+    differing = ", ".join(differing_keys(recorded, stage.recorded_inputs())) or "or missing files"
+    return f"{stage.name} in {source} was made from other inputs (other {differing})"

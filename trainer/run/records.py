@@ -1,10 +1,10 @@
-"""What the stages hand to each other: JSON lines in the run's folder, one small model for each kind of file.
+"""What the stages pass to each other: JSON lines in the run's folder, one record type per kind of file.
 
     instructions.jsonl, held_out.jsonl    Instruction        pairs.jsonl         Pair (TRL's conversational format)
     samples.jsonl                         Sample             pairs_stats.json    PairStats
     scores.jsonl                          Score
 
-Unknown fields are passed over, so that a file of a newer version, or one with notes of a user's own, can be read.
+Unknown fields are ignored, so that files of a newer version, or with a user's own notes, can be read.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ REPORT_FILE: Final = "report.html"
 GENERAL: Final = "general"
 CATEGORIES: Final = (GENERAL, "chat", "code", "math", "safety")
 
-Finish: TypeAlias = Literal["stop", "length"]
-# The instruction's id and the number of the sample: what a sample and its score share.
-Key: TypeAlias = tuple[str, int]
+FinishReason: TypeAlias = Literal["stop", "length"]
+# The instruction's id and the sample's number, shared by a sample and its score.
+SampleKey: TypeAlias = tuple[str, int]
 
 
 class Record(BaseModel):
@@ -48,7 +48,7 @@ class Record(BaseModel):
 
 
 class Instruction(Record):
-    """What the policy is asked. `category` names the judge's template; those of other names are judged as general."""
+    """What the policy is asked. `category` selects the judge's template; unknown categories are judged as general."""
 
     id: str
     prompt: str
@@ -56,7 +56,7 @@ class Instruction(Record):
 
     @field_validator("prompt")
     @classmethod
-    def _is_a_text(cls, prompt: str) -> str:
+    def _is_text(cls, prompt: str) -> str:
         if not isinstance(messages_in(prompt, "the prompt"), str):
             raise ValueError("holds a list of messages as text: give the question itself")
         return prompt
@@ -65,19 +65,19 @@ class Instruction(Record):
 class Sample(Record):
     """One response of the policy, without its end-of-sequence token.
 
-    `sample` counts from 0 within the instruction; `tokens` is the response's length in the policy's tokens; `finish` is
-    "length" where the limit of new tokens cut the response off.
+    `sample` counts from 0 within the instruction; `tokens` is the length in the policy's tokens; `finish` is "length"
+    if the response was cut off at the limit of new tokens.
     """
 
     id: str
     sample: int
     response: str
     tokens: int
-    finish: Finish
+    finish: FinishReason
 
     @property
-    def key(self) -> Key:
-        """See `Key`."""
+    def key(self) -> SampleKey:
+        """See `SampleKey`."""
         return self.id, self.sample
 
 
@@ -86,9 +86,9 @@ class ScoreError(RowError):
 
 
 class Score(Record):
-    """What the labeler said of one sample: `log_odds` with all that belongs to it, or an `error`, never both.
+    """The label of one sample: `log_odds` and the fields that go with it, or an `error`, never both.
 
-    `label_mass`, `fingerprint` and `asked_with` are as in client.schema.ScoreResult, and null where the labeler is no
+    `label_mass`, `fingerprint` and `asked_with` are those of client.schema.ScoreResult; null if the labeler is not a
     model.
     """
 
@@ -110,13 +110,13 @@ class Score(Record):
         return self
 
     @property
-    def key(self) -> Key:
-        """See `Key`."""
+    def key(self) -> SampleKey:
+        """See `SampleKey`."""
         return self.id, self.sample
 
 
 class Pair(Record):
-    """One line of pairs.jsonl, as TRL and `datasets` read it: conversations, and columns that training passes over.
+    """One line of pairs.jsonl, as TRL and `datasets` read it: conversations, and columns that training ignores.
 
     `margin` is the difference of the two log-odds; `score_chosen` and `score_rejected` are P(Yes)/(P(Yes)+P(No)).
     """
@@ -132,30 +132,31 @@ class Pair(Record):
 
 
 class Histogram(Record):
-    """`counts[i]` values lie in [edges[i], edges[i + 1]), the last one's upper edge included."""
+    """`counts[i]` values lie in [edges[i], edges[i + 1]); the last bin includes its upper edge."""
 
     edges: list[float]
     counts: list[int]
 
 
 class CategoryStats(Record):
-    """How many instructions of a category had samples, and how many gave a pair."""
+    """How many instructions of a category had samples, and how many of these gave a pair."""
 
     instructions: int
     pairs: int
 
 
 class PairStats(Record):
-    """How samples became pairs, and what the pairs are like. Lengths are in characters, margins in log-odds.
+    """How samples became pairs, and statistics of the pairs. Lengths are in characters, margins in log-odds.
 
-    Samples: `samples = usable + failed + unscored + empty + cut_off + duplicates`; `failures` counts the failed ones by
-    error code, `cut_off` those left out for being cut off, and `cut_off_share` is the share of all samples that were.
-    Instructions: `instructions = pairs + too_few + unfinished + ties + below_margin`, where `too_few` had fewer than
-    two usable samples, `unfinished` none that may be chosen, and `ties` a best pair of equal log-odds; `tie_share` is
+    Samples: `samples = usable + failed + unscored + empty + cut_off + duplicates`. `failures` counts the failed ones by
+    error code; `cut_off` counts those left out because they were cut off, `cut_off_share` is the share of all samples
+    that were cut off.
+    Instructions: `instructions = pairs + too_few + unfinished + ties + below_margin`. `too_few` had fewer than two
+    usable samples, `unfinished` none that may be chosen, `ties` a best pair of equal log-odds; `tie_share` is
     ties / (pairs + ties + below_margin).
-    Of the pairs: `length_difference` is the mean of chosen minus rejected, `chosen_longer` the share of pairs whose
-    chosen response is the longer one (of equal lengths a half), `chosen_cut_off` how many chosen ones were cut off.
-    What would be a mean over nothing is null.
+    Pairs: `length_difference` is the mean of chosen minus rejected, `chosen_longer` the share of pairs whose chosen
+    response is longer (equal lengths count half), `chosen_cut_off` how many chosen responses were cut off.
+    A mean over nothing is null.
     """
 
     instructions: int

@@ -1,12 +1,12 @@
-"""The folder of a run, and its stages: each is done once, and what is half done is gone on with.
+"""The folder of a run and its stages: each runs once, and an interrupted one resumes.
 
-    config.json            what the run was asked to do; a rerun must ask the same, or say --overwrite
-    <stage>.begun          what the stage is being made from: settings, and digests of the files it reads
-    <stage>.done           the same, renamed when the stage's outputs are complete
+    config.json            the run's settings; a rerun must have the same, or --overwrite
+    <stage>.begun          the stage's inputs: its settings, and digests of the files it reads
+    <stage>.done           the same file, renamed once the stage's outputs are complete
 
-Stages that have `instructions.jsonl` or the like as output stand in the folder itself, a round's in `round-1/` and so
-on. A stage whose outputs were made from something else than what it would be made from now is refused, or made anew
-with --overwrite, which leaves all other stages as they are: repeating a command with --overwrite loses nothing.
+Stages of the whole run (`instructions.jsonl`, …) lie in the folder itself, those of a round in `round-1/` and so on. A
+stage whose outputs were made from other inputs is refused, or redone with --overwrite, which leaves all other stages
+alone: repeating a command with --overwrite loses nothing.
 """
 
 from __future__ import annotations
@@ -24,33 +24,31 @@ from client.benchmarks import run
 from client.runtime.files import sync_all
 from trainer.errors import StageError
 from trainer.policy.weights import SHA256, weights_mark
-from trainer.run.bars import say
 from trainer.run.files import file_digest, lock, unwritable, write_json
+from trainer.run.progress import echo
 from trainer.run.records import CONFIG_FILE
-
-__all__ = ["RunFolder", "Stage", "StageError", "content_digest", "differing_keys", "open_run"]
 
 LOCK_FILE: Final = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of one run, held by this process; see `open_run`."""
+    """The folder of one run, locked by this process; see `open_run`."""
 
     path: Path
     config: Mapping[str, Any]
     overwrite: bool = False
 
     def round_folder(self, number: int) -> Path:
-        """The folder of round 1, 2, …, which is made where it is missing."""
+        """The folder of round 1, 2, …; created if missing."""
         folder = self.path / f"round-{number}"
         folder.mkdir(exist_ok=True)
         return folder
 
     def run_stage(self, stage: Stage, work: Callable[[], None]) -> bool:
-        """Do a stage that is not done; whether anything was to do. Raises StageError, and whatever `work` raises.
+        """Do the stage unless it is done; whether there was anything to do. Raises StageError and what `work` raises.
 
-        `work` writes the stage's outputs, or goes on with those that an earlier process began.
+        `work` writes the stage's outputs, or completes those an earlier process left.
         """
         if not stage.begin(overwrite=self.overwrite):
             return False
@@ -61,10 +59,10 @@ class RunFolder:
 
 @contextmanager
 def open_run(path: Path, config: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[RunFolder]:
-    """Hold the folder `path` for a run with `config`: JSON values that decide the results (no addresses, no patience).
+    """Lock the folder `path` for a run with `config`: the JSON values that decide its results (no addresses, timeouts).
 
-    Raises StageError where the folder holds a run of another configuration and `overwrite` is not set, where it holds
-    files but no run, where another process works in it, and where it cannot be written.
+    Raises StageError if the folder cannot be written, another process works in it, or, without `overwrite`, it holds a
+    run of another configuration or files of something else.
     """
     plain: dict[str, Any] = json.loads(json.dumps(config))
     try:
@@ -82,9 +80,9 @@ def open_run(path: Path, config: Mapping[str, Any], *, overwrite: bool = False) 
 class Stage:
     """One step of the loop.
 
-    `outputs` are names of files and folders in `folder` that belong to this stage alone. `inputs` must name all that
-    decides them, as JSON values; a Path stands for the contents of that file or folder (see `content_digest`). For a
-    large folder of weights, the `identity` of the stage that made it says as much and costs nothing.
+    `outputs` are names of files and folders in `folder` that belong to this stage alone. `inputs` must name everything
+    that decides them, as JSON values; a Path stands for the contents of that file or folder (see `content_digest`). For
+    a large folder of weights, the `identity` of the stage that made it is equivalent and costs nothing.
     """
 
     folder: Path
@@ -98,30 +96,30 @@ class Stage:
         return self._complete() and not self._differing(self._marker("done"), self.recorded_inputs())
 
     def begin(self, *, overwrite: bool = False) -> bool:
-        """Whether there is work to do; if so, the outputs are either absent or half done from these very inputs.
+        """Whether there is work to do; if so, the outputs are absent, or were begun from exactly these inputs.
 
-        Raises StageError where outputs were made from other inputs; with `overwrite` they are removed instead.
+        Raises StageError for outputs made from other inputs; with `overwrite` they are removed instead.
         """
         inputs = self.recorded_inputs()
-        known = self._marker("done") if self._marker_file("done").exists() else self._marker("begun")
-        differing = self._differing(known, inputs)
+        recorded = self._marker("done") if self._marker_file("done").exists() else self._marker("begun")
+        differing = self._differing(recorded, inputs)
         if differing and self._any_output():
             if not overwrite:
                 raise StageError(
                     f"{self.folder / self.outputs[0]} was made from something else (other {', '.join(differing)}): "
-                    "rerun with --overwrite to make it and what follows anew, or give another --output"
+                    "rerun with --overwrite to redo it and what follows, or give another --output"
                 )
             self._remove()
         elif not differing and self._complete():
             return False
         elif self._marker_file("done").exists():
-            say(f"{self.name} in {self.folder} was complete, and files of it are missing now: it is done again")
+            echo(f"{self.name} in {self.folder} was complete, but some of its files are missing: it is redone")
         self._marker_file("done").unlink(missing_ok=True)
         self._write_marker("begun", inputs)
         return True
 
     def finish(self) -> None:
-        """Say that all outputs are complete. Raises StageError where one is missing."""
+        """Mark the outputs as complete. Raises StageError if one is missing."""
         missing = [name for name in self.outputs if not (self.folder / name).exists()]
         if missing:
             raise StageError(f"the stage {self.name} ended without {', '.join(missing)} in {self.folder}")
@@ -130,14 +128,14 @@ class Stage:
         self._marker_file("begun").replace(self._marker_file("done"))
 
     def identity(self) -> str:
-        """SHA-256 of what a finished stage was made from: the same for the same outputs. Raises StageError."""
-        known = self._marker("done")
-        if known is None:
+        """SHA-256 of a finished stage's inputs: equal for equal outputs. Raises StageError for an unfinished one."""
+        recorded = self._marker("done")
+        if recorded is None:
             raise StageError(f"the stage {self.name} in {self.folder} is not finished")
-        return _sha256(json.dumps([self.name, known], sort_keys=True).encode())
+        return _sha256(json.dumps([self.name, recorded], sort_keys=True).encode())
 
     def recorded_inputs(self) -> dict[str, Any]:
-        """`inputs` as the markers hold them: with digests in the place of paths."""
+        """`inputs` as the markers hold them, with digests instead of paths."""
         plain = {key: content_digest(value) if isinstance(value, Path) else value for key, value in self.inputs.items()}
         recorded: dict[str, Any] = json.loads(json.dumps(plain))
         return recorded
@@ -160,45 +158,46 @@ class Stage:
         return self.folder / f"{self.name}.{state}"
 
     def _marker(self, state: str) -> dict[str, Any] | None:
-        """What the marker holds; None where it is missing or broken."""
+        """The inputs that the marker records; None if it is missing or broken."""
         try:
-            known = json.loads(self._marker_file(state).read_bytes())
+            recorded = json.loads(self._marker_file(state).read_bytes())
         except (OSError, ValueError):
             return None
-        return known if isinstance(known, dict) else None
+        return recorded if isinstance(recorded, dict) else None
 
     def _write_marker(self, state: str, inputs: Mapping[str, Any]) -> None:
         write_json(self._marker_file(state), dict(sorted(inputs.items())))
 
-    def _differing(self, known: Mapping[str, Any] | None, inputs: Mapping[str, Any]) -> list[str]:
-        """The names of the inputs that are not those of a marker."""
-        return ["or unknown inputs"] if known is None else differing_keys(known, inputs)
+    def _differing(self, recorded: Mapping[str, Any] | None, inputs: Mapping[str, Any]) -> list[str]:
+        """The names of the inputs that differ from the recorded ones."""
+        return ["or unknown inputs"] if recorded is None else differing_keys(recorded, inputs)
 
 
-def differing_keys(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """See `client.benchmarks.run.differing_keys`; a model is the same with the same files, wherever they lie."""
-    return run.differing_keys(known, wanted, _same)
+def differing_keys(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """See `client.benchmarks.run.differing_keys`; models are equal if their files are, wherever they lie."""
+    return run.differing_keys(recorded, wanted, _same_input)
 
 
-def _same(known: object, wanted: object) -> bool:
-    return known == wanted or _same_model(known, wanted)
+def _same_input(recorded: object, wanted: object) -> bool:
+    return recorded == wanted or _same_model(recorded, wanted)
 
 
-def _same_model(known: object, wanted: object) -> bool:
-    """Whether two models, `[name, digest]`, have the same files, wherever they lie.
+def _same_model(recorded: object, wanted: object) -> bool:
+    """Whether two models, `[name, digest]`, have the same files.
 
-    Earlier versions wrote the name alone, or a folder with its files' sizes and times, which still hold if unchanged.
+    Earlier versions recorded the name alone, or a folder with its files' sizes and times; these still hold if the
+    folder is unchanged.
     """
-    match known, wanted:
+    match recorded, wanted:
         case [_, str(digest)], [str(), str(other)] if other.startswith(SHA256):
             return digest == other
         case ((str(name) | [str(name), list()]), [str(other), str(digest)]) if digest.startswith(SHA256):
-            return name == other and (known == name or known == [name, weights_mark(Path(name).expanduser())])
+            return name == other and recorded in (name, [name, weights_mark(Path(name).expanduser())])
     return False
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256, in hex, of a file's bytes, or of the names and bytes of all files in a folder. Raises StageError."""
+    """SHA-256, in hex, of a file, or of the names and contents of all files in a folder. Raises StageError."""
     try:
         if not path.is_dir():
             return file_digest(path)
@@ -213,16 +212,16 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
     file = path / CONFIG_FILE
     if file.exists():
         try:
-            known = json.loads(file.read_bytes())
+            recorded = json.loads(file.read_bytes())
         except ValueError as error:
             raise StageError(f"{file}: broken JSON ({error}): give another --output, or remove the folder") from error
-        differing = differing_keys(known, config) if isinstance(known, dict) else ["everything"]
+        differing = differing_keys(recorded, config) if isinstance(recorded, dict) else ["everything"]
         if not differing:
             return
         if not overwrite:
             raise StageError(
                 f"{path} holds a run of another configuration (other {', '.join(differing)}): give another --output, "
-                "or --overwrite, which makes anew whatever the difference touches"
+                "or --overwrite, which redoes whatever the difference affects"
             )
     elif not overwrite and any(entry.name != LOCK_FILE and entry.suffix != ".part" for entry in path.iterdir()):
         raise StageError(f"{path} holds files, but no run of this program: give another --output, or --overwrite")

@@ -21,8 +21,8 @@ from client.schema import Message
 from trainer.errors import StageError
 from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix
 from trainer.policy.weights import TensorFiles, model_digest, same_weights
-from trainer.run.bars import Tell, say
 from trainer.run.files import put_in_place, write_json
+from trainer.run.progress import ReportProgress, echo
 from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record
 from trainer.run.stages import differing_keys
 from trainer.tuning.settings import CHECKPOINTS, TuneSettings, is_main, world_size
@@ -44,7 +44,9 @@ class TrainingError(StageError):
     """Training cannot go on; the message says why and what to do. The last checkpoint stays, and a rerun goes on."""
 
 
-def run_trainer(trainer: Any, folder: Path, log: Path, made_from: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
+def run_trainer(
+    trainer: Any, folder: Path, log: Path, made_from: Mapping[str, Any], tell: ReportProgress
+) -> dict[str, Any]:
     """Train from the newest complete checkpoint on. The library's numbers, `steps`, and the `last` of each number.
 
     Checkpoints of a training that was not `made_from` the same are removed, which is said. Raises TrainingError.
@@ -98,7 +100,7 @@ class Usable:
                     row[side][-1]["content"] += self._closing
                 found.append({**row, "chat_template_kwargs": dict(NO_THINKING)})
         if self.unlike > before and found and is_main():
-            say(f"{self.unlike - before} of {len(records)} {what} are left out: {self.told}")
+            echo(f"{self.unlike - before} of {len(records)} {what} are left out: {self.told}")
         return found
 
 
@@ -126,7 +128,7 @@ def is_changed(base: Path, trained: Path) -> bool:
         with TensorFiles(trained) as files:
             changed = any(bool(files[name].any()) for name in files.names if "lora_B" in name)
     if not changed and is_main():
-        say(f"warning: training has changed no weight, {trained} is what it began with: raise --lr or --epochs")
+        echo(f"warning: training has changed no weight, {trained} is what it began with: raise --lr or --epochs")
     return changed
 
 
@@ -186,13 +188,13 @@ def _keep_or_clear(checkpoints: Path, made_from: Mapping[str, Any]) -> None:
             f"{checkpoints} to begin anew"
         )
     if differing == ["micro_batch"]:
-        say(f"going on from {newest} with another --micro-batch: the same training, but for rounding and dropout")
+        echo(f"going on from {newest} with another --micro-batch: the same training, but for rounding and dropout")
     elif newest is not None and differing:
-        say(f"{newest} is not continued, for it was begun with other {', '.join(differing)}: training begins anew")
+        echo(f"{newest} is not continued, for it was begun with other {', '.join(differing)}: training begins anew")
         shutil.rmtree(checkpoints)
     for folder in checkpoints.glob("checkpoint-*"):
         if not _is_complete(folder):
-            say(f"{folder} is incomplete and is not continued")
+            echo(f"{folder} is incomplete and is not continued")
             shutil.rmtree(folder, ignore_errors=True)
     write_json(marker, made_from)
 

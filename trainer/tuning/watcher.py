@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from client.runtime.files import write_whole
-from trainer.run.bars import Advance, Tell
+from trainer.run.progress import ReportProgress, StageProgress
 from trainer.tuning.settings import rate_factor
 from trainer.tuning.training import TrainingError
 
@@ -66,16 +66,16 @@ def _not_a_number(what: str) -> TrainingError:
 class Watcher(TrainerCallback):
     """Writes the log anew at each start: what the checkpoint does not know of is computed again."""
 
-    def __init__(self, log: Path, tell: Tell) -> None:
+    def __init__(self, log: Path, tell: ReportProgress) -> None:
         self._log = log
         self._tell = tell
-        self._advance = Advance(0)
+        self._advance = StageProgress(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Start from what the checkpoint holds."""
         if state.is_world_process_zero:
             write_whole(self._log, "".join(map(_line, state.log_history)).encode())
-            self._advance = Advance(state.max_steps, state.global_step, state.global_step)
+            self._advance = StageProgress(state.max_steps, state.global_step, state.global_step)
             self._tell(self._advance)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
