@@ -18,7 +18,7 @@ from client import Judge
 from client.benchmarks.data.tables import SampleError
 from tests.support.live import live_service
 from trainer.errors import StageError
-from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, categories_of, question_template
+from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, classify, question_template
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import (
     CATEGORIES_FILE,
@@ -289,7 +289,7 @@ def test_the_category_is_that_of_the_nearest_examples() -> None:
     code, math, *_ = DESCRIPTIONS
     scores = answers(asked, {"a": [40, 1, 0, 0], "b": [30, 5, 0, 0], "c": [10, 1, 1, 0]})
 
-    assert categories_of(asked, scores).found == {"a": code, "b": math, "c": "general"}
+    assert classify(asked, scores).by_id == {"a": code, "b": math, "c": "general"}
 
 
 def test_a_failed_question_leaves_no_category() -> None:
@@ -297,11 +297,11 @@ def test_a_failed_question_leaves_no_category() -> None:
     asked = [Instruction(id=name, prompt=name) for name in ("a", "b")]
     scores = answers(asked, {"a": [4, 0, 0, 0], "b": [4, 0, 0, 0]})
     broken = Score(id="b", sample=2, error=ScoreError(code="bad_label", message="m"))
-    found = categories_of(asked, [broken if score.key == ("b", 2) else score for score in scores])
+    found = classify(asked, [broken if score.key == ("b", 2) else score for score in scores])
 
-    assert (list(found.found), found.failures) == (["a"], {"bad_label": 1})
+    assert (list(found.by_id), found.failures) == (["a"], {"bad_label": 1})
     with pytest.raises(StageError, match="about an example"):
-        categories_of(asked, scores[1:])
+        classify(asked, scores[1:])
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the project's data folder is not here")

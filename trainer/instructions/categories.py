@@ -1,12 +1,12 @@
-"""Which category an instruction belongs to, as the judge itself sees it: four questions, held against examples.
+"""Classifies instructions into categories by asking the judge four yes-no questions about each.
 
-The judge is asked "is this request about …?" once for each category but `general`, by one inline template in which the
-category's description stands as the response. What it answers is held against its answers to the same questions about
-EXAMPLES of each category: the instruction gets the category whose examples' mean is nearest, each question's log-odds
-in units of its standard deviation over all examples (a nearest-centroid classifier, Tibshirani et al. 2002, without the
-shrinkage). So it does not matter that a judge says yes more readily to one question than to another, which all do; the
-largest log-odds alone, or their distance from those of an empty request, were right less often. An instruction of
-which a question could not be judged gets no category at all.
+For every category but `general` the judge is asked "is this request about …?", by one inline template with the
+category's description as the response. The four log-odds are compared with those of EXAMPLES of each category: the
+instruction gets the category with the nearest centroid, each question scaled by its standard deviation over all
+examples (nearest-centroid classification, Tibshirani et al. 2002, without the shrinkage). This cancels that a judge
+says yes more readily to one question than to another, as all judges do; the largest log-odds alone, or their distance
+from those of an empty request, were right less often. If a question could not be judged, the instruction gets no
+category.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, LabelOptions, Se
 from trainer.labels.labeling import Labelling, OnProgress, label_samples
 from trainer.run.records import Instruction, Sample, Score, count_by
 
-# The log-odds of each question, in the order of DESCRIPTIONS.
-Answers: TypeAlias = tuple[float, ...]
+# The log-odds of the questions, in the order of DESCRIPTIONS.
+QuestionLogOdds: TypeAlias = tuple[float, ...]
 
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     "code": "writing, fixing or explaining computer code",
@@ -80,86 +80,95 @@ _LABELS: Final[Mapping[Format, Labels]] = {
 
 @dataclass(frozen=True, slots=True)
 class CategoryOptions:
-    """How instructions are categorised; `max_failures` is the share of questions that may fail."""
+    """The judge to ask; `max_failures` is the share of questions that may fail."""
 
     judge: JudgeOptions
     max_failures: float = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Categories:
-    """The category by instruction id, without those that could not be judged; those are in `failures`, by code."""
+class CategoryResult:
+    """The category of each instruction that could be judged, by id, and how many questions failed, by error code."""
 
-    found: Mapping[str, str]
+    by_id: Mapping[str, str]
     failures: Mapping[str, int]
 
 
 def categorise(
     instructions: Sequence[Instruction], options: CategoryOptions, path: Path, on_progress: OnProgress | None = None
-) -> Categories:
-    """Ask the judge about each instruction; a Score line for each question goes to `path`, and a rerun goes on there.
+) -> CategoryResult:
+    """Ask the judge about each instruction. A Score line per question is appended to `path`, where a rerun resumes.
 
-    The line's `sample` is the question's place in DESCRIPTIONS; the examples come first. What is over the judge's
-    length is judged by its end. Raises StageError as `label_samples` does.
+    A line's `sample` is the question's index in DESCRIPTIONS; the examples come first. Of an instruction longer than
+    the judge's limit the end is judged. Raises StageError as `label_samples` does.
     """
 
-    async def asked() -> list[Score]:
+    async def ask() -> list[Score]:
         async with connected(options.judge) as (judge, info):
-            _check_kind(info, options.judge)
+            _require_yes_no(info, options.judge)
             label_options = LabelOptions(
                 judge=options.judge, template=question_template(info.default_format), truncation="prompt_left"
             )
             labeler = ServiceLabeler(judge, info, TemplatesResult(templates=[], categories=[]), label_options)
-            everything = [*_examples(), *instructions]
-            task = Labelling(everything, _questions(everything), path, options.max_failures)
+            all_instructions = [*_examples(), *instructions]
+            task = Labelling(all_instructions, _questions(all_instructions), path, options.max_failures)
             return await label_samples(labeler, task, on_progress)
 
-    scores = asyncio.run(asked())
-    return categories_of(instructions, scores)
+    return classify(instructions, asyncio.run(ask()))
 
 
-def categories_of(instructions: Sequence[Instruction], scores: Sequence[Score]) -> Categories:
-    """The categories that the scores of `categorise` say. Raises StageError where an example was not judged."""
-    log_odds = {score.key: score.log_odds for score in scores if score.log_odds is not None}
-    answers: dict[str, Answers] = {}
-    for instruction in [*_examples(), *instructions]:
-        found = [log_odds.get((instruction.id, index)) for index in range(len(DESCRIPTIONS))]
-        if None not in found:
-            answers[instruction.id] = tuple(one for one in found if one is not None)
-    examples: dict[str, list[Answers]] = {}
+def classify(instructions: Sequence[Instruction], scores: Sequence[Score]) -> CategoryResult:
+    """The categories that follow from the scores of `categorise`. Raises StageError if an example was not judged."""
+    log_odds = _complete_answers(scores)
+    examples: dict[str, list[QuestionLogOdds]] = {}
     for example in _examples():
-        if example.id not in answers:
+        if example.id not in log_odds:
             raise StageError(
                 "the judge gave no answer about an example, with which instructions are compared to find their "
                 "category: rerun, or give the instructions a column category"
             )
-        examples.setdefault(example.category, []).append(answers[example.id])
-    classifier = _Classifier(examples)
-    found_of = {one.id: classifier.nearest(answers[one.id]) for one in instructions if one.id in answers}
-    return Categories(found_of, count_by(score.error.code for score in scores if score.error is not None))
+        examples.setdefault(example.category, []).append(log_odds[example.id])
+    centroids = _Centroids(examples)
+    by_id = {one.id: centroids.nearest(log_odds[one.id]) for one in instructions if one.id in log_odds}
+    return CategoryResult(by_id, count_by(score.error.code for score in scores if score.error is not None))
 
 
-def question_template(judged_in: Format) -> InlineTemplate:
-    """The question, for a model that is asked in this format."""
-    return InlineTemplate(format=judged_in, layout=_LAYOUTS[judged_in], labels=_LABELS[judged_in])
+def _complete_answers(scores: Sequence[Score]) -> dict[str, QuestionLogOdds]:
+    """The log-odds by instruction id, of those for which every question was judged."""
+    answers: dict[str, dict[int, float]] = {}
+    for score in scores:
+        if score.log_odds is not None:
+            answers.setdefault(score.id, {})[score.sample] = score.log_odds
+    questions = range(len(DESCRIPTIONS))
+    return {
+        name: tuple(of_question[index] for index in questions)
+        for name, of_question in answers.items()
+        if len(of_question) == len(questions)
+    }
 
 
-class _Classifier:
-    """Nearest centroid, each question in units of its standard deviation over all examples."""
+def question_template(prompt_format: Format) -> InlineTemplate:
+    """The question as a template, for a model that is asked in this format."""
+    return InlineTemplate(format=prompt_format, layout=_LAYOUTS[prompt_format], labels=_LABELS[prompt_format])
 
-    def __init__(self, examples: Mapping[str, Sequence[Answers]]) -> None:
+
+class _Centroids:
+    """The mean answers to the examples of each category, each question scaled by its standard deviation."""
+
+    def __init__(self, examples: Mapping[str, Sequence[QuestionLogOdds]]) -> None:
         columns = zip(*(answers for group in examples.values() for answers in group), strict=True)
-        self._units = [pstdev(column) or 1.0 for column in columns]
+        self._deviations = [pstdev(column) or 1.0 for column in columns]
         self._centroids = {
             category: [fmean(column) for column in zip(*group, strict=True)] for category, group in examples.items()
         }
 
-    def nearest(self, answers: Answers) -> str:
-        """The category; of equally near ones the first."""
+    def nearest(self, answers: QuestionLogOdds) -> str:
+        """The category with the nearest centroid; the first of equally near ones."""
         return min(self._centroids, key=lambda category: self._distance(answers, self._centroids[category]))
 
-    def _distance(self, answers: Answers, centroid: Sequence[float]) -> float:
-        return sum(((one - mean) / unit) ** 2 for one, mean, unit in zip(answers, centroid, self._units, strict=True))
+    def _distance(self, answers: QuestionLogOdds, centroid: Sequence[float]) -> float:
+        scaled = zip(answers, centroid, self._deviations, strict=True)
+        return sum(((answer - mean) / deviation) ** 2 for answer, mean, deviation in scaled)
 
 
 def _examples() -> list[Instruction]:
@@ -171,7 +180,7 @@ def _examples() -> list[Instruction]:
 
 
 def _questions(instructions: Sequence[Instruction]) -> list[Sample]:
-    """Each description as a response to each instruction."""
+    """Each category's description as a response to each instruction."""
     return [
         Sample(id=instruction.id, sample=index, response=description, tokens=0, finish="stop")
         for instruction in instructions
@@ -179,10 +188,10 @@ def _questions(instructions: Sequence[Instruction]) -> list[Sample]:
     ]
 
 
-def _check_kind(info: ModelInfo, judge: JudgeOptions) -> None:
-    wanted = JUDGE_OF_ARM["ipo"]
-    if info.judge != wanted:
+def _require_yes_no(info: ModelInfo, judge: JudgeOptions) -> None:
+    required = JUDGE_OF_ARM["ipo"]
+    if info.judge != required:
         raise StageError(
-            f"instructions without a category need a service whose judge is {wanted}, and {shown_url(judge)} runs "
+            f"instructions without a category need a service whose judge is {required}, and {shown_url(judge)} runs "
             f"{info.judge}: give them a category column, or have them categorised by another --judge-url first"
         )

@@ -1,13 +1,13 @@
-"""Instructions from files (.jsonl, .json, .csv, .parquet; .gz after that is fine) and data sets of the hub.
+"""Reads instructions from files (.jsonl, .json, .csv, .parquet, each also as .gz) and from data sets on the hub.
 
-A record's text is in the first of these columns that it has:
+The prompt is in the first of these columns that a record has:
 
     prompt         a text, or a conversation
-    instruction    a text; what is in `input` or `context` follows it after an empty line
+    instruction    a text; `input` or `context` is appended after an empty line
     messages       a conversation: messages with `role` and `content`
 
-Of a conversation the first turn of the user is taken, after a system message where there is one. `id` and `category`
-are optional; an id is made of the prompt where there is none.
+Of a conversation only the user's first turn is used, after the system message if there is one. `id` and `category` are
+optional; a missing id is derived from the prompt.
 """
 
 from __future__ import annotations
@@ -25,82 +25,98 @@ from client.texts import is_blank, messages_in, said
 from trainer.run.records import CATEGORIES, GENERAL, Instruction
 
 HUB: Final = "hub:"
-_PROBLEMS_KEPT: Final = 10
+_MAX_PROBLEMS: Final = 10
 _ID_DIGITS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """An instruction, and whether its category is the source's own (else it is `general` for the time being)."""
+class SourceInstruction:
+    """An instruction, and whether the source gave its category; if not, it is `general` for now."""
 
     instruction: Instruction
     categorised: bool
 
 
 @dataclass(slots=True)
-class Source:
-    """What was read: `records = len(instructions) + bad + duplicates`; `problems` are the first of the bad ones."""
+class InstructionSource:
+    """What was read: `records = len(instructions) + bad + duplicates`; `problems` describes the first bad ones."""
 
     records: int = 0
     bad: int = 0
     duplicates: int = 0
     problems: list[str] = field(default_factory=list)
-    instructions: list[Given] = field(default_factory=list)
+    instructions: list[SourceInstruction] = field(default_factory=list)
 
 
-def read_instructions(source: str, *, skip_bad: bool = False) -> Source:
+def read_instructions(source: str, *, skip_bad: bool = False) -> InstructionSource:
     """The instructions of a file, or of `hub:NAME` or `hub:NAME@SPLIT`, with distinct prompts and ids, in their order.
 
-    Raises SampleError, which names file and line, for an empty or broken record; with `skip_bad` it is counted and left
-    out. That mends no file which cannot be told apart into records: of CSV and JSON, every row must be well-formed.
+    Raises SampleError, which names file and line, for an empty or broken record; with `skip_bad` such records are
+    counted and left out. A CSV or JSON file that cannot be parsed as a whole is an error in any case.
     """
-    read = Source()
-    prompts: set[str] = set()
-    places: dict[str, str] = {}
-    for found in _records(source):
-        read.records += 1
-        try:
-            if isinstance(found, SampleError):
-                raise found
-            given = _given(found)
-            # But for white space, which data sets differ in.
-            same = " ".join(given.instruction.prompt.split())
-            if same in prompts:
-                read.duplicates += 1
-                continue
-            known = places.setdefault(given.instruction.id, found.place)
-            if known != found.place:
-                raise found.problem(f"id {given.instruction.id} is already that of {known}")
-        except SampleError as error:
-            if not skip_bad:
-                raise SampleError(f"{error} (--skip-bad leaves such records out)") from error
-            read.bad += 1
-            read.problems.extend([str(error)] if len(read.problems) < _PROBLEMS_KEPT else [])
-            continue
-        prompts.add(same)
-        read.instructions.append(given)
-    if not read.instructions:
-        first = f"; the first problem: {read.problems[0]}" if read.problems else ""
+    reader = _Reader(skip_bad)
+    for record in _records(source):
+        reader.read(record)
+    result = reader.result
+    if not result.instructions:
+        first = f"; the first problem: {result.problems[0]}" if result.problems else ""
         raise SampleError(f"{source}: holds no usable instructions{first}")
-    return read
+    return result
+
+
+class _Reader:
+    """Collects the instructions, without duplicates and bad records."""
+
+    def __init__(self, skip_bad: bool) -> None:
+        self.result = InstructionSource()
+        self._skip_bad = skip_bad
+        self._prompts: set[str] = set()
+        self._place_of_id: dict[str, str] = {}
+
+    def read(self, record: Record | SampleError) -> None:
+        """Take the next record. Raises SampleError for a bad one, unless these are skipped."""
+        self.result.records += 1
+        try:
+            if isinstance(record, SampleError):
+                raise record
+            self._add(record)
+        except SampleError as error:
+            if not self._skip_bad:
+                raise SampleError(f"{error} (--skip-bad leaves such records out)") from error
+            self.result.bad += 1
+            if len(self.result.problems) < _MAX_PROBLEMS:
+                self.result.problems.append(str(error))
+
+    def _add(self, record: Record) -> None:
+        given = _source_instruction(record)
+        # Ignoring white space, in which copies of the same prompt differ between data sets.
+        prompt = " ".join(given.instruction.prompt.split())
+        if prompt in self._prompts:
+            self.result.duplicates += 1
+            return
+        place = self._place_of_id.setdefault(given.instruction.id, record.place)
+        if place != record.place:
+            raise record.problem(f"id {given.instruction.id} is already that of {place}")
+        self._prompts.add(prompt)
+        self.result.instructions.append(given)
 
 
 def _records(source: str) -> Iterable[Record | SampleError]:
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition("@")
-        return _of_hub(name, split or None)
+        return _hub_records(name, split or None)
     return each_record(Path(source))
 
 
-def _of_hub(name: str, split: str | None) -> Iterator[Record]:
+def _hub_records(name: str, split: str | None) -> Iterator[Record]:
     try:
-        # By name: it has no types, and need not be installed where types are checked.
+        # By name: the package is untyped, and need not be installed for the type check.
         datasets = import_module("datasets")
     except ImportError as error:
         raise SampleError("data sets of the hub need more packages: pip install 'judge-as-api[hub]'") from error
     try:
         rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # of four libraries' making: the hub's, its HTTP client's, fsspec's and pyarrow's
+    except Exception as error:  # the hub's, its HTTP client's, fsspec's and pyarrow's errors have no common base
         where = f"{name} ({split})" if split else name
         raise SampleError(f"{where}: cannot be loaded from the hub: {type(error).__name__}: {error}") from error
     if isinstance(rows, Mapping):
@@ -111,7 +127,7 @@ def _of_hub(name: str, split: str | None) -> Iterator[Record]:
         yield Record(f"{name} ({split})", "row", number, dict(row))
 
 
-def _given(record: Record) -> Given:
+def _source_instruction(record: Record) -> SourceInstruction:
     prompt = _prompt(record)
     try:
         prompt.encode()
@@ -123,9 +139,9 @@ def _given(record: Record) -> Given:
     if category is not None and not isinstance(category, str):
         raise record.problem(f"category must be a text, not {category!r}")
     name = (category or "").strip()
-    known = next((one for one in CATEGORIES if one == name.lower()), name)
+    known = name.lower() if name.lower() in CATEGORIES else name
     instruction = Instruction(id=_id(record, prompt), prompt=prompt, category=known or GENERAL)
-    return Given(instruction, categorised=bool(known))
+    return SourceInstruction(instruction, categorised=bool(known))
 
 
 def _id(record: Record, prompt: str) -> str:
@@ -149,19 +165,23 @@ def _prompt(record: Record) -> str:
     if isinstance(value, list) and column != "instruction":
         return _first_turn(record, value)
     if column == "messages" or not isinstance(value, str | None):
-        wanted = {"prompt": "a text or a list of messages", "instruction": "a text", "messages": "a list of messages"}
-        raise record.problem(f"{column} is not {wanted[column]}")
-    text = value or ""
-    if column == "instruction" and text.strip():
-        more = next((fields[name] for name in ("input", "context") if fields.get(name)), "")
-        if not isinstance(more, str):
-            raise record.problem("input or context is not a text")
-        text = f"{text}\n\n{more}" if more.strip() else text
-    return text
+        expected = {"prompt": "a text or a list of messages", "instruction": "a text", "messages": "a list of messages"}
+        raise record.problem(f"{column} is not {expected[column]}")
+    return _with_input(record, value or "") if column == "instruction" else value or ""
+
+
+def _with_input(record: Record, instruction: str) -> str:
+    """The instruction followed by its input, as in Alpaca's and Dolly's data sets."""
+    more = next((record.fields[name] for name in ("input", "context") if record.fields.get(name)), "")
+    if not instruction.strip():
+        return instruction
+    if not isinstance(more, str):
+        raise record.problem("input or context is not a text")
+    return f"{instruction}\n\n{more}" if more.strip() else instruction
 
 
 def _first_turn(record: Record, turns: list[Any]) -> str:
-    """What the user says first, after what the system says before it, unless that is empty."""
+    """The user's first message, after the system's if there is one that is not empty."""
     before: list[str] = []
     for turn in turns:
         try:

@@ -1,4 +1,4 @@
-"""Which two samples of an instruction become its pair, where lengths are to be even."""
+"""Which two samples of an instruction become its pair if chosen and rejected responses are to be equally long."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 
 from trainer.run.records import Sample
 
-# What share of an instruction's widest margin a pair keeps when another one is taken for its length.
+# The share of an instruction's widest margin that a pair must keep if it is taken for its length.
 KEPT_MARGIN: Final = 0.5
-_HALVINGS: Final = 60
+_BISECTION_STEPS: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ class ScoredSample:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePair:
-    """Two samples of one instruction that may become a pair; `margin` is never negative."""
+    """Two samples of one instruction that may become its pair; `margin` is never negative."""
 
     chosen: ScoredSample
     rejected: ScoredSample
 
     @property
     def margin(self) -> float:
-        """By how many log-odds the chosen one is better."""
+        """By how many log-odds the chosen response is better."""
         return self.chosen.log_odds - self.rejected.log_odds
 
     @property
@@ -45,33 +45,33 @@ class CandidatePair:
         return self.chosen.length - self.rejected.length
 
 
-def balance_lengths(choices: Mapping[str, Sequence[CandidatePair]]) -> dict[str, CandidatePair]:
-    """One candidate for each instruction, so that the mean length difference is as near 0 as one price makes it.
+def balance_lengths(candidates: Mapping[str, Sequence[CandidatePair]]) -> dict[str, CandidatePair]:
+    """One pair per instruction, chosen so that the mean length difference is as close to 0 as a single price allows.
 
-    This is the Lagrangian of "the largest sum of margins at a length difference of 0": each instruction takes the
-    candidate with the highest `margin - price * length_difference`, with one price in log-odds per character for all.
-    The sum of the differences falls as the price rises, so the price is found by bisection. A candidate keeps at least
-    KEPT_MARGIN of the instruction's widest margin; where lengths follow the scores too closely a rest remains, which
-    the statistics show. The first candidate of each instruction must be the one with the widest margin.
+    This is the Lagrangian of "maximise the sum of margins at a total length difference of 0": each instruction takes
+    the candidate with the highest `margin - price * length_difference`, with one price in log-odds per character for
+    all. The total difference falls as the price rises, so bisection finds the price. A pair keeps at least KEPT_MARGIN
+    of its instruction's widest margin; if lengths follow the scores too closely, some difference remains and shows in
+    the statistics. Each instruction's first candidate must be the one with the widest margin.
     """
     allowed = {
-        name: [candidate for candidate in found if candidate.margin >= KEPT_MARGIN * found[0].margin]
-        for name, found in choices.items()
+        name: [pair for pair in pairs if pair.margin >= KEPT_MARGIN * pairs[0].margin]
+        for name, pairs in candidates.items()
     }
 
-    def taken(price: float) -> dict[str, CandidatePair]:
+    def best_at(price: float) -> dict[str, CandidatePair]:
         return {
-            name: max(found, key=lambda one: (one.margin - price * one.length_difference, one.margin))
-            for name, found in allowed.items()
+            name: max(pairs, key=lambda pair: (pair.margin - price * pair.length_difference, pair.margin))
+            for name, pairs in allowed.items()
         }
 
     def surplus(price: float) -> int:
-        return sum(candidate.length_difference for candidate in taken(price).values())
+        return sum(pair.length_difference for pair in best_at(price).values())
 
-    # At this price a character outweighs every margin.
-    highest = 1 + 2 * max((found[0].margin for found in allowed.values()), default=0.0)
+    # At this price a single character outweighs every margin.
+    highest = 1 + 2 * max((pairs[0].margin for pairs in allowed.values()), default=0.0)
     low, high = (0.0, highest) if surplus(0.0) > 0 else (-highest, 0.0)
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if surplus(middle) > 0 else (low, middle)
-    return taken(min((0.0, low, high), key=lambda price: (abs(surplus(price)), abs(price))))
+    return best_at(min((0.0, low, high), key=lambda price: (abs(surplus(price)), abs(price))))

@@ -1,10 +1,10 @@
-"""Where the labels come from while the loop runs: one judge for all rounds, or a judge that follows the policy.
+"""Which judge labels a round: one service for all rounds, or one that follows the policy.
 
-A judge that follows is a process of the loop's own: for each round's labelling, `--judge-command` is started with the
-round's model in the place of {model} and a free loopback port in the place of {port}, and stopped afterwards, so that
-it takes no memory while the policy is sampled or trained. `python -m service --model {model} --port {port}` is such a
-command; any other that serves the same routes will do. A service that others use is never told to change its model.
-A loop that is killed outright (SIGKILL) leaves the service of that moment behind, for the user to end.
+A following judge is a process started by the loop. For each round's labelling, `--judge-command` runs with the round's
+model in place of {model} and a free loopback port in place of {port}, and is stopped afterwards, so that it holds no
+memory while the policy is sampled or trained. `python -m service --model {model} --port {port}` is such a command; any
+other that serves the same routes will do. A running service, which others may use, is never made to switch its model.
+A loop killed by SIGKILL leaves its current judge running, for the user to stop.
 """
 
 from __future__ import annotations
@@ -27,45 +27,44 @@ from trainer.evaluation.verdicts import describe_judge
 from trainer.labels.labelers import RANDOM, JudgeOptions, LabelOptions
 from trainer.labels.labeling import describe_labeler
 
-LOG_FILE: Final = "judge.log"
-_STOP_TIMEOUT: Final = 60.0
+JUDGE_LOG_FILE: Final = "judge.log"
+_STOP_TIMEOUT: Final = 60.0  # seconds until SIGKILL; the service drains accepted requests before it ends
 
 
 class JudgeSource(Protocol):
-    """Says what decides a round's labels, and gives the judge's address while they are made."""
+    """Provides the judge of a round that begins with a given policy."""
 
     def described(self, policy: Model) -> Mapping[str, object]:
-        """What decides the labels where the round begins with this policy."""
+        """Everything that decides the round's labels, for the stage's inputs."""
 
     def serving(self, policy: Model) -> AbstractContextManager[JudgeOptions | None]:
-        """The judge, to be asked inside of the context; None for an arm that has none. Raises StageError."""
+        """A context in which the judge can be asked; it yields None for an arm without a judge. Raises StageError."""
 
 
 @dataclass(frozen=True, slots=True)
 class FixedJudge:
-    """The service at one address for all rounds."""
+    """One service for all rounds."""
 
     labels: LabelOptions
-    known: Mapping[str, object]
+    description: Mapping[str, object]
 
     @classmethod
     def connect(cls, labels: LabelOptions) -> FixedJudge:
-        """Raises StageError within seconds where the service cannot label."""
+        """Raises StageError within seconds if the service cannot label."""
         return cls(labels, describe_labeler(labels))
 
-    def described(self, policy: Model) -> Mapping[str, object]:  # noqa: ARG002 (the same for all)
+    def described(self, policy: Model) -> Mapping[str, object]:  # noqa: ARG002 - the same for every policy
         """See JudgeSource."""
-        return self.known
+        return self.description
 
-    @contextmanager
-    def serving(self, policy: Model) -> Iterator[JudgeOptions | None]:  # noqa: ARG002 (the same for all)
+    def serving(self, policy: Model) -> AbstractContextManager[JudgeOptions | None]:  # noqa: ARG002
         """See JudgeSource."""
-        yield self.labels.judge
+        return nullcontext(self.labels.judge)
 
 
 @dataclass(frozen=True, slots=True)
 class FollowingJudge:
-    """A service of the loop's own, which judges with the model that the round begins with. `log` takes its output."""
+    """A service started per round, which judges with the model the round begins with. Its output goes to `log`."""
 
     labels: LabelOptions
     command: str
@@ -94,10 +93,11 @@ class FollowingJudge:
         assert self.labels.judge is not None
         port = _free_port()
         model = _absolute(policy.name)
-        words = [word.replace("{model}", model).replace("{port}", str(port)) for word in shlex.split(self.command)]
+        # Split before the replacement: a path with spaces stays one argument.
+        argv = [word.replace("{model}", model).replace("{port}", str(port)) for word in shlex.split(self.command)]
         options = replace(self.labels.judge, url=f"http://127.0.0.1:{port}")
         with self.log.open("ab") as log:
-            process = _started(words, log)
+            process = _start(argv, log)
             try:
                 self._wait_until_ready(process, options)
                 yield options
@@ -115,36 +115,37 @@ class FollowingJudge:
                 else:
                     return
         how = "took too long" if process.poll() is None else f"ended with exit code {process.returncode}"
-        raise StageError(f"the judge that --judge-command starts {how} before it was ready: see {self.log}")
+        raise StageError(f"the judge started by --judge-command {how} before it was ready: see {self.log}")
 
 
 def connect_judges(settings: LoopSettings) -> tuple[JudgeSource, Referee | None]:
-    """Who labels, and who compares: nobody where nothing is held out. Raises StageError in seconds."""
+    """The judge that labels, and the one that evaluates (None if nothing is held out). Raises StageError in seconds."""
+    judges: JudgeSource = (
+        FixedJudge.connect(settings.labels)
+        if settings.command is None
+        else FollowingJudge(settings.labels, settings.command, settings.output / JUDGE_LOG_FILE)
+    )
+    return judges, _referee(settings, judges) if settings.instructions.held_out else None
+
+
+def _referee(settings: LoopSettings, judges: JudgeSource) -> Referee:
     start = model_of(settings.model)
-    common: dict[str, Any] = {"truncation": settings.labels.truncation, "max_failures": settings.labels.max_failures}
-    held_out = settings.instructions.held_out
-    if settings.command is not None:
-        follower = FollowingJudge(settings.labels, settings.command, settings.output / LOG_FILE)
-        if settings.eval_judge is None:
-            # Every round by the same judge: the model that the first one began with.
-            known = {"judge": follower.described(start)["judge"]}
-            own = Referee(known, lambda: follower.serving(start), is_labeler=True, **common)
-            return follower, own if held_out else None
-    judges: JudgeSource = FixedJudge.connect(settings.labels) if settings.command is None else follower
-    if not held_out:
-        return judges, None
-    judge = settings.eval_judge or settings.judge
-    described = describe_judge(judge)
     labelled_by: Any = judges.described(start).get("judge") or {}
-    same = labelled_by.get("fingerprint") == described["fingerprint"]
-    return judges, Referee(described, lambda: nullcontext(judge), is_labeler=same, **common)
+    common: dict[str, Any] = {"truncation": settings.labels.truncation, "max_failures": settings.labels.max_failures}
+    if isinstance(judges, FollowingJudge) and settings.eval_judge is None:
+        # All rounds must be evaluated by the same judge: the model the first one began with.
+        return Referee({"judge": labelled_by}, lambda: judges.serving(start), is_labeler=True, **common)
+    judge = settings.eval_judge or settings.judge
+    description = describe_judge(judge)
+    is_labeler = labelled_by.get("fingerprint") == description["fingerprint"]
+    return Referee(description, lambda: nullcontext(judge), is_labeler=is_labeler, **common)
 
 
-def _started(words: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(argv: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     except OSError as error:
-        raise StageError(f"--judge-command cannot be started: {words[0]}: {error.strerror or error}") from error
+        raise StageError(f"--judge-command cannot be started: {argv[0]}: {error.strerror or error}") from error
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -1,11 +1,11 @@
-"""Scores to preference pairs: of each instruction's samples the best against the worst, by log-odds.
+"""From scores to preference pairs: each instruction's best sample against its worst, by log-odds.
 
-What is left out is counted, by reason, in PairStats. For one set of samples and scores the pairs are always the same,
+Everything left out is counted, by reason, in PairStats. The same samples and scores always give the same pairs,
 whatever the order of the lines.
 
-A response that was cut off at the limit of new tokens may be rejected, but by default not chosen: training ends each
-response with the end-of-turn token, so a chosen half would teach the policy to stop in mid-sentence. Keeping it as a
-rejected one costs nothing, and where most samples are cut off, leaving it out would cost most of the pairs.
+A response cut off at the limit of new tokens may be rejected, but by default not chosen: training ends each response
+with the end-of-turn token, so choosing one would teach the policy to stop in mid-sentence. Rejecting one does no harm,
+and where most samples are cut off, leaving them out would cost most of the pairs.
 """
 
 from __future__ import annotations
@@ -44,26 +44,27 @@ HISTOGRAM_BINS: Final = 20
 
 
 class NoPairsError(StageError):
-    """No instruction gave a pair; the message says where they went."""
+    """No instruction gave a pair; the message counts the reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairOptions:
-    """How pairs are chosen. Raises ValueError for a margin that is negative.
+    """How pairs are chosen. Raises ValueError for a negative margin.
 
-    A pair needs a margin above 0 and of at least `min_margin` log-odds. `cut_off` says what becomes of responses that
-    were cut off: they may be rejected but not chosen, are treated like others, or are left out. `length_balance` takes
-    other pairs than best against worst where that evens out the lengths; see trainer.labels.candidates.balance_lengths.
+    A pair needs a margin above 0 and of at least `min_margin` log-odds. `cut_off` decides about responses that were cut
+    off: rejected but never chosen, treated like others, or dropped. `length_balance` replaces best against worst by
+    pairs whose lengths even out; see trainer.labels.candidates.balance_lengths.
     """
 
     min_margin: float = field(
-        default=0.0, metadata={"help": "the log-odds by which a chosen response must be better than a rejected one"}
+        default=0.0, metadata={"help": "least margin between chosen and rejected response, in log-odds"}
     )
     cut_off: CutOff = field(
-        default="reject-only", metadata={"help": "what responses cut off at --max-new-tokens may be used for"}
+        default="reject-only", metadata={"help": "how to use responses that were cut off at --max-new-tokens"}
     )
     length_balance: bool = field(
-        default=False, metadata={"help": "take pairs whose responses are, on average, equally long"}
+        default=False,
+        metadata={"help": "choose pairs so that chosen and rejected responses are equally long on average"},
     )
 
     def __post_init__(self) -> None:
@@ -81,12 +82,12 @@ def write_pairs(
 ) -> PairStats:
     """Make the pairs, and write pairs.jsonl and pairs_stats.json into `folder`.
 
-    Raises NoPairsError where there are none; the statistics are written then too.
+    Raises NoPairsError if there are none; the statistics are written even then.
     """
     pairs, stats = make_pairs(instructions, samples, scores, options, system)
     write_record(folder / PAIRS_STATS_FILE, stats)
     if not pairs:
-        raise NoPairsError(explanation(stats, options))
+        raise NoPairsError(explain_no_pairs(stats, options))
     write_records(folder / PAIRS_FILE, pairs)
     return stats
 
@@ -98,29 +99,27 @@ def make_pairs(
     options: PairOptions,
     system: str | None = None,
 ) -> tuple[list[Pair], PairStats]:
-    """At most one pair for each instruction, in the order of the instructions; of several scores of a sample the last.
+    """At most one pair per instruction, in the instructions' order; the last of several scores of a sample counts.
 
-    `system` is the message that the samples were asked for with; training repeats it. Raises StageError for a sample of
-    an unknown instruction.
+    `system` is the system message the samples were generated with; training repeats it. Raises StageError for a sample
+    of an unknown instruction.
     """
-    sorter = _Sorter({score.key: score for score in scores}, options)
-    of_instruction = _grouped(instructions, samples)
-    candidates: dict[str, list[CandidatePair]] = {}
-    for instruction in instructions:
-        if instruction.id in of_instruction:
-            candidates[instruction.id] = sorter.candidates(of_instruction[instruction.id])
-    choices = {name: found for name, found in candidates.items() if found}
-    chosen = balance_lengths(choices) if options.length_balance else {name: found[0] for name, found in choices.items()}
+    finder = _CandidateFinder({score.key: score for score in scores}, options)
+    grouped = _by_instruction(instructions, samples)
+    sampled = [instruction for instruction in instructions if instruction.id in grouped]
+    found = {instruction.id: finder.candidates(grouped[instruction.id]) for instruction in sampled}
+    candidates = {name: pairs for name, pairs in found.items() if pairs}
+    widest = {name: pairs[0] for name, pairs in candidates.items()}
+    chosen = balance_lengths(candidates) if options.length_balance else widest
     before = [] if system is None else [Message(role="system", content=system)]
     pairs = [
         _pair(before, instruction, chosen[instruction.id]) for instruction in instructions if instruction.id in chosen
     ]
-    with_samples = [instruction for instruction in instructions if instruction.id in of_instruction]
-    return pairs, _stats(with_samples, samples, sorter, list(chosen.values()), pairs)
+    return pairs, _pair_stats(sampled, samples, finder, chosen)
 
 
-def explanation(stats: PairStats, options: PairOptions) -> str:
-    """Why there are no pairs, for people."""
+def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
+    """What became of all samples and instructions, as an error message."""
     samples = {
         "could not be scored": stats.failed,
         "have no score": stats.unscored,
@@ -130,8 +129,8 @@ def explanation(stats: PairStats, options: PairOptions) -> str:
     }
     instructions = {
         "have fewer than two usable samples": stats.too_few,
-        "have cut-off samples only (see samples.jsonl: where responses run on into further turns, put the token that "
-        "should end them into eos_token_id of the model's generation_config.json; where they are only long, raise "
+        "have cut-off samples only (see samples.jsonl: if responses run on into further turns, add the token that "
+        "should end them to eos_token_id in the model's generation_config.json; if they are merely long, raise "
         "--max-new-tokens)": stats.unfinished,
         "have samples of equal log-odds": stats.ties,
         f"are below the minimum margin of {options.min_margin:g} log-odds": stats.below_margin,
@@ -142,44 +141,45 @@ def explanation(stats: PairStats, options: PairOptions) -> str:
     )
 
 
-class _Sorter:
-    """Tells usable samples from others, finds their candidates, and counts what is left out."""
+class _CandidateFinder:
+    """Finds each instruction's candidate pairs, and counts what is left out by the names of PairStats' fields."""
 
     def __init__(self, scores: Mapping[SampleKey, Score], options: PairOptions) -> None:
         self._scores, self._options = scores, options
         self.counts: Counter[str] = Counter()
-        self.failures: list[str] = []
+        self.error_codes: list[str] = []
 
     def candidates(self, samples: Sequence[Sample]) -> list[CandidatePair]:
-        """What may become the pair of one instruction, the widest margin first; none where there is no usable pair."""
+        """All pairs of one instruction's samples that may be trained on, widest margin first; maybe none."""
         usable = self._usable(sorted(samples, key=lambda sample: sample.sample))
         self.counts["usable"] += len(usable)
         if len(usable) < 2:
             self.counts["too_few"] += 1
             return []
         only_rejected = self._options.cut_off == "reject-only"
-        good = [one for one in usable if one.sample.finish == "stop" or not only_rejected]
-        if not good:
+        choosable = [one for one in usable if one.sample.finish == "stop" or not only_rejected]
+        if not choosable:
             self.counts["unfinished"] += 1
             return []
-        found = [CandidatePair(one, other) for one in good for other in usable if other is not one]
-        found.sort(key=_rank)
-        widest = found[0].margin
+        pairs = sorted(
+            (CandidatePair(one, other) for one in choosable for other in usable if other is not one), key=_rank
+        )
+        widest = pairs[0].margin
         if widest == 0:
             self.counts["ties"] += 1
             return []
+        # A finished response that is the worst one has a negative margin to all others.
         if widest < max(self._options.min_margin, 0.0):
             self.counts["below_margin"] += 1
             return []
-        return [one for one in found if one.margin > 0 and one.margin >= self._options.min_margin]
+        return [pair for pair in pairs if pair.margin > 0 and pair.margin >= self._options.min_margin]
 
     def _usable(self, samples: Sequence[Sample]) -> list[ScoredSample]:
-        usable: list[ScoredSample] = []
-        seen: set[str] = set()
+        usable: dict[str, ScoredSample] = {}
         for sample in samples:
             text, score = sample.response.strip(), self._scores.get(sample.key)
             reason = self._reason_against(sample, score)
-            if reason is None and text in seen:
+            if reason is None and text in usable:
                 reason = "duplicates"
             if reason is not None:
                 self.counts[reason] += 1
@@ -187,31 +187,32 @@ class _Sorter:
             assert score is not None
             assert score.log_odds is not None
             assert score.score is not None
-            seen.add(text)
-            usable.append(ScoredSample(sample, score.log_odds, score.score))
-        return usable
+            usable[text] = ScoredSample(sample, score.log_odds, score.score)
+        return list(usable.values())
 
     def _reason_against(self, sample: Sample, score: Score | None) -> str | None:
-        """Why a sample is of no use by itself, as a field of PairStats."""
+        """Why a sample is unusable by itself, as a field of PairStats; None if it is usable."""
         if is_blank(sample.response):
             return "empty"
         if sample.finish == "length" and self._options.cut_off == "drop":
             return "cut_off"
         if score is None:
             return "unscored"
-        if score.error is not None:
-            self.failures.append(score.error.code)
-            return "empty" if score.error.code == EMPTY_RESPONSE else "failed"
-        return None
+        if score.error is None:
+            return None
+        if score.error.code == EMPTY_RESPONSE:
+            return "empty"
+        self.error_codes.append(score.error.code)
+        return "failed"
 
 
-def _rank(candidate: CandidatePair) -> tuple[float, bool, int, int]:
-    """The widest margin first; of equal ones a chosen response that is not cut off, then the earlier samples."""
-    chosen, rejected = candidate.chosen.sample, candidate.rejected.sample
-    return -candidate.margin, chosen.finish == "length", chosen.sample, rejected.sample
+def _rank(pair: CandidatePair) -> tuple[float, bool, int, int]:
+    """Widest margin first; then a chosen response that was not cut off, then the earlier samples."""
+    chosen, rejected = pair.chosen.sample, pair.rejected.sample
+    return -pair.margin, chosen.finish == "length", chosen.sample, rejected.sample
 
 
-def _grouped(instructions: Sequence[Instruction], samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+def _by_instruction(instructions: Sequence[Instruction], samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     known = {instruction.id for instruction in instructions}
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -221,38 +222,36 @@ def _grouped(instructions: Sequence[Instruction], samples: Sequence[Sample]) -> 
     return groups
 
 
-def _pair(before: list[Message], instruction: Instruction, candidate: CandidatePair) -> Pair:
+def _pair(before: list[Message], instruction: Instruction, pair: CandidatePair) -> Pair:
     return Pair(
         prompt=[*before, Message(role="user", content=instruction.prompt)],
-        chosen=[Message(role="assistant", content=candidate.chosen.sample.response)],
-        rejected=[Message(role="assistant", content=candidate.rejected.sample.response)],
+        chosen=[Message(role="assistant", content=pair.chosen.sample.response)],
+        rejected=[Message(role="assistant", content=pair.rejected.sample.response)],
         id=instruction.id,
         category=instruction.category,
-        margin=candidate.margin,
-        score_chosen=candidate.chosen.score,
-        score_rejected=candidate.rejected.score,
+        margin=pair.margin,
+        score_chosen=pair.chosen.score,
+        score_rejected=pair.rejected.score,
     )
 
 
-def _stats(
+def _pair_stats(
     instructions: Sequence[Instruction],
     samples: Sequence[Sample],
-    sorter: _Sorter,
-    chosen: Sequence[CandidatePair],
-    pairs: Sequence[Pair],
+    finder: _CandidateFinder,
+    pairs: Mapping[str, CandidatePair],
 ) -> PairStats:
-    counts = sorter.counts
-    margins = [candidate.margin for candidate in chosen]
-    differences = [candidate.length_difference for candidate in chosen]
-    compared = len(pairs) + counts["ties"] + counts["below_margin"]
-    of_category = Counter(instruction.category for instruction in instructions)
-    pairs_of = Counter(pair.category for pair in pairs)
+    counts = finder.counts
+    margins = [pair.margin for pair in pairs.values()]
+    differences = [pair.length_difference for pair in pairs.values()]
+    instructions_by_category = Counter(instruction.category for instruction in instructions)
+    pairs_by_category = Counter(instruction.category for instruction in instructions if instruction.id in pairs)
     return PairStats(
         instructions=len(instructions),
         samples=len(samples),
         usable=counts["usable"],
         failed=counts["failed"],
-        failures=count_by(code for code in sorter.failures if code != EMPTY_RESPONSE),
+        failures=count_by(finder.error_codes),
         unscored=counts["unscored"],
         empty=counts["empty"],
         cut_off=counts["cut_off"],
@@ -261,23 +260,24 @@ def _stats(
         too_few=counts["too_few"],
         unfinished=counts["unfinished"],
         ties=counts["ties"],
-        tie_share=_share(counts["ties"], compared),
+        tie_share=_share(counts["ties"], len(pairs) + counts["ties"] + counts["below_margin"]),
         below_margin=counts["below_margin"],
         pairs=len(pairs),
-        chosen_cut_off=sum(candidate.chosen.sample.finish == "length" for candidate in chosen),
+        chosen_cut_off=sum(pair.chosen.sample.finish == "length" for pair in pairs.values()),
         margin_mean=fmean(margins) if margins else None,
         margin_median=median(margins) if margins else None,
         margins=_histogram(margins),
         length_difference=fmean(differences) if differences else None,
         chosen_longer=_share(sum((d > 0) + 0.5 * (d == 0) for d in differences), len(differences)),
         by_category={
-            name: CategoryStats(instructions=count, pairs=pairs_of[name]) for name, count in of_category.items()
+            name: CategoryStats(instructions=count, pairs=pairs_by_category[name])
+            for name, count in instructions_by_category.items()
         },
     )
 
 
 def _histogram(values: Sequence[float]) -> Histogram:
-    """HISTOGRAM_BINS bins of equal width from 0 to the largest value."""
+    """HISTOGRAM_BINS bins of equal width from 0 to the largest value; none if there are no values above 0."""
     top = max(values, default=0.0)
     if not top:
         return Histogram(edges=[], counts=[])
@@ -291,5 +291,5 @@ def _share(part: float, whole: int) -> float | None:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    """The reasons that occurred, with their numbers."""
+    """The reasons that occurred, with their counts."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "all are usable"

@@ -1,4 +1,4 @@
-"""--samples-from: reuse stages of another run that have the same inputs, so that two arms differ only in their labels."""
+"""--samples-from: reuse stages of another run with the same inputs, so that two arms differ only in their labels."""
 
 from __future__ import annotations
 

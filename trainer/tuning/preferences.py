@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
 
 from client.benchmarks.data.samples import load_hub, load_pairs
 from client.schema import Message
 from client.texts import is_blank
+from trainer.instructions.reading import HUB
 from trainer.run.records import Record
-
-HUB: Final = "hub:"
 
 
 class Preference(Record):
