@@ -1,4 +1,4 @@
-"""Where an answer ends, and that what is trained is what was sampled, whatever a template does to turns or thoughts."""
+"""Where an answer ends, and that training sees what was sampled, whatever a template does to turns or thoughts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_templates_end_of_turn_is_found(template: str, tokens: list[str], te
 
 
 def test_both_sides_stop_at_the_templates_end_of_turn(tiny_model: Path, tmp_path: Path) -> None:
-    """Beside the end of sequence and a list in the generation configuration."""
+    """And at the end-of-sequence token and those listed in the generation configuration."""
     folder = with_template(tiny_model, tmp_path / "model", CHAT_TEMPLATE)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     tokenizer = load_tokenizer(folder)
@@ -113,28 +113,26 @@ def test_a_turn_that_ends_in_letters_is_cut_there() -> None:
     assert own_turn("a</s>b", False, ("</s>",)) == ("a", True)
 
 
-def test_policy_and_judge_are_asked_alike() -> None:
-    """Thinking is off in both prompts, by the same words of the template."""
+def test_policy_and_judge_are_prompted_alike() -> None:
+    """Thinking is off in both prompts, rendered the same."""
     tokenizer = tokenizer_with(THINKING)
     head, body, tail, _ = ChatFrame(tokenizer).around("Why?")
 
-    asked = tokenizer.decode(chat_ids(tokenizer, [Message(role="user", content="Why?")]))
+    prompt = tokenizer.decode(chat_ids(tokenizer, [Message(role="user", content="Why?")]))
 
-    assert asked == head + body + tail
-    assert asked.endswith("<think>\n\n</think>\n\n")
+    assert prompt == head + body + tail
+    assert prompt.endswith("<think>\n\n</think>\n\n")
 
 
 def preference(chosen: str, rejected: str = "fox") -> Preference:
-    """An answer against another one."""
+    """A preference for one answer over another."""
     return Preference(
         prompt=[said("user", "Q")], chosen=[said("assistant", chosen)], rejected=[said("assistant", rejected)]
     )
 
 
-def test_what_is_trained_is_what_was_sampled(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Pairs whose thoughts the template would set apart are left out and counted; a cut-off thought stays."""
+def test_training_sees_what_was_sampled(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs whose thoughts the template would rewrite are left out and counted; a cut-off thought stays."""
     folder = with_template(tiny_model, tmp_path / "model", THINKING)
     odd = [preference("<think>so</think>Paris"), preference("Paris", "a</think>b")]
     data = Split([*toy_preferences(3), preference("<think>\nso"), *odd], [])
@@ -147,8 +145,8 @@ def test_what_is_trained_is_what_was_sampled(
 
 
 @pytest.mark.parametrize("template", [THINKING, FORGETTING])
-def test_nothing_that_was_sampled_so_is_an_error(template: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Where the template renders every answer otherwise, neither kind of training begins."""
+def test_nothing_left_to_train_on_is_an_error(template: str, tiny_model: Path, tmp_path: Path) -> None:
+    """If the template would render every answer differently, neither SFT nor DPO begins."""
     folder = with_template(tiny_model, tmp_path / "model", template)
     pair = preference("<think>so</think>Paris")
 
@@ -158,8 +156,8 @@ def test_nothing_that_was_sampled_so_is_an_error(template: str, tiny_model: Path
         train_sft(folder, [Example(prompt=pair.prompt, completion=pair.chosen)], tmp_path / "sft", sft_settings())
 
 
-def test_the_system_message_of_the_samples_is_trained_with() -> None:
-    """The prompt of a pair is the prompt that was sampled."""
+def test_pairs_repeat_the_system_message_of_the_samples() -> None:
+    """A pair's prompt is the one the samples were generated with."""
     samples = [Sample(id="a", sample=n, response=f"r{n}", tokens=1, finish="stop") for n in range(2)]
     scores = [Score(id="a", sample=n, log_odds=float(n), score=0.5) for n in range(2)]
 
@@ -169,10 +167,10 @@ def test_the_system_message_of_the_samples_is_trained_with() -> None:
 
 
 @pytest.mark.parametrize("template", [PLAIN, LETTERS])
-def test_the_end_is_trained_where_the_template_has_no_token_for_it(
+def test_the_end_is_trained_if_the_template_has_no_token_for_it(
     template: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The end-of-sequence token is learnt behind an answer: its probability rises."""
+    """Training raises the probability of the end-of-sequence token after an answer."""
     folder = with_template(tiny_model, tmp_path / "model", template, eos="<|im_end|>")
     example = Example(prompt=[said("user", "Question")], completion=[said("assistant", "Paris")])
     tokenizer = load_tokenizer(folder)
@@ -189,12 +187,12 @@ def test_the_end_is_trained_where_the_template_has_no_token_for_it(
 
 
 def test_samples_end_where_the_template_ends_a_turn(tmp_path: Path) -> None:
-    """A model that writes `<|im_end|>` and would go on is stopped there, though its end of sequence is another."""
+    """A model that generates `<|im_end|>` is stopped there, though its end-of-sequence token is another."""
     folder = with_template(make_tiny_model(tmp_path / "tiny"), tmp_path / "model", CHAT_TEMPLATE)
     tokenizer = load_tokenizer(folder)
     prompt = [said("user", "Why?")]
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    # The likeliest token behind the prompt changes places with the end of turn.
+    # Swap the likeliest token after the prompt with the end of turn.
     likeliest = int(model(torch.tensor([chat_ids(tokenizer, prompt)])).logits[0, -1].argmax())
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.config.tie_word_embeddings = False

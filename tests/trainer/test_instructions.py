@@ -1,4 +1,4 @@
-"""Instructions: read from anything, distinct, categorised by the judge where need be, chosen by seed."""
+"""Instructions are read from any format, deduplicated, categorised by the judge if needed, and chosen by seed."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ DATA = Path(__file__).parents[2] / "../shared/data/instructions.jsonl"
 
 
 def jsonl(path: Path, *rows: Mapping[str, Any] | str) -> Path:
-    """A file of these rows; texts stand as they are."""
+    """A file of these rows; strings are written as they are."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
 
 def prompts(source: Path | str, **options: bool) -> list[str]:
-    """The prompts that are read from it."""
+    """The prompts read from `source`."""
     return [given.instruction.prompt for given in read_instructions(str(source), **options).instructions]
 
 
 def many(sizes: Mapping[str, int]) -> list[Instruction]:
-    """So many instructions of each category."""
+    """This many instructions of each category."""
     return [
         Instruction(id=f"{category}{n}", prompt=f"{category} {n}", category=category)
         for category, size in sizes.items()
@@ -81,12 +81,12 @@ def options(limit: int | None, held_out: int, **more: Any) -> InstructionOptions
     ],
 )
 def test_known_columns(tmp_path: Path, fields: dict[str, Any], prompt: str) -> None:
-    """Prompts, instructions with their input, and conversations all give the text that the policy is asked."""
+    """Prompts, instructions with an input, and conversations all become the text that the policy is asked."""
     assert prompts(jsonl(tmp_path / "a.jsonl", fields)) == [prompt]
 
 
 def test_every_kind_of_file_reads_the_same(tmp_path: Path) -> None:
-    """JSON lines, zipped or not, JSON, CSV and Parquet."""
+    """JSON lines, compressed or not, JSON, CSV and Parquet."""
     rows = [{"id": f"{n}", "prompt": f"Question {n}?", "category": "math"} for n in range(3)]
     plain = jsonl(tmp_path / "a.jsonl", *rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -104,7 +104,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path: Path) -> None:
 
 
 def test_a_data_set_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """hub:NAME@SPLIT takes that split, and a data set of several splits must be told which."""
+    """hub:NAME@SPLIT reads that split, which is required for a data set with several."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
@@ -140,7 +140,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_a_bad_line_is_named_or_left_out(tmp_path: Path, row: dict[str, Any] | str, message: str) -> None:
-    """An empty or broken line is an error that names it; with --skip-bad it is counted, and the others are read."""
+    """An empty or broken line is an error that names it; with --skip-bad it is counted and the others are read."""
     file = jsonl(tmp_path / "a.jsonl", {"id": "first", "prompt": "Why?"}, row, {"prompt": "How?"})
 
     with pytest.raises(SampleError, match=message + ".*--skip-bad"):
@@ -151,21 +151,21 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, row: dict[str, Any] | s
 
 
 def test_a_file_of_bad_lines_is_an_error(tmp_path: Path) -> None:
-    """Leaving out everything leaves nothing to do, and the first problem is told."""
+    """If nothing usable is left, the error names the first problem."""
     with pytest.raises(SampleError, match=r"no usable instructions; the first problem: .*the prompt is empty"):
         read_instructions(str(jsonl(tmp_path / "a.jsonl", {"prompt": ""})), skip_bad=True)
 
 
 def test_repeated_prompts_are_dropped_and_counted(tmp_path: Path) -> None:
-    """The same prompt again, but for white space, is no second instruction, whatever its id."""
+    """A prompt that equals an earlier one up to white space is dropped, whatever its id."""
     file = jsonl(tmp_path / "a.jsonl", {"id": 1, "prompt": "Why so?"}, {"id": 2, "prompt": " Why\n so? "})
     read = read_instructions(str(file))
 
     assert (read.records, read.duplicates, len(read.instructions)) == (2, 1, 1)
 
 
-def test_ids_made_of_prompts_do_not_depend_on_the_order(tmp_path: Path) -> None:
-    """Without ids, the same prompt has the same id in another file."""
+def test_derived_ids_do_not_depend_on_the_order(tmp_path: Path) -> None:
+    """Without an id, a prompt gets the same id in every file."""
     one = read_instructions(str(jsonl(tmp_path / "a.jsonl", {"prompt": "A?"}, {"prompt": "B?"}))).instructions
     other = read_instructions(str(jsonl(tmp_path / "b.jsonl", {"prompt": "B?"}, {"prompt": "A?"}))).instructions
 
@@ -173,26 +173,26 @@ def test_ids_made_of_prompts_do_not_depend_on_the_order(tmp_path: Path) -> None:
 
 
 def test_choice_is_stratified_seeded_and_disjoint() -> None:
-    """Categories keep their shares, a seed always gives the same, and nothing held out is trained on."""
-    there = many({"math": 60, "code": 30, "chat": 10})
-    chosen, held_out = choose_instructions(there, options(40, 20))
+    """Categories keep their shares, a seed always gives the same choice, and nothing held out is trained on."""
+    pool = many({"math": 60, "code": 30, "chat": 10})
+    chosen, held_out = choose_instructions(pool, options(40, 20))
 
     assert sizes_of(chosen) == {"math": 24, "code": 12, "chat": 4}
     assert sizes_of(held_out) == {"math": 12, "code": 6, "chat": 2}
     assert not {one.id for one in chosen} & {one.id for one in held_out}
-    assert choose_instructions(there, options(40, 20)) == (chosen, held_out)
-    assert choose_instructions(there, options(40, 20, seed=1)) != (chosen, held_out)
+    assert choose_instructions(pool, options(40, 20)) == (chosen, held_out)
+    assert choose_instructions(pool, options(40, 20, seed=1)) != (chosen, held_out)
 
 
 def test_the_held_out_part_does_not_depend_on_the_limit() -> None:
     """Runs of different sizes are evaluated on the same instructions."""
-    there = many({"math": 60, "code": 30})
+    pool = many({"math": 60, "code": 30})
 
-    assert choose_instructions(there, options(10, 20))[1] == choose_instructions(there, options(None, 20))[1]
+    assert choose_instructions(pool, options(10, 20))[1] == choose_instructions(pool, options(None, 20))[1]
 
 
 def test_a_balanced_choice_takes_equal_parts() -> None:
-    """As far as a category reaches; the others make up for it."""
+    """If a category is too small, the others make up for it."""
     chosen, _ = choose_instructions(many({"math": 60, "code": 30, "chat": 4}), options(30, 0, balanced=True))
 
     assert sizes_of(chosen) == {"math": 13, "code": 13, "chat": 4}
@@ -200,13 +200,13 @@ def test_a_balanced_choice_takes_equal_parts() -> None:
 
 
 def test_too_few_instructions_are_an_error() -> None:
-    """What is there and what is wanted is told."""
+    """The error says how many there are and how many are wanted."""
     with pytest.raises(SampleError, match="10 usable instructions, and 12 are wanted, 4 of them held out"):
         choose_instructions(many({"math": 10}), options(8, 4))
 
 
 def test_given_categories_need_no_judge(tmp_path: Path) -> None:
-    """Files are written, with statistics that add up, and a category's case does not matter."""
+    """The files are written, with statistics that add up, and a category's case does not matter."""
     file = jsonl(tmp_path / "in.jsonl", *({"prompt": f"{n}?", "category": "Math"} for n in range(9)), {"prompt": ""})
     stats = prepare_instructions(InstructionOptions(str(file), 4, 2, skip_bad=True), tmp_path)
 
@@ -217,15 +217,15 @@ def test_given_categories_need_no_judge(tmp_path: Path) -> None:
 
 
 def test_missing_categories_need_a_judge(tmp_path: Path) -> None:
-    """Without one the error says what to give; nothing is guessed."""
+    """Without a judge the error says what to give; nothing is guessed."""
     file = jsonl(tmp_path / "in.jsonl", {"prompt": "Why?"})
 
     with pytest.raises(StageError, match=r"1 instructions have no category.*--judge-url"):
         prepare_instructions(InstructionOptions(str(file)), tmp_path)
 
 
-def test_the_judge_says_the_missing_categories(tmp_path: Path) -> None:
-    """One question for each category is put to the service, only about instructions that have none."""
+def test_the_judge_chooses_missing_categories(tmp_path: Path) -> None:
+    """It is asked one question per category, and only about instructions without one."""
     rows = [{"prompt": f"Question {n}?"} for n in range(6)]
     file = jsonl(tmp_path / "in.jsonl", *rows, {"prompt": "Given", "category": "code"})
     with live_service() as live, Judge(live.url) as judge:
@@ -239,8 +239,8 @@ def test_the_judge_says_the_missing_categories(tmp_path: Path) -> None:
     assert {score.key: score.log_odds for score in scores}[first.id, 1] == asked
 
 
-def test_an_interrupted_categorisation_goes_on(tmp_path: Path) -> None:
-    """What the judge has said is not asked again, and the choice is that of an undisturbed run."""
+def test_an_interrupted_categorisation_resumes(tmp_path: Path) -> None:
+    """Answered questions are not asked again, and the choice is that of an undisturbed run."""
     file = jsonl(tmp_path / "in.jsonl", *({"prompt": f"Question {n}?"} for n in range(20)))
     with live_service(cache_entries=0) as live:
         how = InstructionOptions(str(file), 8, 4, judge=JudgeOptions(live.url))
@@ -257,7 +257,7 @@ def test_an_interrupted_categorisation_goes_on(tmp_path: Path) -> None:
 
 
 def test_only_a_pool_is_asked_about(tmp_path: Path) -> None:
-    """Of many uncategorised instructions, four times as many as are wanted are put to the judge."""
+    """Of many uncategorised instructions the judge sees four times as many as are wanted."""
     file = jsonl(tmp_path / "in.jsonl", *({"prompt": f"Question {n}?"} for n in range(50)))
     with live_service() as live:
         how = InstructionOptions(str(file), 4, 2, judge=JudgeOptions(live.url))
@@ -268,23 +268,24 @@ def test_only_a_pool_is_asked_about(tmp_path: Path) -> None:
 
 
 def answers(instructions: Sequence[Instruction], log_odds: Mapping[str, Sequence[float]]) -> list[Score]:
-    """Scores by which the examples of each category say yes to their own question alone, and the instructions these."""
-    # The judge says the first question's yes ten times as loudly as the others'.
-    loud = [50.0, 5.0, 5.0, 5.0]
+    """Scores in which each category's examples get a yes to their own question, and the instructions `log_odds`."""
+    # A yes to the first question is ten times as strong as the others'.
+    strengths = [50.0, 5.0, 5.0, 5.0]
     of_category = {
-        name: [size * (name == asked) for size, asked in zip(loud, DESCRIPTIONS, strict=True)] for name in EXAMPLES
+        name: [strength * (name == asked) for strength, asked in zip(strengths, DESCRIPTIONS, strict=True)]
+        for name in EXAMPLES
     }
-    told = {f"<example {name} {n}>": of_category[name] for name in EXAMPLES for n in range(len(EXAMPLES[name]))}
-    told |= {instruction.id: list(log_odds[instruction.id]) for instruction in instructions}
+    by_id = {f"<example {name} {n}>": of_category[name] for name in EXAMPLES for n in range(len(EXAMPLES[name]))}
+    by_id |= {instruction.id: list(log_odds[instruction.id]) for instruction in instructions}
     return [
         Score(id=name, sample=index, log_odds=value, score=0.5)
-        for name, values in told.items()
+        for name, values in by_id.items()
         for index, value in enumerate(values)
     ]
 
 
 def test_the_category_is_that_of_the_nearest_examples() -> None:
-    """Answers like those about the examples of a category give that category, answers without a yes `general`."""
+    """Answers like those about a category's examples give that category, answers without a yes `general`."""
     asked = [Instruction(id=name, prompt=name) for name in ("a", "b", "c")]
     code, math, *_ = DESCRIPTIONS
     scores = answers(asked, {"a": [40, 1, 0, 0], "b": [30, 5, 0, 0], "c": [10, 1, 1, 0]})
@@ -293,20 +294,20 @@ def test_the_category_is_that_of_the_nearest_examples() -> None:
 
 
 def test_a_failed_question_leaves_no_category() -> None:
-    """What could not be judged is counted, and not guessed; an unjudged example stops it all."""
+    """A failed question is counted, and no category is guessed; a failed example stops everything."""
     asked = [Instruction(id=name, prompt=name) for name in ("a", "b")]
     scores = answers(asked, {"a": [4, 0, 0, 0], "b": [4, 0, 0, 0]})
     broken = Score(id="b", sample=2, error=ScoreError(code="bad_label", message="m"))
-    found = classify(asked, [broken if score.key == ("b", 2) else score for score in scores])
+    result = classify(asked, [broken if score.key == ("b", 2) else score for score in scores])
 
-    assert (list(found.by_id), found.failures) == (["a"], {"bad_label": 1})
+    assert (list(result.by_id), result.failures) == (["a"], {"bad_label": 1})
     with pytest.raises(StageError, match="about an example"):
         classify(asked, scores[1:])
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the project's data folder is not here")
-def test_the_projects_instructions_are_read_whole() -> None:
-    """2,010 instructions in five categories, none of them bad."""
+def test_the_projects_instructions_are_read_completely() -> None:
+    """All 2,010, in five categories, none of them bad."""
     read = read_instructions(str(DATA))
 
     assert len(read.instructions) + read.duplicates == read.records == 2010

@@ -1,4 +1,4 @@
-"""Sampling: the same responses however they are batched or interrupted, ends and cut-offs, models with no template."""
+"""Sampling gives the same responses however it is batched or interrupted, and stops where it should."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {"dtype": "float32", "device": "cpu", "max_new_tokens": 12}
 
 @pytest.fixture
 def samples(tiny_model: Path, tmp_path: Path) -> Any:
-    """A function: settings -> the path of a new samples.jsonl made with them."""
+    """A function that samples with the given settings and returns the path of the file."""
 
     def make(name: str = "samples", model: Path = tiny_model, **settings: Any) -> Path:
         output = tmp_path / f"{name}.jsonl"
@@ -48,12 +48,12 @@ def ending_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def texts(path: Path) -> dict[tuple[str, int], str]:
-    """The responses of a file by instruction and number."""
+    """The responses of a file, by instruction and number."""
     return {line.key: line.response for line in read_records(path, Sampled)}
 
 
 def test_every_instruction_gets_its_samples(samples: Any) -> None:
-    """Each instruction has k samples, duplicates counted in `copies`."""
+    """Each instruction has k samples, counting duplicates by `copies`."""
     lines = read_records(samples(samples=3), Sampled)
 
     counts = Counter[str]()
@@ -63,7 +63,7 @@ def test_every_instruction_gets_its_samples(samples: Any) -> None:
 
 
 def test_the_seed_decides(samples: Any) -> None:
-    """The same seed gives the same file, another seed other responses."""
+    """The same seed gives the same file, another seed gives other responses."""
     first, again, other = samples("first", seed=1), samples("again", seed=1), samples("other", seed=2)
 
     assert first.read_bytes() == again.read_bytes()
@@ -71,7 +71,7 @@ def test_the_seed_decides(samples: Any) -> None:
 
 
 def test_a_response_does_not_depend_on_its_batch(samples: Any, ending_model: Path) -> None:
-    """One instruction at a time gives the responses that all of them together give, though rows leave as they end."""
+    """One instruction at a time gives the same responses as all at once, though rows leave the batch as they end."""
     alone, together = (samples(f"by-{rows}", ending_model, rows=rows) for rows in (1, 1000))
 
     assert texts(alone) == texts(together)
@@ -79,7 +79,7 @@ def test_a_response_does_not_depend_on_its_batch(samples: Any, ending_model: Pat
 
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(samples: Any, ending_model: Path) -> None:
-    """Half a batch and a torn line are made again, and the file comes out the same, byte for byte."""
+    """Half a batch and a torn line are sampled again, and the file comes out the same, byte for byte."""
     whole = samples("whole", ending_model, rows=8)
     lines = whole.read_bytes().splitlines(keepends=True)
     whole.with_name("resumed.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:9])
@@ -90,7 +90,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(samples: Any, ending_mo
 
 
 def test_a_complete_file_is_left_alone(samples: Any) -> None:
-    """A rerun over a complete file writes nothing."""
+    """A rerun on a complete file writes nothing."""
     before = samples().stat()
 
     after = samples().stat()
@@ -99,14 +99,14 @@ def test_a_complete_file_is_left_alone(samples: Any) -> None:
 
 
 def test_equal_responses_are_kept_once(samples: Any) -> None:
-    """Greedy sampling gives one line for each instruction, which counts its copies."""
+    """Greedy sampling gives one line per instruction, which counts its copies."""
     lines = read_records(samples(temperature=0.0, samples=3), Sampled)
 
     assert [line.copies for line in lines] == [3] * len(INSTRUCTIONS)
 
 
 def test_a_cut_off_response_is_marked(samples: Any) -> None:
-    """A response that the limit ended has finish "length" and as many tokens as were allowed."""
+    """A response that reached the limit has finish "length" and as many tokens as the limit."""
     lines = read_records(samples(max_new_tokens=2), Sampled)
 
     cut = [line for line in lines if line.finish == "length"]
@@ -129,7 +129,7 @@ def test_every_end_token_of_the_generation_configuration_stops(samples: Any, tin
 
 
 def test_every_sample_has_a_seed_of_its_own() -> None:
-    """By the run's seed, the instruction and the number, which alone decide it."""
+    """It depends on the run's seed, the instruction and the sample's number, and is the same in every version."""
     names = itertools.product((1, 2), ("a", "b"), (0, 1))
 
     assert len({response_seed(*name) for name in names}) == 8
@@ -137,7 +137,7 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 
 
 def test_a_model_with_nan_weights_samples_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    """The error says what to do, and the run can go on from it."""
+    """The error says what to do, and a rerun can resume."""
     folder = with_nan(tiny_model, tmp_path / "nan", "model.norm.weight")
 
     with pytest.raises(StageError, match=r"NaN or infinite.*--dtype float32"):
@@ -145,7 +145,7 @@ def test_a_model_with_nan_weights_samples_nothing(tiny_model: Path, tmp_path: Pa
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> None:
-    """A base model is asked as "User: …" and "Assistant:", and its answers end with its own end token."""
+    """A base model is prompted with "User: …" and "Assistant:", and its answers end with its own end token."""
     folder = make_tiny_model(tmp_path / "base")
     (folder / "chat_template.jinja").unlink()
     tokenizer = load_tokenizer(folder)
@@ -169,29 +169,27 @@ def test_a_prompt_without_room_is_counted(tmp_path: Path) -> None:
 
 
 def test_ids_that_repeat_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """Two instructions of one id could not be told apart in what follows."""
+    """Two instructions with one id could not be told apart later."""
     with pytest.raises(InputError, match="share their id"):
         sample_responses(tiny_model, [INSTRUCTIONS[0], INSTRUCTIONS[0]], tmp_path / "s.jsonl")
 
 
 def test_an_unknown_model_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    """A name that is neither folder nor hub id says how to get the folder of a model that the service knows."""
+    """The error for a name that is neither folder nor hub id says how to find a model that the service knows."""
     with pytest.raises(ModelError, match=r"python -m service\.models path smollm2"):
         sample_responses("smollm2", INSTRUCTIONS, tmp_path / "s.jsonl")
 
 
-def test_the_command_samples_once(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command writes samples.jsonl; a repetition finds it complete, other settings are refused."""
+@pytest.fixture
+def command(tiny_model: Path, tmp_path: Path) -> list[str]:
+    """Arguments that sample two instructions into tmp_path/out."""
     (tmp_path / "i.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in INSTRUCTIONS[:2]))
-    command = [
-        "--model",
-        str(tiny_model),
-        "--instructions",
-        str(tmp_path / "i.jsonl"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    files = ["--instructions", str(tmp_path / "i.jsonl"), "--output", str(tmp_path / "out")]
+    return ["--model", str(tiny_model), *files]
 
+
+def test_the_command_samples_once(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command writes samples.jsonl; repeated it finds the file complete, and other settings are refused."""
     codes = [main([*command, "--max-new-tokens", limit]) for limit in ("4", "4", "5")]
 
     assert codes == [0, 0, 1]
@@ -199,17 +197,9 @@ def test_the_command_samples_once(tiny_model: Path, tmp_path: Path, capsys: pyte
     assert len({line.id for line in read_records(tmp_path / "out" / "samples.jsonl", Sampled)}) == 2
 
 
-@pytest.mark.parametrize("flags", [["--temperature", "-1"], ["--samples", "0"], ["--model", "nowhere"]])
-def test_what_cannot_be_sampled_is_usage(flags: list[str], tiny_model: Path, tmp_path: Path) -> None:
-    """Impossible settings and models exit with 2."""
-    (tmp_path / "i.jsonl").write_text(INSTRUCTIONS[0].model_dump_json() + "\n")
-    command = [
-        "--model",
-        str(tiny_model),
-        "--instructions",
-        str(tmp_path / "i.jsonl"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-
+@pytest.mark.parametrize(
+    "flags", [["--temperature", "-1"], ["--samples", "0"], ["--model", "nowhere"], ["--device", "nowhere"]]
+)
+def test_what_cannot_be_sampled_is_usage(flags: list[str], command: list[str]) -> None:
+    """Impossible settings, models and devices exit with 2."""
     assert main([*command, *flags]) == 2

@@ -1,4 +1,4 @@
-"""The folder of a run: each stage once, half-done work gone on with, nothing mixed."""
+"""The folder of a run: each stage runs once, interrupted work resumes, and nothing is mixed up."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 
 
 def instruction(number: int) -> Instruction:
-    """An instruction of its own."""
+    """An instruction with a line separator in its prompt."""
     return Instruction(id=f"{number}", prompt=f"Question\u2028{number}?", category="chat")
 
 
 def stage(folder: Path, **inputs: object) -> Stage:
-    """A stage with one file and one folder as outputs."""
+    """A stage whose outputs are a file and a folder."""
     return Stage(folder, "made", ("made.txt", "parts"), inputs)
 
 
@@ -37,17 +37,17 @@ def make(folder: Path, text: str = "made") -> Callable[[], None]:
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
-    """What is appended is read again, line separators inside texts included."""
-    wanted = [instruction(number) for number in range(3)]
+    """Appended records are read back, line separators inside texts included."""
+    written = [instruction(number) for number in range(3)]
     with appending(tmp_path / "a.jsonl") as append:
-        for one in wanted:
-            append(one)
+        for record in written:
+            append(record)
 
-    assert read_records(tmp_path / "a.jsonl", Instruction) == wanted
+    assert read_records(tmp_path / "a.jsonl", Instruction) == written
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
-    """A line that a kill broke off is not read, and the next one starts on its own."""
+    """A line torn by a kill is not read, and the next record starts a line of its own."""
     file = tmp_path / "a.jsonl"
     write_records(file, [instruction(1), instruction(2)])
     file.write_bytes(file.read_bytes()[:-1])
@@ -60,7 +60,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    """A whole line that is no record is an error with file, line and field."""
+    """A complete line that is not a record is an error with file, line and field."""
     file = tmp_path / "samples.jsonl"
     file.write_text('{"id": "1", "sample": 0, "response": "r", "tokens": 1, "finish": "stop"}\n{"id": "2"}\n')
 
@@ -69,7 +69,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 
 def test_a_score_has_a_number_or_an_error() -> None:
-    """Neither both nor none: a failure is never taken for a score."""
+    """Neither both nor none: a failure is never mistaken for a score."""
     with pytest.raises(ValueError, match="either log_odds"):
         Score(id="1", sample=0)
     with pytest.raises(ValueError, match="either log_odds"):
@@ -77,7 +77,7 @@ def test_a_score_has_a_number_or_an_error() -> None:
 
 
 def test_two_processes_cannot_append_to_one_file(tmp_path: Path) -> None:
-    """The second one is told so."""
+    """The second one fails with an error that says why."""
     file = tmp_path / "a.jsonl"
 
     with appending(file), pytest.raises(RecordError, match="another process"), appending(file):
@@ -86,7 +86,7 @@ def test_two_processes_cannot_append_to_one_file(tmp_path: Path) -> None:
 
 @contextmanager
 def files_no_longer_than(size: int) -> Iterator[None]:
-    """No file of this process may grow over `size` bytes: the system takes what fits, as on a full disk."""
+    """Limit this process's files to `size` bytes: the system writes what fits, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -96,7 +96,7 @@ def files_no_longer_than(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    """Where only a part of a line fits, the error says what to do, and the lines before stay whole."""
+    """If only part of a line fits, the error says what to do, and the lines before stay whole."""
     file = tmp_path / "a.jsonl"
     with appending(file) as append:
         append(instruction(1))
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_file_written_whole_is_never_seen_half(tmp_path: Path) -> None:
-    """Where the disk is full, the old contents stay and no part is left behind."""
+    """If the disk is full, the old contents stay and no temporary file is left behind."""
     write_records(tmp_path / "a.jsonl", [instruction(1)])
 
     with files_no_longer_than(100), pytest.raises(RecordError, match=r"cannot be written"):
@@ -119,7 +119,7 @@ def test_a_file_written_whole_is_never_seen_half(tmp_path: Path) -> None:
 
 
 def test_a_stage_is_done_once(tmp_path: Path) -> None:
-    """The second run skips it, and the marker says what it was made from."""
+    """The second run skips it, and the marker records its inputs."""
     run = RunFolder(tmp_path, {})
     first = run.run_stage(stage(tmp_path, k=4), make(tmp_path))
     second = run.run_stage(stage(tmp_path, k=4), pytest.fail)
@@ -129,8 +129,8 @@ def test_a_stage_is_done_once(tmp_path: Path) -> None:
     assert stage(tmp_path, k=4).done
 
 
-def test_an_interrupted_stage_goes_on_with_what_it_wrote(tmp_path: Path) -> None:
-    """Outputs without the marker are kept for the same inputs, and the stage is not done."""
+def test_an_interrupted_stage_resumes(tmp_path: Path) -> None:
+    """Outputs of the same inputs without the final marker are kept, and the stage is not done."""
     run = RunFolder(tmp_path, {})
 
     def interrupted() -> None:
@@ -147,7 +147,7 @@ def test_an_interrupted_stage_goes_on_with_what_it_wrote(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_outputs_of_other_inputs_are_refused(tmp_path: Path, finished: bool) -> None:
-    """Whether done or half done: what differs is named, and nothing is lost."""
+    """Finished or not, the error names what differs, and nothing is lost."""
     stage(tmp_path, k=4, seed=0).begin()
     make(tmp_path)()
     marker = tmp_path / "made.begun"
@@ -158,8 +158,8 @@ def test_outputs_of_other_inputs_are_refused(tmp_path: Path, finished: bool) -> 
     assert (tmp_path / "made.txt").exists()
 
 
-def test_overwrite_makes_anew_only_what_changed(tmp_path: Path) -> None:
-    """Outputs of other inputs are removed, finished work of the same inputs stays."""
+def test_overwrite_redoes_only_what_changed(tmp_path: Path) -> None:
+    """Outputs of other inputs are removed; finished work of the same inputs stays."""
     run = RunFolder(tmp_path, {}, overwrite=True)
     run.run_stage(stage(tmp_path, k=4), make(tmp_path, "old"))
     again = run.run_stage(stage(tmp_path, k=4), pytest.fail)
@@ -171,7 +171,7 @@ def test_overwrite_makes_anew_only_what_changed(tmp_path: Path) -> None:
 
 
 def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
-    """A path among the inputs stands for its contents, a folder's included."""
+    """A path among the inputs stands for the contents of the file or folder."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a").write_text("1")
     stage(tmp_path, source=tmp_path / "in").begin()
@@ -184,8 +184,8 @@ def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
     assert not stage(tmp_path, source=tmp_path / "in").done
 
 
-def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
-    """A marker without its files counts for nothing."""
+def test_a_lost_output_is_redone(tmp_path: Path) -> None:
+    """A marker without its files does not count."""
     run = RunFolder(tmp_path, {})
     run.run_stage(stage(tmp_path), make(tmp_path))
     (tmp_path / "made.txt").unlink()
@@ -194,14 +194,14 @@ def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_stage_without_its_outputs_is_not_finished(tmp_path: Path) -> None:
-    """Work that wrote less than it should is an error, and no marker is set."""
+    """Work that did not write all outputs is an error, and sets no marker."""
     with pytest.raises(StageError, match=r"ended without parts"):
         RunFolder(tmp_path, {}).run_stage(stage(tmp_path), (tmp_path / "made.txt").touch)
     assert not (tmp_path / "made.done").exists()
 
 
 def test_identity_follows_the_inputs(tmp_path: Path) -> None:
-    """A later stage can name an earlier one's outputs without reading them."""
+    """A later stage can depend on an earlier one's outputs without reading them."""
     stage(tmp_path, k=4).begin()
     make(tmp_path)()
     with pytest.raises(StageError, match="not finished"):
@@ -216,7 +216,7 @@ def test_identity_follows_the_inputs(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    """The differing settings are named; --overwrite takes the folder over."""
+    """The error names the differing settings; --overwrite takes the folder over."""
     with open_run(tmp_path / "run", {"samples": 4}):
         pass
 
@@ -226,8 +226,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         assert run.config == {"samples": 8}
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    """Files that no run wrote are not built upon."""
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    """A folder with files but no run in it is not written to."""
     (tmp_path / "thesis.tex").touch()
 
     with pytest.raises(StageError, match="holds files, but no run"), open_run(tmp_path, {}):
@@ -235,14 +235,14 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
-    """The second one is told so, and the folder is free again afterwards."""
+    """The second one fails with an error that says why; afterwards the folder is free again."""
     with open_run(tmp_path, {}), pytest.raises(StageError, match="another process"), open_run(tmp_path, {}):
         pass
     with open_run(tmp_path, {}) as run:
         assert run.round_folder(1).is_dir()
 
 
-def test_the_digest_of_a_folder_is_of_names_and_contents(tmp_path: Path) -> None:
+def test_the_digest_of_a_folder_covers_names_and_contents(tmp_path: Path) -> None:
     """Renaming a file changes it."""
     (tmp_path / "a").write_text("1")
     before = content_digest(tmp_path)

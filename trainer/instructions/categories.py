@@ -110,7 +110,7 @@ def categorise(
                 judge=options.judge, template=question_template(info.default_format), truncation="prompt_left"
             )
             labeler = ServiceLabeler(judge, info, TemplatesResult(templates=[], categories=[]), label_options)
-            all_instructions = [*_examples(), *instructions]
+            all_instructions = [*_example_instructions(), *instructions]
             task = Labelling(all_instructions, _questions(all_instructions), path, options.max_failures)
             return await label_samples(labeler, task, on_progress)
 
@@ -121,7 +121,7 @@ def classify(instructions: Sequence[Instruction], scores: Sequence[Score]) -> Ca
     """The categories that follow from the scores of `categorise`. Raises StageError if an example was not judged."""
     log_odds = _complete_answers(scores)
     examples: dict[str, list[QuestionLogOdds]] = {}
-    for example in _examples():
+    for example in _example_instructions():
         if example.id not in log_odds:
             raise StageError(
                 "the judge gave no answer about an example, with which instructions are compared to find their "
@@ -171,7 +171,7 @@ class _Centroids:
         return sum(((answer - mean) / deviation) ** 2 for answer, mean, deviation in scaled)
 
 
-def _examples() -> list[Instruction]:
+def _example_instructions() -> list[Instruction]:
     return [
         Instruction(id=f"<example {category} {number}>", prompt=prompt, category=category)
         for category, prompts in EXAMPLES.items()

@@ -19,8 +19,8 @@ from service.engine.contract import DType, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_BATCH_TOKENS: Final = {"cpu": 4096}
-_BATCH_TOKENS_ELSEWHERE: Final = 32_768
+_DEVICE_BATCH_TOKENS: Final = {"cpu": 4096}
+_OTHER_BATCH_TOKENS: Final = 32_768
 # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in bytes, and M_ARENA_MAX: one arena, so that threads reuse each other's
 # freed blocks.
 _MALLOC_OPTIONS: Final = ((-3, 1 << 30), (-1, 1 << 30), (-8, 1))
@@ -77,7 +77,7 @@ def load_model(folder: Path, task: Task, options: LoadOptions) -> Loaded:
     return Loaded(
         model,
         max_tokens=_choose_max_tokens(model.config, options.get("max_tokens")),
-        batch_tokens=options.get("batch_tokens") or _BATCH_TOKENS.get(device.type, _BATCH_TOKENS_ELSEWHERE),
+        batch_tokens=options.get("batch_tokens") or _DEVICE_BATCH_TOKENS.get(device.type, _OTHER_BATCH_TOKENS),
     )
 
 
