@@ -232,7 +232,7 @@ def _run(args: argparse.Namespace) -> None:
         Stage(args.output, "samples", (SAMPLES_FILE,), config),
         config,
         "sampling",
-        lambda tell: sample_responses(args.model, instructions, args.output / SAMPLES_FILE, settings, tell),
+        lambda report: sample_responses(args.model, instructions, args.output / SAMPLES_FILE, settings, report),
         overwrite=args.overwrite,
     )
 
@@ -240,16 +240,16 @@ def _run(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.sample",
-        description="Responses of a model to each instruction of a file, into OUTPUT/samples.jsonl.",
-        epilog="Written batch by batch; after an interruption the same command goes on where it stopped.",
+        description="Sample a model's responses to each instruction of a file into OUTPUT/samples.jsonl.",
+        epilog="Responses are written batch by batch; after an interruption, repeat the command to resume.",
     )
     parser.add_argument("--model", required=True, help="a folder, or a hub id (org/name, org/name@revision)")
     parser.add_argument(
         "--instructions", type=Path, required=True, metavar="FILE", help="JSON lines with id, prompt, category"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--limit", type=int, help="only the first so many instructions (default: all)")
-    parser.add_argument("--overwrite", action="store_true", help="make anew what another configuration left there")
+    parser.add_argument("--limit", type=int, help="use only the first N instructions (default: all)", metavar="N")
+    parser.add_argument("--overwrite", action="store_true", help="replace what another configuration left there")
     add_flags(parser.add_argument_group("sampling"), SampleSettings)
     return parser
 

@@ -69,7 +69,7 @@ def test_the_best_meets_the_worst() -> None:
 
 
 def test_the_order_of_the_lines_does_not_matter() -> None:
-    """A resumed run, with its lines in another order, has the same pairs; of two scores of a sample the later counts."""
+    """A resumed run, with lines in another order, has the same pairs; of two scores of a sample the later counts."""
     rng = random.Random(0)
     group = [row(f"r{k}", rng.choice([0.0, 1.0, 2.0])) for k in range(4)]
     instructions, samples, scores = case(group, group[::-1], [*group, row("r0 ", 5.0)])
