@@ -132,12 +132,13 @@ def _vllm_sampler(folder: Path, stops: tuple[int, ...], settings: SampleSettings
             [vllm.SamplingParams(**common, seed=seed, stop_token_ids=list(stops)) for _, seed in flat],
             use_tqdm=False,
         )
-        texts = []
-        for output in outputs:
-            ids = tuple(output.outputs[0].token_ids)
-            ended = output.outputs[0].finish_reason == "stop"
-            # vLLM leaves the stop token in the output; `generate` does not.
-            texts.append(Generated(ids[:-1] if ended and ids and ids[-1] in stops else ids, ended))
+        texts = [_vllm_text(output.outputs[0], stops) for output in outputs]
         return [texts[start : start + settings.samples] for start in range(0, len(texts), settings.samples)]
 
     return sample
+
+
+def _vllm_text(completion: Any, stops: tuple[int, ...]) -> Generated:
+    """vLLM leaves the stop token in the output; the transformers sampler does not."""
+    ids, ended = tuple(completion.token_ids), completion.finish_reason == "stop"
+    return Generated(ids[:-1] if ended and ids and ids[-1] in stops else ids, ended)
