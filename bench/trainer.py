@@ -36,9 +36,9 @@ from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.policy.models import choose_device, choose_dtype, load_model, quiet_libraries
 from trainer.policy.samplers import SampleSettings, make_sampler, response_seed
+from trainer.policy.sampling import distinct_samples, sampling_request
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.records import Instruction, Sample, Score
-from trainer.sample import distinct_samples, sampling_request
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instructions.jsonl"
 LONGEST_PROMPT = 1500

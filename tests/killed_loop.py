@@ -22,8 +22,8 @@ import trl.trainer.dpo_trainer  # noqa: F401
 
 import client.benchmarks.run
 import trainer.labels.labeling
-import trainer.sample
-import trainer.tuning.watcher
+import trainer.policy.sampling
+import trainer.tuning.callbacks
 from trainer.run.stages import Stage
 from trainer.self_improve import main
 
@@ -75,14 +75,14 @@ def _while_writing(module: Any, number: signal.Signals) -> Callable[[], None]:
 
 def _in_training() -> None:
     """Two steps are done, and there is a checkpoint."""
-    step_end = trainer.tuning.watcher.Watcher.on_step_end
+    step_end = trainer.tuning.callbacks.LogCallback.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         step_end(self, args, state, control, **more)
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.tuning.watcher.Watcher.on_step_end = dying  # type: ignore[method-assign]
+    trainer.tuning.callbacks.LogCallback.on_step_end = dying  # type: ignore[method-assign]
 
 
 def _while_comparing() -> None:
@@ -98,8 +98,8 @@ def _while_comparing() -> None:
 
 POINTS: dict[str, Callable[[], None]] = {
     "at the end of instructions": _at_the_end_of("instructions"),
-    "Ctrl-C while sampling": _while_writing(trainer.sample, signal.SIGINT),
-    "while sampling": _while_writing(trainer.sample, signal.SIGKILL),
+    "Ctrl-C while sampling": _while_writing(trainer.policy.sampling, signal.SIGINT),
+    "while sampling": _while_writing(trainer.policy.sampling, signal.SIGKILL),
     "at the end of samples": _at_the_end_of("samples"),
     "while labelling": _while_writing(trainer.labels.labeling, signal.SIGKILL),
     "at the end of scores": _at_the_end_of("scores"),

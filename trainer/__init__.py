@@ -1,1 +1,1 @@
-"""Self-improvement of a language model with preference labels from the judge service (not yet built)."""
+"""Self-improvement of a language model: sample it, have a judge label the samples, train on the pairs, evaluate."""

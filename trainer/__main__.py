@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before the imports that take a while
+if __name__ == "__main__":  # before the slow imports
     from client.runtime import program
 
     program.begin("python -m trainer", "trainer")
@@ -16,14 +16,14 @@ COMMANDS: Final = {
     "self-improve": ("trainer.self_improve", "the whole loop: sample, label, train on pairs, evaluate"),
     "sample": ("trainer.sample", "responses of a model to instructions"),
     "sft": ("trainer.sft", "teach a base model to answer"),
-    "dpo": ("trainer.dpo", "train a model on preference pairs, one's own or anybody's"),
+    "dpo": ("trainer.dpo", "train a model on preference pairs, ours or anybody's"),
     "merge": ("trainer.merge", "make a model of an adapter and its base"),
     "evaluate": ("trainer.evaluate", "compare two models through the judge"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
+    """Run the command that the first argument names; its exit code, or 2 for an unknown one."""
     return find_command("python -m trainer", COMMANDS, argv)()
 
 

@@ -1,4 +1,4 @@
-"""What the loop is asked to do: built once from the command line, checked before anything is done."""
+"""What the loop is asked to do: built once from the command line, and checked before anything else happens."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import argparse
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from client.bulk import BulkOptions
 from client.runtime.cli import judge_address
-from trainer.dpo import PRESETS, DPOSettings, preset
-from trainer.evaluate import OneResponse, add_harness_flags, harness_options
-from trainer.evaluation.harness import HarnessOptions
+from trainer.evaluation.comparison import OneResponse
+from trainer.evaluation.harness import HarnessOptions, add_harness_flags
 from trainer.flags import add_flags, given
 from trainer.instructions.reading import HUB
 from trainer.instructions.selection import InstructionOptions
+from trainer.labels.judges import DEFAULT_COMMAND
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.pairs import PairOptions
 from trainer.policy.models import DTYPES, DType
 from trainer.policy.samplers import SampleSettings
 from trainer.run.stages import content_digest
-from trainer.sft import SFTSettings, sft_settings
+from trainer.tuning.dpo import PRESETS, DPOSettings, preset
+from trainer.tuning.hub import Upload, add_hub_flags
+from trainer.tuning.sft import SFTSettings, sft_settings
 
 DEFAULT_SEED: Final = 42
-DEFAULT_COMMAND: Final = "python -m service --model {model} --port {port}"
+# Flags that sampling and training share in the loop.
+_SHARED: Final = ("seed", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopSettings:
-    """One run of the loop. `judge` is whom --judge-url names; `command` is given where the judge follows the policy."""
+    """One run of the loop. `judge` is the one at --judge-url; `command` starts a judge that follows the policy."""
 
     model: str
     output: Path
@@ -49,71 +52,66 @@ class LoopSettings:
     rates_from: Path | None
     harness: HarnessOptions | None
     merge_dtype: DType
-    push_to_hub: str | None
-    push: Literal["model", "adapter"]
-    public: bool
+    upload: Upload | None
     overwrite: bool
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError("--rounds is 1 or more")
+            raise ValueError("--rounds must be 1 or more")
         if not 0 <= self.dpo_held_out < 1:
-            raise ValueError("--dpo-held-out is 0 or more and below 1")
+            raise ValueError("--dpo-held-out must be 0 or more and below 1")
         if self.sampling.samples < 2:
-            raise ValueError("--samples is 2 or more: a pair needs two responses")
-        if (
-            self.command is not None
-            and self.sft_data is not None
-            and self.eval_judge is None
-            and self.instructions.held_out
-        ):
-            raise ValueError("--judge-follows-policy with --sft has no judge to evaluate by: give --eval-judge-url")
+            raise ValueError("--samples must be 2 or more: a pair needs two responses")
+        # The judge of the evaluation would be the model before SFT, which may not answer yet.
+        if self.command is not None and self.sft_data is not None and self.evaluates and self.eval_judge is None:
+            raise ValueError("--judge-follows-policy with --sft leaves no judge to evaluate: give --eval-judge-url")
         if self.samples_from is not None and self.samples_from.resolve() == self.output.resolve():
-            raise ValueError("--samples-from is another run's folder, not --output itself")
+            raise ValueError("--samples-from must be another run's folder, not --output itself")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether instructions are held out to evaluate on."""
+        return self.instructions.held_out != 0
 
     @property
     def answering(self) -> OneResponse:
         """How held-out instructions are answered: as the policy is sampled, but once."""
         return OneResponse(**{**asdict(self.sampling), "samples": 1})
 
-    def described(self) -> dict[str, Any]:
-        """What decides the results of every round, as config.json holds it; the judge is added by who knows it.
+    def described(self, *parts: str) -> dict[str, Any]:
+        """What decides the results of a round, by `part.key`, as config.json holds it; only these parts if given.
 
-        The number of rounds is not in it: a finished run can be given further ones.
+        The judge is left to whoever knows it. The number of rounds is not included: a finished run can be given more.
         """
-        parts: dict[str, dict[str, object]] = {
+        values: dict[str, dict[str, object]] = {
             "instructions": self.instructions.described(),
             "sampling": self.sampling.described(),
             "pairs": asdict(self.pairs),
             "dpo": {**self.dpo.described(), "held_out": self.dpo_held_out},
         }
-        # A file is what it holds, wherever it lies.
-        if (digest := source_digest(self.instructions.source)) is not None:
-            parts["instructions"]["source"] = digest
+        # A file is identified by its contents, wherever it lies; a data set of the hub by its name.
+        if not self.instructions.source.startswith(HUB):
+            values["instructions"]["source"] = content_digest(Path(self.instructions.source))
         if self.sft_data is not None:
-            parts["sft"] = {**self.sft.described(), "data": content_digest(self.sft_data)}
-        flat = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-        return {"program": "self_improve", "model": self.model, **flat, "merge.dtype": self.merge_dtype}
+            values["sft"] = {**self.sft.described(), "data": content_digest(self.sft_data)}
+        chosen = parts or tuple(values)
+        return {f"{part}.{key}": value for part in chosen for key, value in values[part].items()}
 
-
-def source_digest(source: str) -> str | None:
-    """SHA-256 of the instructions' file; None for a data set of the hub, whose name must do. Raises StageError."""
-    return None if source.startswith(HUB) else content_digest(Path(source))
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json without the judges."""
+        return {"program": "self_improve", "model": self.model, **self.described(), "merge.dtype": self.merge_dtype}
 
 
 def settings_from(args: argparse.Namespace) -> LoopSettings:
-    """Raises ValueError for what makes no sense, ModelError where --lm-eval cannot be had."""
+    """Raises ValueError for settings that make no sense, ModelError if --lm-eval is not installed."""
     bulk = BulkOptions(patience=args.patience)
     judge = JudgeOptions(args.judge_url, args.api_key, bulk)
-    eval_judge = JudgeOptions(args.eval_judge_url, args.eval_api_key, bulk) if args.eval_judge_url else None
-    command = args.judge_command if args.judge_follows_policy else None
     if args.judge_command and not args.judge_follows_policy:
         raise ValueError("--judge-command goes with --judge-follows-policy; a judge that stays is given by --judge-url")
-    if args.judge_follows_policy and command is None:
-        command = DEFAULT_COMMAND
+    command = DEFAULT_COMMAND if args.judge_command is None else args.judge_command
     instructions = {"source": args.instructions, "limit": args.count, "judge": judge}
-    shared = {name: getattr(args, name) for name in ("method", "max_length", "dtype", "device", "seed")}
-    shared = {name: value for name, value in shared.items() if value is not None}
+    shared = {name: getattr(args, name) for name in ("method", "max_length", *_SHARED)}
     return LoopSettings(
         model=args.model,
         output=args.output,
@@ -125,62 +123,44 @@ def settings_from(args: argparse.Namespace) -> LoopSettings:
         dpo=preset(args.preset, **given(args, DPOSettings)),
         dpo_held_out=args.dpo_held_out,
         judge=judge,
-        eval_judge=eval_judge,
-        command=command,
+        eval_judge=JudgeOptions(args.eval_judge_url, args.eval_api_key, bulk) if args.eval_judge_url else None,
+        command=command if args.judge_follows_policy else None,
         sft_data=args.sft,
-        sft=sft_settings(**{**shared, **given(args, SFTSettings, "sft-")}),
+        sft=sft_settings(
+            **{name: value for name, value in shared.items() if value is not None}, **given(args, SFTSettings, "sft_")
+        ),
         samples_from=args.samples_from,
         rates_from=args.rates_from,
-        harness=harness_options(args),
+        harness=HarnessOptions.from_args(args),
         merge_dtype=args.merge_dtype,
-        push_to_hub=args.push_to_hub,
-        push=args.push,
-        public=args.public,
+        upload=Upload.from_args(args),
         overwrite=args.overwrite,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Instructions(InstructionOptions):
-    """Without the flags that have another name here."""
-
-    limit: int | None = None
-    held_out: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampling(SampleSettings):
-    """Without the flags that hold for training too."""
-
-    seed: int = DEFAULT_SEED
-    dtype: DType = "auto"
-    device: str = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Training(DPOSettings):
-    """Without the flags that hold for sampling too."""
-
-    seed: int = DEFAULT_SEED
-    dtype: DType = "auto"
-    device: str = "auto"
-
-
 def add_loop_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the loop."""
-    _add_whole(parser)
-    _add_judges(parser)
-    add_flags(parser.add_argument_group("sampling"), _Sampling)
+    _add_run_flags(parser)
+    _add_judge_flags(parser)
+    add_flags(parser.add_argument_group("sampling"), SampleSettings, omit=_SHARED)
     add_flags(parser.add_argument_group("pairs"), PairOptions)
     training = parser.add_argument_group("training (DPO)")
-    told = "`paper` is what arXiv:2502.16182 trained with (default: default)"
-    training.add_argument("--preset", choices=tuple(PRESETS), default="default", help=told)
+    training.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="default",
+        help="`paper` is what arXiv:2502.16182 trained with (default: default)",
+    )
     training.add_argument(
         "--dpo-held-out", type=float, default=0.1, metavar="N", help="share of pairs to evaluate on (default: 0.1)"
     )
-    add_flags(training, _Training, default="the preset's")
-    told = "of the merged model; auto: the base's (default: bfloat16)"
-    training.add_argument("--merge-dtype", choices=DTYPES, default="bfloat16", help=told)
+    add_flags(training, DPOSettings, default="the preset's", omit=_SHARED)
+    training.add_argument(
+        "--merge-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of the merged model; auto is the base's (default: bfloat16)",
+    )
     sft = parser.add_argument_group(
         "SFT", "Before the first round, for a base model. `python -m trainer.sft` has more."
     )
@@ -188,13 +168,10 @@ def add_loop_flags(parser: argparse.ArgumentParser) -> None:
     sft.add_argument("--sft-lr", type=float, metavar="N", help="peak learning rate (default: 2e-4; full: 2e-5)")
     sft.add_argument("--sft-epochs", type=float, metavar="N", help="passes over the data (default: 2)")
     add_harness_flags(parser)
-    hub = parser.add_argument_group("hub", "Nothing is pushed without --push-to-hub.")
-    hub.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the last round's result there (default: no)")
-    hub.add_argument("--push", choices=("model", "adapter"), default="model", help="what of it (default: model)")
-    hub.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    add_hub_flags(parser)
 
 
-def _add_whole(parser: argparse.ArgumentParser) -> None:
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="the policy: a folder, or a hub id (org/name[@revision])")
     parser.add_argument(
         "--instructions",
@@ -203,19 +180,19 @@ def _add_whole(parser: argparse.ArgumentParser) -> None:
         help=".jsonl, .json, .csv, .parquet, or a hub data set",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="times that the loop is gone through (default: 1)"
-    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="rounds of the loop (default: 1)")
     parser.add_argument("--count", type=int, metavar="N", help="instructions to train on (default: all)")
     parser.add_argument(
         "--held-out",
         type=int,
         default=100,
         metavar="N",
-        help="further ones to evaluate on; 0: no evaluation (default: 100)",
+        help="further instructions to evaluate on; 0: no evaluation (default: 100)",
     )
-    add_flags(parser, _Instructions)
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=f"of everything drawn (default: {DEFAULT_SEED})")
+    add_flags(parser, InstructionOptions, omit=("limit", "held_out"))
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help=f"seed for everything random (default: {DEFAULT_SEED})"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware multiplies it"
     )
@@ -224,21 +201,23 @@ def _add_whole(parser: argparse.ArgumentParser) -> None:
         "--samples-from",
         type=Path,
         metavar="DIR",
-        help="take instructions, first samples and the base's answers of another run: then only labels differ",
+        help="take instructions, first samples and the base's answers from another run, so that only labels differ",
     )
-    parser.add_argument("--overwrite", action="store_true", help="make anew whatever another configuration left there")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, the sizes and an estimate; nothing is asked or written"
+        "--overwrite", action="store_true", help="replace what a run with other settings left in the folder"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, the sizes and an estimate; ask and write nothing"
     )
     parser.add_argument(
         "--rates-from",
         type=Path,
         metavar="DIR",
-        help="a run on this machine, for the time in the estimate (default: --output, --samples-from)",
+        help="a run on this machine to estimate times from (default: --output, --samples-from)",
     )
 
 
-def _add_judges(parser: argparse.ArgumentParser) -> None:
+def _add_judge_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labels")
     judge_address(group)
     add_flags(group, LabelOptions)
@@ -251,10 +230,10 @@ def _add_judges(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--judge-follows-policy",
         action="store_true",
-        help="each round is labelled by the model that it begins with, in a service of the loop's own",
+        help="label each round with the model that it begins with, in a service that the loop starts itself",
     )
     group.add_argument(
-        "--judge-command", metavar="COMMAND", help=f"how that service is started (default: {DEFAULT_COMMAND})"
+        "--judge-command", metavar="COMMAND", help=f"how to start that service (default: {DEFAULT_COMMAND})"
     )
     group.add_argument(
         "--eval-judge-url",

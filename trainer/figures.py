@@ -19,7 +19,7 @@ LENGTH_BINS = 30
 
 
 def win_rates(name: str, rates: Mapping[str, WinRate]) -> str:
-    """Each win rate in % with its 95% interval; "" where there is none."""
+    """Each win rate in % with its 95% interval; "" if there is none."""
     known = [
         (title, 100 * rate.value, 100 * rate.low, 100 * rate.high)
         for title, rate in rates.items()
@@ -41,12 +41,12 @@ def win_rates(name: str, rates: Mapping[str, WinRate]) -> str:
         axes.set_xlabel("win rate over the base, %")
         axes.grid(visible=False, axis="y")
 
-    told = ", ".join(f"{title} {value:.1f}%" for title, value, _, _ in known)
-    return _svg(name, f"Win rates: {told}", draw, height=1.0 + 0.32 * len(known))
+    description = ", ".join(f"{title} {value:.1f}%" for title, value, _, _ in known)
+    return _svg(name, f"Win rates: {description}", draw, height=1.0 + 0.32 * len(known))
 
 
 def margins(name: str, histogram: Histogram) -> str:
-    """The pairs by their margin in log-odds."""
+    """Pairs by their margin in log-odds."""
     if not histogram.counts:
         return ""
 
@@ -59,7 +59,7 @@ def margins(name: str, histogram: Histogram) -> str:
 
 
 def length_differences(name: str, differences: Sequence[int]) -> str:
-    """The pairs by how many characters the chosen response is longer; the outermost 1% join the outer bars."""
+    """Pairs by how many characters longer the chosen response is; the outermost 1% join the outer bars."""
     if not differences:
         return ""
     low, high = quantile(differences, 0.005), quantile(differences, 0.995)
@@ -76,7 +76,7 @@ def length_differences(name: str, differences: Sequence[int]) -> str:
 
 
 def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> str:
-    """A number of the training's log over its steps, and where there is one its `eval_` twin on held-out pairs."""
+    """A number of the training log over the steps, and its `eval_` counterpart on held-out pairs if there is one."""
     trained = _points(log, key)
     held_out = _points(log, f"eval_{key}")
     if not trained:
@@ -102,5 +102,5 @@ def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> 
 
 
 def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Step and number, where both are there: a number that was NaN is null."""
+    """Steps with their numbers; a number that was NaN is null, and left out."""
     return [(line["step"], line[key]) for line in log if line.get(key) is not None and "step" in line]

@@ -1,7 +1,7 @@
-"""What a run would do and cost, without asking, loading or writing anything.
+"""What a run would do and cost (--dry-run), without asking, loading or writing anything.
 
-Counts are upper bounds where they hang on what the models say; times come from the rates that an earlier run on this
-machine left behind (trainer/run/rates.py), and where there are none, no time is given.
+Counts that depend on what the models say are upper bounds. Times come from the rates that an earlier run on this
+machine measured (trainer/run/rates.py); without any, no time is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES
 from trainer.instructions.reading import HUB, read_instructions
 from trainer.instructions.selection import POOL_FACTOR
 from trainer.labels.labelers import RANDOM, shown_url
-from trainer.policy.weights import ModelSize, model_size
+from trainer.run.model_files import ModelSize, model_size
 from trainer.run.rates import rates_of_run
 
 _BF16, _FP32 = 2, 4
@@ -24,7 +24,7 @@ _BF16, _FP32 = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One stage over all rounds: so many units at most, and the name of its rate."""
+    """One stage over all rounds: at most `amount` units, at the rate of that name."""
 
     stage: str
     amount: int
@@ -34,24 +34,22 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many instructions there are to train on, to be asked about for their category, and to evaluate on."""
+    """Instructions to train on and to evaluate on, and questions to the judge about missing categories."""
 
     chosen: int
-    asked: int
+    category_questions: int
     held_out: int
 
 
 def write_plan(settings: LoopSettings, out: TextIO) -> None:
-    """Write the plan as plain text. Raises SampleError for instructions that cannot be read or are too few."""
+    """Write the plan as plain text. Raises SampleError if the instructions cannot be read."""
     counts = _counts(settings)
-    rates = _rates(settings)
-    out.write(
-        "\n".join([*_told(settings, counts), "", *_work_lines(settings, counts, rates), "", *_disk(settings), ""])
-    )
+    work = _work_lines(settings, counts, _rates(settings))
+    out.write("\n".join([*_settings_lines(settings, counts), "", *work, "", _disk_line(settings), ""]))
 
 
 def plan_work(settings: LoopSettings, counts: Counts) -> list[Work]:
-    """What there is to do, at most."""
+    """The work of each stage that has any, at most."""
     rounds, sampling = settings.rounds, settings.sampling
     samples = rounds * counts.chosen * sampling.samples
     sampled = samples if settings.samples_from is None else samples - counts.chosen * sampling.samples
@@ -59,23 +57,24 @@ def plan_work(settings: LoopSettings, counts: Counts) -> list[Work]:
     # The base answers once, each round's model once.
     answers = counts.held_out * (rounds + (settings.samples_from is None))
     work = [
-        Work("categories", counts.asked, "judgements", "labelling"),
+        Work("categories", counts.category_questions, "judgements", "labelling"),
         Work("sampling", sampled * sampling.max_new_tokens, "tokens", "sampling"),
         Work("labelling", 0 if settings.labels.labeler == RANDOM else samples, "judgements", "labelling"),
         Work("DPO", math.ceil(rounds * train * settings.dpo.epochs), "pairs", "training"),
         Work("held-out answers", answers * sampling.max_new_tokens, "tokens", "answering"),
         Work("comparing", 4 * rounds * counts.held_out, "judgements", "comparing"),
     ]
-    return [one for one in work if one.amount]
+    return [stage for stage in work if stage.amount]
 
 
 def steps_of(settings: LoopSettings, counts: Counts) -> int:
-    """DPO's optimizer steps in a round, if every instruction gives a pair."""
+    """DPO's optimizer steps per round if every instruction gives a pair."""
     train = counts.chosen - round(settings.dpo_held_out * counts.chosen)
     return max(1, math.ceil(math.ceil(train / settings.dpo.batch) * settings.dpo.epochs))
 
 
 def _counts(settings: LoopSettings) -> Counts | None:
+    """None for a data set of the hub without --count: its size is not known before it is downloaded."""
     options = settings.instructions
     if options.source.startswith(HUB):
         if options.limit is None:
@@ -84,7 +83,7 @@ def _counts(settings: LoopSettings) -> Counts | None:
     source = read_instructions(options.source, skip_bad=options.skip_bad)
     total = len(source.instructions)
     chosen = total - options.held_out if options.limit is None else min(options.limit, total - options.held_out)
-    uncategorised = sum(options.recategorise or not one.categorised for one in source.instructions)
+    uncategorised = sum(options.recategorise or not record.categorised for record in source.instructions)
     if options.limit is not None:
         uncategorised = min(uncategorised, POOL_FACTOR * (options.limit + options.held_out))
     examples = sum(map(len, EXAMPLES.values())) if uncategorised else 0
@@ -93,22 +92,22 @@ def _counts(settings: LoopSettings) -> Counts | None:
 
 def _rates(settings: LoopSettings) -> dict[str, float]:
     folders = (settings.output, settings.samples_from, settings.rates_from)
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for folder in folders:
         if folder is not None and folder.is_dir():
-            found.update(rates_of_run(folder))
-    return found
+            rates.update(rates_of_run(folder))
+    return rates
 
 
-def _told(settings: LoopSettings, counts: Counts | None) -> list[str]:
+def _settings_lines(settings: LoopSettings, counts: Counts | None) -> list[str]:
     sampling, dpo = settings.sampling, settings.dpo
     judge = settings.command or shown_url(settings.judge)
-    referee = settings.eval_judge
+    referee = shown_url(settings.eval_judge) if settings.eval_judge else judge
     lines = [
         f"policy        {settings.model}",
         f"output        {settings.output}",
         f"rounds        {settings.rounds}",
-        f"instructions  {settings.instructions.source}: {_of(counts)}",
+        f"instructions  {settings.instructions.source}: {_counts_shown(counts)}",
         f"samples       {sampling.samples} each, temperature {sampling.temperature:g}, "
         f"{sampling.max_new_tokens} new tokens at most"
         + (f", the first round's from {settings.samples_from}" if settings.samples_from else ""),
@@ -116,14 +115,14 @@ def _told(settings: LoopSettings, counts: Counts | None) -> list[str]:
         f"pairs         margin of {settings.pairs.min_margin:g} or more, cut-off responses: {settings.pairs.cut_off}",
         f"DPO           {dpo.method}, lr {dpo.lr:g}, beta {dpo.beta:g}, batch {dpo.batch}, epochs {dpo.epochs:g}"
         + (f": at most {steps_of(settings, counts)} steps a round" if counts else ""),
-        f"evaluation    {'none' if not settings.instructions.held_out else shown_url(referee) if referee else judge}",
+        f"evaluation    {referee if settings.evaluates else 'none'}",
     ]
-    return (
-        lines if settings.sft_data is None else [*lines, f"SFT           on {settings.sft_data} before the first round"]
-    )
+    if settings.sft_data is not None:
+        lines.append(f"SFT           on {settings.sft_data} before the first round")
+    return lines
 
 
-def _of(counts: Counts | None) -> str:
+def _counts_shown(counts: Counts | None) -> str:
     if counts is None:
         return "as many as there are (give --count for an estimate)"
     return f"{counts.chosen} to train on, {counts.held_out} held out"
@@ -135,31 +134,28 @@ def _work_lines(settings: LoopSettings, counts: Counts | None, rates: dict[str, 
     lines, total, known = [], 0.0, True
     for work in plan_work(settings, counts):
         rate = rates.get(work.rate)
-        told = "no time known" if rate is None else f"{_clock(work.amount / rate)} at {rate:.1f}/s"
+        time = "no time known" if rate is None else f"{_clock(work.amount / rate)} at {rate:.1f}/s"
         total += 0.0 if rate is None else work.amount / rate
         known = known and rate is not None
-        lines.append(f"{work.stage:<18}at most {work.amount:>12,} {work.unit:<11} {told}")
+        lines.append(f"{work.stage:<18}at most {work.amount:>12,} {work.unit:<11} {time}")
     if not rates:
         return [*lines, "no time: no earlier run here has measured rates (--rates-from DIR)"]
-    return [
-        *lines,
-        f"{'together':<18}{_clock(total)} at most" + ("" if known else ", without what no time is known of"),
-    ]
+    return [*lines, f"{'together':<18}{_clock(total)} at most" + ("" if known else ", not counting unknown times")]
 
 
-def _disk(settings: LoopSettings) -> list[str]:
+def _disk_line(settings: LoopSettings) -> str:
     size = model_size(Path(settings.model).expanduser())
     if size is None:
-        return ["disk          unknown: the model is not in a folder here"]
+        return "disk          unknown: the model is not in a folder here"
     merged, trained, checkpoint = disk_bytes(settings, size)
-    return [
+    return (
         f"disk          {size.parameters:,} parameters; each round keeps {_size(merged)} of merged model and "
         f"{_size(trained)} of training result, and needs {_size(checkpoint)} more while it trains"
-    ]
+    )
 
 
 def disk_bytes(settings: LoopSettings, size: ModelSize) -> tuple[int, int, int]:
-    """Bytes of a round's merged model, of what DPO leaves, and of its two checkpoints with AdamW's two moments."""
+    """Bytes per round: the merged model, what DPO leaves, and its two checkpoints with AdamW's two moments."""
     width = _FP32 if settings.merge_dtype == "float32" else _BF16
     tuned = size.parameters if settings.dpo.method == "full" else size.lora_parameters(settings.dpo.rank)
     return width * size.parameters, _FP32 * tuned, 2 * 3 * _FP32 * tuned

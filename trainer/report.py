@@ -1,7 +1,7 @@
-"""A run as one HTML page that needs nothing else: what was asked, what each round did, whether the model got better.
+"""A run as one self-contained HTML page: what was asked, what each round did, whether the model got better.
 
-Texts on it are untrusted: the template escapes all of them and long ones are cut. The same run gives the same bytes,
-and a page that would not change is not written.
+Texts on it are untrusted: the template escapes them, and long ones are cut. The same run gives the same bytes, and a
+page that would not change is not written.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from client.benchmarks.report.html import p_value, signed
 from client.benchmarks.results.records import ITEMS_FILE, Row, read_rows
-from trainer.dpo import DPO_FILE, DPO_LOG
-from trainer.evaluation.verdicts import Duel, Metrics, make_duels
+from trainer.evaluation.metrics import Metrics, preference
+from trainer.evaluation.verdicts import Duel, make_duels
 from trainer.evaluation.winrate import WinRate
 from trainer.policy.models import needs_trainer
 from trainer.run.files import read_record, read_records, write_whole
@@ -34,15 +34,17 @@ from trainer.run.records import (
     Sample,
 )
 from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.dpo import DPO
 from trainer.tuning.rounding import MERGE_FILE
 
+# Pairs of answers in a round, and characters of each text.
 TEXTS: Final = 12
 MAX_TEXT: Final = 3000
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A held-out instruction with both answers, and the log-odds that the new one is better; None where not judged."""
+class Example:
+    """A held-out instruction with both answers, and the log-odds that the new one is better; None if not judged."""
 
     id: str
     category: str
@@ -54,7 +56,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class RoundView:
-    """What the page says of a round; what it has not come to yet is None or empty."""
+    """What the page shows of a round; None or empty for what has not been reached yet."""
 
     number: int
     stats: PairStats | None
@@ -62,17 +64,17 @@ class RoundView:
     merge: Mapping[str, Any] | None
     metrics: Metrics | None
     figures: Mapping[str, Any]
-    texts: Sequence[Shown]
+    texts: Sequence[Example]
     problems: Sequence[tuple[str, int]] = field(default_factory=tuple)
 
 
 def write_run_report(folder: Path) -> Path:
-    """Write `folder`/report.html from what the run has left there so far. Raises RecordError, ImportError."""
+    """Write `folder`/report.html from what the run has written so far. Raises RecordError, ImportError."""
     rounds = [round_view(folder, part) for part in _round_folders(folder)]
     with needs_trainer():
         from trainer import figures
     config = _json(folder / CONFIG_FILE) or {}
-    rates = {f"round {one.number}": one.metrics.pairwise for one in rounds if one.metrics and one.metrics.pairwise}
+    rates = {f"round {view.number}": view.metrics.pairwise for view in rounds if view.metrics and view.metrics.pairwise}
     page = _render(
         title=f"Self-improvement of {config.get('model', 'a model')}",
         rounds=rounds,
@@ -81,27 +83,28 @@ def write_run_report(folder: Path) -> Path:
         labeler=(config.get("labels") or {}).get("labeler"),
         config=json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False),
     )
-    path, data = folder / REPORT_FILE, page.encode("utf-8", "replace")
-    if not path.exists() or path.read_bytes() != data:
-        write_whole(path, data)
-    return path
+    return _write_if_changed(folder / REPORT_FILE, page.encode("utf-8", "replace"))
 
 
 def write_card(folder: Path, name: str, base: str) -> None:
-    """Have the card of `folder`/merged show the numbers that the round has by now."""
-    names = (PAIRS_STATS_FILE, DPO_FILE, MERGE_FILE, METRICS_FILE)
-    known = {name.removesuffix(".json"): _json(folder / name) for name in names}
-    card = model_card(name, base, {title: numbers for title, numbers in known.items() if numbers is not None}).encode()
-    path = folder / MERGED_FOLDER / CARD_FILE
-    if not path.exists() or path.read_bytes() != card:
-        write_whole(path, card)
+    """Write the model card of `folder`/merged with the numbers that the round has by now."""
+    files = (PAIRS_STATS_FILE, DPO.file, MERGE_FILE, METRICS_FILE)
+    tables = {file.removesuffix(".json"): _json(folder / file) for file in files}
+    card = model_card(name, base, {title: numbers for title, numbers in tables.items() if numbers is not None})
+    _write_if_changed(folder / MERGED_FOLDER / CARD_FILE, card.encode())
+
+
+def _write_if_changed(path: Path, data: bytes) -> Path:
+    if not path.exists() or path.read_bytes() != data:
+        write_whole(path, data)
+    return path
 
 
 def round_view(run: Path, folder: Path) -> RoundView:
     """A round as far as it went."""
     stats = read_record(folder / PAIRS_STATS_FILE, PairStats) if (folder / PAIRS_STATS_FILE).exists() else None
     metrics = read_record(folder / METRICS_FILE, Metrics) if (folder / METRICS_FILE).exists() else None
-    dpo = _json(folder / DPO_FILE)
+    dpo = _json(folder / DPO.file)
     return RoundView(
         number=_number(folder),
         stats=stats,
@@ -114,10 +117,13 @@ def round_view(run: Path, folder: Path) -> RoundView:
     )
 
 
-def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[Shown]:
+def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[Example]:
     """`count` of the judged duels, from the clearest loss of the new model to its clearest win, evenly spaced."""
-    shown = [_shown(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
-    judged = sorted((one for one in shown if one.log_odds is not None), key=lambda one: (one.log_odds, one.id))
+    examples = [_example(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
+    judged = sorted(
+        (example for example in examples if example.log_odds is not None),
+        key=lambda example: (example.log_odds, example.id),
+    )
     if len(judged) <= count:
         return judged
     return [judged[round(index * (len(judged) - 1) / (count - 1))] for index in range(count)]
@@ -130,10 +136,10 @@ def cut(text: str) -> str:
 
 
 def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> dict[str, Any]:
-    """SVG by name, already safe in HTML; empty where there is nothing to show."""
+    """SVG by name, safe in HTML; empty if there is nothing to show."""
     with needs_trainer():
         from trainer import figures
-    mark, log = folder.name, _lines(folder / DPO_LOG)
+    mark, log = folder.name, _lines(folder / DPO.log)
     pairs = read_records(folder / PAIRS_FILE, Pair) if (folder / PAIRS_FILE).exists() else []
     differences = [len(pair.chosen[-1].content) - len(pair.rejected[-1].content) for pair in pairs]
     drawn = {
@@ -152,7 +158,7 @@ def _rates(metrics: Metrics) -> dict[str, WinRate]:
     return {name: rate for name, rate in {**named, **metrics.by_category}.items() if rate is not None}
 
 
-def _texts(run: Path, folder: Path) -> list[Shown]:
+def _texts(run: Path, folder: Path) -> list[Example]:
     files = (run / "base.jsonl", folder / "new.jsonl", folder / "pairwise" / ITEMS_FILE, run / HELD_OUT_FILE)
     if not all(file.exists() for file in files):
         return []
@@ -161,23 +167,23 @@ def _texts(run: Path, folder: Path) -> list[Shown]:
     return spread(duels, {row.id: row for row in read_rows(files[2])}, TEXTS)
 
 
-def _shown(duel: Duel, row: Row | None) -> Shown:
-    return Shown(
+def _example(duel: Duel, row: Row | None) -> Example:
+    return Example(
         id=duel.instruction.id,
         category=duel.instruction.category,
         prompt=cut(duel.instruction.prompt),
         base=cut(duel.base.response),
         new=cut(duel.new.response),
-        log_odds=row.margins[0][0] if row is not None and row.margins is not None else None,
+        log_odds=preference(duel, row),
     )
 
 
 def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: Metrics | None) -> list[tuple[str, int]]:
     """What went wrong, and how often."""
-    found: list[tuple[str, int]] = []
+    counts: list[tuple[str, int]] = []
     if stats is not None:
-        found += [(f"samples that could not be labelled: {code}", count) for code, count in stats.failures.items()]
-        found += [
+        counts += [(f"samples that could not be labelled: {code}", count) for code, count in stats.failures.items()]
+        counts += [
             ("samples without a label", stats.unscored),
             ("empty samples", stats.empty),
             ("instructions with fewer than two usable samples", stats.too_few),
@@ -186,18 +192,18 @@ def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: M
             ("instructions below the minimum margin", stats.below_margin),
         ]
     if dpo is not None:
-        found.append(("pairs that the chat template renders otherwise than they were sampled", dpo.get("unlike", 0)))
+        counts.append(("pairs that the chat template renders otherwise than they were sampled", dpo.get("unlike", 0)))
     if metrics is not None:
-        found += [
+        counts += [
             (f"comparisons that failed ({mode}): {code}", count)
             for mode, codes in metrics.failures.items()
             for code, count in codes.items()
         ]
-        found += [
+        counts += [
             ("held-out instructions with an empty answer", metrics.empty),
             ("held-out instructions without an answer", metrics.missing),
         ]
-    return [(what, count) for what, count in found if count]
+    return [(what, count) for what, count in counts if count]
 
 
 def _render(**context: Any) -> str:
@@ -206,8 +212,8 @@ def _render(**context: Any) -> str:
 
         from client.benchmarks.report.table import percent
     environment = Environment(
-        # The frame of the page is the benchmarks'.
-        loader=ChoiceLoader([PackageLoader("trainer", ""), PackageLoader("client.benchmarks", "")]),
+        # The page's frame is that of the benchmarks' report.
+        loader=ChoiceLoader([PackageLoader("trainer", ""), PackageLoader("client.benchmarks", "report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -218,15 +224,15 @@ def _render(**context: Any) -> str:
 
 
 def _safe(svg: str) -> Any:
-    """Safe: the figures escape what they are given."""
+    """Markup that the template does not escape: the figures have escaped the texts in them."""
     from markupsafe import Markup
 
     return Markup(svg)
 
 
 def _round_folders(folder: Path) -> list[Path]:
-    found = [part for part in folder.glob("round-*") if part.name.removeprefix("round-").isdigit()]
-    return sorted(found, key=_number)
+    parts = [part for part in folder.glob("round-*") if part.name.removeprefix("round-").isdigit()]
+    return sorted(parts, key=_number)
 
 
 def _number(folder: Path) -> int:
@@ -234,7 +240,7 @@ def _number(folder: Path) -> int:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """None where the file is missing or broken: the page says what there is."""
+    """The object in the file; None if it is missing or broken: the page shows what there is."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -33,8 +33,8 @@ from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.run.files import read_records
 from trainer.run.records import Instruction, Score
 from trainer.run.records import Sample as Sampled
-from trainer.sft import load_examples
 from trainer.tuning.preferences import load_preferences
+from trainer.tuning.sft import load_examples
 
 __all__ = ["own_environment"]
 

@@ -18,17 +18,17 @@ from service.judge.readers import Sampling, TextReader
 from service.prompts.chat_template import ChatFrame
 from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
 from tests.support.training import TOY, said, toy_preferences, toy_settings
-from trainer.dpo import train_dpo
 from trainer.errors import InputError
 from trainer.labels.pairs import PairOptions, make_pairs
-from trainer.merge import merge
 from trainer.policy.samplers import SampleSettings
+from trainer.policy.sampling import Sampled, sample_responses
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
 from trainer.run.records import Instruction, Sample, Score
-from trainer.sample import Sampled, sample_responses
-from trainer.sft import Example, sft_settings, train_sft
+from trainer.tuning.dpo import train_dpo
+from trainer.tuning.merging import merge
 from trainer.tuning.preferences import Preference, Split
+from trainer.tuning.sft import Example, sft_settings, train_sft
 
 # As Qwen3's: empty thoughts before an answer where thinking is off, and thoughts set apart in a finished one.
 THINKING = (
@@ -139,7 +139,7 @@ def test_training_sees_what_was_sampled(tiny_model: Path, tmp_path: Path, capsys
 
     result = train_dpo(folder, data, tmp_path / "run", toy_settings(epochs=1.0))
 
-    assert (result.pairs, result.unlike) == (4, 2)
+    assert (result.trained, result.unlike) == (4, 2)
     assert json.loads((tmp_path / "run" / "dpo.json").read_text())["unlike"] == 2
     assert "2 of 6 pairs are left out" in capsys.readouterr().err
 
@@ -150,9 +150,9 @@ def test_nothing_left_to_train_on_is_an_error(template: str, tiny_model: Path, t
     folder = with_template(tiny_model, tmp_path / "model", template)
     pair = preference("<think>so</think>Paris")
 
-    with pytest.raises(InputError, match="1 are rendered by the chat template otherwise"):
+    with pytest.raises(InputError, match="1 are rendered by the chat template differently"):
         train_dpo(folder, Split([pair], []), tmp_path / "run", toy_settings())
-    with pytest.raises(InputError, match="1 are rendered by the chat template otherwise"):
+    with pytest.raises(InputError, match="1 are rendered by the chat template differently"):
         train_sft(folder, [Example(prompt=pair.prompt, completion=pair.chosen)], tmp_path / "sft", sft_settings())
 
 

@@ -18,7 +18,7 @@ from deploy.compose import COMPOSE_FILE, DOCKERFILE, ROOT, Service, instructions
 from service.models.__main__ import _parser as models_parser
 from service.settings import Settings, UpstreamKey, WorkerSettings
 from service.telemetry.metrics import Metrics
-from trainer.self_improve import _parser as loop_parser
+from trainer.self_improve import argument_parser as loop_parser
 
 # Of the Compose Specification (Apache-2.0), as the Python package docker-compose 1.29.2 carries it.
 SCHEMA = Path(__file__).parents[1] / "data" / "compose-spec.json"

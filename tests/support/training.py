@@ -1,4 +1,4 @@
-"""What the tests of training share: toy preferences, settings that take a second, and an interruption at a step."""
+"""Shared by the tests of training: toy data, settings that train within a second, interruptions, and what is left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from client.schema import Message
-from trainer.dpo import DPOSettings, preset
 from trainer.run.progress import StageProgress
-from trainer.tuning.preferences import Preference
+from trainer.tuning.dpo import DPOSettings, preset, train_dpo
+from trainer.tuning.preferences import Preference, Split
 
-# As few steps as show an effect, on one core, in fp32.
+# The fewest steps that show an effect, on one core, in fp32.
 TOY: dict[str, Any] = {
     "rank": 8,
     "alpha": 16,
@@ -29,6 +29,7 @@ TOY: dict[str, Any] = {
     "device": "cpu",
     "save_steps": 2,
 }
+TOY_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TOY.items()]
 
 
 def toy_settings(**changes: Any) -> DPOSettings:
@@ -54,7 +55,7 @@ def toy_preferences(count: int) -> list[Preference]:
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing of the program catches it."""
+    """Stands for a kill: nothing in the program catches it."""
 
 
 def kill_at(step: int) -> Callable[[StageProgress], None]:
@@ -67,10 +68,22 @@ def kill_at(step: int) -> Callable[[StageProgress], None]:
     return tell
 
 
+def trained_steps(model: Path, data: Split, folder: Path, **changes: Any) -> list[int]:
+    """Train; the steps that were reported: first 0, or that of the checkpoint which was resumed."""
+    steps: list[int] = []
+    train_dpo(model, data, folder, toy_settings(**changes), lambda advance: steps.append(advance.done))
+    return steps
+
+
 def log_lines(log: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of a training log that have `key`."""
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     return [line for line in lines if key in line]
+
+
+def logged(log: Path, key: str = "loss") -> list[Any]:
+    """The values of `key` in a training log."""
+    return [line[key] for line in log_lines(log, key)]
 
 
 def with_nan(model: Path, folder: Path, tensor: str) -> Path:
@@ -86,3 +99,9 @@ def with_nan(model: Path, folder: Path, tensor: str) -> Path:
 def adapter_weights(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by name."""
     return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same_adapter(first: Path, second: Path) -> bool:
+    """Whether the adapters of two trainings agree except for rounding."""
+    one, other = adapter_weights(first), adapter_weights(second)
+    return one.keys() == other.keys() and all(one[name].allclose(other[name], atol=1e-6) for name in one)

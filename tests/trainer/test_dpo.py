@@ -1,4 +1,4 @@
-"""DPO: the loss falls, beta counts, the base stays as it is, and a killed training ends like an undisturbed one."""
+"""DPO: the loss falls, beta matters, the base stays as it is, and a killed training ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support.live import wait_for
-from tests.support.training import TOY, Killed, adapter_weights, kill_at, log_lines, said, toy_preferences, toy_settings
-from trainer.dpo import DPO_FILE, DPO_LOG, FSDP_CONFIG, PRESETS, DPOResult, main, preset, train_dpo
+from tests.support.training import (
+    TOY_FLAGS,
+    Killed,
+    kill_at,
+    log_lines,
+    logged,
+    said,
+    same_adapter,
+    toy_preferences,
+    toy_settings,
+    trained_steps,
+)
+from trainer.dpo import FSDP_CONFIG, main
 from trainer.errors import InputError, ModelError
 from trainer.run.stages import content_digest
-from trainer.tuning.preferences import Split, load_preferences, split_preferences
+from trainer.tuning.checkpoints import TrainingError
+from trainer.tuning.dpo import DPO, PRESETS, preset, train_dpo
+from trainer.tuning.preferences import Split
 from trainer.tuning.settings import CHECKPOINTS
-from trainer.tuning.training import TrainingError
 
 DATA = Split(train=toy_preferences(24), held_out=toy_preferences(32)[24:])
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights agree but for rounding."""
-    return first.keys() == second.keys() and all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +58,22 @@ def killed(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_the_loss_falls_and_margins_grow(undisturbed: Path) -> None:
-    """From log 2, where the model is its own reference, the loss falls; held-out pairs are told apart as well."""
-    lines = log_lines(undisturbed / DPO_LOG)
-    evaluated = log_lines(undisturbed / DPO_LOG, "eval_loss")
+    """The loss falls from log 2, where the model is its own reference; held-out pairs are told apart as well."""
+    losses = logged(undisturbed / DPO.log)
 
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert lines[-1]["loss"] < 0.3
-    assert evaluated[-1]["eval_rewards/accuracies"] == 1.0
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < 0.3
+    assert logged(undisturbed / DPO.log, "eval_rewards/accuracies")[-1] == 1.0
 
 
-def test_the_result_tells_what_was_trained(undisturbed: Path) -> None:
+def test_the_result_says_what_was_trained(undisturbed: Path) -> None:
     """dpo.json holds counts, settings and last numbers; the checkpoints are gone, the adapter is whole."""
-    result = DPOResult(**json.loads((undisturbed / DPO_FILE).read_text()))
+    result = json.loads((undisturbed / DPO.file).read_text())
 
-    assert (result.pairs, result.held_out, result.too_long, result.steps, result.method) == (24, 8, 0, 6, "lora")
-    assert result.numbers["loss"] == log_lines(undisturbed / DPO_LOG)[-1]["loss"]
+    counts = {key: result[key] for key in ("pairs", "held_out", "too_long", "steps")}
+    assert counts == {"pairs": 24, "held_out": 8, "too_long": 0, "steps": 6}
+    assert result["method"] == "lora"
+    assert result["numbers"]["loss"] == logged(undisturbed / DPO.log)[-1]
     assert not (undisturbed / CHECKPOINTS).exists()
     assert {"adapter_config.json", "tokenizer.json", "README.md"} <= {
         file.name for file in (undisturbed / "adapter").iterdir()
@@ -76,13 +83,12 @@ def test_the_result_tells_what_was_trained(undisturbed: Path) -> None:
 def test_the_compact_output_layer_changes_nothing(
     tiny_model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses are those of the library's own way on a CPU, which computes every position's logits."""
+    """The losses are those of TRL's own output layer on a CPU, which computes every position's logits."""
     monkeypatch.setattr("trainer.tuning.training.compact_head", lambda _: nullcontext())
 
     train_dpo(tiny_model, DATA, tmp_path, toy_settings())
 
-    losses = [[line["loss"] for line in log_lines(folder / DPO_LOG)] for folder in (tmp_path, undisturbed)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert logged(tmp_path / DPO.log) == pytest.approx(logged(undisturbed / DPO.log), abs=1e-4)
 
 
 def test_the_base_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
@@ -95,67 +101,50 @@ def test_the_base_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_beta_scales_the_rewards(tiny_model: Path, tmp_path: Path) -> None:
-    """Adam's first step is as long whatever beta is, so after it the implicit rewards are in proportion to beta."""
+    """Adam's first step has the same length for any beta, so after it the implicit rewards are proportional to beta."""
     margins = {}
     for beta in (0.1, 0.4):
         settings = toy_settings(beta=beta, lr=1e-4, epochs=1.0, schedule="constant_with_warmup", warmup=0.0, clip=1e9)
         train_dpo(tiny_model, DATA, tmp_path / str(beta), settings)
-        margins[beta] = log_lines(tmp_path / str(beta) / DPO_LOG)[1]["rewards/margins"]
+        margins[beta] = logged(tmp_path / str(beta) / DPO.log, "rewards/margins")[1]
 
     assert margins[0.4] / margins[0.1] == pytest.approx(4, rel=0.05)
 
 
 def test_a_large_beta_keeps_the_model_near(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """With a larger beta the log-probabilities move less from the reference's."""
+    """With a larger beta the log-probabilities move less far from the reference's."""
     train_dpo(tiny_model, DATA, tmp_path, toy_settings(beta=2.0))
 
-    moved = {folder: log_lines(folder / DPO_LOG)[-1]["rewards/margins"] for folder in (tmp_path, undisturbed)}
-    assert moved[tmp_path] / 2.0 < 0.8 * moved[undisturbed] / 0.1
+    near, far = (logged(folder / DPO.log, "rewards/margins")[-1] for folder in (tmp_path, undisturbed))
+    assert near / 2.0 < 0.8 * far / 0.1
 
 
 def test_a_killed_training_ends_like_an_undisturbed_one(tiny_model: Path, killed: Path, undisturbed: Path) -> None:
-    """A rerun goes on from the checkpoint: the same weights, and each step once in the log."""
-    train_dpo(tiny_model, DATA, killed, toy_settings())
+    """A rerun resumes the checkpoint: the same weights, no step twice, and each step once in the log."""
+    steps = trained_steps(tiny_model, DATA, killed)
 
-    assert same(adapter_weights(killed), adapter_weights(undisturbed))
-    assert [line["step"] for line in log_lines(killed / DPO_LOG)] == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_rerun_goes_on_from_the_checkpoint(tiny_model: Path, killed: Path) -> None:
-    """The steps before the checkpoint are not done again."""
-    seen = []
-
-    train_dpo(tiny_model, DATA, killed, toy_settings(), lambda advance: seen.append(advance.done))
-
-    assert seen == [2, 3, 4, 5, 6]
+    assert steps == [2, 3, 4, 5, 6]
+    assert same_adapter(killed, undisturbed)
+    assert [line["step"] for line in log_lines(killed / DPO.log)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_half_a_checkpoint_is_passed_over(tiny_model: Path, killed: Path, undisturbed: Path) -> None:
-    """A checkpoint that a kill left without its last file is removed, and training begins before it."""
+def test_half_a_checkpoint_is_ignored(tiny_model: Path, killed: Path, undisturbed: Path) -> None:
+    """A checkpoint that a kill left without its last file is removed, and training starts before it."""
     (killed / CHECKPOINTS / "checkpoint-2" / "trainer_state.json").write_text('{"global_')
-    seen = []
 
-    train_dpo(tiny_model, DATA, killed, toy_settings(), lambda advance: seen.append(advance.done))
+    steps = trained_steps(tiny_model, DATA, killed)
 
-    assert seen[0] == 0
-    assert same(adapter_weights(killed), adapter_weights(undisturbed))
-
-
-def test_checkpoints_of_other_settings_are_not_used(tiny_model: Path, killed: Path) -> None:
-    """With another rate, training starts from the beginning."""
-    seen = []
-
-    train_dpo(tiny_model, DATA, killed, toy_settings(lr=1e-3), lambda advance: seen.append(advance.done))
-
-    assert seen[0] == 0
+    assert steps[0] == 0
+    assert same_adapter(killed, undisturbed)
 
 
 def test_a_kill_by_the_system_is_survived(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """SIGKILL in mid-training, then the same again: the weights of an undisturbed training."""
+    """SIGKILL in mid-training, then the same call again: the weights of an undisturbed training."""
     program = (
-        "import sys, time; from pathlib import Path; from tests.trainer.test_dpo import *\n"
+        "import sys, time; from pathlib import Path; from tests.support.training import *\n"
+        "data = Split(train=toy_preferences(24), held_out=toy_preferences(32)[24:])\n"
         "def tell(advance): time.sleep(60 * (advance.done == 5))\n"
-        "train_dpo(Path(sys.argv[1]), DATA, Path(sys.argv[2]), toy_settings(), tell)"
+        "train_dpo(Path(sys.argv[1]), data, Path(sys.argv[2]), toy_settings(), tell)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tiny_model), str(tmp_path)], cwd=Path(__file__).parents[2]
@@ -166,7 +155,7 @@ def test_a_kill_by_the_system_is_survived(tiny_model: Path, tmp_path: Path, undi
 
     train_dpo(tiny_model, DATA, tmp_path, toy_settings())
 
-    assert same(adapter_weights(tmp_path), adapter_weights(undisturbed))
+    assert same_adapter(tmp_path, undisturbed)
 
 
 @contextmanager
@@ -180,15 +169,15 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_said_and_survived(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """A checkpoint that does not fit is an error that says so; with room, the same call goes through."""
+def test_a_full_disk_is_reported_and_survived(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """A checkpoint that does not fit is an error that says so; with room, the same call succeeds."""
     with file_limit(30_000), pytest.raises(TrainingError, match="no room to write"):
         train_dpo(tiny_model, DATA, tmp_path, toy_settings())
     assert not list((tmp_path / CHECKPOINTS).glob("checkpoint-*"))
 
     train_dpo(tiny_model, DATA, tmp_path, toy_settings())
 
-    assert same(adapter_weights(tmp_path), adapter_weights(undisturbed))
+    assert same_adapter(tmp_path, undisturbed)
 
 
 def test_long_pairs_are_counted_and_left_out(tiny_model: Path, tmp_path: Path) -> None:
@@ -197,22 +186,20 @@ def test_long_pairs_are_counted_and_left_out(tiny_model: Path, tmp_path: Path) -
 
     result = train_dpo(tiny_model, Split([long, *DATA.train[:8]], [long]), tmp_path, toy_settings(epochs=1.0))
 
-    assert (result.pairs, result.held_out, result.too_long) == (8, 0, 2)
+    assert (result.trained, result.held_out, result.too_long) == (8, 0, 2)
 
 
 def test_no_usable_pair_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
-    """Where every pair is too long, nothing is trained."""
+    """If every pair is too long, nothing is trained."""
     with pytest.raises(InputError, match="longer than 4 tokens"):
         train_dpo(tiny_model, DATA, tmp_path, toy_settings(max_length=4))
 
 
 def test_dropout_is_applied(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """LoRA's dropout changes the losses: TRL's habit of turning all dropout off is turned off with it."""
+    """LoRA's dropout changes the losses, although TRL turns all dropout off by default."""
     train_dpo(tiny_model, DATA, tmp_path, toy_settings(dropout=0.5))
 
-    assert log_lines(tmp_path / DPO_LOG)[2]["loss"] != pytest.approx(
-        log_lines(undisturbed / DPO_LOG)[2]["loss"], rel=1e-3
-    )
+    assert logged(tmp_path / DPO.log)[2] != pytest.approx(logged(undisturbed / DPO.log)[2], rel=1e-3)
 
 
 def test_full_fine_tuning_leaves_a_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -221,13 +208,13 @@ def test_full_fine_tuning_leaves_a_model(tiny_model: Path, tmp_path: Path) -> No
 
     assert result.output == "model"
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    assert log_lines(tmp_path / DPO_LOG)[-1]["loss"] < math.log(2)
+    assert logged(tmp_path / DPO.log)[-1] < math.log(2)
 
 
 def test_qlora_without_bitsandbytes_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QLoRA says what it needs; the paper's preset takes LoRA in its place."""
+    """QLoRA says what it needs; `qlora-or-lora`, as in the paper's preset, falls back to LoRA."""
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
 
     with pytest.raises(ModelError, match="needs bitsandbytes"):
@@ -235,7 +222,7 @@ def test_qlora_without_bitsandbytes_is_refused(
     assert train_dpo(tiny_model, DATA, tmp_path, toy_settings(method="qlora-or-lora", epochs=1.0)).method == "lora"
 
 
-def test_a_tracker_that_is_not_there_is_said(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tracker_is_an_error(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reporting to wandb without wandb is an error that says what to install."""
     monkeypatch.setattr("trainer.tuning.settings.find_spec", lambda _: None)
 
@@ -243,8 +230,8 @@ def test_a_tracker_that_is_not_there_is_said(tiny_model: Path, tmp_path: Path, m
         train_dpo(tiny_model, DATA, tmp_path, toy_settings(report_to="wandb"))
 
 
-def test_the_papers_preset() -> None:
-    """The numbers that the paper's authors trained with."""
+def test_the_paper_preset_has_the_numbers_of_the_paper() -> None:
+    """The numbers that the authors trained with."""
     paper = preset("paper")
 
     assert (paper.rank, paper.alpha, paper.dropout, paper.lr, paper.beta) == (256, 128, 0.05, 5e-5, 0.1)
@@ -252,7 +239,7 @@ def test_the_papers_preset() -> None:
     assert (paper.loss, paper.method) == ("sigmoid", "qlora-or-lora")
 
 
-def test_full_fine_tuning_has_a_rate_of_its_own() -> None:
+def test_full_fine_tuning_has_its_own_learning_rate() -> None:
     """LoRA's rate would ruin a model whose every weight moves."""
     assert preset(method="full").lr < preset().lr / 10
     assert preset(method="full", lr=3e-6).lr == 3e-6
@@ -267,49 +254,19 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any]) -> None:
         preset(**changes)
 
 
-def test_what_is_only_told_is_no_part_of_the_identity() -> None:
-    """Logging and placement do not make another training, beta does."""
+def test_settings_without_effect_on_weights_are_not_part_of_the_identity() -> None:
+    """Logging does not make another training, beta does."""
     settings = preset()
 
     assert replace(settings, log_steps=7, report_to="wandb").described() == settings.described()
     assert replace(settings, beta=0.3).described() != settings.described()
 
 
-def test_the_split_holds_out_whole_prompts() -> None:
-    """A fifth is held out, by the seed, and no prompt is on both sides."""
-    preferences = toy_preferences(50) + toy_preferences(50)
-
-    split, again, other = (split_preferences(preferences, 0.2, seed) for seed in (0, 0, 1))
-
-    prompts = [{preference.prompt[0].content for preference in side} for side in (split.train, split.held_out)]
-    assert (len(split.train), len(split.held_out)) == (80, 20)
-    assert not prompts[0] & prompts[1]
-    assert split == again != other
-
-
-def test_preferences_of_the_hubs_layout_are_read(tmp_path: Path) -> None:
-    """A prompt as text with conversations as answers, as in UltraFeedback; what cannot be learnt from is counted."""
-    answers = {
-        side: [{"role": "user", "content": "Q"}, {"role": "assistant", "content": side}] for side in ("good", "bad")
-    }
-    rows = [
-        {"prompt": "Q", "chosen": answers["good"], "rejected": answers["bad"], "chosen-rating": 5.0},
-        {"prompt": "Q", "chosen": answers["bad"], "rejected": answers["bad"]},
-    ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    preferences, unusable = load_preferences(str(tmp_path / "pairs.jsonl"))
-
-    assert unusable == 1
-    assert preferences[0].turns("chosen") == [said("user", "Q"), said("assistant", "good")]
-
-
 def test_the_command_trains_once(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command trains on a file; a repetition finds it complete, other settings are refused."""
+    """The command trains on a file; a repetition finds the result complete, and other settings are refused."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(preference.model_dump_json() + "\n" for preference in toy_preferences(10)))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TOY.items()]
-    command = ["--model", str(tiny_model), "--pairs", str(pairs), "--output", str(tmp_path / "out"), *flags]
+    command = ["--model", str(tiny_model), "--pairs", str(pairs), "--output", str(tmp_path / "out"), *TOY_FLAGS]
 
     codes = [main([*command, f"--beta={beta}"]) for beta in (0.2, 0.2, 0.3)]
 
@@ -324,12 +281,12 @@ def test_the_command_trains_once(tiny_model: Path, tmp_path: Path, capsys: pytes
     [[], ["--model", "x/y"], ["--model=.", "--pairs=none.jsonl", "--output=o"], ["--fsdp-config", "--held-out=2"]],
 )
 def test_missing_input_is_usage(flags: list[str]) -> None:
-    """What is missing is said with exit code 2; the place of the FSDP configuration needs nothing else."""
+    """Missing input is exit code 2; the path of the FSDP configuration needs no other flag."""
     assert main(flags) == (0 if "--fsdp-config" in flags else 2)
 
 
 def test_the_shipped_fsdp_configuration_is_accelerates(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--fsdp-config` prints a file that accelerate reads as one of FSDP."""
+    """`--fsdp-config` prints the path of a file that accelerate reads as an FSDP configuration."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     main(["--fsdp-config"])

@@ -20,13 +20,14 @@ from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
 from tests.support.tiny import CHAT_TEMPLATE
 from tests.support.training import toy_preferences, toy_settings, with_nan
-from trainer.dpo import train_dpo
 from trainer.errors import ModelError
-from trainer.merge import main, merge
+from trainer.merge import main
 from trainer.policy.models import load_model, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
+from trainer.tuning.dpo import train_dpo
+from trainer.tuning.merging import merge
 from trainer.tuning.preferences import Split
-from trainer.tuning.rounding import kept_update, merge_and_weigh
+from trainer.tuning.rounding import kept_update, merge_and_measure
 
 IDS = torch.arange(3, 43)[None]
 
@@ -305,7 +306,7 @@ def test_an_update_that_rounding_swallows_is_told(tiny_model: Path, tmp_path: Pa
     base = merge(tiny_model, tmp_path / "base")
     train_dpo(base, Split(toy_preferences(4), []), tmp_path, toy_settings(lr=1e-9, epochs=1.0))
 
-    warning = merge_and_weigh(tmp_path / "adapter", tmp_path / "merged", str(base), "bfloat16")
+    warning = merge_and_measure(tmp_path / "adapter", tmp_path / "merged", str(base), "bfloat16")
 
     assert warning is not None
     assert "nothing of the training is left" in warning

@@ -18,10 +18,11 @@ from tests.support.training import with_nan
 from trainer.errors import InputError, ModelError, StageError
 from trainer.policy.models import load_model
 from trainer.policy.samplers import SampleSettings, response_seed
+from trainer.policy.sampling import Sampled, sample_responses
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
 from trainer.run.records import Instruction
-from trainer.sample import Sampled, main, sample_responses
+from trainer.sample import main
 
 INSTRUCTIONS = [Instruction(id=f"q{n}", prompt=f"What is {n}? " + "the quick fox " * n) for n in range(7)]
 SMALL = {"dtype": "float32", "device": "cpu", "max_new_tokens": 12}

@@ -12,7 +12,8 @@ import pytest
 from client.benchmarks.results.records import Row
 from client.schema import Message
 from tests.benchmarks.test_report import EVIL, Page
-from trainer.evaluation.verdicts import make_duels, measure
+from trainer.evaluation.metrics import measure
+from trainer.evaluation.verdicts import make_duels
 from trainer.labels.pairs import PairOptions, make_pairs
 from trainer.report import MAX_TEXT, TEXTS, cut, spread, write_run_report
 from trainer.run.files import write_record, write_records

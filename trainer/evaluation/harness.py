@@ -1,11 +1,12 @@
-"""Public benchmarks by the LM Evaluation Harness (EleutherAI), where it is installed and can have its data.
+"""Public benchmarks by the LM Evaluation Harness (EleutherAI), if it is installed and can download its data.
 
-For each task `items` seeded ones are taken over all of its sub-tasks (MMLU has 57), and a task's number is the mean
-over its items. The harness's own `limit` takes the first ones of each sub-task instead. Its prompts, its metrics.
+For each task a seeded choice of `items` is made over all of its sub-tasks (MMLU has 57), and the task's number is the
+mean over them; the harness's own `limit` would take the first items of each sub-task. Prompts and metrics are its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 from collections import defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from trainer.errors import ModelError
 
@@ -30,30 +31,49 @@ class HarnessOptions:
     seed: int = 42
     chat_template: bool = True
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self | None:
+        """What --lm-eval asks for. Raises ModelError if the harness is not installed."""
+        if not args.lm_eval:
+            return None
+        require_harness()
+        names = tuple(name.strip() for name in args.lm_eval.split(",") if name.strip())
+        return cls(TASKS if args.lm_eval == "all" else names, args.lm_eval_items)
+
+
+def add_harness_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `HarnessOptions.from_args`."""
+    group = parser.add_argument_group("lm-eval", "Public benchmarks, by the LM Evaluation Harness if it is installed.")
+    tasks = f"tasks, separated by commas, or `all`: {', '.join(TASKS)} (default: none)"
+    group.add_argument("--lm-eval", metavar="TASKS", help=tasks)
+    group.add_argument(
+        "--lm-eval-items", type=int, default=500, metavar="N", help="seeded items of each task (default: 500)"
+    )
+
 
 def require_harness() -> None:
-    """Raises ModelError, which says what to install, where the harness is missing."""
+    """Raise ModelError, which says what to install, if the harness is missing."""
     if find_spec("lm_eval") is None:
         raise ModelError(f"--lm-eval needs the LM Evaluation Harness, which is not installed: {_INSTALL}")
 
 
 def run_harness(model: str, options: HarnessOptions) -> dict[str, Any]:
-    """The numbers of one model, by task: {"items": n, metric: mean, …}. Raises ModelError.
+    """One model's numbers by task: {"items": n, metric: mean, …}. Raises ModelError.
 
-    Written from the harness's source (0.4.13: TaskManager.load, simple_evaluate with `samples`); not run in this
-    project's tests, which have neither the package nor its data.
+    Written from the harness's source (0.4.13: TaskManager.load, simple_evaluate with `samples`). This project's tests
+    do not run it: they have neither the package nor its data.
     """
     require_harness()
     evaluator, tasks = import_module("lm_eval.evaluator"), import_module("lm_eval.tasks")
-    found: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for task in options.tasks:
         try:
             loaded = tasks.TaskManager().load([task])["tasks"]
-            chosen = choose_items({name: len(one.eval_docs) for name, one in loaded.items()}, options)
+            chosen = choose_items({name: len(subtask.eval_docs) for name, subtask in loaded.items()}, options)
             results = evaluator.simple_evaluate(
                 model="hf",
                 model_args={"pretrained": model, "dtype": "auto"},
-                # The chosen sub-tasks by name: one without items would be run as a whole.
+                # Only sub-tasks with chosen items: the others would be run as a whole.
                 tasks=list(chosen),
                 samples=chosen,
                 batch_size="auto",
@@ -61,24 +81,24 @@ def run_harness(model: str, options: HarnessOptions) -> dict[str, Any]:
                 log_samples=False,
                 random_seed=options.seed,
             )
-        except Exception as error:  # of many libraries' making: the hub's, the harness's, a task's own
+        except Exception as error:  # from many libraries: the hub's, the harness's, a task's own
             raise ModelError(f"lm-eval could not run {task} on {model}: {type(error).__name__}: {error}") from error
-        found[task] = pooled(results["results"], {name: len(items) for name, items in chosen.items()})
-    return found
+        numbers[task] = pooled(results["results"], {name: len(items) for name, items in chosen.items()})
+    return numbers
 
 
 def choose_items(sizes: Mapping[str, int], options: HarnessOptions) -> dict[str, list[int]]:
-    """Numbers of items by sub-task, in ascending order, `options.items` in all or all there are."""
+    """Item indices by sub-task, in ascending order; `options.items` in all, or as many as there are."""
     everything = [(name, index) for name in sorted(sizes) for index in range(sizes[name])]
-    taken = random.Random(options.seed).sample(everything, min(options.items, len(everything)))
+    sample = random.Random(options.seed).sample(everything, min(options.items, len(everything)))
     chosen: defaultdict[str, list[int]] = defaultdict(list)
-    for name, index in sorted(taken):
+    for name, index in sorted(sample):
         chosen[name].append(index)
     return dict(chosen)
 
 
 def pooled(results: Mapping[str, Mapping[str, Any]], items: Mapping[str, int]) -> dict[str, Any]:
-    """The mean over all items of each metric that every sub-task has, null for NaN; standard errors are left out."""
+    """The mean over all items of each metric that every sub-task has, None for NaN; standard errors are left out."""
     parts: Sequence[Mapping[str, Any]] = [results[name] for name in items]
     shared = [key for key in parts[0] if "," in key and "_stderr" not in key and all(key in part for part in parts)]
     total = sum(items.values())

@@ -1,7 +1,8 @@
-"""How often one model's responses are preferred to another's: win rates with their uncertainty, lengths held even.
+"""How often one model's responses are preferred to another's: win rates with their uncertainty, plain and
+length-controlled.
 
-A tie counts half. Standard errors are those of a mean of independent outcomes; intervals are 95%. All of it is over the
-instructions at hand and says nothing of how well the judge judges.
+A tie counts half. Standard errors are those of a mean of independent outcomes; intervals are 95%. They cover the choice
+of instructions, not how well the judge judges.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from client.stats import mean, sigmoid, wilson
 from trainer.run.records import Record
 
 Z95: Final = 1.959963984540054
-# Standard deviation of a Gaussian prior on both coefficients of the length regression. Without one, outcomes that the
-# length separates would put them at infinity; where outcomes overlap it is too weak to be seen.
+# Standard deviation of a Gaussian prior on both coefficients of the length regression. Without it they would go to
+# infinity if length alone separates wins from losses; otherwise it is too weak to matter.
 PRIOR_SD: Final = 10.0
-_STEPS: Final = 100
-_SETTLED: Final = 1e-10
+_MAX_STEPS: Final = 100
+_CONVERGED: Final = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One comparison: `credit` is 1 where the new model's response is preferred, 0.5 for a tie, else 0.
+    """One comparison: `credit` is 1 if the new model's response is preferred, 0.5 for a tie, else 0.
 
     `length_difference` is the new response's length minus the base's, in characters.
     """
@@ -35,7 +36,7 @@ class Outcome:
 
 
 class Estimate(Record):
-    """A number with its standard error and 95% interval; of a single value there is no error, nor an interval."""
+    """A number with its standard error and 95% interval; a single value has neither."""
 
     value: float
     standard_error: float | None
@@ -44,7 +45,7 @@ class Estimate(Record):
 
 
 class WinRate(Estimate):
-    """The mean credit of `count` comparisons; the interval is Wilson's, wider than need be where there are ties."""
+    """The mean credit of `count` comparisons; the interval is Wilson's, wider than necessary if there are ties."""
 
     count: int
     wins: int
@@ -58,7 +59,7 @@ def outcome_of(category: str, log_odds: float, length_difference: int) -> Outcom
 
 
 def win_rate(outcomes: Sequence[Outcome]) -> WinRate | None:
-    """The share of wins, ties counting half; None where nothing was compared, or every comparison is a tie."""
+    """The share of wins, ties counting half; None if nothing was compared, or every comparison is a tie."""
     if not _decided(outcomes):
         return None
     earned = [outcome.credit for outcome in outcomes]
@@ -76,7 +77,7 @@ def win_rate(outcomes: Sequence[Outcome]) -> WinRate | None:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate | None:
-    """The mean, and a normal interval around it; None of nothing."""
+    """The mean with a normal interval; None of no values."""
     if not values:
         return None
     value, error = mean(values), _standard_error(values)
@@ -88,18 +89,17 @@ def mean_estimate(values: Sequence[float]) -> Estimate | None:
 def by_category(outcomes: Sequence[Outcome]) -> dict[str, WinRate]:
     """The win rate in each category, by name."""
     names = sorted({outcome.category for outcome in outcomes})
-    found = {name: win_rate([outcome for outcome in outcomes if outcome.category == name]) for name in names}
-    return {name: rate for name, rate in found.items() if rate is not None}
+    rates = {name: win_rate([outcome for outcome in outcomes if outcome.category == name]) for name in names}
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 def length_controlled(outcomes: Sequence[Outcome]) -> Estimate | None:
-    """The win rate to be expected of equally long responses; None where nothing was compared, or all are ties.
+    """The win rate expected at equal lengths; None if nothing was compared, or every comparison is a tie.
 
-    Dubois et al. (arXiv:2404.04475) predict the preference by a logistic regression and leave the length's term out:
-    here P(win) = sigmoid(theta + phi * tanh(d / sd(d))) for a length difference d, and the answer is sigmoid(theta).
-    Their third term, an instruction's difficulty, needs many models and is left out; the outcomes are 1, ½ and 0, not
-    the judge's probabilities. The standard error is theta's, by the delta method, and the interval sigmoid(theta ± z
-    times its error). The coefficients have the prior of PRIOR_SD.
+    After Dubois et al. (arXiv:2404.04475): fit P(win) = sigmoid(theta + phi * tanh(d / sd(d))) to the length
+    differences d, and report sigmoid(theta). Their third term, an instruction's difficulty, needs many models and is
+    left out; outcomes are 1, ½ and 0, not the judge's probabilities. The standard error is theta's by the delta method,
+    the interval sigmoid(theta ± z times that error). Both coefficients have the prior of PRIOR_SD.
     """
     if not _decided(outcomes):
         return None
@@ -118,12 +118,12 @@ def length_controlled(outcomes: Sequence[Outcome]) -> Estimate | None:
 
 
 def _decided(outcomes: Sequence[Outcome]) -> bool:
-    """Whether there is a preference at all: half and half with no error would be said of nothing."""
+    """Whether there is any preference: ties alone would give 50% with no error."""
     return any(outcome.credit != 0.5 for outcome in outcomes)
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for a single value."""
+    """The standard error of the mean; None for a single value."""
     count = len(values)
     if count < 2:
         return None
@@ -132,7 +132,7 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def _logistic_intercept(inputs: Sequence[float], earned: Sequence[float]) -> tuple[float, float]:
-    """The intercept of the logistic regression of earned on inputs, and its variance, by Newton's method."""
+    """The intercept of the logistic regression of `earned` on `inputs`, and its variance, by Newton's method."""
 
     def loss(theta: float, phi: float) -> float:
         prior = (theta**2 + phi**2) / (2 * PRIOR_SD**2)
@@ -140,7 +140,7 @@ def _logistic_intercept(inputs: Sequence[float], earned: Sequence[float]) -> tup
         return prior + math.fsum(fits)
 
     theta = phi = 0.0
-    for _ in range(_STEPS):
+    for _ in range(_MAX_STEPS):
         ridge = PRIOR_SD**-2
         chances = [sigmoid(theta + phi * x) for x in inputs]
         errors = [p - y for p, y in zip(chances, earned, strict=True)]
@@ -153,16 +153,16 @@ def _logistic_intercept(inputs: Sequence[float], earned: Sequence[float]) -> tup
         determinant = h_theta * h_phi - h_both**2
         step = (h_both * g_phi - h_phi * g_theta) / determinant, (h_both * g_theta - h_theta * g_phi) / determinant
         decrement = -(g_theta * step[0] + g_phi * step[1])
-        if decrement <= _SETTLED:
+        if decrement <= _CONVERGED:
             return theta, h_phi / determinant
         theta, phi = _descend(loss, (theta, phi), step, decrement)
-    raise ArithmeticError(f"the length regression did not settle in {_STEPS} steps")
+    raise ArithmeticError(f"the length regression did not converge in {_MAX_STEPS} steps")
 
 
 def _descend(
     loss: Callable[[float, float], float], at: tuple[float, float], step: tuple[float, float], decrement: float
 ) -> tuple[float, float]:
-    """The end of the longest halving of the step that lowers the loss enough (Armijo)."""
+    """Halve the step until it lowers the loss enough (Armijo); the point it leads to."""
     before, size = loss(*at), 1.0
     while True:
         tried = at[0] + size * step[0], at[1] + size * step[1]

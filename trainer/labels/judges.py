@@ -20,24 +20,23 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from client import Judge, JudgeError
-from trainer.config import DEFAULT_COMMAND, LoopSettings
 from trainer.errors import StageError
-from trainer.evaluate import Model, Referee, model_of
-from trainer.evaluation.verdicts import describe_judge
 from trainer.labels.labelers import RANDOM, JudgeOptions, LabelOptions
 from trainer.labels.labeling import describe_labeler
+from trainer.policy.model_ref import ModelRef
 
 JUDGE_LOG_FILE: Final = "judge.log"
+DEFAULT_COMMAND: Final = "python -m service --model {model} --port {port}"
 _STOP_TIMEOUT: Final = 60.0  # seconds until SIGKILL; the service drains accepted requests before it ends
 
 
 class JudgeSource(Protocol):
     """Provides the judge of a round that begins with a given policy."""
 
-    def described(self, policy: Model) -> Mapping[str, object]:
+    def described(self, policy: ModelRef) -> Mapping[str, object]:
         """Everything that decides the round's labels, for the stage's inputs."""
 
-    def serving(self, policy: Model) -> AbstractContextManager[JudgeOptions | None]:
+    def serving(self, policy: ModelRef) -> AbstractContextManager[JudgeOptions | None]:
         """A context in which the judge can be asked; it yields None for an arm without a judge. Raises StageError."""
 
 
@@ -53,11 +52,11 @@ class FixedJudge:
         """Raises StageError within seconds if the service cannot label."""
         return cls(labels, describe_labeler(labels))
 
-    def described(self, policy: Model) -> Mapping[str, object]:  # noqa: ARG002 - the same for every policy
+    def described(self, policy: ModelRef) -> Mapping[str, object]:  # noqa: ARG002 - the same for every policy
         """See JudgeSource."""
         return self.description
 
-    def serving(self, policy: Model) -> AbstractContextManager[JudgeOptions | None]:  # noqa: ARG002
+    def serving(self, policy: ModelRef) -> AbstractContextManager[JudgeOptions | None]:  # noqa: ARG002
         """See JudgeSource."""
         return nullcontext(self.labels.judge)
 
@@ -77,7 +76,7 @@ class FollowingJudge:
         if self.labels.labeler == RANDOM:
             raise ValueError("the random arm has no judge that could follow the policy")
 
-    def described(self, policy: Model) -> Mapping[str, object]:
+    def described(self, policy: ModelRef) -> Mapping[str, object]:
         """See JudgeSource."""
         template: Any = self.labels.template
         return {
@@ -88,7 +87,7 @@ class FollowingJudge:
         }
 
     @contextmanager
-    def serving(self, policy: Model) -> Iterator[JudgeOptions]:
+    def serving(self, policy: ModelRef) -> Iterator[JudgeOptions]:
         """See JudgeSource."""
         assert self.labels.judge is not None
         port = _free_port()
@@ -116,29 +115,6 @@ class FollowingJudge:
                     return
         how = "took too long" if process.poll() is None else f"ended with exit code {process.returncode}"
         raise StageError(f"the judge started by --judge-command {how} before it was ready: see {self.log}")
-
-
-def connect_judges(settings: LoopSettings) -> tuple[JudgeSource, Referee | None]:
-    """The judge that labels, and the one that evaluates (None if nothing is held out). Raises StageError in seconds."""
-    judges: JudgeSource = (
-        FixedJudge.connect(settings.labels)
-        if settings.command is None
-        else FollowingJudge(settings.labels, settings.command, settings.output / JUDGE_LOG_FILE)
-    )
-    return judges, _referee(settings, judges) if settings.instructions.held_out else None
-
-
-def _referee(settings: LoopSettings, judges: JudgeSource) -> Referee:
-    start = model_of(settings.model)
-    labelled_by: Any = judges.described(start).get("judge") or {}
-    common: dict[str, Any] = {"truncation": settings.labels.truncation, "max_failures": settings.labels.max_failures}
-    if isinstance(judges, FollowingJudge) and settings.eval_judge is None:
-        # All rounds must be evaluated by the same judge: the model the first one began with.
-        return Referee({"judge": labelled_by}, lambda: judges.serving(start), is_labeler=True, **common)
-    judge = settings.eval_judge or settings.judge
-    description = describe_judge(judge)
-    is_labeler = labelled_by.get("fingerprint") == description["fingerprint"]
-    return Referee(description, lambda: nullcontext(judge), is_labeler=is_labeler, **common)
 
 
 def _start(argv: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:

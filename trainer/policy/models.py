@@ -16,7 +16,7 @@ from typing import Any, Final, get_args
 
 from service.engine.contract import DType as DType  # the same names for the judge and the policy
 from trainer.errors import ModelError
-from trainer.policy.weights import model_digest
+from trainer.run.model_files import model_digest
 
 DTYPES: Final = get_args(DType)
 

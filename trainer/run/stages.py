@@ -23,8 +23,8 @@ from typing import Any, Final
 from client.benchmarks import run
 from client.runtime.files import sync_all
 from trainer.errors import StageError
-from trainer.policy.weights import SHA256, weights_mark
 from trainer.run.files import file_digest, lock, unwritable, write_json
+from trainer.run.model_files import SHA256, weights_mark
 from trainer.run.progress import echo
 from trainer.run.records import CONFIG_FILE
 

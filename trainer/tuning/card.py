@@ -1,4 +1,4 @@
-"""The README.md of a model that was made here: what it was made from, how, and the run's numbers."""
+"""The model card (README.md) of a trained model: what it was made from, how, and the run's numbers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 
 
 def model_card(name: str, base: str, numbers: Mapping[str, Any], *, adapter: bool = False) -> str:
-    """The card's text. `numbers` are JSON objects by title (training, pairs, evaluation), each becomes a table.
+    """The card's text. `numbers` are JSON objects by title (training, pairs, evaluation); each becomes a table.
 
-    A base that is a folder is left out of the front matter, where the hub wants an id.
+    The front matter names the base only if it is a hub id: the hub accepts nothing else there.
     """
     front = ["---", "library_name: peft" if adapter else "library_name: transformers", "pipeline_tag: text-generation"]
     if not Path(base).exists() and "/" in base:
@@ -48,12 +48,10 @@ def _table(values: Any) -> str:
 
 
 def _flat(prefix: str, values: Any) -> list[tuple[str, str]]:
-    """Leaves by their dotted names; a list is shown as JSON, and only where it is short."""
+    """The leaves by dotted name. Lists are shown as JSON, long ones not at all."""
     if isinstance(values, Mapping):
-        found = []
-        for key, value in values.items():
-            found += _flat(f"{prefix}.{key}" if prefix else str(key), value)
-        return found
+        items = ((f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items())
+        return [leaf for key, value in items for leaf in _flat(key, value)]
     if isinstance(values, list):
         text = json.dumps(values)
         return [(prefix, _cell(text))] if len(text) <= 100 else []

@@ -1,8 +1,8 @@
-"""How much of what training changed is left in a merged model after its weights were rounded.
+"""How much of what training changed survives rounding in a merged model.
 
-bfloat16 has 8 significant bits, and a base's weights already lie on its grid: a change of less than half a step in a
-weight is lost whole, while the change of a LoRA at a small learning rate is often no larger. For weights of standard
-deviation 0.05, random changes of 1e-4 keep 80% of their length in their own direction, those of 3e-5 a third.
+bfloat16 has 8 significant bits, and a base's weights already lie on its grid: a change of less than half a step is
+lost, and a LoRA at a small learning rate often changes a weight by no more. For weights with a standard deviation of
+0.05, random changes of 1e-4 keep 80% of their length in their own direction, those of 3e-5 a third.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from trainer.merge import merge
 from trainer.policy.models import DType, resolve_model
-from trainer.policy.weights import TensorFiles, same_weights
 from trainer.run.files import write_json
+from trainer.run.model_files import TensorFiles, same_weights
+from trainer.tuning.merging import is_whole_model, merge
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MERGE_FILE: Final = "merge.json"
+# Matrices to measure on, evenly spaced: a large model has hundreds, and they round alike.
 MATRICES: Final = 8
-# Below this share of the update, rounding has undone too much of the training to be silent about it.
+# A smaller share of the update is worth a warning.
 ENOUGH: Final = 0.9
 _ADVICE: Final = "raise --lr, or give --merge-dtype float32 --dtype float32, and serve it in float32"
 _PREFIX: Final = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def merge_and_weigh(trained: Path, output: Path, base: str, dtype: DType) -> str | None:
-    """Merge, and write merge.json beside `output`; a warning where rounding took much of the training, or all of it."""
+def merge_and_measure(trained: Path, output: Path, base: str, dtype: DType) -> str | None:
+    """Merge, write merge.json beside `output`, and return a warning if rounding undid much or all of the training."""
     merge(trained, output, base=base, dtype=dtype)
     source = resolve_model(base)
     kept, changed = kept_update(source, trained, output), not same_weights(source, output)
@@ -45,20 +46,20 @@ def merge_and_weigh(trained: Path, output: Path, base: str, dtype: DType) -> str
 
 
 def kept_update(base: Path, trained: Path, merged: Path) -> float | None:
-    """<merged - base, update> / <update, update>, over MATRICES of the trained matrices, evenly spaced; 1 is all of it.
+    """<merged - base, update> / <update, update> over MATRICES of the trained matrices; 1 means that all of it is kept.
 
-    `trained` is a LoRA adapter or a whole model; all are folders. None where the files do not name their tensors alike,
-    the adapter is of a kind whose update is no plain product (DoRA), or nothing was changed.
+    `trained` is a LoRA adapter or a whole model; all three are folders. None if the files name their tensors
+    differently, the adapter's update is not a plain product (DoRA), or nothing was changed.
     """
     try:
-        with TensorFiles(base) as first, TensorFiles(trained) as other, TensorFiles(merged) as last:
-            whole = (trained / "config.json").is_file()
-            updates = _updates_of_model(first, other) if whole else _updates_of_lora(trained, other)
+        with TensorFiles(base) as before, TensorFiles(trained) as tuned, TensorFiles(merged) as after:
+            whole = is_whole_model(trained)
+            updates = _updates_of_model(before, tuned) if whole else _updates_of_lora(trained, tuned)
             dot = square = 0.0
             for name, update in updates.items():
-                left = last[name]
-                # A base that is kept in a finer format is rounded too wherever it is used in this one.
-                kept = left.float() - first[name].to(left.dtype).float()
+                rounded = after[name]
+                # A base stored in a finer format is rounded as well wherever it is used in this one.
+                kept = rounded.float() - before[name].to(rounded.dtype).float()
                 dot += float((kept * update).sum())
                 square += float((update * update).sum())
     except (OSError, ValueError, KeyError, RuntimeError):
@@ -75,13 +76,12 @@ def _updates_of_lora(folder: Path, adapter: TensorFiles) -> Mapping[str, Tensor]
 
 
 def _product(layer: str, adapter: TensorFiles, config: Mapping[str, Any]) -> Tensor:
-    """What LoRA adds to a layer: B A alpha / r, or by the root of r where the adapter is rank-stabilised."""
-    first, second = adapter[layer + _A].float(), adapter[layer + _B].float()
+    """What LoRA adds to a layer: B A alpha / r, or alpha / sqrt(r) if the adapter is rank-stabilised."""
+    a, b = adapter[layer + _A].float(), adapter[layer + _B].float()
     patterns = config.get("alpha_pattern") or {}
-    own = next((alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
-    rank = len(first)
-    scale = (config["lora_alpha"] if own is None else own) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    product: Tensor = scale * (second @ first)
+    alphas = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    alpha, rank = next(alphas, config["lora_alpha"]), len(a)
+    product: Tensor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * (b @ a)
     return product
 
 
@@ -91,5 +91,6 @@ def _updates_of_model(base: TensorFiles, model: TensorFiles) -> Mapping[str, Ten
 
 
 def _spread(names: list[str]) -> list[str]:
+    """MATRICES of the names, evenly spaced."""
     step = max(1, len(names) // MATRICES)
     return names[step // 2 :: step][:MATRICES]

@@ -1,130 +1,229 @@
-"""A training by TRL's trainers that survives a kill, keeps a log, and leaves whole folders.
+"""A training with TRL, the same for SFT and DPO: it survives a kill, keeps a log, and leaves complete folders.
 
-FOLDER/checkpoints/      while it trains; the newest complete one is where a rerun goes on, and all go at the end
+FOLDER/checkpoints/      while it trains: a rerun resumes the newest complete one; all are removed at the end
 FOLDER/<name>_log.jsonl  a line for each logging step: loss, gradient norm, learning rate, rewards, eval_…
-FOLDER/adapter/          LoRA's weights with the tokenizer, or model/ after full fine-tuning; there when complete
+FOLDER/adapter/          LoRA's weights with the tokenizer, or model/ after full fine-tuning
+FOLDER/<name>.json       the TrainingResult
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from client.chat import NO_THINKING
-from client.schema import Message
-from trainer.errors import StageError
-from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix
-from trainer.policy.weights import TensorFiles, model_digest, same_weights
-from trainer.run.files import put_in_place, write_json
+from trainer.errors import InputError
+from trainer.policy.models import needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.tokenizers import load_tokenizer
+from trainer.run.files import put_in_place, write_json, write_whole
+from trainer.run.model_files import TensorFiles, model_digest, same_weights
 from trainer.run.progress import ReportProgress, echo
-from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER, Record
-from trainer.run.stages import differing_keys
-from trainer.tuning.settings import CHECKPOINTS, TuneSettings, is_main, world_size
+from trainer.run.records import Record
+from trainer.run.stages import Stage
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.checkpoints import discard_unusable, disk_full_as_error, newest_checkpoint
+from trainer.tuning.rows import RowBuilder
+from trainer.tuning.settings import CHECKPOINTS, Base, TuneSettings, is_main, load_base, training_arguments, world_size
 from trainer.tuning.trl_compat import compact_head
 
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_NO_ROOM_TEXTS: Final = ("No space left", "os error 28", "File too large", "PytorchStreamWriter", "unexpected pos")
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What tells SFT from DPO. `unit` is what a record is called; its fields `sides` are answers to its prompt."""
 
-MADE_FROM_FILE: Final = "made_from.json"
-# What may not change between a checkpoint and its continuation, and how a checkpoint was begun where it did.
-_UNCHANGEABLE: Final = {
-    "processes": "with another number of processes",
-    "rates": "by an earlier version of this program, with other learning rates",
-}
-
-
-class TrainingError(StageError):
-    """Training cannot go on; the message says why and what to do. The last checkpoint stays, and a rerun goes on."""
-
-
-def run_trainer(
-    trainer: Any, folder: Path, log: Path, made_from: Mapping[str, Any], tell: ReportProgress
-) -> dict[str, Any]:
-    """Train from the newest complete checkpoint on. The library's numbers, `steps`, and the `last` of each number.
-
-    Checkpoints of a training that was not `made_from` the same are removed, which is said. Raises TrainingError.
-    """
-    from transformers import PrinterCallback
-
-    from trainer.tuning.watcher import Watcher
-
-    checkpoint = _checkpoint(trainer, folder / CHECKPOINTS, made_from)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watcher(log, tell))
-    with disk_full_said(folder), compact_head(trainer.args.device.type):
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    metrics: dict[str, Any] = result.metrics
-    return {**metrics, "steps": trainer.state.global_step, "last": _last_numbers(trainer.state.log_history)}
-
-
-class Usable:
-    """Chooses what can be trained on, as rows for TRL, and counts the rest: what is too long, or rendered otherwise."""
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._closing = training_suffix(tokenizer)
-        self.too_long = self.unlike = 0
+    name: str
+    unit: str
+    sides: tuple[str, ...]
 
     @property
-    def told(self) -> str:
-        """How many were left out, and why."""
-        return (
-            f"{self.too_long} are longer than {self._max_length} tokens (--max-length), {self.unlike} are rendered by "
-            "the chat template otherwise than the policy writes them (it adds or removes thoughts, or joins the "
-            "answer's beginning with the prompt's end)"
+    def title(self) -> str:
+        """SFT or DPO; TRL's classes begin with it."""
+        return self.name.upper()
+
+    @property
+    def log(self) -> str:
+        """The name of the log's file."""
+        return f"{self.name}_log.jsonl"
+
+    @property
+    def file(self) -> str:
+        """The name of the result's file."""
+        return f"{self.name}.json"
+
+    def stage(self, folder: Path, settings: TuneSettings, inputs: Mapping[str, Any]) -> Stage:
+        """The training as a stage of a run, made from `inputs` and the settings."""
+        outputs = (settings.output, self.log, self.file)
+        return Stage(folder, self.name, outputs, {**inputs, **settings.described()})
+
+    def as_json(self, result: TrainingResult) -> dict[str, Any]:
+        """The result as its file holds it: the trained records under their own name, and nothing for None."""
+        values = {f"{self.unit}s" if key == "trained" else key: value for key, value in asdict(result).items()}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What was trained, on how many records, and the last value of each number in the log (`loss`, `eval_loss`, …).
+
+    `held_out` is None for a recipe without evaluation. `too_long` and `unlike` are as in RowBuilder. `seconds` is the
+    training time of this process, so a resumed run's is shorter. `changed` is False if training left every weight as
+    it was.
+    """
+
+    output: str
+    base: str
+    method: str
+    settings: dict[str, Any]
+    trained: int
+    held_out: int | None
+    too_long: int
+    steps: int
+    seconds: float
+    numbers: dict[str, float]
+    changed: bool = True
+    unlike: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One training of `model`, a folder or hub id, into `folder`; `options` are for TRL's configuration."""
+
+    recipe: Recipe
+    model: str
+    folder: Path
+    settings: TuneSettings
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(
+        self, records: Sequence[Record], held_out: Sequence[Record] | None, on_progress: ReportProgress
+    ) -> TrainingResult:
+        """Train on `records`, evaluate on `held_out`, and write the files listed above; the base stays as it is.
+
+        A rerun with the same arguments resumes the last complete checkpoint in the folder. Raises ModelError,
+        InputError if no record can be used, TrainingError, and ImportError.
+        """
+        with needs_trainer():
+            for package in ("datasets", "trl"):
+                import_module(package)
+        source = resolve_model(self.model)
+        tokenizer = load_tokenizer(source)
+        builder = RowBuilder(tokenizer, self.settings.max_length)
+        plural, sides = f"{self.recipe.unit}s", self.recipe.sides
+        rows = builder.rows(plural, records, sides)
+        held_out_rows = None if held_out is None else builder.rows(plural, held_out, sides)
+        if not rows:
+            raise InputError(f"no {self.recipe.unit} to train on: {builder.left_out}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made_from = self._made_from(source, rows if held_out_rows is None else [rows, held_out_rows])
+        with quiet_libraries():
+            base = load_base(source, self.settings)
+            trainer = self._trainer(base, tokenizer, rows, held_out_rows)
+            metrics = self._train(trainer, made_from, on_progress)
+            output = self._save(trainer, base.method)
+            changed = is_changed(source, output)
+        result = TrainingResult(
+            output=output.name,
+            base=self.model,
+            method=base.method,
+            settings=asdict(self.settings),
+            trained=len(rows),
+            held_out=None if held_out_rows is None else len(held_out_rows),
+            too_long=builder.too_long,
+            unlike=builder.unlike,
+            steps=trainer.state.global_step,
+            seconds=metrics["train_runtime"],
+            numbers=_last_numbers(trainer.state.log_history),
+            changed=changed,
+        )
+        if is_main():
+            self._write(result, output)
+        return result
+
+    def _made_from(self, source: Path, data: Any) -> dict[str, Any]:
+        """What a checkpoint must share with the training that resumes it."""
+        return {
+            **self.settings.described(),
+            "model": [self.model, model_digest(source)],
+            "processes": world_size(),
+            "micro_batch": self.settings.micro_batch,
+            "data": sha256(json.dumps(data, allow_nan=False).encode()).hexdigest(),
+        }
+
+    def _trainer(self, base: Base, tokenizer: Any, rows: list[Any], held_out: list[Any] | None) -> Any:
+        # By name: neither package has types for strict checks.
+        dataset, trl = import_module("datasets").Dataset, import_module("trl")
+        from trainer.tuning.callbacks import trainer_class
+
+        arguments = training_arguments(self.folder, self.settings, base, evaluates=bool(held_out))
+        return trainer_class(f"{self.recipe.title}Trainer")(
+            model=base.model,
+            args=getattr(trl, f"{self.recipe.title}Config")(**arguments, **self.options),
+            train_dataset=dataset.from_list(rows),
+            eval_dataset=dataset.from_list(held_out) if held_out else None,
+            processing_class=tokenizer,
+            peft_config=base.peft_config,
         )
 
-    def of(self, what: str, records: Sequence[Record], sides: Sequence[str]) -> list[dict[str, Any]]:
-        """The records of which all `sides`, answers of one turn behind `prompt`, can be trained on."""
-        found, before = [], self.unlike
-        for record in records:
-            row = record.model_dump()
-            turns: dict[str, list[Message]] = {side: getattr(record, side) for side in ("prompt", *sides)}
-            whole = [[*turns["prompt"], *turns[side]] for side in sides]
-            if (
-                max(len(chat_ids(self._tokenizer, one, add_generation_prompt=False)) for one in whole)
-                > self._max_length
-            ):
-                self.too_long += 1
-            elif not all(renders_as_sampled(self._tokenizer, turns["prompt"], turns[side][-1]) for side in sides):
-                self.unlike += 1
-            else:
-                for side in sides:
-                    row[side][-1]["content"] += self._closing
-                found.append({**row, "chat_template_kwargs": dict(NO_THINKING)})
-        if self.unlike > before and found and is_main():
-            echo(f"{self.unlike - before} of {len(records)} {what} are left out: {self.told}")
-        return found
+    def _train(self, trainer: Any, made_from: Mapping[str, Any], on_progress: ReportProgress) -> dict[str, Any]:
+        """Resume the newest complete checkpoint, or start. TRL's metrics."""
+        from transformers import PrinterCallback
 
+        from trainer.tuning.callbacks import LogCallback
 
-def begun_with(name: str, model: Path, settings: TuneSettings) -> dict[str, Any]:
-    """What a checkpoint's continuation must share with it, but for the data."""
-    return {
-        **settings.described(),
-        "model": [name, model_digest(model)],
-        "processes": world_size(),
-        "micro_batch": settings.micro_batch,
-    }
+        checkpoints = self.folder / CHECKPOINTS
+        if is_main():
+            discard_unusable(checkpoints, made_from)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = newest_checkpoint(checkpoints)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogCallback(self.folder / self.recipe.log, on_progress))
+        with disk_full_as_error(self.folder), compact_head(trainer.args.device.type):
+            result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics: dict[str, Any] = result.metrics
+        return metrics
 
+    def _save(self, trainer: Any, method: str) -> Path:
+        """Save the adapter or the model, complete or not at all, and remove the checkpoints. Raises TrainingError."""
+        target = self.folder / self.settings.output
+        part = target.with_name(f"{target.name}.part")
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if method == "full":
+            model.config.use_cache = True
+        else:
+            config = model.peft_config["default"]
+            config.base_model_name_or_path, config.revision = _name_and_revision(self.model)
+        if is_main():
+            shutil.rmtree(part, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        with disk_full_as_error(self.folder):
+            trainer.save_model(str(part))
+        trainer.accelerator.wait_for_everyone()
+        if is_main():
+            # A pickle of paths and flags that nothing here reads.
+            (part / "training_args.bin").unlink(missing_ok=True)
+            put_in_place(part, target)
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        return target
 
-def data_digest(data: Any) -> str:
-    """SHA-256 of JSON values."""
-    return sha256(json.dumps(data, allow_nan=False).encode()).hexdigest()
+    def _write(self, result: TrainingResult, output: Path) -> None:
+        values = self.recipe.as_json(result)
+        adapter = self.settings.method != "full"
+        card = model_card(self.folder.name, self.model, {self.recipe.title: values}, adapter=adapter)
+        write_whole(output / CARD_FILE, card.encode())
+        write_json(self.folder / self.recipe.file, values)
 
 
 def is_changed(base: Path, trained: Path) -> bool:
-    """Whether training has changed any weight of the base; says so where it has not."""
+    """Whether training has changed any weight of the base; warns on stderr if it has not."""
     if (trained / "config.json").is_file():
         changed = not same_weights(base, trained)
     else:
-        # An adapter's update is a product, of which this half begins at 0.
+        # An adapter's update is the product B A, and B starts at 0.
         with TensorFiles(trained) as files:
             changed = any(bool(files[name].any()) for name in files.names if "lora_B" in name)
     if not changed and is_main():
@@ -132,116 +231,15 @@ def is_changed(base: Path, trained: Path) -> bool:
     return changed
 
 
-def _last_numbers(history: list[dict[str, Any]]) -> dict[str, float]:
+def _last_numbers(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each number that was logged."""
     return {key: value for line in history for key, value in line.items() if isinstance(value, int | float)}
 
 
-def save_result(trainer: Any, folder: Path, method: str, base_name: str) -> Path:
-    """Save the adapter, or the model, complete or not at all, and remove the checkpoints. Raises TrainingError."""
-    target = folder / (MODEL_FOLDER if method == "full" else ADAPTER_FOLDER)
-    part = target.with_name(f"{target.name}.part")
-    if method != "full":
-        config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
-        config.base_model_name_or_path, config.revision = _named(base_name)
-    else:
-        trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
-    if is_main():
-        shutil.rmtree(part, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    with disk_full_said(folder):
-        trainer.save_model(str(part))
-    trainer.accelerator.wait_for_everyone()
-    if is_main():
-        # A pickle of paths and flags that nothing here reads.
-        (part / "training_args.bin").unlink(missing_ok=True)
-        put_in_place(part, target)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    return target
-
-
-def _named(base: str) -> tuple[str, str | None]:
-    """How an adapter names its base: a folder by its whole path, a hub id and its revision."""
+def _name_and_revision(base: str) -> tuple[str, str | None]:
+    """How an adapter names its base: a folder by its absolute path, a hub id with its revision apart."""
     folder = Path(base).expanduser()
     if folder.is_dir():
         return str(folder.resolve()), None
     name, _, revision = base.partition("@")
     return name, revision or None
-
-
-def _checkpoint(trainer: Any, checkpoints: Path, made_from: Mapping[str, Any]) -> Path | None:
-    """Where to go on, the same for every process. Raises TrainingError for what must not be gone on with."""
-    if is_main():
-        # What a checkpoint's learning rates were: earlier versions had steps of rate 0.
-        _keep_or_clear(checkpoints, json.loads(json.dumps({**made_from, "rates": "above 0"}, allow_nan=False)))
-    trainer.accelerator.wait_for_everyone()
-    return _newest(checkpoints)
-
-
-def _keep_or_clear(checkpoints: Path, made_from: Mapping[str, Any]) -> None:
-    """Leave only checkpoints that a training `made_from` this goes on from, and say so of those that it does not."""
-    marker, newest = checkpoints / MADE_FROM_FILE, _newest(checkpoints)
-    differing = _differing(marker, made_from) if newest is not None else []
-    if stuck := [_UNCHANGEABLE[name] for name in differing if name in _UNCHANGEABLE]:
-        raise TrainingError(
-            f"{newest} cannot be continued: it was begun {' and '.join(stuck)}. Finish it in that way, or remove "
-            f"{checkpoints} to begin anew"
-        )
-    if differing == ["micro_batch"]:
-        echo(f"going on from {newest} with another --micro-batch: the same training, but for rounding and dropout")
-    elif newest is not None and differing:
-        echo(f"{newest} is not continued, for it was begun with other {', '.join(differing)}: training begins anew")
-        shutil.rmtree(checkpoints)
-    for folder in checkpoints.glob("checkpoint-*"):
-        if not _is_complete(folder):
-            echo(f"{folder} is incomplete and is not continued")
-            shutil.rmtree(folder, ignore_errors=True)
-    write_json(marker, made_from)
-
-
-def _differing(marker: Path, made_from: Mapping[str, Any]) -> list[str]:
-    try:
-        known = json.loads(marker.read_bytes())
-    except (OSError, ValueError):
-        return ["or unknown settings"]
-    # Earlier versions had both in one, and the data in full.
-    if "micro_batch" not in known:
-        return ["rates"]
-    return differing_keys(known, made_from)
-
-
-def _newest(checkpoints: Path) -> Path | None:
-    complete = [folder for folder in checkpoints.glob("checkpoint-*") if _is_complete(folder)]
-    return max(complete, key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """The trainer's state is what is written last of a checkpoint."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return bool(state.get("global_step") == _step(checkpoint))
-
-
-@contextmanager
-def disk_full_said(folder: Path) -> Iterator[None]:
-    """torch, safetensors and the system each have their own way to say that there is no room."""
-    try:
-        yield
-    except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number not in _NO_ROOM and not any(text in str(error) for text in _NO_ROOM_TEXTS):
-            raise
-        for checkpoint in (folder / CHECKPOINTS).glob("checkpoint-*"):
-            if is_main() and not _is_complete(checkpoint):  # it takes room and is good for nothing
-                shutil.rmtree(checkpoint, ignore_errors=True)
-        free = shutil.disk_usage(folder).free / 2**20
-        raise TrainingError(
-            f"no room to write below {folder} ({free:.0f} MiB free): {error}. Make room; a rerun goes on from the last "
-            "complete checkpoint"
-        ) from error

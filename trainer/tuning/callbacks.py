@@ -1,6 +1,6 @@
-"""TRL's trainers with our learning rates, and their callback with our log and bar: both stop at the first NaN.
+"""What we add to TRL's trainers: our learning rates, our log and progress bar, and a stop at the first NaN.
 
-Imported where torch, transformers and TRL are needed anyway.
+Import it only where torch, transformers and TRL are needed anyway.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from transformers import TrainerCallback
 
 from client.runtime.files import write_whole
 from trainer.run.progress import ReportProgress, StageProgress
+from trainer.tuning.checkpoints import TrainingError
 from trainer.tuning.settings import rate_factor
-from trainer.tuning.training import TrainingError
 
-# Others, such as an accuracy over no tokens, may have no value.
-_MUST_BE_NUMBERS: Final = ("loss", "grad_norm", "eval_loss", "train_loss")
+# Other logged numbers may be undefined, such as an accuracy over no tokens.
+_MUST_BE_FINITE: Final = ("loss", "grad_norm", "eval_loss", "train_loss")
+_NOTED: Final = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 
 def trainer_class(name: str) -> Any:
-    """TRL's trainer of that name with the methods of `_Careful`."""
-    return type(name, (_Careful, getattr(import_module("trl"), name)), {})
+    """TRL's trainer of that name with our schedule and loss check."""
+    return type(name, (_TrainerMixin, getattr(import_module("trl"), name)), {})
 
 
-class _Careful:
-    """Mixed into a trainer of transformers'."""
-
+class _TrainerMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The rates of `rate_factor`: the library's own begin at 0, where a training of one step ends as well."""
+        """Use `rate_factor`. transformers' schedules begin at 0, so a training of one step would change nothing."""
         own: Any = self
         if own.lr_scheduler is None:
             args = own.args
@@ -46,59 +45,62 @@ class _Careful:
         return own.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Raises TrainingError where the loss is NaN or infinite, before it reaches the weights."""
+        """Raise TrainingError if the loss is NaN or infinite, before it reaches the weights."""
         own: Any = self
         parent: Any = super()
         loss: Tensor = parent.training_step(*args, **kwargs)
         if not math.isfinite(loss.item()):
-            raise _not_a_number(f"the loss of step {own.state.global_step + 1} is {loss.item()}")
+            raise _not_finite(f"the loss of step {own.state.global_step + 1} is {loss.item()}")
         return loss
 
 
-def _not_a_number(what: str) -> TrainingError:
-    return TrainingError(
-        f"{what}: training stopped, and its last good checkpoint is kept. Lower --lr or --clip, or take --dtype "
-        "float32, with another --output or --overwrite; where it is the first step, the model itself may hold NaN"
-    )
+# ARG002: transformers passes all of its arguments to every method.
+class LogCallback(TrainerCallback):
+    """Writes the log and reports progress.
 
+    The log is rewritten at each start, because steps after the resumed checkpoint are computed again.
+    """
 
-# ARG002: the library passes all of it to each of the methods.
-class Watcher(TrainerCallback):
-    """Writes the log anew at each start: what the checkpoint does not know of is computed again."""
-
-    def __init__(self, log: Path, tell: ReportProgress) -> None:
+    def __init__(self, log: Path, on_progress: ReportProgress) -> None:
         self._log = log
-        self._tell = tell
+        self._report = on_progress
         self._advance = StageProgress(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Start from what the checkpoint holds."""
+        """Start the log from what the checkpoint holds."""
         if state.is_world_process_zero:
             write_whole(self._log, "".join(map(_line, state.log_history)).encode())
             self._advance = StageProgress(state.max_steps, state.global_step, state.global_step)
-            self._tell(self._advance)
+            self._report(self._advance)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Append what was logged just now, with null for NaN and infinity. Raises TrainingError."""
+        """Append the latest entry, with null for NaN and infinity. Raises TrainingError if the loss is one of them."""
         numbers = state.log_history[-1]
         bad = [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
-        broken = [f"{name} is {numbers[name]} at step {state.global_step}" for name in bad if name in _MUST_BE_NUMBERS]
-        # In the trainer's own state, which checkpoints hold as JSON.
+        broken = [f"{name} is {numbers[name]} at step {state.global_step}" for name in bad if name in _MUST_BE_FINITE]
+        # In place: checkpoints store log_history as JSON, which has no NaN.
         numbers.update(dict.fromkeys(bad))
         if state.is_world_process_zero:
             with self._log.open("a", encoding="utf-8") as file:
-                file.write(_line(state.log_history[-1]))
-            self._advance.note = _note(state.log_history[-1]) or self._advance.note
+                file.write(_line(numbers))
+            self._advance.note = _note(numbers) or self._advance.note
         if broken:
-            raise _not_a_number(", ".join(broken))
+            raise _not_finite(", ".join(broken))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:  # noqa: ARG002
-        """Count the step. Raises TrainingError where it broke the weights, before a checkpoint would hold them."""
+        """Count the step. Raises TrainingError if it broke the weights, before a checkpoint would save them."""
         if not all(weights.isfinite().all() for weights in more["model"].parameters() if weights.requires_grad):
-            raise _not_a_number(f"step {state.global_step} made weights NaN or infinite")
+            raise _not_finite(f"step {state.global_step} made weights NaN or infinite")
         if state.is_world_process_zero:
             self._advance.done = state.global_step
-            self._tell(self._advance)
+            self._report(self._advance)
+
+
+def _not_finite(what: str) -> TrainingError:
+    return TrainingError(
+        f"{what}: training stopped, and its last good checkpoint is kept. Lower --lr or --clip, or use --dtype "
+        "float32, with another --output or --overwrite; if it is the first step, the model itself may hold NaN"
+    )
 
 
 def _line(numbers: Mapping[str, Any]) -> str:
@@ -106,5 +108,4 @@ def _line(numbers: Mapping[str, Any]) -> str:
 
 
 def _note(numbers: Mapping[str, Any]) -> str:
-    shown = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
-    return ", ".join(f"{name} {numbers[key]:.3f}" for key, name in shown.items() if numbers.get(key) is not None)
+    return ", ".join(f"{name} {numbers[key]:.3f}" for key, name in _NOTED.items() if numbers.get(key) is not None)
