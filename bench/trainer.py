@@ -1,10 +1,10 @@
-"""Samples and labelled pairs a second: the trainer against a plain loop that takes one sequence at a time.
+"""Samples and labelled pairs per second: the trainer against a plain loop that handles one sequence at a time.
 
     python -m bench.trainer --judge-url URL [--model FOLDER] [--judge-model FOLDER] [--instructions N] [--rounds N]
 
-The plain loop is what published scripts do: `generate` for one response, then one forward of the judge for each of them
-and the softmax of its last position. It reads the very tokens that the service reads for the same response. Both loops
-get the same instructions; rounds are interleaved (plain, ours, plain, …) and medians are printed, because machines
+The plain loop is what published scripts do: `generate` one response at a time, then a forward pass of the judge for
+each, and the softmax at the last position. It prefills the same tokens as the service does for the same response. Both
+loops get the same instructions. Rounds are interleaved (plain, ours, plain, …) and medians printed, because machines
 drift. The service runs beside them on the same machine, and every round has its own seed, so that no score comes from a
 cache. With a --judge-model other than the service's model, the two loops judge with different models.
 """
@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -44,12 +44,14 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "instructions.jsonl"
 LONGEST_PROMPT = 1500
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How samples are made and judged: both take a seed, and what they need is loaded."""
+class Way(Protocol):
+    """One way to sample and to label, with its models loaded."""
 
-    sample: Callable[[int], list[Sample]]
-    label: Callable[[Sequence[Sample]], list[Score]]
+    def sample(self, seed: int) -> list[Sample]:
+        """Responses to all instructions."""
+
+    def label(self, samples: Sequence[Sample]) -> list[Score]:
+        """A score for each response that is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge_address(parser)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="policy: known name, hub id or folder")
     parser.add_argument("--judge-model", help="the service's model, for the plain loop (default: --model)")
-    parser.add_argument("--instructions", type=int, default=16, help="in each round")
-    parser.add_argument("--samples", type=int, default=4, help="of each instruction")
+    parser.add_argument("--instructions", type=int, default=16, help="instructions per round")
+    parser.add_argument("--samples", type=int, default=4, help="responses to each instruction")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
@@ -79,18 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = instructions(args.instructions)
     settings = SampleSettings(samples=args.samples, max_new_tokens=args.max_new_tokens)
     with quiet_libraries():
-        ways = {
-            "one at a time": plain(policy, judge, asked, settings),
-            "trainer and service": ours(policy, asked, settings, JudgeOptions(args.judge_url, args.api_key)),
+        ways: dict[str, Way] = {
+            "one at a time": PlainLoop(policy, judge, asked, settings),
+            "trainer and service": TrainerAndService(
+                policy, asked, settings, JudgeOptions(args.judge_url, args.api_key)
+            ),
         }
-        found = interleaved(ways, asked, args.rounds)
+        rounds = interleaved(ways, asked, args.rounds)
     title = f"{args.model}: {len(asked)} instructions, {args.samples} samples of at most {args.max_new_tokens} tokens"
-    Console(width=110).print(table(found, f"{title}, median of {args.rounds} rounds"))
+    Console(width=110).print(table(rounds, f"{title}, median of {args.rounds} rounds"))
     return 0
 
 
 def instructions(count: int) -> list[Instruction]:
-    """Real instructions where ../shared/data holds them, every so many-th of them, else made-up ones."""
+    """Real instructions from ../shared/data, evenly spaced, or made-up ones if it is not there."""
     if not DATA.exists():
         return [Instruction(id=f"{n}", prompt=f"Explain the number {n} in three sentences.") for n in range(count)]
     rows = [json.loads(line) for line in DATA.read_text("utf-8").splitlines()]
@@ -98,89 +102,98 @@ def instructions(count: int) -> list[Instruction]:
     return [Instruction(**row) for row in short[:: max(1, len(short) // count)][:count]]
 
 
-def plain(policy: Path, judge: Path, asked: Sequence[Instruction], settings: SampleSettings) -> Way:
-    """One response by `generate`, one judgement by one forward, one after the other."""
-    import torch
+class PlainLoop:
+    """`generate` for one response, a forward pass for one judgement, one after the other."""
 
-    device = choose_device()
-    tokenizer, model = load_tokenizer(policy), load_model(policy, choose_dtype("auto", device), device)
-    judging = model if judge == policy else load_model(judge, choose_dtype("auto", device), device)
-    prompts = PromptBuilder(load_judge_tokenizer(judge), judging.config.max_position_embeddings)
-    library = load_library("chat" if prompts.has_chat_template else "raw")
-    ends = stop_ids(tokenizer, policy)
+    def __init__(self, policy: Path, judge: Path, asked: Sequence[Instruction], settings: SampleSettings) -> None:
+        self._asked, self._settings, self._device = asked, settings, choose_device()
+        dtype = choose_dtype("auto", self._device)
+        self._tokenizer, self._policy = load_tokenizer(policy), load_model(policy, dtype, self._device)
+        self._judge = self._policy if judge == policy else load_model(judge, dtype, self._device)
+        self._prompts = PromptBuilder(load_judge_tokenizer(judge), self._judge.config.max_position_embeddings)
+        self._template = load_library("chat" if self._prompts.has_chat_template else "raw").default("pointwise")
+        self._stops = stop_ids(self._tokenizer, policy)
 
-    def sample(seed: int) -> list[Sample]:
-        found = []
-        for one in asked:
-            ids = torch.tensor([sampling_request(tokenizer, one, settings).token_ids], device=device)
-            for number in range(settings.samples):
-                torch.manual_seed(response_seed(seed, one.id, number))
-                with torch.inference_mode():
-                    row = model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        do_sample=True,
-                        temperature=settings.temperature,
-                        top_k=0,
-                        max_new_tokens=settings.max_new_tokens,
-                        eos_token_id=list(ends),
-                        pad_token_id=tokenizer.pad_token_id,
-                    )[0, ids.shape[1] :].tolist()
-                text = tokenizer.decode([token for token in row if token not in ends])
-                ended = bool(row) and row[-1] in ends
-                found.append(
-                    Sample(
-                        id=one.id, sample=number, response=text, tokens=len(row), finish="stop" if ended else "length"
-                    )
-                )
-        return found
+    def sample(self, seed: int) -> list[Sample]:
+        """See Way."""
+        return [
+            self._respond(instruction, seed, number)
+            for instruction in self._asked
+            for number in range(self._settings.samples)
+        ]
 
-    def label(samples: Sequence[Sample]) -> list[Score]:
-        by_id = {one.id: one.prompt for one in asked}
-        found = []
-        for one in samples:
-            if not one.response.strip():
-                continue
-            prompt = prompts.build(library.default("pointwise"), by_id[one.id], [one.response], "error")
-            with torch.inference_mode():
-                logits = judging(torch.tensor([list(prompt.token_ids)], device=device)).logits[0, -1].float()
-            chances = logits.softmax(dim=-1)
-            first = prompt.spellings[0]
-            sides = (prompt.label_ids[:first], prompt.label_ids[first:])
-            yes, no = (float(chances[list(ids)].sum()) for ids in sides)
-            score = yes / (yes + no)
-            log_odds = float(torch.logit(torch.tensor(score, dtype=torch.float64), eps=1e-12))
-            found.append(Score(id=one.id, sample=one.sample, log_odds=log_odds, score=score))
-        return found
+    def _respond(self, instruction: Instruction, seed: int, number: int) -> Sample:
+        import torch
 
-    return Way(sample, label)
+        ids = torch.tensor([sampling_request(self._tokenizer, instruction, self._settings).token_ids])
+        ids = ids.to(self._device)
+        torch.manual_seed(response_seed(seed, instruction.id, number))
+        with torch.inference_mode():
+            output = self._policy.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=self._settings.temperature,
+                top_k=0,
+                max_new_tokens=self._settings.max_new_tokens,
+                eos_token_id=list(self._stops),
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        tokens = output[0, ids.shape[1] :].tolist()
+        text = self._tokenizer.decode([token for token in tokens if token not in self._stops])
+        finish = "stop" if tokens and tokens[-1] in self._stops else "length"
+        return Sample(id=instruction.id, sample=number, response=text, tokens=len(tokens), finish=finish)
+
+    def label(self, samples: Sequence[Sample]) -> list[Score]:
+        """See Way."""
+        by_id = {instruction.id: instruction.prompt for instruction in self._asked}
+        return [self._score(sample, by_id[sample.id]) for sample in samples if sample.response.strip()]
+
+    def _score(self, sample: Sample, question: str) -> Score:
+        import torch
+
+        prompt = self._prompts.build(self._template, question, [sample.response], "error")
+        with torch.inference_mode():
+            logits = self._judge(torch.tensor([list(prompt.token_ids)], device=self._device)).logits[0, -1].float()
+        probabilities = logits.softmax(dim=-1)
+        first = prompt.spellings[0]
+        sides = (prompt.label_ids[:first], prompt.label_ids[first:])
+        yes, no = (float(probabilities[list(ids)].sum()) for ids in sides)
+        score = yes / (yes + no)
+        log_odds = float(torch.logit(torch.tensor(score, dtype=torch.float64), eps=1e-12))
+        return Score(id=sample.id, sample=sample.sample, log_odds=log_odds, score=score)
 
 
-def ours(policy: Path, asked: Sequence[Instruction], settings: SampleSettings, judge: JudgeOptions) -> Way:
+class TrainerAndService:
     """The trainer's sampler in batches, and the service in bulk."""
-    tokenizer = load_tokenizer(policy)
-    rows, draw = make_sampler(policy, tokenizer, settings)
-    options = LabelOptions(judge=judge, template="general", max_failures=1.0)
 
-    def sample(seed: int) -> list[Sample]:
-        own = SampleSettings(samples=settings.samples, max_new_tokens=settings.max_new_tokens, seed=seed)
-        ordered = sorted((sampling_request(tokenizer, one, own) for one in asked), key=lambda one: -len(one.token_ids))
-        width, found = max(1, rows // settings.samples), list[Sample]()
-        for batch in (ordered[start : start + width] for start in range(0, len(ordered), width)):
-            for one, responses in zip(batch, draw(batch), strict=True):
-                found += distinct_samples(one.id, responses, tokenizer)
-        return found
+    def __init__(
+        self, policy: Path, asked: Sequence[Instruction], settings: SampleSettings, judge: JudgeOptions
+    ) -> None:
+        self._asked, self._settings, self._tokenizer = asked, settings, load_tokenizer(policy)
+        self._rows, self._sampler = make_sampler(policy, self._tokenizer, settings)
+        self._labels = LabelOptions(judge=judge, template="general", max_failures=1.0)
 
-    def label(samples: Sequence[Sample]) -> list[Score]:
+    def sample(self, seed: int) -> list[Sample]:
+        """See Way."""
+        settings = replace(self._settings, seed=seed)
+        requests = [sampling_request(self._tokenizer, instruction, settings) for instruction in self._asked]
+        requests.sort(key=lambda request: -len(request.token_ids))
+        size, samples = max(1, self._rows // settings.samples), list[Sample]()
+        for batch in (requests[start : start + size] for start in range(0, len(requests), size)):
+            for request, responses in zip(batch, self._sampler(batch), strict=True):
+                samples += distinct_samples(request.id, responses, self._tokenizer)
+        return samples
+
+    def label(self, samples: Sequence[Sample]) -> list[Score]:
+        """See Way."""
         with tempfile.TemporaryDirectory() as folder:
-            return run_labelling(options, asked, samples, Path(folder) / "scores.jsonl")
-
-    return Way(sample, label)
+            return run_labelling(self._labels, self._asked, samples, Path(folder) / "scores.jsonl")
 
 
 def interleaved(ways: dict[str, Way], asked: Sequence[Instruction], rounds: int) -> dict[str, list[Round]]:
-    """Every way once in each round, after a first round that is not counted."""
-    found: dict[str, list[Round]] = {name: [] for name in ways}
+    """Every way once per round, after a warm-up round that is not counted."""
+    results: dict[str, list[Round]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
             seed = 1000 * number + sum(map(ord, name))
@@ -192,29 +205,29 @@ def interleaved(ways: dict[str, Way], asked: Sequence[Instruction], rounds: int)
             pairs, _ = make_pairs(asked, samples, scores, PairOptions(cut_off="keep"))
             tokens = sum(sample.tokens for sample in samples)
             if number:
-                found[name].append(Round(len(samples), tokens, len(pairs), sampled - started, labelled - sampled))
+                results[name].append(Round(len(samples), tokens, len(pairs), sampled - started, labelled - sampled))
             sys.stderr.write(f"round {number} {name}: {sampled - started:.1f} s + {labelled - sampled:.1f} s\n")
-    return found
+    return results
 
 
-def table(found: dict[str, list[Round]], title: str) -> Table:
+def table(results: dict[str, list[Round]], title: str) -> Table:
     """Medians over the rounds, and how many times as fast each way is as the first."""
     measures: dict[str, Callable[[Round], float]] = {
-        "samples/s": lambda one: one.samples / one.sampling,
-        "tokens/s": lambda one: one.tokens / one.sampling,
-        "judgements/s": lambda one: one.samples / one.labelling,
-        "labelled pairs/s": lambda one: one.pairs / (one.sampling + one.labelling),
+        "samples/s": lambda result: result.samples / result.sampling,
+        "tokens/s": lambda result: result.tokens / result.sampling,
+        "judgements/s": lambda result: result.samples / result.labelling,
+        "labelled pairs/s": lambda result: result.pairs / (result.sampling + result.labelling),
     }
     medians: dict[str, list[float]] = {
         name: [statistics.median(map(measure, rounds)) for measure in measures.values()]
-        for name, rounds in found.items()
+        for name, rounds in results.items()
     }
     first = next(iter(medians.values()))
-    result = Table("", *measures, title=title, title_justify="left")
+    columns = Table("", *measures, title=title, title_justify="left")
     for name, values in medians.items():
         cells: list[Any] = [f"{value:.2f} ({value / base:.1f}x)" for value, base in zip(values, first, strict=True)]
-        result.add_row(name, *cells)
-    return result
+        columns.add_row(name, *cells)
+    return columns
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from trainer.plan import write_plan
 from trainer.policy.model_ref import ModelRef, model_ref
 from trainer.policy.models import quiet_libraries, resolve_model
 from trainer.programs import run_program, stderr_console
-from trainer.report import write_card, write_run_report
+from trainer.report.page import write_card, write_run_report
 from trainer.run.records import REPORT_FILE
 from trainer.run.stages import open_run
 from trainer.tuning.settings import world_size

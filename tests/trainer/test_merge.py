@@ -1,4 +1,4 @@
-"""Merging: the merged model says what base and adapter say together, loads everywhere, and goes nowhere by itself."""
+"""Merging: the result says what base and adapter say together, loads everywhere, and is uploaded only when asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -34,57 +33,64 @@ IDS = torch.arange(3, 43)[None]
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that moves the tiny model a good deal."""
+    """An adapter that changes the tiny model a good deal."""
     folder = tmp_path_factory.mktemp("trained")
     train_dpo(tiny_model, Split(toy_preferences(16), []), folder, toy_settings())
     return folder / "adapter"
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any) -> Any:
     """The model's logits for IDS."""
     with torch.inference_mode():
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits
-    return found
+        return model.eval()(input_ids=IDS).logits
+
+
+def logits_of(model: Path) -> Any:
+    """The logits of a model's folder."""
+    return logits(load_model(model, torch.float32))
+
+
+def logits_together(base: Path, adapter: Path) -> Any:
+    """The logits of base and adapter, unmerged."""
+    with quiet_libraries():
+        return logits(PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter)))
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_model: Path, adapter: Path) -> torch.Tensor:
     """The logits of base and adapter together."""
-    with quiet_libraries():
-        return logits(PeftModel.from_pretrained(load_model(tiny_model, torch.float32), str(adapter)))
+    return logits_together(tiny_model, adapter)
 
 
 def test_the_merged_model_is_base_and_adapter(
     tiny_model: Path, adapter: Path, expected: torch.Tensor, tmp_path: Path
 ) -> None:
-    """In fp32 the logits agree to rounding, and are not the base's."""
+    """In fp32 the logits agree to rounding, and differ from the base's."""
     merged = merge(adapter, tmp_path / "merged", dtype="float32")
 
-    assert torch.allclose(logits(load_model(merged, torch.float32)), expected, atol=1e-4)
-    assert not torch.allclose(logits(load_model(tiny_model, torch.float32)), expected, atol=0.1)
+    assert torch.allclose(logits_of(merged), expected, atol=1e-4)
+    assert not torch.allclose(logits_of(tiny_model), expected, atol=0.1)
 
 
 def test_bf16_rounds_once(adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
-    """Saved in bf16 by default, the logits differ by that format's rounding of the weights alone."""
+    """Saved in bf16 by default, the logits differ only by the rounding of the weights."""
     merged = merge(adapter, tmp_path / "merged")
 
-    with safe_open(merged / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118 - no mapping
-    difference = logits(load_model(merged, torch.float32)) - expected
+    assert {tensor.dtype for tensor in load_file(merged / "model.safetensors").values()} == {torch.bfloat16}
+    difference = logits_of(merged) - expected
     assert difference.square().mean().sqrt() < 0.02 * expected.std()
 
 
 def test_tied_embeddings_stay_tied(adapter: Path, tmp_path: Path) -> None:
-    """The output layer is not saved a second time, and is the embeddings after loading."""
+    """The output layer is not saved a second time, and shares the embeddings after loading."""
     merged = merge(adapter, tmp_path / "merged")
     model = load_model(merged, torch.float32)
 
-    with safe_open(merged / "model.safetensors", "pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - no mapping
+    assert "lm_head.weight" not in load_file(merged / "model.safetensors")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_all_that_belongs_to_a_model_is_there(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_folder_is_a_complete_model(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     """Tokenizer, chat template and generation settings are the base's."""
     merged = merge(adapter, tmp_path / "merged")
 
@@ -96,7 +102,7 @@ def test_all_that_belongs_to_a_model_is_there(tiny_model: Path, adapter: Path, t
 
 
 def test_the_service_loads_it(adapter: Path, expected: torch.Tensor, tmp_path: Path) -> None:
-    """The judge's engine reads the labels' log-probabilities that base and adapter give."""
+    """The judge's engine gives the log-probabilities of base and adapter."""
     engine = TorchEngine.load(merge(adapter, tmp_path / "merged", dtype="float32"), dtype="float32", device="cpu")
 
     answer = engine.run([ScoreItem(tuple(IDS[0].tolist()), (5, 6))])[0]
@@ -105,7 +111,7 @@ def test_the_service_loads_it(adapter: Path, expected: torch.Tensor, tmp_path: P
 
 
 def test_the_card_has_the_runs_numbers(adapter: Path, tmp_path: Path) -> None:
-    """README.md shows the numbers given, by title."""
+    """README.md shows the given numbers under their titles."""
     merged = merge(adapter, tmp_path / "merged", numbers={"evaluation": {"win_rate": {"mean": 0.58251}}})
 
     card = (merged / "README.md").read_text("utf-8")
@@ -114,7 +120,7 @@ def test_the_card_has_the_runs_numbers(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_merge_leaves_what_was_there(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong while writing, the folder of that name is the old one or none."""
+    """If writing fails, the folder of that name is still the old one."""
     before = (merge(adapter, tmp_path / "merged") / "model.safetensors").read_bytes()
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: 1 / 0)
 
@@ -124,8 +130,8 @@ def test_a_failed_merge_leaves_what_was_there(adapter: Path, tmp_path: Path, mon
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
 
 
-def test_an_adapter_is_no_model(adapter: Path, tmp_path: Path) -> None:
-    """An adapter where a model is wanted, and a model with no adapter, say what to do."""
+def test_adapters_and_models_are_not_confused(adapter: Path, tmp_path: Path) -> None:
+    """An adapter instead of a model, and a folder that is neither, are errors that say what to do."""
     (tmp_path / "empty").mkdir()
 
     with pytest.raises(ModelError, match=r"python -m trainer\.merge"):
@@ -135,31 +141,31 @@ def test_an_adapter_is_no_model(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_fully_trained_model_is_rounded(tiny_model: Path, tmp_path: Path) -> None:
-    """A whole model in the adapter's place comes out the same, in the dtype asked for."""
+    """A whole model instead of an adapter stays the same, in the dtype asked for."""
     merged = merge(tiny_model, tmp_path / "merged")
 
-    difference = logits(load_model(merged, torch.float32)) - logits(load_model(tiny_model, torch.float32))
+    difference = logits_of(merged) - logits_of(tiny_model)
     assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
     assert 0 < difference.abs().max() < 0.5
 
 
 @pytest.fixture
 def uploads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
-    """What would have gone to the hub, which the tests cannot reach."""
-    found: list[tuple[str, Path]] = []
+    """What would have been uploaded: the tests cannot reach the hub."""
+    uploaded: list[tuple[str, Path]] = []
 
     def upload(_: object, *, repo_id: str, folder_path: Path, **__: object) -> None:
-        found.append((repo_id, folder_path))
+        uploaded.append((repo_id, folder_path))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda _, repo, **__: f"https://hub/{repo}")
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    return found
+    return uploaded
 
 
 def test_nothing_is_pushed_unless_asked(
     adapter: Path, tmp_path: Path, uploads: list[tuple[str, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command prints the folder that it made, and uploads only to the repository that a flag names."""
+    """The command prints the new folder, and uploads only to the repository that a flag names."""
     codes = [main([str(adapter), "--output", str(tmp_path / "plain")])]
     assert uploads == []
 
@@ -178,7 +184,7 @@ def test_an_existing_folder_is_not_overwritten_unasked(adapter: Path, tmp_path: 
 
 
 def made_adapter(base: Path, folder: Path, **config: Any) -> Path:
-    """A random adapter of this kind, as PEFT itself saves it."""
+    """A random adapter of this kind, saved by PEFT itself."""
     torch.manual_seed(0)
     known = {"r": 8, "lora_alpha": 16, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj"]}
     with quiet_libraries():
@@ -188,7 +194,7 @@ def made_adapter(base: Path, folder: Path, **config: Any) -> Path:
             weights.data += 0.1 * torch.randn_like(weights)
     tuned.peft_config["default"].base_model_name_or_path = str(base)
     with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that embeddings are saved too
+        warnings.simplefilter("ignore")  # PEFT warns that embeddings are saved too
         tuned.save_pretrained(folder)
     return folder
 
@@ -212,19 +218,18 @@ def made_adapter(base: Path, folder: Path, **config: Any) -> Path:
     ],
 )
 def test_every_kind_of_adapter_is_merged_exactly(config: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
-    """Tied layers that an adapter tells apart become two; the logits are those of base and adapter."""
+    """Tied layers that an adapter changes apart become two; the logits are those of base and adapter."""
     adapter = made_adapter(tiny_model, tmp_path / "adapter", **config)
-    with quiet_libraries():
-        together = logits(PeftModel.from_pretrained(load_model(tiny_model, torch.float32), str(adapter)))
+    together = logits_together(tiny_model, adapter)
 
-    merged = logits(load_model(merge(adapter, tmp_path / "merged", dtype="float32"), torch.float32))
+    merged = logits_of(merge(adapter, tmp_path / "merged", dtype="float32"))
 
     assert torch.allclose(merged, together, atol=1e-3)
-    assert (together - logits(load_model(tiny_model, torch.float32))).abs().max() > 0.1
+    assert (together - logits_of(tiny_model)).abs().max() > 0.1
 
 
 def test_tokens_that_were_added_in_training_are_merged(tiny_model: Path, tmp_path: Path) -> None:
-    """Embeddings with more rows than the base's come with the adapter."""
+    """An adapter may bring embeddings with more rows than the base's."""
     model = load_model(tiny_model, torch.float32)
     rows = model.get_input_embeddings().weight.shape[0] + 8
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -241,8 +246,8 @@ def test_tokens_that_were_added_in_training_are_merged(tiny_model: Path, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_two_layers_stay_two_in_bf16(tiny_model: Path, tmp_path: Path) -> None:
-    """An output layer of its own is saved beside the embeddings, which are the base's."""
+def test_untied_layers_stay_untied_in_bf16(tiny_model: Path, tmp_path: Path) -> None:
+    """An adapted output layer is saved beside the embeddings, which stay the base's."""
     merged = merge(made_adapter(tiny_model, tmp_path / "adapter", target_modules=["lm_head"]), tmp_path / "merged")
 
     model, base = load_model(merged, torch.float32), load_model(tiny_model, torch.bfloat16)
@@ -254,30 +259,26 @@ def test_two_layers_stay_two_in_bf16(tiny_model: Path, tmp_path: Path) -> None:
 def test_logits_that_are_off_leave_no_model(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever PEFT does to the weights: a sum that says something else is an error, and is not kept."""
+    """Whatever PEFT does to the weights, a sum with other logits is an error, and is not kept."""
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, *_, **__: self.unload())
 
-    code = main([str(adapter), "--output", str(tmp_path / "merged")])
-
-    assert code == 1
+    assert main([str(adapter), "--output", str(tmp_path / "merged")]) == 1
     assert "the logits are off by" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
 def test_nan_is_not_merged(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An adapter of a training that broke is named, with exit code 1, and nothing is left."""
+    """An adapter with NaN is named, with exit code 1, and nothing is left."""
     name = next(name for name in load_file(adapter / "adapter_model.safetensors") if "lora_B" in name)
     broken = with_nan(adapter, tmp_path / "broken", name)
 
-    code = main([str(broken), "--output", str(tmp_path / "merged")])
-
-    assert code == 1
+    assert main([str(broken), "--output", str(tmp_path / "merged")]) == 1
     assert "NaN" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_quantised_base_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    """Its weights are no numbers to add to; the message names --base."""
+    """Nothing can be added to quantised weights; the message names --base."""
     base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -292,7 +293,7 @@ def test_a_quantised_base_is_refused(tiny_model: Path, adapter: Path, tmp_path: 
     "config", [{"base_model_name_or_path": None}, {"peft_type": "NO_SUCH_KIND"}, {"lora_bias": True}]
 )
 def test_an_adapter_that_cannot_be_merged_is_refused(config: dict[str, Any], adapter: Path, tmp_path: Path) -> None:
-    """With a sentence in the place of a traceback."""
+    """With an error instead of a traceback."""
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
@@ -301,8 +302,8 @@ def test_an_adapter_that_cannot_be_merged_is_refused(config: dict[str, Any], ada
         merge(folder, tmp_path / "merged")
 
 
-def test_an_update_that_rounding_swallows_is_told(tiny_model: Path, tmp_path: Path) -> None:
-    """A merged model with its base's weights is said to be that, and so does merge.json."""
+def test_an_update_lost_to_rounding_is_reported(tiny_model: Path, tmp_path: Path) -> None:
+    """The warning and merge.json say that the merged model has its base's weights."""
     base = merge(tiny_model, tmp_path / "base")
     train_dpo(base, Split(toy_preferences(4), []), tmp_path, toy_settings(lr=1e-9, epochs=1.0))
 

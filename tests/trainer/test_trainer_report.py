@@ -1,4 +1,4 @@
-"""The page of a run: complete, alone in the world, safe with whatever the texts hold, at every stage of the run."""
+"""The report of a run: self-contained, safe with hostile texts, and readable at every stage of the run."""
 
 from __future__ import annotations
 
@@ -12,44 +12,43 @@ import pytest
 from client.benchmarks.results.records import Row
 from client.schema import Message
 from tests.benchmarks.test_report import EVIL, Page
+from tests.support.rows import pair
 from trainer.evaluation.metrics import measure
 from trainer.evaluation.verdicts import make_duels
 from trainer.labels.pairs import PairOptions, make_pairs
-from trainer.report import MAX_TEXT, TEXTS, cut, spread, write_run_report
+from trainer.report.page import MAX_TEXT, TEXTS, cut, spread, write_run_report
 from trainer.run.files import write_record, write_records
 from trainer.run.records import Instruction, Pair, Sample, Score
 
 
-def said(name: str, number: int, text: str) -> Sample:
-    """A response."""
+def response(name: str, number: int, text: str) -> Sample:
+    """A response to an instruction."""
     return Sample(id=name, sample=number, response=text, tokens=5, finish="stop")
 
 
-def row(name: str, margin: float) -> Row:
-    """What the judge said of base and new."""
-    answer = {"log_odds": margin / 2, "score": 0.5, "label_mass": 0.8, "length": 5}
-    told = {"margins": [[margin]], "flips": 0, "first_log_odds": 0.5, "model": EVIL, "fingerprint": "f"}
-    return Row.model_validate({"id": name, "subset": "chat", "chosen": answer, "rejected": answer, **told})
+def verdict(name: str, margin: float) -> Row:
+    """The judge prefers the new answer by so many log-odds."""
+    return pair(name, margin / 2, -margin / 2, flips=0, first_log_odds=0.5, model=EVIL)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of one whole round with hostile texts everywhere, and a second one that has its pairs only."""
+    """A run with one whole round, with hostile texts everywhere, and a second one that has only its pairs."""
     config = {"model": EVIL, "labels": {"labeler": "ipo"}, "dpo.beta": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     names = [f"{n}" for n in range(30)]
     instructions = [Instruction(id=name, prompt=f"{EVIL} {name}", category=EVIL) for name in names]
     write_records(tmp_path / "held_out.jsonl", instructions)
-    write_records(tmp_path / "base.jsonl", [said(name, 0, f"{EVIL} old") for name in names])
+    write_records(tmp_path / "base.jsonl", [response(name, 0, f"{EVIL} old") for name in names])
     for number in (1, 2):
         add_pairs(tmp_path / f"round-{number}", instructions)
     part = tmp_path / "round-1"
-    write_records(part / "new.jsonl", [said(name, 0, f"{EVIL} new") for name in names])
+    write_records(part / "new.jsonl", [response(name, 0, f"{EVIL} new") for name in names])
     add_training(part)
-    rows = [row(name, float(name) - 9.5) for name in names]
+    rows = [verdict(name, float(name) - 9.5) for name in names]
     (part / "pairwise").mkdir()
-    (part / "pairwise" / "items.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in rows))
-    duels = make_duels(instructions, *([said(name, 0, text) for name in names] for text in ("old", "new one")))
+    (part / "pairwise" / "items.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    duels = make_duels(instructions, *([response(name, 0, text) for name in names] for text in ("old", "new one")))
     metrics = measure(duels, {"pairwise": rows, "pointwise": rows}, (EVIL, EVIL), {"model": EVIL})
     write_record(part / "metrics.json", metrics.model_copy(update={"judge_is_labeler": True}))
     return tmp_path
@@ -57,7 +56,7 @@ def run(tmp_path: Path) -> Path:
 
 def add_pairs(folder: Path, instructions: list[Instruction]) -> None:
     """Pairs of hostile texts, and their statistics."""
-    samples = [said(one.id, k, f"{EVIL}{k}" + "long " * k * int(one.id)) for one in instructions for k in range(2)]
+    samples = [response(one.id, k, f"{EVIL}{k}" + "long " * k * int(one.id)) for one in instructions for k in range(2)]
     scores = [Score(id=s.id, sample=s.sample, log_odds=s.sample * float(s.id), score=0.5) for s in samples]
     pairs, stats = make_pairs(instructions, samples, scores, PairOptions())
     write_records(folder / "pairs.jsonl", pairs)
@@ -76,7 +75,7 @@ def add_training(folder: Path) -> None:
 
 
 def test_the_page_needs_nothing_from_outside(run: Path) -> None:
-    """No scripts, no addresses to load from; references stay on the page, each to one id."""
+    """No scripts, nothing to load; references stay on the page, each to one id."""
     page = Page(text := write_run_report(run).read_text())
 
     assert page.open == []
@@ -89,15 +88,15 @@ def test_the_page_needs_nothing_from_outside(run: Path) -> None:
 
 
 def test_untrusted_texts_stay_text(run: Path) -> None:
-    """Markup and template code in instructions, responses, names and settings are shown, not run."""
+    """Markup and template code in instructions, responses, names and settings are shown, not executed."""
     text = write_run_report(run).read_text()
 
     assert "{{ 7*7 }}" in text
     assert EVIL not in text
 
 
-def test_each_round_is_told(run: Path) -> None:
-    """Figures of pairs, loss, rewards and win rates, with the warning about a judge that judges its own taste."""
+def test_each_round_is_shown(run: Path) -> None:
+    """Figures of pairs, loss, rewards and win rates, with a warning that the judge also labelled."""
     text = write_run_report(run).read_text()
 
     assert text.count("<figure>") == 9
@@ -107,7 +106,7 @@ def test_each_round_is_told(run: Path) -> None:
 
 
 def test_a_round_that_is_not_over_says_so(run: Path) -> None:
-    """What is there is shown."""
+    """It shows what there is."""
     text = write_run_report(run).read_text()
 
     second = text[text.index("Round 2") :]
@@ -116,22 +115,20 @@ def test_a_round_that_is_not_over_says_so(run: Path) -> None:
 
 
 def test_what_failed_is_listed(run: Path) -> None:
-    """The instruction whose two samples tie is told, by number."""
+    """The number of instructions whose two samples tie is shown."""
     text = write_run_report(run).read_text()
 
     assert "instructions whose samples tie</th><td>1</td>" in text
 
 
 def test_the_same_run_gives_the_same_page(run: Path) -> None:
-    """Byte for byte; and a page that would not change is not written."""
-    first = write_run_report(run)
-    before = first.read_bytes(), first.stat().st_mtime_ns
-    again = write_run_report(run)
-    after = again.stat().st_mtime_ns
-    again.unlink()
+    """Byte for byte, and a page that would not change is not written."""
+    page = write_run_report(run)
+    content, written = page.read_bytes(), page.stat().st_mtime_ns
 
-    assert write_run_report(run).read_bytes() == before[0]
-    assert after == before[1]
+    assert write_run_report(run).stat().st_mtime_ns == written
+    page.unlink()
+    assert write_run_report(run).read_bytes() == content
 
 
 def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
@@ -140,20 +137,20 @@ def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
 
 
 def test_shown_answers_are_spread_from_losses_to_wins() -> None:
-    """The worst and the best are among them, in order."""
+    """Evenly spaced, with the worst and the best among them."""
     names = [f"{n}" for n in range(50)]
     instructions = [Instruction(id=name, prompt="Why?") for name in names]
-    duels = make_duels(instructions, *([said(name, 0, text) for name in names] for text in ("old", "new")))
-    shown = spread(duels, {name: row(name, float(name) - 25) for name in names}, TEXTS)
+    duels = make_duels(instructions, *([response(name, 0, text) for name in names] for text in ("old", "new")))
+    shown = spread(duels, {name: verdict(name, float(name) - 25) for name in names}, TEXTS)
 
-    found = [one.log_odds for one in shown]
-    assert len(found) == TEXTS
-    assert (found[0], found[-1]) == (-25, 24)
-    assert found == sorted(found, key=lambda one: one or 0)
+    log_odds = [example.log_odds for example in shown]
+    assert len(log_odds) == TEXTS
+    assert (log_odds[0], log_odds[-1]) == (-25, 24)
+    assert log_odds == sorted(log_odds)
 
 
 def test_long_texts_are_cut_where_it_shows() -> None:
-    """With the number of characters that are left out."""
+    """The page says how many characters are left out."""
     assert cut("x" * MAX_TEXT) == "x" * MAX_TEXT
     assert cut("x" * (MAX_TEXT + 1234)).endswith("x\n[… 1,234 more characters]")
 
@@ -162,7 +159,7 @@ def test_pairs_of_conversations_are_measured_by_their_answers(run: Path) -> None
     """A pair's length difference is that of its last messages."""
     message = Message(role="assistant", content="Short.")
     longer = Message(role="assistant", content="Much longer.")
-    pair = Pair(
+    only_pair = Pair(
         prompt=[Message(role="user", content="q")],
         chosen=[longer],
         rejected=[message],
@@ -171,6 +168,6 @@ def test_pairs_of_conversations_are_measured_by_their_answers(run: Path) -> None
         score_chosen=0.7,
         score_rejected=0.5,
     )
-    write_records(run / "round-2" / "pairs.jsonl", [pair])
+    write_records(run / "round-2" / "pairs.jsonl", [only_pair])
 
     assert "Length differences, +6 characters on average" in write_run_report(run).read_text()

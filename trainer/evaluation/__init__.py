@@ -1,0 +1,1 @@
+"""Is the new model better than the base? Door: `comparison.Evaluation`."""

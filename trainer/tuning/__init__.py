@@ -1,0 +1,1 @@
+"""Training: SFT and DPO with TRL and PEFT, merging, model cards. Doors: `train_sft`, `train_dpo`, `merge`."""

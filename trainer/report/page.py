@@ -43,7 +43,7 @@ MAX_TEXT: Final = 3000
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class AnswerPair:
     """A held-out instruction with both answers, and the log-odds that the new one is better; None if not judged."""
 
     id: str
@@ -64,7 +64,7 @@ class RoundView:
     merge: Mapping[str, Any] | None
     metrics: Metrics | None
     figures: Mapping[str, Any]
-    texts: Sequence[Example]
+    texts: Sequence[AnswerPair]
     problems: Sequence[tuple[str, int]] = field(default_factory=tuple)
 
 
@@ -72,7 +72,7 @@ def write_run_report(folder: Path) -> Path:
     """Write `folder`/report.html from what the run has written so far. Raises RecordError, ImportError."""
     rounds = [round_view(folder, part) for part in _round_folders(folder)]
     with needs_trainer():
-        from trainer import figures
+        from trainer.report import figures
     config = _json(folder / CONFIG_FILE) or {}
     rates = {f"round {view.number}": view.metrics.pairwise for view in rounds if view.metrics and view.metrics.pairwise}
     page = _render(
@@ -117,9 +117,9 @@ def round_view(run: Path, folder: Path) -> RoundView:
     )
 
 
-def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[Example]:
+def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[AnswerPair]:
     """`count` of the judged duels, from the clearest loss of the new model to its clearest win, evenly spaced."""
-    examples = [_example(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
+    examples = [_answer_pair(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
     judged = sorted(
         (example for example in examples if example.log_odds is not None),
         key=lambda example: (example.log_odds, example.id),
@@ -138,7 +138,7 @@ def cut(text: str) -> str:
 def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> dict[str, Any]:
     """SVG by name, safe in HTML; empty if there is nothing to show."""
     with needs_trainer():
-        from trainer import figures
+        from trainer.report import figures
     mark, log = folder.name, _lines(folder / DPO.log)
     pairs = read_records(folder / PAIRS_FILE, Pair) if (folder / PAIRS_FILE).exists() else []
     differences = [len(pair.chosen[-1].content) - len(pair.rejected[-1].content) for pair in pairs]
@@ -158,7 +158,7 @@ def _rates(metrics: Metrics) -> dict[str, WinRate]:
     return {name: rate for name, rate in {**named, **metrics.by_category}.items() if rate is not None}
 
 
-def _texts(run: Path, folder: Path) -> list[Example]:
+def _texts(run: Path, folder: Path) -> list[AnswerPair]:
     files = (run / "base.jsonl", folder / "new.jsonl", folder / "pairwise" / ITEMS_FILE, run / HELD_OUT_FILE)
     if not all(file.exists() for file in files):
         return []
@@ -167,8 +167,8 @@ def _texts(run: Path, folder: Path) -> list[Example]:
     return spread(duels, {row.id: row for row in read_rows(files[2])}, TEXTS)
 
 
-def _example(duel: Duel, row: Row | None) -> Example:
-    return Example(
+def _answer_pair(duel: Duel, row: Row | None) -> AnswerPair:
+    return AnswerPair(
         id=duel.instruction.id,
         category=duel.instruction.category,
         prompt=cut(duel.instruction.prompt),
@@ -213,7 +213,7 @@ def _render(**context: Any) -> str:
         from client.benchmarks.report.table import percent
     environment = Environment(
         # The page's frame is that of the benchmarks' report.
-        loader=ChoiceLoader([PackageLoader("trainer", ""), PackageLoader("client.benchmarks", "report")]),
+        loader=ChoiceLoader([PackageLoader("trainer.report", ""), PackageLoader("client.benchmarks", "report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
