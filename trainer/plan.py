@@ -44,7 +44,7 @@ class Counts:
 def write_plan(settings: LoopSettings, out: TextIO) -> None:
     """Write the plan as plain text. Raises SampleError if the instructions cannot be read."""
     counts = _counts(settings)
-    work = _work_lines(settings, counts, _rates(settings))
+    work = _work_lines(settings, counts, _known_rates(settings))
     out.write("\n".join([*_settings_lines(settings, counts), "", *work, "", _disk_line(settings), ""]))
 
 
@@ -90,7 +90,7 @@ def _counts(settings: LoopSettings) -> Counts | None:
     return Counts(max(0, chosen), len(DESCRIPTIONS) * (uncategorised + examples), options.held_out)
 
 
-def _rates(settings: LoopSettings) -> dict[str, float]:
+def _known_rates(settings: LoopSettings) -> dict[str, float]:
     folders = (settings.output, settings.samples_from, settings.rates_from)
     rates: dict[str, float] = {}
     for folder in folders:

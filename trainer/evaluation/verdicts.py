@@ -86,7 +86,7 @@ def describe_judge(options: JudgeOptions) -> dict[str, object]:
 
     async def described() -> dict[str, object]:
         async with connected(options) as (_, info):
-            _require_yes_no(info, options)
+            _require_comparing_judge(info, options)
             return judge_identity(info)
 
     return asyncio.run(described())
@@ -113,7 +113,7 @@ def judge_duels(
 
     async def judged() -> dict[Mode, list[Row]]:
         async with connected(options.judge) as (judge, info):
-            _require_yes_no(info, options.judge)
+            _require_comparing_judge(info, options.judge)
             offered = await judge.templates()
             categories, digests = set(offered.categories), template_digests(offered.templates)
             plan = {
@@ -136,7 +136,7 @@ def judge_duels(
         raise StageError(str(error)) from error
 
 
-def _require_yes_no(info: ModelInfo, options: JudgeOptions) -> None:
+def _require_comparing_judge(info: ModelInfo, options: JudgeOptions) -> None:
     wanted = JUDGE_OF_ARM["ipo"]
     if info.judge != wanted:
         raise StageError(

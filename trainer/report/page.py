@@ -148,12 +148,12 @@ def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> 
         "loss": figures.curves(f"{mark}-loss", "DPO loss", log, "loss"),
         "rewards": figures.curves(f"{mark}-rewards", "reward margin", log, "rewards/margins"),
         "accuracy": figures.curves(f"{mark}-accuracy", "share of pairs ranked right", log, "rewards/accuracies"),
-        "rates": figures.win_rates(f"{mark}-rates", _rates(metrics)) if metrics is not None else "",
+        "rates": figures.win_rates(f"{mark}-rates", _rate_rows(metrics)) if metrics is not None else "",
     }
     return {name: _safe(svg) for name, svg in drawn.items()}
 
 
-def _rates(metrics: Metrics) -> dict[str, WinRate]:
+def _rate_rows(metrics: Metrics) -> dict[str, WinRate]:
     named = {"all": metrics.pairwise, "flips as ties": metrics.both_orders, "pointwise": metrics.pointwise}
     return {name: rate for name, rate in {**named, **metrics.by_category}.items() if rate is not None}
 

@@ -147,7 +147,7 @@ def test_a_kill_by_the_system_is_survived(tiny_model: Path, tmp_path: Path, undi
         "train_dpo(Path(sys.argv[1]), data, Path(sys.argv[2]), toy_settings(), tell)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tiny_model), str(tmp_path)], cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program, str(tiny_model), str(tmp_path)], cwd=Path(__file__).parents[3]
     )
     assert wait_for((tmp_path / CHECKPOINTS / "checkpoint-4" / "trainer_state.json").exists, 60)
     os.kill(process.pid, signal.SIGKILL)
