@@ -1,9 +1,9 @@
-"""Generated text by the torch engine, here and in another checkout of this repository, in turn.
+"""The torch engine's generation of text, here and in another checkout of this repository, in one interleaved run.
 
     git worktree add FOLDER REVISION; python -m bench.generation --model NAME --against FOLDER --rounds 5
 
-Each round generates `--tokens` tokens greedily behind one prompt with a RewardBench answer, and behind 16 of them in
-one call. Figures are medians, new tokens a second, the prompts' prefill included.
+Each round generates `--tokens` tokens greedily for one prompt with a RewardBench answer, and for 16 of them in one
+call. Figures are medians of new tokens a second, including the prefill.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct", help="known name, hub id or folder")
     parser.add_argument("--against", type=Path, required=True, metavar="FOLDER", help="the other checkout")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens of each text (48)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median is told (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; the figures are their medians (5)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="number format (auto)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     parser.add_argument("--data", type=Path, default=DATA, help="RewardBench as JSON lines")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, engine in (("other", other), ("here", ours)):
                 for count in CALLS:
                     started = time.perf_counter()
-                    engine.read(items[:count])
+                    engine.run(items[:count])
                     seconds.setdefault((name, count), []).append(time.perf_counter() - started)
     for (name, count), taken in sorted(seconds.items()):
         speed = count * args.tokens / statistics.median(taken[1:])  # the first one warms up

@@ -1,5 +1,5 @@
-// What the tile unit of one core can do: `steps` times four products of tiles, from registers or, with `loads`, from the
-// L1 cache, two tiles of rows and two of columns for each step as prefill.cpp has them. See bench/amx.py.
+// The peak of one core's tile unit: `steps` times four products of tiles, from registers or, with `loads`, from the L1
+// cache, with two tiles of rows and two of columns for each step as in prefill.cpp. See bench/amx.py.
 #include <immintrin.h>
 #include <stdint.h>
 #include <sys/syscall.h>

@@ -1,7 +1,7 @@
 """The torch engine of another checkout of this repository, in a process of its own: before and after in one run.
 
-Started by bench.support.ways as `python bench/support/checkout.py` with the other checkout first on the path; it
-answers one line for each line of JSON, and knows the engine by its present name and by that of the releases before.
+The process runs this file with the other checkout first on the path. It answers each line of JSON with one line, and
+knows the engine by its present name and by that of earlier releases.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 
 class Checkout:
-    """Runs items with the engine of the checkout in `folder`, loaded for labels or to generate text."""
+    """The engine of the checkout in `folder`, loaded for labels or to generate text."""
 
     def __init__(self, folder: Path, model: Path, task: str = "labels", **options: object) -> None:
-        """`options` are those of `TorchEngine.load`. Raises RuntimeError where the engine does not load."""
+        """`options` are those of `TorchEngine.load`. Raises RuntimeError if the engine does not load."""
         environment = {**os.environ, "PYTHONPATH": str(folder.resolve())}
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
         pipe = subprocess.PIPE
@@ -28,8 +28,8 @@ class Checkout:
         )
         self._ask([str(model), task, options])
 
-    def read(self, items: Sequence[Any]) -> None:
-        """All of these ScoreItems or GenerateItems, in calls of about `batch_tokens`."""
+    def run(self, items: Sequence[Any]) -> None:
+        """Compute these ScoreItems or GenerateItems, in calls of about `batch_tokens`."""
         self._ask([_fields(item) for item in items])
 
     def close(self) -> None:
@@ -37,10 +37,10 @@ class Checkout:
         self._process.kill()
         self._process.communicate()
 
-    def _ask(self, what: object) -> None:
+    def _ask(self, message: object) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()
         if self._process.stdout.readline() != "done\n":
             raise RuntimeError("the engine of the other checkout ended; its messages are above")
@@ -53,7 +53,7 @@ def _fields(item: Any) -> list[Any]:
 
 
 def _engine(folder: str, task: str, options: dict[str, Any]) -> tuple[Callable[..., object], int, Callable[..., Any]]:
-    """What reads a call of items, how many tokens fill a call, and the class of an item."""
+    """The function that runs a call, how many tokens fill a call, and the class of an item."""
     from service.engine import contract
 
     generates = task == "generate"
@@ -66,8 +66,8 @@ def _engine(folder: str, task: str, options: dict[str, Any]) -> tuple[Callable[.
     from service.engine.torch.engine import TorchEngine
     from service.engine.torch.generate import TorchGenerator
 
-    found = TorchGenerator.load(Path(folder), **options) if generates else TorchEngine.load(Path(folder), **options)
-    return found.run, found.info.batch_tokens, contract.GenerateItem if generates else contract.ScoreItem
+    engine = (TorchGenerator if generates else TorchEngine).load(Path(folder), **options)
+    return engine.run, engine.info.batch_tokens, contract.GenerateItem if generates else contract.ScoreItem
 
 
 def _frozen(field: object) -> object:
@@ -75,16 +75,14 @@ def _frozen(field: object) -> object:
 
 
 def main() -> int:
-    """Load what the first line says, then read what each further line holds."""
+    """Load what the first line says, then compute the items of each further line."""
     run, batch_tokens, item = _engine(*json.loads(sys.stdin.readline()))
     from bench.support.calls import in_calls  # the other checkout's
 
     sys.stdout.write("done\n")
     sys.stdout.flush()
     for line in sys.stdin:
-        items = [
-            item(*(tuple(field) if isinstance(field, list) else field for field in each)) for each in json.loads(line)
-        ]
+        items = [item(*map(_frozen, fields)) for fields in json.loads(line)]
         for call in in_calls(items, batch_tokens):
             run(call)
         sys.stdout.write("done\n")

@@ -1,11 +1,11 @@
-"""The ways to read texts that bench.engine compares, and what each of them loads.
+"""The ways to compute texts that bench.engine compares.
 
 - one at a time: model(ids) for each text, logits at every position, as published code does it
-- padded: the same model, texts sorted by length, padded batches, the last position's logits only
+- padded: the same model, texts sorted by length in padded batches, logits of the last position only
 - engine: service.engine.torch.engine, in calls of its own `batch_tokens`
 - engine, torch's operations: the same without compiled kernels
-- other checkout: the engine of another checkout of this repository, such as that of the last release
-- vllm: service.engine.vllm.engine on the same cores, its prefix cache empty at the start of each reading
+- other checkout: the engine of another checkout of this repository, such as the last release
+- vllm: service.engine.vllm.engine on the same cores, its prefix cache emptied before each run
 - llama.cpp: one text after the other from a GGUF file, all threads on each
 """
 
@@ -33,12 +33,12 @@ from service.engine.vllm.engine import VllmEngine
 PADDED_TOKENS = {"cpu": 1024, "cuda": 16_384}
 MAX_TOKENS = 4096
 
-Read = Callable[[Sequence[ScoreItem]], object]
+Run = Callable[[Sequence[ScoreItem]], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every way is loaded with: `llama` is a GGUF file, `checkout` a folder, `vllm_args` are vLLM's own."""
+    """What every way is loaded with; `llama` is a GGUF file, `checkout` a folder."""
 
     folder: Path
     dtype: DType
@@ -50,20 +50,20 @@ class Settings:
 
 
 class Ways(ExitStack):
-    """Ways by name, each loaded when it is asked for; what they started ends with this context."""
+    """Loads ways by name; what they started ends with this context."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.settings = settings
 
-    def load(self, name: str) -> Read:
-        """What reads texts this way. Raises KeyError for a name that the module's list does not have."""
-        loaders: dict[str, Callable[[], Read]] = {
+    def load(self, name: str) -> Run:
+        """A function that computes texts this way. Raises KeyError for a name that is not in the module's list."""
+        loaders: dict[str, Callable[[], Run]] = {
             "one at a time": lambda: partial(one_at_a_time, self.model),
             "padded": lambda: partial(padded, self.model),
             "engine": lambda: partial(by_engine, self._engine()),
             "engine, torch's operations": lambda: partial(by_engine, self._engine(native_kernels=False)),
-            "other checkout": lambda: self._checkout().read,
+            "other checkout": lambda: self._checkout().run,
             "vllm": lambda: partial(by_vllm, self._vllm()),
             "llama.cpp": lambda: partial(by_llama, self._llama()),
         }
@@ -71,35 +71,29 @@ class Ways(ExitStack):
 
     @cached_property
     def model(self) -> Any:
-        """transformers' model, as it comes."""
+        """transformers' model, unchanged."""
         torch.set_num_threads(self.settings.threads)
         dtype = getattr(torch, self.settings.dtype)
         model = AutoModelForCausalLM.from_pretrained(self.settings.folder, dtype=dtype, local_files_only=True)
         return model.eval().to(self.settings.device)
 
     def _engine(self, *, native_kernels: bool = True) -> TorchEngine:
-        asked = self.settings
-        engine = TorchEngine.load(
-            asked.folder,
-            dtype=asked.dtype,
-            device=asked.device,
-            threads=asked.threads,
-            native_kernels=native_kernels,
-        )
+        engine = TorchEngine.load(self.settings.folder, native_kernels=native_kernels, **self._torch_options)
         return self.enter_context(closing(engine))
 
     def _checkout(self) -> Checkout:
-        asked = self.settings
-        assert asked.checkout is not None
-        other = Checkout(asked.checkout, asked.folder, dtype=asked.dtype, device=asked.device, threads=asked.threads)
+        assert self.settings.checkout is not None
+        other = Checkout(self.settings.checkout, self.settings.folder, **self._torch_options)
         return self.enter_context(closing(other))
 
+    @property
+    def _torch_options(self) -> dict[str, Any]:
+        return {"dtype": self.settings.dtype, "device": self.settings.device, "threads": self.settings.threads}
+
     def _vllm(self) -> VllmEngine:
-        asked = self.settings
-        options = VllmOptions(
-            task="labels", max_tokens=MAX_TOKENS, dtype=asked.dtype, threads=asked.threads, extra=dict(asked.vllm_args)
-        )
-        return self.enter_context(closing(VllmEngine.load(asked.folder, options)))
+        dtype, threads, extra = self.settings.dtype, self.settings.threads, dict(self.settings.vllm_args)
+        options = VllmOptions(task="labels", max_tokens=MAX_TOKENS, dtype=dtype, threads=threads, extra=extra)
+        return self.enter_context(closing(VllmEngine.load(self.settings.folder, options)))
 
     def _llama(self) -> Any:
         from llama_cpp import Llama
@@ -118,29 +112,29 @@ class Ways(ExitStack):
 
 
 def peak_alone(settings: Settings, name: str, items: Sequence[ScoreItem]) -> int:
-    """The most resident bytes while `items` are read this way: for a process in which nothing else was loaded."""
+    """The peak of resident bytes while `items` are computed this way; call it in a process of its own."""
     with Ways(settings) as ways:
-        read = ways.load(name)
-        family = process_tree(os.getpid())
-        reset_peak_memory(family)
-        read(items)
-        return peak_memory(family)
+        run = ways.load(name)
+        tree = process_tree(os.getpid())
+        reset_peak_memory(tree)
+        run(items)
+        return peak_memory(tree)
 
 
 @torch.inference_mode()
 def one_at_a_time(model: Any, items: Sequence[ScoreItem]) -> list[float]:
-    """The published loop: a forward for each text, in full, and the softmax of its last row."""
-    found = []
+    """The published loop: a whole forward for each text, and the softmax of its last position."""
+    results = []
     for item in items:
         last = model(torch.tensor([list(item.token_ids)], device=model.device)).logits[0, -1].float().softmax(-1)
-        found.append(last[list(item.label_ids)].sum().item())
-    return found
+        results.append(last[list(item.label_ids)].sum().item())
+    return results
 
 
 @torch.inference_mode()
 def padded(model: Any, items: Sequence[ScoreItem]) -> list[float]:
-    """Texts of similar length together, padded on the left, with the mask that this needs."""
-    found, group, most = [], list[ScoreItem](), PADDED_TOKENS[model.device.type]
+    """Texts of similar length together, padded on the left, with a mask."""
+    results, group, most = [], list[ScoreItem](), PADDED_TOKENS[model.device.type]
     for item in [*sorted(items, key=lambda item: -len(item.token_ids)), None]:
         if group and (item is None or (len(group) + 1) * len(group[0].token_ids) > most):
             width = len(group[0].token_ids)
@@ -151,30 +145,30 @@ def padded(model: Any, items: Sequence[ScoreItem]) -> list[float]:
             ids, mask = ids.to(model.device), mask.to(model.device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             last = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits
-            found += last[:, 0].float().softmax(-1)[:, 0].tolist()
+            results += last[:, 0].float().softmax(-1)[:, 0].tolist()
             group = []
         if item is not None:
             group.append(item)
-    return found
+    return results
 
 
 def by_engine(engine: Engine, items: Sequence[ScoreItem]) -> None:
-    """As the worker asks: in calls of about `batch_tokens`."""
+    """In calls of about `batch_tokens`, as the worker does it."""
     for call in in_calls(items, engine.info.batch_tokens):
         engine.run(call)
 
 
 def by_vllm(engine: VllmEngine, items: Sequence[ScoreItem]) -> None:
-    """The same, with nothing left from the round before."""
+    """The same, with nothing cached from the round before."""
     engine.reset_prefix_cache()
     by_engine(engine, items)
 
 
 def by_llama(model: Any, items: Sequence[ScoreItem]) -> list[float]:
-    """Each text by itself; the logit of its first label behind its last token."""
-    found = []
+    """Each text by itself: the logit of its first label after the last token."""
+    results = []
     for item in items:
         model.reset()
         model.eval(list(item.token_ids))
-        found.append(float(model._ctx.get_logits()[item.label_ids[0]]))
-    return found
+        results.append(float(model._ctx.get_logits()[item.label_ids[0]]))
+    return results

@@ -1,10 +1,11 @@
-"""The torch engine: what it loads, what it refuses, and that batches of every kind of model give its own numbers."""
+"""The torch engine: what it loads and refuses, and that models of every kind get their own numbers in any call."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from service.engine.contract import DType, Engine, GenerateItem, ScoreItem
 from service.engine.torch.engine import EngineLoadError, TorchEngine
+from tests.support.causal import logprobs, near, own_logprobs, random_ids, write_model, write_with_broken_embedding
 
 VOCABULARY = 128
 SMALL = {
@@ -35,15 +37,17 @@ LONGROPE = {
     "rope_theta": 1e4,
     "factor": 8.0,
 }
-CONFIGS = {
+PACKED = {
     "untied": lambda: transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
     "soft-capped logits": lambda: transformers.Gemma2Config(
         **SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0, sliding_window=16
     ),
     "divided logits": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=3.0),
     "scaled logits": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
-    "bias in the output layer": lambda: transformers.PhiConfig(**SMALL),
     "sliding window": lambda: transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8),
+}
+SINGLE = {
+    "bias in the output layer": lambda: transformers.PhiConfig(**SMALL),
     "experts": lambda: transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
     "frequencies by length": lambda: transformers.Phi3Config(
         **SMALL, original_max_position_embeddings=24, rope_parameters=LONGROPE
@@ -53,65 +57,48 @@ CONFIGS = {
     ),
     "not causal": lambda: transformers.BertConfig(**SMALL, architectures=["BertLMHeadModel"]),
 }
+CONFIGS = PACKED | SINGLE
 
 
 @pytest.fixture
-def engine(tiny_model: Path) -> TorchEngine:
+def engine(tiny_model: Path) -> Iterator[TorchEngine]:
     """The tiny model in fp32."""
-    return TorchEngine.load(tiny_model, dtype="float32")
+    with closing(TorchEngine.load(tiny_model, dtype="float32")) as engine:
+        yield engine
 
 
-def make_model(folder: Path, config: Any) -> Any:
-    """A random model of this configuration, written to the folder and read back as transformers does."""
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def random_items(count: int, longest: int = 60) -> list[ScoreItem]:
-    """Items of 1 to `longest` random tokens that ask for two labels."""
-    rng = random.Random(1)
-    return [
-        ScoreItem([rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, longest))], (5, 9)) for _ in range(count)
-    ]
-
-
-@torch.no_grad()
-def own_logprobs(model: Any, item: ScoreItem) -> list[float]:
-    """What the model itself says of one item's labels."""
-    logprobs = model(torch.tensor([item.token_ids])).logits[0, -1].float().log_softmax(-1)
-    return [logprobs[label].item() for label in item.label_ids]
+def random_items(count: int) -> list[ScoreItem]:
+    """Items of 1 to 60 random tokens that ask for two labels."""
+    rng = Random(1)
+    return [ScoreItem(random_ids(rng, 1, 60), (5, 9)) for _ in range(count)]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_kind_of_model_gives_its_own_numbers(kind: str, tmp_path: Path) -> None:
     """Forty items of mixed length in one call get what the model's own forward gives each alone."""
-    model = make_model(tmp_path, CONFIGS[kind]())
-    engine = TorchEngine.load(tmp_path, dtype="float32")
+    model = write_model(tmp_path, CONFIGS[kind]())
     items = random_items(40)
 
-    answers = engine.run(items)
+    answers = TorchEngine.load(tmp_path, dtype="float32").run(items)
 
-    expected = [own_logprobs(model, item) for item in items]
-    assert [list(answer.logprobs) for answer in answers] == [pytest.approx(row, abs=2e-5) for row in expected]
+    assert logprobs(answers) == near(own_logprobs(model, items), 2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_kind_of_model_has_its_rung(kind: str, dtype: DType, tmp_path: Path) -> None:
-    """Families that are known are packed; the fp32 output layer fits every other causal kind, one prompt at a time."""
-    make_model(tmp_path, CONFIGS[kind]())
+    """Known families are packed; every other causal kind runs one prompt at a time, with its output layer in fp32."""
+    write_model(tmp_path, CONFIGS[kind]())
 
     executor = TorchEngine.load(tmp_path, dtype=dtype, native_kernels=False).info.executor
 
-    packed = {"untied", "soft-capped logits", "sliding window", "divided logits", "scaled logits"}
-    assert executor.rung == ("packed" if kind in packed else "single")
+    assert executor.rung == ("packed" if kind in PACKED else "single")
     assert executor.stable
 
 
 @pytest.mark.usefixtures("own_threads")
-def test_what_computes_the_numbers_has_a_name_of_its_own(tiny_model: Path) -> None:
-    """The code and the dtype tell two engines' scores apart; the number of threads does not."""
+def test_the_executors_digest_tells_scores_apart(tiny_model: Path) -> None:
+    """The code and the dtype are in it; the number of threads is not."""
     one, other = (TorchEngine.load(tiny_model, dtype="float32", native_kernels=False, threads=n) for n in (1, 2))
     coarse = TorchEngine.load(tiny_model, dtype="bfloat16", native_kernels=False)
 
@@ -120,22 +107,20 @@ def test_what_computes_the_numbers_has_a_name_of_its_own(tiny_model: Path) -> No
     assert one.info.executor.digest != coarse.info.executor.digest
 
 
-def test_another_tasks_item_is_refused(engine: TorchEngine) -> None:
+def test_an_item_of_another_task_is_refused(engine: TorchEngine) -> None:
     """An engine is loaded for one task."""
     with pytest.raises(ValueError, match="answers ScoreItem only"):
         engine.run([GenerateItem([7], 3, ())])
 
 
-def test_bfloat16_weights_meet_an_fp32_output_layer(tiny_model: Path) -> None:
+def test_the_output_layer_is_in_fp32_for_bf16_weights_too(tiny_model: Path, engine: TorchEngine) -> None:
     """In bf16 the log-probabilities are finer than bf16 can hold, and near the fp32 ones."""
     items = random_items(20)
 
-    coarse = TorchEngine.load(tiny_model, dtype="bfloat16").run(items)
-    fine = TorchEngine.load(tiny_model, dtype="float32").run(items)
+    coarse = torch.tensor(logprobs(TorchEngine.load(tiny_model, dtype="bfloat16").run(items)))
 
-    values = torch.tensor([answer.logprobs for answer in coarse])
-    assert (values != values.bfloat16().float()).float().mean() > 0.9
-    assert values == pytest.approx(torch.tensor([answer.logprobs for answer in fine]), abs=0.5)
+    assert (coarse != coarse.bfloat16().float()).float().mean() > 0.9
+    assert coarse == pytest.approx(torch.tensor(logprobs(engine.run(items))), abs=0.5)
 
 
 def test_probabilities_cover_the_whole_vocabulary(engine: TorchEngine, tiny_model: Path) -> None:
@@ -148,13 +133,11 @@ def test_probabilities_cover_the_whole_vocabulary(engine: TorchEngine, tiny_mode
     assert answer.logprobs[answer.argmax_id] == max(answer.logprobs)
 
 
-def test_items_at_the_limits_are_read(tiny_model: Path) -> None:
-    """One token and `max_tokens` tokens both get an answer, in a call larger than `batch_tokens`."""
+def test_items_at_the_limits_are_answered(tiny_model: Path) -> None:
+    """One token and `max_tokens` tokens, in a call larger than `batch_tokens`; and no items at all."""
     engine: Engine = TorchEngine.load(tiny_model, dtype="float32", max_tokens=64, batch_tokens=32)
 
-    answers = engine.run([ScoreItem([7], (5,)), ScoreItem([7] * 64, (5,))])
-
-    assert len(answers) == 2
+    assert len(engine.run([ScoreItem([7], (5,)), ScoreItem([7] * 64, (5,))])) == 2
     assert engine.run([]) == []
 
 
@@ -182,7 +165,7 @@ def test_a_closed_engine_says_so(engine: TorchEngine) -> None:
         engine.run([ScoreItem([7], (5,))])
 
 
-def test_broken_weights_are_refused_at_load(tiny_model: Path, tmp_path: Path) -> None:
+def test_broken_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     """A model whose logits are not finite is not loaded."""
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
@@ -193,13 +176,8 @@ def test_broken_weights_are_refused_at_load(tiny_model: Path, tmp_path: Path) ->
 
 
 def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: Path) -> None:
-    """One token with broken embeddings gives NaN to its own item, and the neighbour in the same call a number."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
-    head = model.lm_head.weight.detach().clone()
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(head)
-    model.get_input_embeddings().weight.data[300] = float("nan")
-    model.save_pretrained(tmp_path)
+    """A token with broken embeddings gives NaN to its own item, and a number to the other one in the call."""
+    write_with_broken_embedding(transformers.AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path, 300)
     engine = TorchEngine.load(tmp_path, dtype="float32")
 
     spoiled, fine = engine.run([ScoreItem([300, 7, 8], (5,)), ScoreItem([9, 7, 8], (5,))])
@@ -209,7 +187,7 @@ def test_an_item_that_overflows_spoils_itself_only(tiny_model: Path, tmp_path: P
 
 
 def test_missing_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    """A folder that lacks a tensor is not completed with random numbers."""
+    """A tensor that the folder lacks is not replaced with random numbers."""
     transformers.AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
     tensors = load_file(tiny_model / "model.safetensors")
     tensors.pop("model.layers.1.mlp.up_proj.weight")
@@ -220,7 +198,7 @@ def test_missing_weights_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_a_classifier_is_refused(tmp_path: Path) -> None:
-    """A model of another kind is named in the error."""
+    """The error names the model's kind."""
     transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path)
 
     with pytest.raises(EngineLoadError, match="BertForSequenceClassification is not a causal language model"):
@@ -228,13 +206,13 @@ def test_a_classifier_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    """A folder without a model is named in the error."""
+    """The error names the folder."""
     with pytest.raises(EngineLoadError, match=tmp_path.name):
         TorchEngine.load(tmp_path)
 
 
-def test_more_tokens_than_the_model_reads_are_refused(tiny_model: Path) -> None:
-    """A limit over the model's own is an error; a lower one is taken; none means the model's."""
+def test_max_tokens_can_only_lower_the_models_limit(tiny_model: Path) -> None:
+    """A higher limit is an error; none means the model's."""
     with pytest.raises(EngineLoadError, match="the model reads 1 to 2048"):
         TorchEngine.load(tiny_model, max_tokens=4096)
 
@@ -242,8 +220,8 @@ def test_more_tokens_than_the_model_reads_are_refused(tiny_model: Path) -> None:
     assert TorchEngine.load(tiny_model).info.max_tokens == 2048
 
 
-def test_the_number_format_can_be_asked_for(tiny_model: Path) -> None:
-    """`dtype` says what the weights are in, whatever the file holds."""
+def test_the_dtype_can_be_chosen(tiny_model: Path) -> None:
+    """Whatever the file holds."""
     assert TorchEngine.load(tiny_model, dtype="bfloat16").info.dtype == "bfloat16"
     assert TorchEngine.load(tiny_model, dtype="float32").info.dtype == "float32"
     assert TorchEngine.load(tiny_model).info.dtype in {"bfloat16", "float32"}

@@ -1,4 +1,4 @@
-"""Work in a forked process: what it returns, and how whatever ends it is told."""
+"""Work in a forked process: what it returns, and how its end is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.live import wait_for
 
 
 def crash() -> bytes:
-    """Read where no memory is."""
+    """Read an address without memory."""
     return ctypes.string_at(8)
 
 
@@ -47,7 +47,7 @@ def send(number: int) -> Callable[[], bytes]:
 
 @contextmanager
 def torch_at_work() -> Iterator[None]:
-    """Two threads multiply in bf16 and fp32 meanwhile."""
+    """Two threads multiply in bf16 and fp32 at the same time."""
     done = threading.Event()
 
     def work(dtype: torch.dtype) -> None:
@@ -61,12 +61,12 @@ def torch_at_work() -> Iterator[None]:
             yield
         finally:
             done.set()
-        for each in working:
-            each.result()
+        for future in working:
+            future.result()
 
 
 def test_a_child_returns_bytes() -> None:
-    """Of its own process, which has this one's memory and cannot change it."""
+    """From a process of its own, which has a copy of this one's memory."""
     seen = [os.getpid()]
 
     def work() -> bytes:
@@ -100,8 +100,8 @@ def test_any_bytes_come_back(returned: bytes) -> None:
         (send(signal.SIGRTMIN + 3), f"was killed by signal {signal.SIGRTMIN + 3}"),
     ],
 )
-def test_what_ends_a_child_is_told(work: Callable[[], bytes], said: str) -> None:
-    """The exception with its text, the status, or the signal by its name."""
+def test_the_error_says_how_a_child_ended(work: Callable[[], bytes], said: str) -> None:
+    """By an exception with its text, a status, or a signal by its name."""
     with pytest.raises(ChildError) as raised:
         in_child(work, 10)
 
@@ -115,7 +115,7 @@ def test_a_child_leaves_the_signals_of_a_stop_to_its_parent(number: signal.Signa
 
 
 def test_a_child_that_hangs_is_killed() -> None:
-    """And it is not there any more when that is told."""
+    """It is gone when the error is raised."""
     before = psutil.Process().children()
 
     with pytest.raises(ChildError, match="did not end within 1 s"):
@@ -125,7 +125,7 @@ def test_a_child_that_hangs_is_killed() -> None:
 
 
 def test_a_child_whose_threads_hang_returns() -> None:
-    """Nobody waits for them."""
+    """It does not wait for them."""
 
     def work() -> bytes:
         threading.Thread(target=hang_quietly).start()
@@ -138,7 +138,7 @@ def test_a_child_whose_threads_hang_returns() -> None:
 
 
 def test_what_a_child_prints_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
-    """A library's last words are no lines of this process's log."""
+    """What a library prints when it crashes does not get into this process's log."""
 
     def work() -> bytes:
         os.write(1, b"printed\n")
@@ -151,7 +151,7 @@ def test_what_a_child_prints_is_dropped(capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_nothing_is_left_behind() -> None:
-    """After many children that end in each way there are no more open files, and no zombies."""
+    """Many children that end in all these ways leave no open files and no zombies."""
     fds, children = psutil.Process().num_fds(), psutil.Process().children()
 
     for _ in range(30):
@@ -167,14 +167,14 @@ def test_nothing_is_left_behind() -> None:
 _PARENT = """
 import sys, time
 from service.engine.torch import child
-child._AFTERMATH_SECONDS = 2
+child.GRACE_SECONDS = 2
 print("forking", flush=True)
 child.in_child(lambda: time.sleep(600) or b"", 1000 if sys.argv[1] == "long" else 1)
 """
 
 
-def test_a_parent_that_is_killed_leaves_no_child_for_long() -> None:
-    """The child ends itself a little after its time."""
+def test_the_child_of_a_killed_parent_ends_itself() -> None:
+    """A little after its time."""
     with subprocess.Popen([sys.executable, "-c", _PARENT, "short"], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"forking\n"
@@ -186,7 +186,7 @@ def test_a_parent_that_is_killed_leaves_no_child_for_long() -> None:
         assert wait_for(lambda: not child.is_running(), 20)
 
 
-def test_an_interrupted_parent_takes_its_child_along() -> None:
+def test_an_interrupted_parent_kills_its_child() -> None:
     """Ctrl-C during the wait."""
     with subprocess.Popen(
         [sys.executable, "-c", _PARENT, "long"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -202,8 +202,8 @@ def test_an_interrupted_parent_takes_its_child_along() -> None:
         assert not child.is_running()
 
 
-def test_a_child_of_a_thread_works_as_any_other() -> None:
-    """Several at once, while torch is at work in other threads: each gets its own answer, or its own end."""
+def test_threads_may_have_children() -> None:
+    """Several at once, while torch works in other threads: each gets its own child's answer or end."""
 
     def ask(number: int) -> bytes | str:
         try:
@@ -220,12 +220,12 @@ def test_a_child_of_a_thread_works_as_any_other() -> None:
 
 
 def test_a_child_may_have_children() -> None:
-    """Also where it belongs to a pool of processes."""
+    """A service may itself be one of a pool's processes."""
     assert in_child(lambda: in_child(lambda: b"grandchild", 10), 20) == b"grandchild"
 
 
-def test_ignored_ends_of_children_do_no_harm() -> None:
-    """Where the process was started with SIGCHLD ignored, nobody keeps the status, and what was returned counts."""
+def test_sigchld_may_be_ignored() -> None:
+    """A process may be started like that. The kernel then drops the status, and what was returned decides."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert in_child(lambda: b"returned", 10) == b"returned"

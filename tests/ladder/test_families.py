@@ -11,32 +11,28 @@ import pytest
 import torch
 
 from service.engine.contract import ClassifyItem, GenerateItem
-from service.engine.torch.cpu import kernel
+from service.engine.torch.cpu.library import library_forms
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
 from service.engine.torch.loading import EngineLoadError, Loaded
-from tests.ladder.test_packed_forward import bits, own_logprobs, some_items
+from tests.support.causal import logprobs, near, own_logprobs, prefix_items
 from tests.support.families import COMPILED, PACKED, SINGLE, build, build_classifier
 
 # Up to 170 tokens: beyond every window, chunk and original length of these models.
-ITEMS = some_items(2, 3)
-HERE = next((f"compiled-{form}" for form in kernel.forms()), "packed")
+ITEMS = prefix_items(2, 3)
+# The fastest rung on this CPU.
+FASTEST = next((f"compiled-{form}" for form in library_forms()), "packed")
 
 
-def logprobs_on(rung: str, model: Any, *, native: bool, max_tokens: int = 512) -> list[list[float]]:
+def logprobs_on(rung: str, model: Any, *, native: bool = True, max_tokens: int = 512) -> list[tuple[float, ...]]:
     """Of the items, which have the same bits alone, together and in another order."""
     with closing(TorchEngine(Loaded(model, max_tokens, 512), "labels", native_kernels=native)) as engine:
         assert engine.info.executor.rung == rung
         items = [item for item in ITEMS if len(item.token_ids) <= max_tokens]
-        together = bits(engine.run(items))
-        assert bits(engine.run(items[::-1]))[::-1] == together
-        assert [bits(engine.run([item]))[0] for item in items] == together
-        return [list(row) for row in together]
-
-
-def own(model: Any) -> list[Any]:
-    """What the model's own forward says of the items."""
-    return [own_logprobs(model, item) for item in ITEMS]
+        together = logprobs(engine.run(items))
+        assert logprobs(engine.run(items[::-1]))[::-1] == together
+        assert [logprobs(engine.run([item]))[0] for item in items] == together
+        return together
 
 
 def test_the_documents_have_the_same_table() -> None:
@@ -52,84 +48,72 @@ def test_the_documents_have_the_same_table() -> None:
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name: str) -> None:
-    """In float32 with bfloat16 weights, by compiled code where this CPU has what it takes."""
+    """In float32 with bf16 weights, by compiled code if this CPU runs it."""
     model = build(name)
-    expected = own(model)
+    expected = own_logprobs(model, ITEMS)
 
-    found = logprobs_on(HERE, model, native=True)
-
-    assert found == [pytest.approx(row, abs=2e-4) for row in expected]
+    assert logprobs_on(FASTEST, model) == near(expected, 2e-4)
 
 
 @pytest.mark.parametrize("name", COMPILED | PACKED)
 def test_packed(name: str) -> None:
-    """In float32 by torch's operations; compiled code is asked first and knows what it does not do."""
+    """In float32 by torch's operations; for families of this rung, compiled code refuses first."""
     model = build(name)
-    expected = own(model)
+    expected = own_logprobs(model, ITEMS)
 
-    found = logprobs_on("packed", model, native=name in PACKED)
-
-    assert found == [pytest.approx(row, abs=2e-5) for row in expected]
+    assert logprobs_on("packed", model, native=name in PACKED) == near(expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_single(name: str) -> None:
     """One prompt at a time, by the model's own forward."""
     model = build(name)
-    expected = own(model)
+    expected = own_logprobs(model, ITEMS)
 
-    found = logprobs_on("single", model, native=True)
-
-    assert found == [pytest.approx(row, abs=2e-5) for row in expected]
+    assert logprobs_on("single", model) == near(expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", COMPILED | PACKED)
 def test_bfloat16(name: str) -> None:
-    """The rung is the same in bfloat16, and so are bits in any company."""
-    logprobs_on("packed" if name in PACKED else HERE, build(name).bfloat16(), native=True)
+    """The rung is the same in bf16, and bits do not depend on the batch there either."""
+    logprobs_on("packed" if name in PACKED else FASTEST, build(name).bfloat16())
 
 
 @pytest.mark.parametrize("name", ["phi3, long", "ministral3, long"])
 def test_short_prompts_are_packed(name: str) -> None:
-    """Where no prompt is so long that positions change, the fast ways are there."""
+    """If no prompt may be so long that positions change, the fast rungs are available."""
     model = build(name)
-    expected = [row for item, row in zip(ITEMS, own(model), strict=True) if len(item.token_ids) <= 96]
+    expected = own_logprobs(model, [item for item in ITEMS if len(item.token_ids) <= 96])
 
-    found = logprobs_on(HERE, model, native=True, max_tokens=96)
-
-    assert len(found) > 2
-    assert found == [pytest.approx(row, abs=2e-4) for row in expected]
+    assert len(expected) > 2
+    assert logprobs_on(FASTEST, model, max_tokens=96) == near(expected, 2e-4)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3"])
 def test_a_model_that_reads_images_is_loaded_to_read_text(name: str, tmp_path: Path) -> None:
-    """From a folder, though it is no causal model to transformers."""
+    """From a folder, though transformers does not count it as a causal model."""
     model = build(name)
     model.save_pretrained(tmp_path)
 
     with closing(TorchEngine.load(tmp_path, dtype="float32", device="cpu", max_tokens=512)) as engine:
-        found = bits(engine.run(ITEMS))
-        assert engine.info.executor.rung == HERE
-
-    assert [list(row) for row in found] == [pytest.approx(row, abs=2e-4) for row in own(model)]
+        assert logprobs(engine.run(ITEMS)) == near(own_logprobs(model, ITEMS), 2e-4)
+        assert engine.info.executor.rung == FASTEST
 
 
 @pytest.mark.parametrize(
     "name", ["phi3", "glm4", "olmo3", "exaone4", "smollm3", "gemma3_text", "qwen3_5_text", "gpt_oss"]
 )
 def test_reward_models(name: str) -> None:
-    """The logit of a classifier is its own, on the rung of its family."""
+    """A classifier's logit is its own, on the rung of its family."""
     model = build_classifier(name)
-    rung = HERE if name in COMPILED else "packed" if name in PACKED else "single"
+    rung = FASTEST if name in COMPILED else "packed" if name in PACKED else "single"
     items = [ClassifyItem(item.token_ids, item.boundaries) for item in ITEMS]
     with torch.inference_mode():
         expected = [model(torch.tensor([item.token_ids])).logits[0, 0].item() for item in items]
 
     with closing(TorchEngine(Loaded(model, 512, 512), "classify")) as engine:
-        found = [answer.logit for answer in engine.run(items)]
+        assert [answer.logit for answer in engine.run(items)] == pytest.approx(expected, abs=5e-4)
         assert engine.info.executor.rung == rung
-
-    assert found == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize(

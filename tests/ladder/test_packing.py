@@ -1,4 +1,4 @@
-"""Which tokens are read once, and where they lie: the plan of a packed forward."""
+"""Which tokens of a packed batch are computed once, and where they are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.contract import ScoreItem
-from service.engine.torch.packing import PackedBatch, cut, plan
+from service.engine.torch.packing import PackedBatch, cut, pack
 
-MOST_ROWS = 24
+MAX_TOKENS = 24
 
 
 @st.composite
@@ -19,94 +19,94 @@ def prompts(draw: st.DrawFn) -> ScoreItem:
     return ScoreItem(tokens, (0,), tuple(sorted(places)))
 
 
-batches = st.lists(prompts(), max_size=12)
+item_lists = st.lists(prompts(), max_size=12)
 
 
-def read_back(pack: PackedBatch, index: int) -> list[int]:
-    """The tokens that the item's last token sees, by the pack's own account."""
-    (last,) = (s for s in pack.segments if s.row + len(s.tokens) - 1 == pack.last_row[index])
-    return [token for number in last.chain for token in pack.segments[number].tokens]
+def read_back(batch: PackedBatch, index: int) -> list[tuple[int, ...]]:
+    """The segments that the item's last token attends to, by the batch's own account."""
+    (last,) = (segment for segment in batch.segments if segment.span.stop - 1 == batch.last_token[index])
+    return [batch.segments[number].token_ids for number in last.chain]
 
 
-@given(batches, st.integers(1, 4))
+@given(item_lists, st.integers(1, 4))
 def test_every_items_tokens_are_in_its_chain(items: list[ScoreItem], workers: int) -> None:
-    """Each item is in one pack, and its last token sees its own tokens in their order."""
-    packs = plan(items, MOST_ROWS, workers)
+    """Each item is in one batch, and its last token attends to its own tokens in their order."""
+    batches = pack(items, MAX_TOKENS, workers)
 
-    found = {index: read_back(pack, index) for pack in packs for index in pack.last_row}
-    assert sum(len(pack.last_row) for pack in packs) == len(items)
-    assert found == {index: list(item.token_ids) for index, item in enumerate(items)}
+    found = {index: sum(read_back(batch, index), ()) for batch in batches for index in batch.last_token}
+    assert sum(len(batch.last_token) for batch in batches) == len(items)
+    assert found == {index: tuple(item.token_ids) for index, item in enumerate(items)}
 
 
-@given(batches)
-def test_rows_are_filled_without_gaps(items: list[ScoreItem]) -> None:
-    """Segments stand one behind the other, each after what it sees, at the position that it has in its item."""
-    for pack in plan(items, MOST_ROWS):
-        rows = [row for s in pack.segments for row in range(s.row, s.row + len(s.tokens))]
+@given(item_lists)
+def test_a_batch_is_filled_without_gaps(items: list[ScoreItem]) -> None:
+    """Each segment follows those that it attends to, at the position that it has in its item."""
+    for batch in pack(items, MAX_TOKENS):
+        places = [place for segment in batch.segments for place in range(segment.span.start, segment.span.stop)]
+        lengths = [len(segment.token_ids) for segment in batch.segments]
 
-        assert rows == list(range(pack.rows))
-        assert [s.chain[-1] for s in pack.segments] == list(range(len(pack.segments)))
-        assert [s.position for s in pack.segments] == [
-            sum(len(pack.segments[number].tokens) for number in s.chain[:-1]) for s in pack.segments
+        assert places == list(range(batch.num_tokens))
+        assert [segment.chain[-1] for segment in batch.segments] == list(range(len(batch.segments)))
+        assert [segment.position for segment in batch.segments] == [
+            sum(lengths[number] for number in segment.chain[:-1]) for segment in batch.segments
         ]
 
 
-@given(batches)
+@given(item_lists)
 def test_prefixes_are_shared_exactly_when_they_are_equal(items: list[ScoreItem]) -> None:
-    """In one pack there are as many segments as there are different prefixes up to a cut."""
-    pack = PackedBatch()
-    counted = pack.added_rows(items)
+    """A batch has as many segments as there are different prefixes up to a cut."""
+    batch = PackedBatch()
+    counted = batch.added_tokens(items)
 
     for index, item in enumerate(items):
-        pack.add(index, item)
+        batch.add(index, item)
 
-    prefixes = {tuple(pieces[: end + 1]) for pieces in map(cut, items) for end in range(len(pieces))}
-    assert len(pack.segments) == len(prefixes)
-    assert pack.rows == counted == sum(len(prefix[-1]) for prefix in prefixes)
-    assert pack.rows + sum(pack.cached.values()) == sum(len(item.token_ids) for item in items)
+    prefixes = {segments[: end + 1] for segments in map(cut, items) for end in range(len(segments))}
+    assert len(batch.segments) == len(prefixes)
+    assert batch.num_tokens == counted == sum(len(prefix[-1]) for prefix in prefixes)
+    assert batch.num_tokens + sum(batch.cached_tokens.values()) == sum(len(item.token_ids) for item in items)
 
 
-@given(batches, prompts())
+@given(item_lists, prompts())
 def test_neighbours_do_not_move_the_cuts(items: list[ScoreItem], item: ScoreItem) -> None:
-    """An item's chain has the same pieces beside any others as alone."""
-    packs = plan([*items, item], MOST_ROWS)
+    """An item's chain has the same segments beside any others as alone."""
+    batches = pack([*items, item], MAX_TOKENS)
 
-    (pack,) = (pack for pack in packs if len(items) in pack.last_row)
-    (last,) = (s for s in pack.segments if s.row + len(s.tokens) - 1 == pack.last_row[len(items)])
-    assert [pack.segments[number].tokens for number in last.chain] == cut(item)
-
-
-@given(batches, st.integers(1, 4))
-def test_packs_stay_in_their_size(items: list[ScoreItem], workers: int) -> None:
-    """No pack is over the limit, as no item is."""
-    assert all(pack.rows <= MOST_ROWS for pack in plan(items, MOST_ROWS, workers))
+    (batch,) = (batch for batch in batches if len(items) in batch.last_token)
+    assert tuple(read_back(batch, len(items))) == cut(item)
 
 
-def test_a_prompt_with_two_answers_is_read_once() -> None:
-    """What two items have before the last boundary is laid out once, and counted as not computed again."""
+@given(item_lists, st.integers(1, 4))
+def test_batches_stay_within_their_size(items: list[ScoreItem], workers: int) -> None:
+    """No batch is over the limit, as no item is."""
+    assert all(batch.num_tokens <= MAX_TOKENS for batch in pack(items, MAX_TOKENS, workers))
+
+
+def test_a_prompt_with_two_answers_is_computed_once() -> None:
+    """What two items have before the last boundary is in the batch once, and counted as cached."""
     items = [ScoreItem([1, 2, 3, 4], (0,), (1, 3)), ScoreItem([1, 2, 3, 5, 6], (0,), (1, 3))]
 
-    (pack,) = plan(items, MOST_ROWS)
+    (batch,) = pack(items, MAX_TOKENS)
 
-    assert [s.tokens for s in pack.segments] == [(1,), (2, 3), (4,), (5, 6)]
-    assert pack.cached == {0: 0, 1: 3}
+    assert [segment.token_ids for segment in batch.segments] == [(1,), (2, 3), (4,), (5, 6)]
+    assert batch.cached_tokens == {0: 0, 1: 3}
 
 
 def test_work_is_spread_over_the_workers() -> None:
-    """Eight items make four packs for four workers, two for two, and one for one."""
+    """Eight items make four batches for four workers, two for two, and one for one."""
     items = [ScoreItem([index] * 3, (0,)) for index in range(8)]
 
-    assert [len(plan(items, MOST_ROWS, workers)) for workers in (1, 2, 4)] == [1, 2, 4]
+    assert [len(pack(items, MAX_TOKENS, workers)) for workers in (1, 2, 4)] == [1, 2, 4]
 
 
-def test_answers_to_one_prompt_are_divided_only_where_that_is_asked_for() -> None:
-    """For workers that can read one pack together they are one; beside others each prompt's stay together."""
-    alike = [ScoreItem([1, 2, 3, index], (0,), (3,)) for index in range(8)]
-    others = [ScoreItem([7, 8, index], (0,), (2,)) for index in range(8)]
+def test_answers_to_one_prompt_are_divided_only_on_request() -> None:
+    """Workers that can share a batch get one; with two prompts each prompt's answers stay together."""
+    first = [ScoreItem([1, 2, 3, index], (0,), (3,)) for index in range(8)]
+    second = [ScoreItem([7, 8, index], (0,), (2,)) for index in range(8)]
 
-    assert len(plan(alike, MOST_ROWS, 4)) == 4
-    assert len(plan(alike, MOST_ROWS, 4, divided=False)) == 1
-    assert [sorted(pack.last_row) for pack in plan([*alike, *others], MOST_ROWS, 4, divided=False)] == [
+    assert len(pack(first, MAX_TOKENS, 4)) == 4
+    assert len(pack(first, MAX_TOKENS, 4, split_groups=False)) == 1
+    assert [sorted(batch.last_token) for batch in pack([*first, *second], MAX_TOKENS, 4, split_groups=False)] == [
         list(range(8)),
         list(range(8, 16)),
     ]

@@ -1,8 +1,7 @@
-"""Tiny random models of the families that people judge with, and the rung of the ladder that each takes."""
+"""Tiny random models of the families that people judge with, by the rung of the ladder that each takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import (
 
 VOCABULARY = 128
 WINDOW = 8
-# Widths are multiples of 32, and so are heads, as compiled code wants them. None leaves a field out.
+# Sizes are multiples of 32, head_dim included, as compiled code requires.
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -60,12 +59,7 @@ DELTA: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
-GRANITE = {
-    "embedding_multiplier": 3.0,
-    "residual_multiplier": 0.4,
-    "attention_multiplier": 0.1,
-    "logits_scaling": 2.0,
-}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 2.0}
 GRANITE_4: dict[str, Any] = {
     **GRANITE,
     "shared_intermediate_size": 96,
@@ -89,8 +83,7 @@ LONGROPE = {
     "original_max_position_embeddings": 96,
     "factor": 8.0,
 }
-# Queries grow from the 97th position on, which the prompts of the check do not reach; in published models from the
-# 16,385th.
+# Queries grow from the 97th position on, in published models from the 16,385th: the check's prompts are shorter.
 GROWING_QUERIES = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -113,92 +106,70 @@ VISION = {
 }
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A model type, and what its config has beside BASE."""
-
-    model_type: str
-    fields: dict[str, Any]
-
-    def config(self, **more: Any) -> Any:
-        """The config, with `more` in place of what it has."""
-        wanted = {**BASE, **self.fields, **more}
-        return AutoConfig.for_model(self.model_type, **{k: v for k, v in wanted.items() if v is not None})
+def tiny(**fields: Any) -> dict[str, Any]:
+    """What a config has besides BASE; None leaves a field out."""
+    return fields
 
 
-def tiny(model_type: str, **fields: Any) -> Tiny:
-    """See Tiny."""
-    return Tiny(model_type, fields)
+def each(names: str, **fields: Any) -> dict[str, dict[str, Any]]:
+    """The same for several families."""
+    return dict.fromkeys(names.split(), fields)
 
 
-# By the fastest rung that they have: compiled, where the CPU has what it takes, else packed.
+# By the fastest rung that they have: compiled, if the CPU runs it, else packed. A name begins with the model's type,
+# unless its fields have that.
 COMPILED = {
-    "llama": tiny("llama"),
-    "llama with a window in its config": tiny("llama", sliding_window=WINDOW),
-    "llama, dynamic": tiny("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-    "mistral": tiny("mistral", sliding_window=WINDOW),
-    "mistral with types of layers in its config": tiny(
-        "mistral", sliding_window=WINDOW, layer_types=["full_attention"] * 2
-    ),
-    "ministral": tiny("ministral", head_dim=32, **MIXED),
-    "ministral3": tiny("ministral3", head_dim=32),
-    "qwen2": tiny("qwen2"),
-    "qwen2 with windows": tiny("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "qwen3": tiny("qwen3", head_dim=64),
-    "gemma": tiny("gemma", head_dim=64),
-    "gemma2": tiny("gemma2", head_dim=64, query_pre_attn_scalar=64, attn_logit_softcapping=4.0, **MIXED),
-    "gemma3_text": tiny("gemma3_text", head_dim=64, **MIXED),
-    "gemma3": tiny(
-        "gemma3",
-        text_config={**BASE, "head_dim": 64, **MIXED},
-        vision_config=VISION,
-        mm_tokens_per_image=16,
-    ),
+    **each("llama qwen2 internlm3 iquestcoder"),
+    **each("ministral3 glm glm4 seed_oss ernie4_5 helium", head_dim=32),
+    "llama with a window in its config": tiny(sliding_window=WINDOW),
+    "llama, dynamic": tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "mistral": tiny(sliding_window=WINDOW),
+    "mistral with types of layers in its config": tiny(sliding_window=WINDOW, layer_types=["full_attention"] * 2),
+    "ministral": tiny(head_dim=32, **MIXED),
+    "qwen2 with windows": tiny(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": tiny(head_dim=64),
+    "gemma": tiny(head_dim=64),
+    "gemma2": tiny(head_dim=64, query_pre_attn_scalar=64, attn_logit_softcapping=4.0, **MIXED),
+    "gemma3_text": tiny(head_dim=64, **MIXED),
+    "gemma3": tiny(text_config={**BASE, "head_dim": 64, **MIXED}, vision_config=VISION, mm_tokens_per_image=16),
     "mistral3": tiny(
-        "mistral3",
         text_config={**BASE, "model_type": "ministral3", "head_dim": 32},
         vision_config={**VISION, "model_type": "pixtral", "head_dim": 16},
     ),
-    "phi3": tiny("phi3", sliding_window=WINDOW),
+    "phi3": tiny(sliding_window=WINDOW),
     "phi3, part of a head": tiny(
-        "phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
     ),
-    "smollm3": tiny("smollm3", no_rope_layer_interval=2),
-    "glm": tiny("glm", head_dim=32),
-    "glm4": tiny("glm4", head_dim=32),
-    "seed_oss": tiny("seed_oss", head_dim=32),
-    "cwm": tiny("cwm", head_dim=32, **MIXED),
-    "ernie4_5": tiny("ernie4_5", head_dim=32),
-    "helium": tiny("helium", head_dim=32),
-    "internlm3": tiny("internlm3"),
-    "iquestcoder": tiny("iquestcoder"),
+    "smollm3": tiny(no_rope_layer_interval=2),
+    "cwm": tiny(head_dim=32, **MIXED),
 }
 PACKED = {
-    "olmo2": tiny("olmo2"),
-    "olmo3": tiny("olmo3", **MIXED),
-    "exaone4": tiny("exaone4", **MIXED),
-    "exaone4 without windows": tiny("exaone4", sliding_window=None, layer_types=["full_attention"] * 2),
-    "granite": tiny("granite", **GRANITE),
+    "olmo2": tiny(),
+    "olmo3": tiny(**MIXED),
+    "exaone4": tiny(**MIXED),
+    "exaone4 without windows": tiny(sliding_window=None, layer_types=["full_attention"] * 2),
+    "granite": tiny(**GRANITE),
     "granite 4, dense": tiny(
-        "granitemoehybrid",
+        model_type="granitemoehybrid",
         **GRANITE_4,
         num_local_experts=0,
         num_experts_per_tok=0,
         layer_types=["full_attention"] * 2,
     ),
-    "cohere": tiny("cohere", logit_scale=0.5),
-    "cohere with norms of heads": tiny("cohere", use_qk_norm=True),
-    "cohere2": tiny("cohere2", head_dim=32, **MIXED),
-    "gemma4_text": tiny("gemma4_text", **GEMMA_4),
-    "gemma4_text, 31B": tiny("gemma4_text", **GEMMA_4, attention_k_eq_v=True, num_global_key_value_heads=1),
-    "gemma4_unified_text": tiny("gemma4_unified_text", **GEMMA_4, use_bidirectional_attention="vision"),
+    "cohere": tiny(logit_scale=0.5),
+    "cohere with norms of heads": tiny(use_qk_norm=True),
+    "cohere2": tiny(head_dim=32, **MIXED),
+    "gemma4_text": tiny(**GEMMA_4),
+    "gemma4_text, 31B": tiny(**GEMMA_4, attention_k_eq_v=True, num_global_key_value_heads=1),
+    "gemma4_unified_text": tiny(**GEMMA_4, use_bidirectional_attention="vision"),
 }
 SINGLE = {
+    **each("apertus arcee bitnet bloom gpt2 gpt_neox granite_swa hyperclovax jais2 nanochat olmo phi stablelm mamba"),
+    **each("hunyuan_v1_dense nemotron cohere2_moe", head_dim=32),
     # Positions that depend on a prompt's length.
-    "ministral3, long": tiny("ministral3", head_dim=32, rope_parameters=GROWING_QUERIES),
-    "phi3, long": tiny("phi3", original_max_position_embeddings=96, rope_parameters=LONGROPE),
+    "ministral3, long": tiny(head_dim=32, rope_parameters=GROWING_QUERIES),
+    "phi3, long": tiny(original_max_position_embeddings=96, rope_parameters=LONGROPE),
     "llama4_text": tiny(
-        "llama4_text",
         head_dim=32,
         intermediate_size_mlp=96,
         num_local_experts=4,
@@ -208,30 +179,14 @@ SINGLE = {
         interleave_moe_layer_step=2,
     ),
     # Attention in both directions.
-    "gemma3_text in both directions": tiny("gemma3_text", head_dim=64, use_bidirectional_attention=True, **MIXED),
+    "gemma3_text in both directions": tiny(head_dim=64, use_bidirectional_attention=True, **MIXED),
     # Other parts or arithmetic than those that are packed.
-    "apertus": tiny("apertus"),
-    "arcee": tiny("arcee"),
-    "bitnet": tiny("bitnet"),
-    "bloom": tiny("bloom"),
-    "falcon": tiny("falcon", num_kv_heads=1, new_decoder_architecture=True),
-    "gpt2": tiny("gpt2"),
-    "gpt_neox": tiny("gpt_neox"),
-    "granite_swa": tiny("granite_swa"),
-    "hunyuan_v1_dense": tiny("hunyuan_v1_dense", head_dim=32),
-    "hyperclovax": tiny("hyperclovax"),
-    "jais2": tiny("jais2"),
-    "mpt": tiny("mpt", d_model=64, n_heads=2, n_layers=2),
-    "nanochat": tiny("nanochat"),
-    "nemotron": tiny("nemotron", head_dim=32),
-    "olmo": tiny("olmo"),
-    "opt": tiny("opt", ffn_dim=96, word_embed_proj_dim=64),
-    "phi": tiny("phi"),
-    "stablelm": tiny("stablelm"),
-    "starcoder2": tiny("starcoder2", sliding_window=WINDOW),
-    "vaultgemma": tiny("vaultgemma", head_dim=64, sliding_window=WINDOW),
+    "falcon": tiny(num_kv_heads=1, new_decoder_architecture=True),
+    "mpt": tiny(d_model=64, n_heads=2, n_layers=2),
+    "opt": tiny(ffn_dim=96, word_embed_proj_dim=64),
+    "starcoder2": tiny(sliding_window=WINDOW),
+    "vaultgemma": tiny(head_dim=64, sliding_window=WINDOW),
     "gemma4_text, E4B": tiny(
-        "gemma4_text",
         **{**GEMMA_4, "hidden_size_per_layer_input": 8, "layer_types": MIXED["layer_types"] * 2},
         num_hidden_layers=4,
         num_kv_shared_layers=2,
@@ -239,7 +194,6 @@ SINGLE = {
         use_double_wide_mlp=True,
     ),
     "gemma3n_text": tiny(
-        "gemma3n_text",
         head_dim=32,
         sliding_window=WINDOW,
         layer_types=MIXED["layer_types"] * 2,
@@ -251,50 +205,45 @@ SINGLE = {
         activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
     ),
     # Experts: what is multiplied together depends on what the neighbours choose.
-    "cohere2_moe": tiny("cohere2_moe", head_dim=32),
-    "dots1": tiny("dots1", **DEEPSEEK_MOE),
-    "ernie4_5_moe": tiny("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
-    "exaone_moe": tiny("exaone_moe", sliding_window=WINDOW, **MOE),
-    "flex_olmo": tiny("flex_olmo", num_experts=4, num_experts_per_tok=2),
+    "dots1": tiny(**DEEPSEEK_MOE),
+    "ernie4_5_moe": tiny(moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
+    "exaone_moe": tiny(sliding_window=WINDOW, **MOE),
+    "flex_olmo": tiny(num_experts=4, num_experts_per_tok=2),
     "gemma4_text, 26B-A4B": tiny(
-        "gemma4_text", **GEMMA_4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32
+        **GEMMA_4, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32
     ),
-    "glm4_moe": tiny("glm4_moe", head_dim=32, **DEEPSEEK_MOE),
-    "gpt_oss": tiny("gpt_oss", head_dim=32, **LOCAL_MOE, **MIXED),
-    "granitemoe": tiny("granitemoe", **LOCAL_MOE),
-    "granitemoeshared": tiny("granitemoeshared", num_local_experts=4, shared_intermediate_size=32),
-    "hunyuan_v1_moe": tiny("hunyuan_v1_moe", head_dim=32, num_experts=4, moe_topk=2),
-    "hy_v3": tiny("hy_v3", head_dim=32, num_local_experts=4, **MOE),
-    "mimo_v2_flash": tiny("mimo_v2_flash", head_dim=64, v_head_dim=16, **MIXED, **DEEPSEEK_MOE),
-    "minimax_m2": tiny("minimax_m2", head_dim=32, **LOCAL_MOE),
-    "mixtral": tiny("mixtral", num_local_experts=4),
-    "olmoe": tiny("olmoe", num_experts=4, num_experts_per_tok=2),
-    "phimoe": tiny("phimoe", num_local_experts=4),
-    "qwen2_moe": tiny("qwen2_moe", shared_expert_intermediate_size=32, **MOE),
-    "qwen3_moe": tiny("qwen3_moe", head_dim=64, **MOE),
-    "solar_open": tiny("solar_open", head_dim=32, **DEEPSEEK_MOE),
+    "glm4_moe": tiny(head_dim=32, **DEEPSEEK_MOE),
+    "gpt_oss": tiny(head_dim=32, **LOCAL_MOE, **MIXED),
+    "granitemoe": tiny(**LOCAL_MOE),
+    "granitemoeshared": tiny(num_local_experts=4, shared_intermediate_size=32),
+    "hunyuan_v1_moe": tiny(head_dim=32, num_experts=4, moe_topk=2),
+    "hy_v3": tiny(head_dim=32, num_local_experts=4, **MOE),
+    "mimo_v2_flash": tiny(head_dim=64, v_head_dim=16, **MIXED, **DEEPSEEK_MOE),
+    "minimax_m2": tiny(head_dim=32, **LOCAL_MOE),
+    "mixtral": tiny(num_local_experts=4),
+    "olmoe": tiny(num_experts=4, num_experts_per_tok=2),
+    "phimoe": tiny(num_local_experts=4),
+    "qwen2_moe": tiny(shared_expert_intermediate_size=32, **MOE),
+    "qwen3_moe": tiny(head_dim=64, **MOE),
+    "solar_open": tiny(head_dim=32, **DEEPSEEK_MOE),
     # Latent attention.
-    "deepseek_v2": tiny("deepseek_v2", **MLA, **DEEPSEEK_MOE),
-    "deepseek_v3": tiny("deepseek_v3", **MLA, **DEEPSEEK_MOE),
-    "deepseek_v32": tiny(
-        "deepseek_v32", **MLA, **DEEPSEEK_MOE, index_topk=16, index_head_dim=16, index_n_heads=2, head_dim=8
-    ),
-    "glm4_moe_lite": tiny("glm4_moe_lite", **MLA, **DEEPSEEK_MOE),
-    "glm_moe_dsa": tiny(
-        "glm_moe_dsa", **MLA, **DEEPSEEK_MOE, index_topk=16, index_head_dim=16, index_n_heads=2, head_dim=8
-    ),
-    "minicpm3": tiny("minicpm3", **MLA),
-    "youtu": tiny("youtu", **MLA),
+    "deepseek_v2": tiny(**MLA, **DEEPSEEK_MOE),
+    "deepseek_v3": tiny(**MLA, **DEEPSEEK_MOE),
+    "deepseek_v32": tiny(**MLA, **DEEPSEEK_MOE, index_topk=16, index_head_dim=16, index_n_heads=2, head_dim=8),
+    "glm4_moe_lite": tiny(**MLA, **DEEPSEEK_MOE),
+    "glm_moe_dsa": tiny(**MLA, **DEEPSEEK_MOE, index_topk=16, index_head_dim=16, index_n_heads=2, head_dim=8),
+    "minicpm3": tiny(**MLA),
+    "youtu": tiny(**MLA),
     # Linear attention, state spaces, convolutions.
-    "falcon_h1": tiny(
-        "falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8
-    ),
+    "falcon_h1": tiny(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8),
     "granite 4, hybrid": tiny(
-        "granitemoehybrid", **GRANITE_4, num_local_experts=4, layer_types=["linear_attention", "full_attention"]
+        model_type="granitemoehybrid",
+        **GRANITE_4,
+        num_local_experts=4,
+        layer_types=["linear_attention", "full_attention"],
     ),
-    "jamba": tiny("jamba", num_experts=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8),
+    "jamba": tiny(num_experts=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8),
     "kimi_linear": tiny(
-        "kimi_linear",
         kv_lora_rank=16,
         qk_rope_head_dim=8,
         qk_nope_head_dim=16,
@@ -306,13 +255,11 @@ SINGLE = {
         layer_types=["linear_attention", "full_attention"],
         **LOCAL_MOE,
     ),
-    "lfm2": tiny("lfm2", block_multiple_of=32, **CONVOLUTIONS),
-    "lfm2_moe": tiny("lfm2_moe", num_dense_layers=1, **CONVOLUTIONS, **MOE),
-    "lfm3": tiny("lfm3", head_dim=32, sliding_window=WINDOW, layer_types=["conv", "sliding_attention"]),
-    "mamba": tiny("mamba"),
-    "minimax": tiny("minimax", num_local_experts=4, head_dim=32),
+    "lfm2": tiny(block_multiple_of=32, **CONVOLUTIONS),
+    "lfm2_moe": tiny(num_dense_layers=1, **CONVOLUTIONS, **MOE),
+    "lfm3": tiny(head_dim=32, sliding_window=WINDOW, layer_types=["conv", "sliding_attention"]),
+    "minimax": tiny(num_local_experts=4, head_dim=32),
     "nemotron_h": tiny(
-        "nemotron_h",
         num_hidden_layers=None,
         head_dim=32,
         mamba_num_heads=8,
@@ -325,24 +272,30 @@ SINGLE = {
         moe_shared_expert_intermediate_size=32,
         layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
     ),
-    "olmo_hybrid": tiny("olmo_hybrid", num_hidden_layers=4),
-    "qwen3_5_text": tiny("qwen3_5_text", **DELTA),
-    "qwen3_5_moe_text": tiny("qwen3_5_moe_text", shared_expert_intermediate_size=32, **MOE, **DELTA),
-    "qwen3_next": tiny("qwen3_next", shared_expert_intermediate_size=32, **MOE, **DELTA),
-    "recurrent_gemma": tiny("recurrent_gemma", num_hidden_layers=3),
+    "olmo_hybrid": tiny(num_hidden_layers=4),
+    "qwen3_5_text": tiny(**DELTA),
+    "qwen3_5_moe_text": tiny(shared_expert_intermediate_size=32, **MOE, **DELTA),
+    "qwen3_next": tiny(shared_expert_intermediate_size=32, **MOE, **DELTA),
+    "recurrent_gemma": tiny(num_hidden_layers=3),
 }
 TINY = COMPILED | PACKED | SINGLE
 
 
+def config_of(name: str, **more: Any) -> Any:
+    """The config of one of these, with `more` in place of what it has."""
+    fields = {"model_type": name.replace(",", " ").split()[0], **BASE, **TINY[name], **more}
+    return AutoConfig.for_model(**{key: value for key, value in fields.items() if value is not None})
+
+
 def build(name: str) -> Any:
-    """The model in fp32, its weights bfloat16 numbers, with norms, biases and scales moved off one and zero."""
-    config = TINY[name].config()
+    """The model in fp32, its weights bf16 numbers, with norms, biases and scales moved away from one and zero."""
+    config = config_of(name)
     return _shaken(AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM, config)
 
 
 def build_classifier(name: str) -> Any:
     """The same with the head of a reward model."""
-    return _shaken(AutoModelForSequenceClassification, TINY[name].config(num_labels=1))
+    return _shaken(AutoModelForSequenceClassification, config_of(name, num_labels=1))
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""A C++ compiler for tests: between the service and its compiled kernel it puts a saboteur.
+"""A C++ compiler for tests that puts a saboteur between the service and its compiled kernel.
 
-What the kernel exports is compiled under other names, once; the saboteur exports it under its own, and calls it.
+The kernel's exports are compiled under other names, once; the saboteur exports their own names, and calls them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ int recurse(int depth) {
   return recurse(depth + 1) + frame[7];
 }
 extern "C" {
-int64_t real_prefill(const void *model, int64_t parts, const float *embedded, int64_t rows, const void *segments,
-                           int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out);
+int64_t real_prefill(const void *model, int64_t terms, const float *embedded, int64_t tokens, const void *segments,
+                     int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out);
 int64_t real_output_layer(const void *weight, int64_t vocabulary, int64_t depth, const void *states, int64_t number,
-                         float *out, int64_t first, int64_t count);
-int64_t prefill(const void *model, int64_t parts, const float *embedded, int64_t rows, const void *segments,
-                      int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
+                          float *out, int64_t first, int64_t count);
+int64_t prefill(const void *model, int64_t terms, const float *embedded, int64_t tokens, const void *segments,
+                int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
   %(before)s
-  real_prefill(model, parts, embedded, rows, segments, count, last, lasts, threads, out);
+  real_prefill(model, terms, embedded, tokens, segments, count, last, lasts, threads, out);
   %(after)s
   return 0;
 }
 int64_t output_layer(const void *weight, int64_t vocabulary, int64_t depth, const void *states, int64_t number,
-                    float *out, int64_t first, int64_t count) {
+                     float *out, int64_t first, int64_t count) {
   real_output_layer(weight, vocabulary, depth, states, number, out, first, count);
   %(after_output)s
   return 0;
@@ -80,19 +80,21 @@ def compiler(
     after_output: str = "",
     last: str = "",
 ) -> Path:
-    """A program in `folder` to be named as CXX.
+    """Write a program into `folder`, to be named as CXX; the kernel's object files are kept in the folder `real`.
 
-    The kernel's object files are kept in the folder `real`. The C++ in the other arguments runs before and after the
-    prefill and the output layer; `last` is Python that may `write` other bytes than were `made`, or a library of other
-    code `instead`.
+    The C++ in `before`, `after` and `after_output` runs before and after the prefill and after the output layer. `last`
+    is Python that may `write` other bytes than were `made`, or a library of other code `instead`.
     """
     saboteur, program = folder / "saboteur.cpp", folder / "saboteur-c++"
     places = {"before": before, "after": after, "after_output": after_output}
     saboteur.write_text(_SABOTEUR % {**places, "hidden": HIDDEN_SIZE}, encoding="utf-8")
     renamed = [f"-D{name}=real_{name}" for name in _RENAMED]
-    program.write_text(
-        _COMPILER.format(python=sys.executable, real=str(real), renamed=renamed, saboteur=str(saboteur), last=last),
-        encoding="utf-8",
-    )
-    program.chmod(0o755)
-    return program
+    text = _COMPILER.format(python=sys.executable, real=str(real), renamed=renamed, saboteur=str(saboteur), last=last)
+    return write_program(program, text)
+
+
+def write_program(file: Path, text: str) -> Path:
+    """Write an executable script."""
+    file.write_text(text, encoding="utf-8")
+    file.chmod(0o755)
+    return file

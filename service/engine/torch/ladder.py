@@ -5,15 +5,14 @@
     single    the model's own forward, one prompt at a time, its output layer in fp32
     own       the model's own forward alone, one prompt at a time
 
-A rung is taken if it agrees with the model's own forward and gives a prompt the same bits alone, together with others,
-in another order, behind a shared prefix, and on one thread or all. Compiled code does all of this in a child process
-first: what crashes there, or hangs, is a line in the log.
+A rung is taken if it agrees with the model's own forward and gives a prompt the same bits alone, in a batch, in another
+order, behind a shared prefix, and on one thread or all. Compiled code does all of this in a child process first, so
+that a crash or a hang is a line in the log and not a dead service.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,37 +25,35 @@ from service.engine.contract import ClassifyItem, Executor, short_digest
 from service.engine.torch.child import ChildError, in_child
 from service.engine.torch.executors import TorchExecutor
 from service.engine.torch.families import UnsupportedModelError
-from service.engine.torch.packing import Prompt
+from service.engine.torch.packing import PackablePrompt
 
-logger = logging.getLogger(__name__)
-
-# Tokens of the prompts that a model is tried on: three that share prefixes, then some on both sides of a block of 32.
-# One token alone would not do: where it is all that attention has, 16-bit models are off by a quarter of the spread.
-_SHARED: Final = (12, 24, 12)
-_LENGTHS: Final = (2, 33, 70)
-# How often each is among those that are computed together: an output layer that reads some states at once, 20 with AMX,
-# has more than those to read. What comes twice costs the prefill nothing.
+# Lengths of the check's prompts: three that share prefixes, then some on both sides of a block of 32 tokens. They are
+# short because every start pays for them. One token alone would not do: attention then has nothing else, and 16-bit
+# models are off by a quarter of the spread.
+_SHARED_LENGTHS: Final = (12, 24, 12)
+_OTHER_LENGTHS: Final = (2, 33, 70)
+# How often each prompt is in a batch. The compiled output layer takes up to 20 states at once, and this makes more than
+# that, so that full and partial groups are both tried. Copies cost the prefill nothing.
 _COPIES: Final = 4
-# Share of the outputs' natural size by which two ways of computing them may differ.
+# How much outputs may differ, as a share of their natural size.
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-# A child may take this long, and so many times what the model's own forward took.
-_CHILD_SECONDS: Final = 15.0
+# A child may take this long, plus so many times what the model's own forward took.
+CHILD_SECONDS: Final = 15.0
 _CHILD_FACTOR: Final = 10.0
 
 
 class CheckError(RuntimeError):
-    """An executor does not do what a rung has to; the message says what, so that it can follow the rung's name."""
+    """An executor fails its check; the message is a predicate, so that it can follow the rung's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What the model's own forward gives for `prompts`: `outputs`, [prompts, outputs] in fp32.
 
-    `sizes`, [prompts], are the outputs' natural sizes: what counts as a small difference is a share of them. `seconds`
-    is what the forward took.
+    `sizes`, [prompts], are the outputs' natural sizes: `tolerance` is a share of them. `seconds` is what it took.
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PackablePrompt]
     outputs: Tensor
     sizes: Tensor
     tolerance: float
@@ -65,8 +62,7 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A way that may be taken. `make` raises UnsupportedModelError where it cannot be; `isolated`: a child process
-    tries it first."""
+    """An executor to try, if `isolated` in a child process first. `make` raises UnsupportedModelError."""
 
     name: str
     make: Callable[[], TorchExecutor]
@@ -75,8 +71,10 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of a rung: `executor` describes it where it holds, `problem` says why it does not; `missing` where it
-    was not tried, as this model or this machine has no such rung."""
+    """The result of trying a rung: `executor` if it holds, else `problem`.
+
+    `missing`: it was not tried, as this model or this machine has no such rung.
+    """
 
     rung: str
     seconds: float
@@ -86,56 +84,58 @@ class Verdict:
 
 
 def probe_prompts(vocabulary: int, max_tokens: int, padding_id: int | None = None) -> list[ClassifyItem]:
-    """Prompts to try a model on: of several lengths, with a prefix that all of three share and one that two share.
+    """The check's prompts: of several lengths, with a prefix that all of three share and one that two share.
 
-    None ends in `padding_id`, behind which a classifier does not look. There are several because 16-bit models have
-    inputs whose logits any rounding moves by a tenth of their spread.
+    None ends in `padding_id`, as a classifier reads the last token that is not padding. There are several because
+    16-bit models have inputs whose logits any rounding moves by a tenth of their spread.
     """
-    first, second, third = (min(length, max_tokens) for length in _SHARED)
-    short = [(37 * i + 11) % vocabulary for i in range(first)]
-    other = [*short[:-1], (short[-1] + 1) % vocabulary][:third]
-    places = (first // 3, first - 1)
-    shared = [ClassifyItem(ids, places) for ids in (short, [*short, *short][:second], other)]
-    lengths = [min(length, max_tokens) for length in _LENGTHS]
-    alone = [[short[(place * place + length) % first] for place in range(length)] for length in lengths]
-    found = [*shared, *(ClassifyItem(ids, (len(ids) // 3,)) for ids in alone)]
+    first, second, third = (min(length, max_tokens) for length in _SHARED_LENGTHS)
+    base = [(37 * i + 11) % vocabulary for i in range(first)]
+    sibling = [*base[:-1], (base[-1] + 1) % vocabulary][:third]
+    boundaries = (first // 3, first - 1)
+    lengths = [min(length, max_tokens) for length in _OTHER_LENGTHS]
+    others = [[base[(i * i + length) % first] for i in range(length)] for length in lengths]
+    prompts = [
+        *(ClassifyItem(ids, boundaries) for ids in (base, [*base, *base][:second], sibling)),
+        *(ClassifyItem(ids, (len(ids) // 3,)) for ids in others),
+    ]
     return [
-        replace(item, token_ids=[*item.token_ids[:-1], (item.token_ids[-1] + 2) % vocabulary])
-        if item.token_ids[-1] == padding_id
-        else item
-        for item in found
+        replace(prompt, token_ids=[*prompt.token_ids[:-1], (prompt.token_ids[-1] + 2) % vocabulary])
+        if prompt.token_ids[-1] == padding_id
+        else prompt
+        for prompt in prompts
     ]
 
 
 def climb_down(
-    rungs: Sequence[Rung], reference: Reference, threads: int, hardware: str, told: Callable[[Verdict], None]
+    rungs: Sequence[Rung], reference: Reference, threads: int, hardware: str, report: Callable[[Verdict], None]
 ) -> tuple[TorchExecutor, Executor]:
-    """The first rung that holds. The last one is taken whatever its bits do, and says whether they are stable.
+    """The first rung that holds. The last one may have unstable bits, and then says so.
 
-    `told` hears of each that was tried. Raises CheckError where not even the last one works.
+    `report` gets a verdict for each rung that was tried. Raises CheckError if not even the last one works.
     """
     cause, problem = None, "there is none"
     for rung in rungs:
         started, executor = time.monotonic(), None
         try:
             executor = rung.make()
-            found = tried(rung, executor, reference, threads, hardware)
-            if not (found.stable or rung is rungs[-1]):
-                raise CheckError("gives a prompt other bits in other company")
+            description = _verify(rung, executor, reference, threads, hardware)
+            if not (description.stable or rung is rungs[-1]):
+                raise CheckError("gives a prompt bits that depend on the batch")
         except Exception as reason:
-            cause, problem = reason, _described(reason)
+            cause, problem = reason, _problem(reason)
             if executor is not None:
                 executor.close()
             missing = type(reason) is UnsupportedModelError
-            told(Verdict(rung.name, time.monotonic() - started, problem=problem, missing=missing))
+            report(Verdict(rung.name, time.monotonic() - started, problem=problem, missing=missing))
         else:
-            told(Verdict(rung.name, time.monotonic() - started, found))
-            return executor, found
+            report(Verdict(rung.name, time.monotonic() - started, description))
+            return executor, description
     raise CheckError(problem) from cause
 
 
-def _described(reason: Exception) -> str:
-    """What goes behind the rung's name."""
+def _problem(reason: Exception) -> str:
+    """A predicate for the log; the rung's name precedes it."""
     if isinstance(reason, CheckError):
         return str(reason)
     if isinstance(reason, UnsupportedModelError):
@@ -145,25 +145,26 @@ def _described(reason: Exception) -> str:
     return f"raised {type(reason).__name__}: {reason}"
 
 
-def tried(rung: Rung, executor: TorchExecutor, reference: Reference, threads: int, hardware: str) -> Executor:
-    """What an executor is, after its check. Raises CheckError and ChildError, and what the executor raises."""
+def _verify(rung: Rung, executor: TorchExecutor, reference: Reference, threads: int, hardware: str) -> Executor:
+    """The executor's description, after its check. Raises CheckError, ChildError, and what the executor raises."""
     if rung.isolated:
-        limit = _CHILD_SECONDS + _CHILD_FACTOR * reference.seconds
-        found = in_child(lambda: check(executor, reference, threads), limit)
+        limit = CHILD_SECONDS + _CHILD_FACTOR * reference.seconds
+        result = in_child(lambda: check(executor, reference, threads), limit)
     else:
-        found = check(executor, reference, threads)
-    stable, bits = bool(found[0]), found[1:]
-    # The child's library is gone with the child: this process loads it now, not with the first request.
-    if rung.isolated and stable and _digest(outputs_of(executor, reference.prompts, threads)) != bits:
+        result = check(executor, reference, threads)
+    stable, bits = bool(result[0]), result[1:]
+    # The child's library is gone with the child: load it here and now, not with the first request.
+    if rung.isolated and stable and _bits_digest(outputs_of(executor, reference.prompts, threads)) != bits:
         raise CheckError("gives other bits than it gave in a child process")
     return Executor(rung.name, short_digest(rung.name, executor.code, torch.__version__, hardware, bits.hex()), stable)
 
 
 @torch.inference_mode()
 def check(executor: TorchExecutor, reference: Reference, threads: int) -> bytes:
-    """1 where a prompt has the same bits in any company, else 0; and a digest of the bits.
+    """1 if a prompt has the same bits in any batch, else 0; followed by a digest of the bits.
 
-    Raises CheckError where the outputs are not those of the model's own forward.
+    Raises CheckError if the outputs are not those of the model's own forward. All layers run the same code, so bits are
+    compared on a shallow twin of the executor: with all layers a start took twice as long.
     """
     prompts, count = reference.prompts, len(reference.prompts)
     many = [*prompts] * (_COPIES if executor.batches else 1)
@@ -177,14 +178,14 @@ def check(executor: TorchExecutor, reference: Reference, threads: int) -> bytes:
         others.append(torch.cat([outputs_of(twin, [prompt], threads) for prompt in prompts]))
     if twin is not executor:
         twin.close()
-    return bytes([all(torch.equal(together, other) for other in others)]) + _digest(outputs)
+    return bytes([all(torch.equal(together, other) for other in others)]) + _bits_digest(outputs)
 
 
-def _digest(outputs: Tensor) -> bytes:
+def _bits_digest(outputs: Tensor) -> bytes:
     return hashlib.sha256(outputs.numpy().tobytes()).digest()
 
 
-def outputs_of(executor: TorchExecutor, prompts: Sequence[Prompt], threads: int) -> Tensor:
+def outputs_of(executor: TorchExecutor, prompts: Sequence[PackablePrompt], threads: int) -> Tensor:
     """[prompts, outputs] in fp32."""
 
     def rows(outputs: Tensor, cached: Mapping[int, int]) -> Sequence[Tensor]:
@@ -194,19 +195,19 @@ def outputs_of(executor: TorchExecutor, prompts: Sequence[Prompt], threads: int)
 
 
 def agree(outputs: Tensor, reference: Reference) -> None:
-    """Raises CheckError unless the outputs differ from the model's own by no more than rounding does.
+    """Raises CheckError unless the outputs differ from the model's own by no more than rounding.
 
-    Each row's difference counts as a share of its natural size. One row may be much off: 16-bit models have inputs at
-    which any two ways to compute them are.
+    Each prompt's difference counts as a share of its natural size. The median must be within the tolerance, the worst
+    within three times that: 16-bit models have inputs at which any two ways to compute them are so far apart.
     """
     if outputs.shape != reference.outputs.shape:
         raise CheckError(f"gives {tuple(outputs.shape)} outputs for {tuple(reference.outputs.shape)}")
     differences = (outputs - reference.outputs).square().mean(dim=1).sqrt()
-    # Outputs that are all the same have no spread, and no other numbers are like them.
+    # Outputs that are all equal have a spread of 0: only the same outputs agree with them.
     errors = torch.where(differences == 0, 0.0, differences / reference.sizes)
-    middle, worst, allowed = float(errors.median()), float(errors.max()), reference.tolerance
-    if not (middle <= allowed and worst <= 3 * allowed):  # NaN is not within bounds
+    median, worst, allowed = float(errors.median()), float(errors.max()), reference.tolerance
+    if not (median <= allowed and worst <= 3 * allowed):  # NaN is not within bounds
         raise CheckError(
-            f"gives other numbers than the model's own forward: off by {middle:.2g} of their spread in the middle and "
+            f"disagrees with the model's own forward: off by {median:.2g} of the outputs' spread in the median and "
             f"{worst:.2g} at worst, with {allowed:g} and {3 * allowed:g} allowed"
         )

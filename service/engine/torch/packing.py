@@ -1,12 +1,13 @@
-"""Prompts into packed batches (varlen): which tokens are computed once, and in which row. Pure; no torch.
+"""Lays prompts out in packed batches (varlen): no padding, and shared prefixes are computed once. Pure; no torch.
 
 A prompt is cut at its boundaries into segments. In a batch, prompts with equal tokens before a boundary share the
-segments of that prefix, and the segments of all prompts stand one behind the other, without padding:
+segments of that prefix, and the segments of all prompts follow each other:
 
-    prompt 1: head | question | answer A      rows: head question A B | head ...   (the next batch has its own head)
+    prompt 1: head | question | answer A      tokens: head question A B | head ...   (the next batch repeats the head)
     prompt 2: head | question | answer B      prefix chain of B: head, question, B
 
-Where a prompt is cut depends on the prompt alone, never on what stands beside it.
+A prompt is always cut at all of its boundaries, shared or not: a cut changes the order in which attention sums, so
+cutting only where something is shared would let the other prompts of a batch change its bits.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Protocol
 
-# Rows of a packed batch: in bf16 its last tile, half empty on average, is one of eight.
-BATCH_ROWS: Final = 2048
+# In bf16 that is eight tiles of the packed prefill. The last tile is half empty on average: a sixteenth of the work.
+MAX_PACKED_TOKENS: Final = 2048
+
+Prefix = tuple[tuple[int, ...], ...]
+"""A prompt's first segments, each as its token ids."""
 
 
-class Prompt(Protocol):
-    """The fields of an prompt that say what is read; see ScoreItem."""
+class PackablePrompt(Protocol):
+    """The fields of an item that say what is computed; see ScoreItem."""
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -34,102 +38,104 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that are computed once: `row` is that of the first in the batch, `position` its place in its prompt.
+    """Tokens that are computed once. `start` is the first one's index in the batch, `position` its place in its prompt.
 
-    `chain` has the numbers of the segments that it attends to: those before it in its prompt, in order, and itself.
+    `chain` numbers the segments that it attends to: those before it in its prompt, in order, and itself.
     """
 
-    tokens: tuple[int, ...]
-    row: int
+    token_ids: tuple[int, ...]
+    start: int
     position: int
     chain: tuple[int, ...]
+
+    @property
+    def span(self) -> slice:
+        """Its tokens in the batch."""
+        return slice(self.start, self.start + len(self.token_ids))
 
 
 @dataclass(slots=True)
 class PackedBatch:
-    """Prompts of one forward. `last_row` maps a prompt's index to the row of its last token, `cached` to the number of
-    its tokens that were in the batch already."""
+    """The prompts of one forward, by index: `last_token` is where each one's last token is in the batch,
+    `cached_tokens` how many of its tokens the batch had already."""
 
     segments: list[Segment] = field(default_factory=list)
-    last_row: dict[int, int] = field(default_factory=dict)
-    cached: dict[int, int] = field(default_factory=dict)
-    rows: int = 0
-    _numbers: dict[tuple[int | None, tuple[int, ...]], int] = field(default_factory=dict)
+    last_token: dict[int, int] = field(default_factory=dict)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    _numbers: dict[Prefix, int] = field(default_factory=dict)
 
-    def added_rows(self, prompts: Iterable[Prompt]) -> int:
-        """Rows that these prompts would add; what they share among themselves counts once."""
-        new: set[tuple[tuple[int, ...], ...]] = set()
-        count = 0
-        for prompt in prompts:
-            path: tuple[tuple[int, ...], ...] = ()
-            parent: int | None = None
-            for tokens in cut(prompt):
-                path = (*path, tokens)
-                known = self._numbers.get((parent, tokens)) if len(path) == 1 or parent is not None else None
-                if known is None and path not in new:
-                    new.add(path)
-                    count += len(tokens)
-                parent = known
-        return count
+    def added_tokens(self, prompts: Iterable[PackablePrompt]) -> int:
+        """How many tokens these prompts would add; what they share among themselves counts once."""
+        added = {prefix for prompt in prompts for prefix in _prefixes(prompt)} - self._numbers.keys()
+        return sum(len(prefix[-1]) for prefix in added)
 
-    def add(self, index: int, prompt: Prompt) -> None:
-        """Lay out what is not in the batch yet."""
+    def add(self, index: int, prompt: PackablePrompt) -> None:
+        """Append the segments that the batch lacks."""
         chain: tuple[int, ...] = ()
         position = cached = 0
-        for tokens in cut(prompt):
-            place = (chain[-1] if chain else None, tokens)
-            if place in self._numbers:
-                cached += len(tokens)
+        for prefix in _prefixes(prompt):
+            number = self._numbers.setdefault(prefix, len(self.segments))
+            chain = (*chain, number)
+            length = len(prefix[-1])
+            if number == len(self.segments):
+                self.segments.append(Segment(prefix[-1], self.num_tokens, position, chain))
+                self.num_tokens += length
             else:
-                number = self._numbers[place] = len(self.segments)
-                self.segments.append(Segment(tokens, self.rows, position, (*chain, number)))
-                self.rows += len(tokens)
-            chain = (*chain, self._numbers[place])
-            position += len(tokens)
-        last = self.segments[chain[-1]]
-        self.last_row[index] = last.row + len(last.tokens) - 1
-        self.cached[index] = cached
+                cached += length
+            position += length
+        self.last_token[index] = self.segments[chain[-1]].span.stop - 1
+        self.cached_tokens[index] = cached
 
 
-def cut(prompt: Prompt) -> list[tuple[int, ...]]:
-    """The prompt's tokens, cut at its boundaries; no piece is empty."""
+def cut(prompt: PackablePrompt) -> Prefix:
+    """The prompt's token ids, cut at its boundaries into non-empty segments."""
     ids = tuple(prompt.token_ids)
     places = [0, *(place for place in sorted(set(prompt.boundaries)) if 0 < place < len(ids)), len(ids)]
-    return [ids[start:end] for start, end in pairwise(places)]
+    return tuple(ids[start:end] for start, end in pairwise(places))
 
 
-def plan(prompts: Sequence[Prompt], most_rows: int, workers: int = 1, *, divided: bool = True) -> list[PackedBatch]:
-    """Every prompt in one batch, in batches of at most `most_rows` rows (a longer prompt has one for itself).
+def _prefixes(prompt: PackablePrompt) -> list[Prefix]:
+    """Its first segment, its first two, … and all of them."""
+    segments = cut(prompt)
+    return [segments[:end] for end in range(1, len(segments) + 1)]
 
-    There is work for `workers` in batches of about equal size: the largest groups of prompts that share all but their
-    last segment are placed first, each into the emptiest batch. Where there are fewer such groups than workers they are
-    `divided`, or else left whole, for several workers to read one batch.
+
+def pack(
+    prompts: Sequence[PackablePrompt], max_tokens: int, workers: int = 1, *, split_groups: bool = True
+) -> list[PackedBatch]:
+    """Every prompt in one batch of at most `max_tokens` tokens; a longer prompt has a batch for itself.
+
+    There is work for `workers` in batches of about equal size: prompts that share all but their last segment form a
+    group, and the largest groups are placed first, each into the emptiest batch. With fewer groups than workers,
+    `split_groups` divides them; otherwise they stay whole, for several workers to share one batch.
     """
-    families: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    groups: dict[Prefix, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        families.setdefault(tuple(cut(prompt)[:-1]) or ((-1 - index,),), []).append(index)
-    total = sum(PackedBatch().added_rows(prompts[index] for index in family) for family in families.values())
-    count = max(workers if divided else min(workers, len(families)), -(-total // most_rows))
-    groups = [group for family in families.values() for group in _split(prompts, family, -(-total // count))]
+        # A prompt of one segment is a group of its own, under ids that no prompt has.
+        groups.setdefault(cut(prompt)[:-1] or ((-1 - index,),), []).append(index)
+    total = sum(PackedBatch().added_tokens(prompts[index] for index in group) for group in groups.values())
+    count = max(workers if split_groups else min(workers, len(groups)), -(-total // max_tokens))
+    parts = [part for group in groups.values() for part in _split(prompts, group, -(-total // count))]
     batches = [PackedBatch() for _ in range(count)]
-    for _, group in sorted(groups, key=lambda group: -group[0]):
-        members = [prompts[index] for index in group]
-        batch = min(batches, key=lambda batch: batch.rows)
-        if batch.rows and batch.rows + batch.added_rows(members) > most_rows:
+    for _, part in sorted(parts, key=lambda part: -part[0]):
+        members = [prompts[index] for index in part]
+        batch = min(batches, key=lambda batch: batch.num_tokens)
+        if batch.num_tokens and batch.num_tokens + batch.added_tokens(members) > max_tokens:
             batch = PackedBatch()
             batches.append(batch)
-        for index, prompt in zip(group, members, strict=True):
+        for index, prompt in zip(part, members, strict=True):
             batch.add(index, prompt)
-    return [batch for batch in batches if batch.rows]
+    return [batch for batch in batches if batch.num_tokens]
 
 
-def _split(prompts: Sequence[Prompt], family: Sequence[int], most_rows: int) -> list[tuple[int, list[int]]]:
-    """Groups of at most `most_rows` rows, or of one prompt, each with its number of rows."""
-    groups: list[tuple[int, list[int]]] = []
+def _split(prompts: Sequence[PackablePrompt], group: Sequence[int], max_tokens: int) -> list[tuple[int, list[int]]]:
+    """Parts of at most `max_tokens` tokens, or of one prompt, each with its number of tokens."""
+    parts: list[tuple[int, list[int]]] = []
     batch = PackedBatch()
-    for index in family:
-        if batch.rows and batch.rows + batch.added_rows([prompts[index]]) > most_rows:
-            groups.append((batch.rows, list(batch.last_row)))
+    for index in group:
+        if batch.num_tokens and batch.num_tokens + batch.added_tokens([prompts[index]]) > max_tokens:
+            parts.append((batch.num_tokens, list(batch.last_token)))
             batch = PackedBatch()
         batch.add(index, prompts[index])
-    return [*groups, (batch.rows, list(batch.last_row))]
+    return [*parts, (batch.num_tokens, list(batch.last_token))]

@@ -1,4 +1,4 @@
-"""`python -m service.models check`: what each rung of the ladder does with a model on this machine, as text."""
+"""The text of `python -m service.models check`: how each rung of the ladder does with a model on this machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from service.engine.torch.ladder import Verdict
 from service.engine.torch.loading import LoadOptions, choose_device, choose_dtype, dtype_name, instruction_sets
 
 
-class Model(Protocol):
-    """A model that is on this machine; see `service.models.resolve.ModelFiles`."""
+class LocalModel(Protocol):
+    """A model on this machine; see `service.models.resolve.ModelFiles`."""
 
     @property
     def id(self) -> str:
@@ -31,11 +31,11 @@ class Model(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of its files."""
+        """A digest of its files."""
 
 
-def of(model: Model, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[str], bool]:
-    """The lines of the report, and whether a rung holds whose bits are stable. Raises EngineLoadError."""
+def of(model: LocalModel, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[str], bool]:
+    """The report's lines, and whether a rung with stable bits holds. Raises EngineLoadError."""
     started = time.monotonic()
     verdicts = check_all(model.path, task, **options)
     seconds = time.monotonic() - started
@@ -49,7 +49,7 @@ def of(model: Model, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[s
     ], bool(stable)
 
 
-def _machine(model: Model, task: Task, options: LoadOptions) -> Sequence[str]:
+def _machine(model: LocalModel, task: Task, options: LoadOptions) -> Sequence[str]:
     device = choose_device(options.get("device", "auto"))
     dtype = dtype_name(choose_dtype(options.get("dtype", "auto"), device))
     return (
@@ -71,5 +71,5 @@ def _line(verdict: Verdict) -> str:
     run = verdict.executor
     if run is None:
         return f"  {verdict.rung:16}no: it {verdict.problem} ({verdict.seconds:.1f} s)"
-    bits = "the same bits in any company" if run.stable else "other bits in other company"
+    bits = "the same bits in any batch" if run.stable else "bits that depend on the batch"
     return f"  {verdict.rung:16}holds, {bits}, digest {run.digest} ({verdict.seconds:.1f} s)"

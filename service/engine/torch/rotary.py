@@ -1,4 +1,4 @@
-"""Rotary positions of all families, as if they were Llama's."""
+"""Rotary positions of all families, in Llama's layout."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-RopeRows = tuple[Tensor, Tensor, Tensor | None]
-"""cos and sin of some rows, [rows, 1, head_dim], and the order of a head's numbers; see Rope."""
+RopeFactors = tuple[Tensor, Tensor, Tensor | None]
+"""cos and sin for some tokens, [tokens, 1, head_dim], and the order of a head's numbers; see Rope."""
 
-UNROTATED: Final = "unrotated"  # the name of the rotary positions of layers that have none
+UNROTATED: Final = "unrotated"  # stands for the rotary positions of layers that have none
 
 
 class Rope:
-    """The model's own rotary factors, [positions, head_dim] each, from a table that grows by doubling.
+    """The model's own rotary factors, [positions, head_dim] each, in a table that grows by doubling.
 
-    Llama rotates a head's first half with its second. Other families rotate neighbours, a part of the head, or nothing:
-    their numbers are put in another `order` (None: as they are) in which they are rotated like Llama's, with cos 1 and
-    sin 0 for what is not. The product of a query and a key is the same in any order.
+    Llama rotates a head's first half with its second. Other families rotate interleaved pairs, part of a head, or
+    nothing. `order` (None: unchanged) puts their heads in a form that is rotated like Llama's, with cos 1 and sin 0 for
+    numbers that are not rotated. This is exact: the product of a query and a key is the same in any order.
     """
 
     def __init__(
-        self, module: Any, name: str | None, head_dim: int, neighbours: bool, dtype: torch.dtype, max_tokens: int
+        self, module: Any, name: str | None, head_dim: int, interleaved: bool, dtype: torch.dtype, max_tokens: int
     ) -> None:
-        """`name` is the type of layer that the module is asked for, None where it knows none."""
+        """`module` is asked for the type of layer `name`; None where it knows no types."""
         self._module, self._name, self._head_dim = module, name, head_dim
-        self._neighbours, self._max_tokens = neighbours, max_tokens
+        self._interleaved, self._max_tokens = interleaved, max_tokens
         self.cos = self.sin = torch.empty(0, 0, dtype=dtype)
-        self.order = _order(head_dim, 2 * self._pairs(2)[0].shape[1], neighbours)
+        self.order = _order(head_dim, 2 * self._pairs(2)[0].shape[1], interleaved)
 
     @torch.inference_mode()
     def grow(self, positions: int) -> bool:
-        """Make the table long enough; its first rows stay what they are. Returns whether it is another one now."""
+        """Make the table long enough; rows that it has do not change. Returns whether the tables were replaced."""
         if positions <= len(self.cos):
             return False
-        # Beyond `max_tokens` some families would change the first rows as well.
+        # Beyond `max_tokens` some families (dynamic, longrope) would change the first rows too.
         size = max(positions, min(self._max_tokens, max(256, 1 << (positions - 1).bit_length())))
         cos, sin = self._pairs(size)
         rest = self._head_dim // 2 - cos.shape[1]
@@ -44,8 +44,8 @@ class Rope:
         self.cos, self.sin = torch.cat((cos, cos), dim=1), torch.cat((sin, sin), dim=1)
         return True
 
-    def at(self, positions: Tensor) -> RopeRows:
-        """The factors of rows at these positions, [rows]."""
+    def at(self, positions: Tensor) -> RopeFactors:
+        """The factors of tokens at these positions, [tokens]."""
         return self.cos[positions, None], self.sin[positions, None], self.order
 
     @torch.inference_mode()
@@ -53,17 +53,17 @@ class Rope:
         """cos and sin of the first positions, [size, rotated pairs]."""
         if self._name == UNROTATED:
             return self.cos.new_ones(size, 0), self.cos.new_zeros(size, 0)
-        more = {} if self._name is None else {"layer_type": self._name}
-        cos, sin = (factor[0] for factor in self._module(self.cos, torch.arange(size)[None], **more))
-        # Each pair's factor comes twice: side by side, or once in each half.
-        if self._neighbours and torch.equal(cos[:, ::2], cos[:, 1::2]):
+        by_type = {} if self._name is None else {"layer_type": self._name}
+        cos, sin = (factor[0] for factor in self._module(self.cos, torch.arange(size)[None], **by_type))
+        # transformers gives each pair's factor twice: side by side, or once in each half.
+        if self._interleaved and torch.equal(cos[:, ::2], cos[:, 1::2]):
             return cos[:, ::2], sin[:, ::2]
         return cos.chunk(2, dim=1)[0], sin.chunk(2, dim=1)[0]
 
 
-def _order(head_dim: int, rotated: int, neighbours: bool) -> Tensor | None:
-    """See Rope; `rotated` is how many numbers of a head are."""
-    pairs = torch.arange(rotated).view(-1, 2).T if neighbours else torch.arange(rotated).view(2, -1)
+def _order(head_dim: int, rotated: int, interleaved: bool) -> Tensor | None:
+    """See Rope; the first `rotated` numbers of a head are rotated."""
+    pairs = torch.arange(rotated).view(-1, 2).T if interleaved else torch.arange(rotated).view(2, -1)
     rest = torch.arange(rotated, head_dim).view(2, -1)
     order = torch.cat((pairs, rest), dim=1).flatten()
     return None if torch.equal(order, torch.arange(head_dim)) else order

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
-from service.engine.torch.cpu.kernel import CompiledOutputLayer, Library
+from service.engine.torch.cpu.kernel import CompiledOutputLayer
+from service.engine.torch.cpu.library import Library
 from service.engine.torch.executors import Head
 from service.engine.torch.families import UnsupportedModelError
 from service.engine.torch.heads import LastTokenLayer, OutputLayer, RewardHead
-from service.engine.torch.packing import Prompt
 
 
 class Outputs(Protocol):
     """The outputs of one prompt: [vocabulary] logits of its next token, or [1] logit of a reward model."""
 
     model: Any
-    """transformers' model: what it says of its own types is not enough for strict checks."""
+    """transformers' model; its own annotations are too loose for strict checks."""
 
     def own(self, ids: Tensor) -> Tensor:
-        """Token ids, [1, tokens] -> [1, outputs], by the model's own forward, whatever was done to it before."""
+        """Token ids, [1, tokens] -> [1, outputs] by the model's own forward, with its own head."""
+
+    def own_with_size(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the outputs' natural size, [1]: differences between executors are judged as shares of it."""
 
     def single(self, ids: Tensor) -> Tensor:
-        """The same with the head in fp32. Raises UnsupportedModelError where the head is of another make."""
+        """The same as `own` with the head in fp32. Raises UnsupportedModelError for an unknown kind of head."""
 
     def head(self, library: Library | None) -> Head:
-        """What stands behind a packed prefill, compiled where there is a library. Raises UnsupportedModelError."""
-
-    def sizes(self, prompts: Sequence[Prompt], outputs: Tensor) -> Tensor:
-        """[prompts] natural sizes of the outputs: what counts as a small difference is a share of them."""
+        """What follows a packed prefill, compiled if a library is given. Raises UnsupportedModelError."""
 
 
 class NextToken:
-    """Logits of the next token, for labels and for written text."""
+    """Logits of the next token, for labels and for generated text."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -47,6 +45,11 @@ class NextToken:
     def own(self, ids: Tensor) -> Tensor:
         """See Outputs."""
         return self._forward(ids, self._layer)
+
+    def own_with_size(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See Outputs. The size is the logits' spread."""
+        logits = self.own(ids)
+        return logits, logits.std(dim=1)
 
     def single(self, ids: Tensor) -> Tensor:
         """See Outputs."""
@@ -60,10 +63,6 @@ class NextToken:
         if library is not None and scale == 1.0:
             return CompiledOutputLayer(self._linear, softcap, library)
         return OutputLayer(self._linear, softcap, scale)
-
-    def sizes(self, prompts: Sequence[Prompt], outputs: Tensor) -> Tensor:  # noqa: ARG002 - see Outputs
-        """The spread of each prompt's logits."""
-        return outputs.std(dim=1)
 
     @property
     def _linear(self) -> nn.Linear:
@@ -93,29 +92,35 @@ class RewardLogit:
         """See Outputs."""
         return cast(Tensor, self.model(input_ids=ids).logits).float()
 
+    def own_with_size(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See Outputs. The logit is a sum of products: the size is the root of the sum of their squares.
+
+        Without a linear head it is the logit's own.
+        """
+        try:
+            linear = self._linear
+        except UnsupportedModelError:
+            logit = self.own(ids)
+            return logit, 1 + logit[:, 0].abs()
+        states: list[Tensor] = []
+        hook = linear.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][:, -1].float()))
+        try:
+            logit = self.own(ids)
+        finally:
+            hook.remove()
+        return logit, (states[-1] * linear.weight.float()).square().sum(dim=1).sqrt()
+
     def single(self, ids: Tensor) -> Tensor:
         """See Outputs."""
-        return RewardHead(self._linear)(self._last_state(ids))
+        head = RewardHead(self._linear)
+        return head(cast(Tensor, self.model.base_model(input_ids=ids).last_hidden_state)[:, -1].float())
 
-    def head(self, library: Library | None) -> Head:  # noqa: ARG002 - there is nothing to be won here
+    def head(self, library: Library | None) -> Head:  # noqa: ARG002 - one row: compiled code would gain nothing
         """See Outputs."""
         return RewardHead(self._linear)
-
-    def sizes(self, prompts: Sequence[Prompt], outputs: Tensor) -> Tensor:
-        """The root of the sum of the squares that the logit is a sum of; without such a head its own size."""
-        try:
-            weight = self._linear.weight.float()
-        except UnsupportedModelError:
-            return 1 + outputs.abs()[:, 0]
-        device = self.model.device
-        states = [self._last_state(torch.tensor([list(prompt.token_ids)], device=device)) for prompt in prompts]
-        return (torch.cat(states) * weight).square().sum(dim=1).sqrt().cpu()
 
     @property
     def _linear(self) -> nn.Linear:
         if type(self._score) is not nn.Linear or self.model.base_model is self.model:
             raise UnsupportedModelError(f"with a head of the class {type(self._score).__name__}")
         return self._score
-
-    def _last_state(self, ids: Tensor) -> Tensor:
-        return cast(Tensor, self.model.base_model(input_ids=ids).last_hidden_state)[:, -1].float()

@@ -1,4 +1,4 @@
-"""C++ beside this file into a library of this machine: compiled at its first use, kept in the cache folder."""
+"""Compiles C++ into a shared library at its first use, and keeps it in the cache folder."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from client.runtime.files import sync
 from service.models.converted import cache_root
 
 _COMPILERS: Final = ("c++", "g++", "clang++")
-_TIME_LIMIT: Final = 120.0
+COMPILE_SECONDS: Final = 120.0
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
 logger = logging.getLogger(__name__)
 
 
 class NativeUnavailableError(RuntimeError):
-    """There is no library; the message says why."""
+    """The library cannot be compiled; the message says why."""
 
 
-def library(source: Path, flags: tuple[str, ...]) -> Path:
-    """The library made of `source`; one that another process compiled is used if it is whole, and else compiled anew.
+def shared_library(source: Path, flags: tuple[str, ...]) -> Path:
+    """The library for `source`, compiled unless an intact one is in the cache.
 
-    It is kept under a hash of the source and the flags in JUDGE_NATIVE_DIR, by default in the folder where models are
-    kept. CXX names another compiler. Raises NativeUnavailableError.
+    The cache is JUDGE_NATIVE_DIR, by default beside the models; a hash of source and flags is part of the file's name.
+    CXX names another compiler. Raises NativeUnavailableError.
     """
     text = source.read_bytes()
     digest = hashlib.sha256(b"\0".join([text, *(flag.encode() for flag in flags)])).hexdigest()[:20]
     file = _folder() / f"{source.stem}-{digest}.so"
     try:
-        if not _is_whole(file):
+        if not _is_intact(file):
             _compile(source, flags, file)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeUnavailableError(f"{file} cannot be compiled: {error}") from error
@@ -45,12 +45,12 @@ def library(source: Path, flags: tuple[str, ...]) -> Path:
 
 def _folder() -> Path:
     own = os.environ.get("JUDGE_NATIVE_DIR")
-    # Absolute: without a slash the loader would look in its own folders alone.
+    # Absolute: without a slash in the name, dlopen searches only the system's folders.
     return (Path(own) if own else cache_root() / "native").absolute()
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether the file is there and ends in the digest of what is before it. One that is cut off crashes its loader."""
+def _is_intact(file: Path) -> bool:
+    """Whether the file exists and ends in its content's digest. Loading a truncated library crashes the process."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -62,9 +62,9 @@ def _is_whole(file: Path) -> bool:
 
 
 def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
-    """Into a file of this process first, so that nobody loads half a library. Its digest goes behind it.
+    """Compile into a temporary file first, so that no other process loads half a library, and append its digest.
 
-    Raises OSError where the folder cannot be written, and TimeoutExpired.
+    Raises NativeUnavailableError, OSError if the folder cannot be written, and TimeoutExpired.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
     if compiler is None:
@@ -72,21 +72,22 @@ def _compile(source: Path, flags: tuple[str, ...], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
-        _run([compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)])
-        made.write_bytes(made.read_bytes() + hashlib.sha256(made.read_bytes()).digest())  # behind what a loader reads
+        _run_compiler([compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags, str(source), "-o", str(made)])
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores what follows its sections
         sync(made)
         made.replace(file)
     sync(file.parent)
 
 
-def _run(command: list[str]) -> None:
-    """Raises TimeoutExpired: then the compiler is killed, and with it what it started, which may hang in its place."""
+def _run_compiler(command: list[str]) -> None:
+    """Raises NativeUnavailableError, and TimeoutExpired once the compiler and its child processes have been killed."""
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         with subprocess.Popen(
             command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, start_new_session=True
         ) as compiler:
             try:
-                failed = compiler.wait(_TIME_LIMIT)
+                failed = compiler.wait(COMPILE_SECONDS)
             except BaseException:
                 os.killpg(compiler.pid, signal.SIGKILL)
                 raise

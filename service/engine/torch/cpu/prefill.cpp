@@ -1,17 +1,18 @@
-// Prefill of a decoder over one packed batch of prompts (varlen, no padding), in bfloat16 on a CPU with AMX, or with
-// AVX-512's bfloat16 dot products where AMX is not compiled for. kernel.py calls it; packed_forward.py is what it computes.
+// Prefill of a decoder over one packed batch of prompts (varlen, no padding), in bf16, on a CPU with AMX or, compiled
+// without AMX, with AVX-512's bf16 dot products. kernel.py calls it; packed_forward.py specifies what it computes.
 //
-// Products take bfloat16 and accumulate in float32. Residual stream, norms, softmax and activations are float32; whatever
-// a product reads is split into kTerms bf16 terms (bf16, or bf16x2) whose sum it is. With two terms and weights that are
-// bf16 themselves the rounding error is 2^-18, which is called float32 here.
-// A row's numbers are made from that row alone (in attention, from the keys of its prefix chain too), in an order that
-// depends neither on where the row lies nor on what lies beside it: a prompt has the same bits in every batch.
+// Products take bf16 and accumulate in float32. Residual stream, norms, softmax and activations are float32, so the
+// result is more exact than the model's own bf16 forward. A product's input is split into kTerms bf16 terms (bf16, or
+// bf16x2) that add up to it. With two terms and bf16 weights the rounding error is 2^-18, which is called float32 here.
+// A token's numbers are computed from that token alone (in attention, from the keys of its prefix chain too), in an
+// order that depends neither on its place in the batch nor on the other tokens: a prompt has the same bits in every
+// batch.
 //
 // Layouts, all of them in tiles of 16 rows of 64 bytes, strides in elements:
 //   weights, keys, values  panels of 32 outputs, [outputs / 32][depth / 32][2 tiles][16 pairs of inputs][16 outputs][2]
-//   activations (Blocks)   [tokens / 32][columns / 32][32 tokens][32 columns], so that a product reads and writes whole
+//   activations (Blocks)   [tokens / 32][columns / 32][32 tokens][32 columns], so that a product reads and writes long
 //                          runs of memory, which the hardware prefetches, instead of a short piece in each row
-// Sizes of a model (hidden_size, head_dim, intermediate_size) are multiples of 32.
+// A model's sizes (hidden_size, head_dim, intermediate_size) are multiples of 32.
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -31,13 +32,13 @@ typedef uint16_t bf16;
 
 extern "C" {
 
-// One decoder layer. Pointers that a family has no use for are null.
+// One decoder layer. Pointers to what its family lacks are null.
 struct Layer {
   const float *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias, *post_attention_norm, *pre_mlp_norm, *post_mlp_norm;
-  const bf16 *qkv, *o, *gate_up, *down;  // panels; gate and up in turns of 16 outputs
+  const bf16 *qkv, *o, *gate_up, *down;  // panels; gate and up alternate, 16 outputs each
   const float *cos, *sin;                // [positions][head_dim]
   int64_t window;                        // keys that a query sees, itself included; 0: all before it
-  float scaling, softcap;                // softcap 0: scores are not capped
+  float scaling, softcap;                // softcap 0: none
 };
 
 struct Model {
@@ -47,10 +48,11 @@ struct Model {
   const Layer *layer;
 };
 
-// Tokens that are computed once: rows [row, row + length) of the batch. They see the segments of their prefix chain,
-// chain[0] to chain[links - 1], the last of which is this one. `position` is that of the first token in its prompt.
+// Tokens that are computed once: [start, start + length) of the batch. They attend to the segments of their prefix
+// chain, chain[0] to chain[links - 1], the last of which is this one. `position` is that of the first token in its
+// prompt.
 struct Segment {
-  int64_t row, length, position, links;
+  int64_t start, length, position, links;
   const int64_t *chain;
 };
 }
@@ -60,15 +62,15 @@ namespace {
 const int64_t kBlock = 32;         // rows and outputs of one block of a product: two tiles by two
 const int64_t kL2 = 1 << 20;       // bytes of a product's input that should stay in a core's L2 cache
 const int64_t kResident = 512;     // depth of a panel that stays in the L1 cache: 32 KiB of 48
-const int64_t kMaxDepth = 1024;    // of one product into the residual stream; a deeper one is made in slices
-const int64_t kPanelStates = 10;   // states that share a panel in the output layer with AMX, three terms of each
-const int64_t kMaxHeadDim = 1024;  // of rotate
+const int64_t kMaxDepth = 1024;    // of one product into the residual stream; a deeper one is sliced to stay in L2
+const int64_t kPanelStates = 10;   // states that share a panel in the output layer with AMX, three terms each
+const int64_t kMaxHeadDim = 1024;  // size of rotate's buffer
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
 
-// Rows of so many bf16 numbers that fit in the L2 cache: whole blocks, one at least.
+// How many rows of `width` bf16 numbers fit in the L2 cache: whole blocks, at least one.
 inline int64_t rows_in_l2(int64_t width) { return max(kBlock, kL2 / (2 * width) / kBlock * kBlock); }
 
 #ifdef __AMX_BF16__
@@ -78,22 +80,22 @@ struct TileConfig {  // what _tile_loadconfig reads; every tile is 16 rows of 64
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Constant, because GCC's _tile_loadconfig declares only the first 8 of the 64 bytes as read: it removes run-time stores
-// to the others, and tiles without rows crash at their first use.
+// Constant, because GCC's _tile_loadconfig declares only the first 8 of the 64 bytes as read: GCC then removes run-time
+// stores to the others, and tiles without rows crash at their first use. tests/ladder/test_build.py looks for this.
 constexpr TileConfig kTileConfig;
 
-// Configures this thread's tiles for as long as it lives.
+// Configures this thread's tiles during its lifetime.
 struct TileUnit {
   TileUnit() { _tile_loadconfig(&kTileConfig); }
   ~TileUnit() { _tile_release(); }
 };
 #else
 struct TileUnit {
-  TileUnit() {}  // nothing to configure
+  TileUnit() {}  // no tiles to configure
 };
 #endif
 
-// The left operand of a product: rows of bf16 terms. Strides are those of a row in its block of 32, of a block, of 32
+// The left operand of a product, rows of bf16 terms, with the strides of a row in its block of 32, of a block, of 32
 // columns, and of a term.
 struct Rows {
   const bf16 *data;
@@ -103,7 +105,7 @@ struct Rows {
   }
 };
 
-// Memory in whole cache lines, zeroed; null if there is none.
+// Zeroed memory in whole cache lines; null if there is not enough.
 template <class T>
 struct Memory {
   T *data;
@@ -117,7 +119,7 @@ struct Memory {
   Memory &operator=(const Memory &) = delete;
 };
 
-// [rows][width], row by row; the stride keeps rows off each other's cache sets.
+// [rows][width], row by row; the odd stride keeps rows in different cache sets.
 template <class T>
 struct Matrix : Memory<T> {
   int64_t stride;
@@ -137,7 +139,7 @@ struct Blocks : Memory<T> {
   Rows rows(int64_t first) const { return {at(first, 0), 32, block, kBlock * 32, term}; }
 };
 
-// to's row becomes a copy of from's, all terms.
+// Copies a row with all its terms.
 template <class T>
 void copy_row(const Blocks<T> &from, int64_t from_row, const Blocks<T> &to, int64_t to_row) {
   for (int64_t at = 0; at < from.block; at += kBlock * 32)
@@ -155,7 +157,7 @@ inline __m512 widen(const bf16 *x, int64_t stride) {
   return sum;
 }
 
-// Split 16 numbers into terms, each what those before it leave, to the nearest, ties to even; NaN stays NaN.
+// Splits 16 numbers into terms, each the remainder of those before it rounded to nearest, ties to even; NaN stays NaN.
 template <int kTerms>
 inline void narrow(bf16 *to, int64_t stride, __m512 x) {
   for (int term = 0; term < kTerms; term++) {
@@ -179,13 +181,13 @@ inline __m512 power_of_two(__m512 t) {
 
 const float kLog2e = 1.44269504088896341f;
 
-// exp; what is beyond +-87 counts as that.
+// exp, its argument clamped to +-87.
 inline __m512 exponential(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(87.0f), x));
   return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(kLog2e)));
 }
 
-// 1 / (1 + exp(-x)); the estimate of the quotient, good to 14 bits, is refined once.
+// 1 / (1 + exp(-x)). Instead of a slow division, an estimate good to 14 bits is refined once by Newton's method.
 inline __m512 sigmoid(__m512 x) {
   __m512 one = _mm512_set1_ps(1.0f);
   __m512 d = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x)));
@@ -205,18 +207,19 @@ inline __m512 activate(__m512 x, bool gelu) {
 }
 
 // A block of 32 rows of x, `depth` long (a multiple of 32), times one panel: into out, [32][out_stride], or `added` to
-// what is there. fetch() and beside() are called depth / 32 times on the way. Only `rows` of the 32 rows need be right.
+// it. Calls fetch() and beside() depth / 32 times on the way. Only the first `rows` of the 32 rows have to be right.
 #ifdef __AMX_BF16__
-// Tiles 0 to 3 accumulate, 4 and 5 hold rows, 6 and 7 the panel; the tile unit works beside the vector unit.
-// Loading four tiles from the L2 cache takes longer than their four products, loading two does not. So rows, which meet
-// each panel once, are loaded with the hint that keeps them from evicting the panel, and so is what lies deeper in the
-// panel than the L1 cache has room for: 2.4 to 2.6 TFLOP/s for 1.5 with plain loads, where the tile unit reaches 2.85.
+// Tiles 0 to 3 accumulate, 4 and 5 hold rows, 6 and 7 the panel; the tile unit works in parallel with the vector unit.
+// Loading four tiles from the L2 cache takes longer than their four products; loading two does not. So rows, which meet
+// each panel once, are loaded with the hint that keeps them from evicting the panel (_tile_stream_loadd), and so is the
+// part of the panel that the L1 cache has no room for: 2.4 to 2.6 TFLOP/s instead of 1.5, where the tile unit can do
+// 2.85.
 template <int kTerms, class Fetch, class Beside>
 inline void multiply(const Rows &x, int64_t, const bf16 *panel, int64_t depth, float *out, int64_t out_stride, bool added,
                      Fetch fetch, Beside beside) {
   const bf16 *upper = x.data, *lower = upper + 16 * x.row;
-  // GCC's tile loads declare no memory as read; this keeps every earlier store before them. Its tile stores do declare
-  // what they write, and nothing that a load reads is stored between here and there.
+  // GCC's tile loads declare no memory as read: without this barrier it may move earlier stores behind them, or drop
+  // them. Its tile stores do declare what they write, and nothing that a load reads is stored between here and there.
   asm volatile("" ::: "memory");
   if (added) {
     _tile_loadd(0, out, out_stride * 4);
@@ -259,7 +262,7 @@ inline void multiply(const Rows &x, int64_t, const bf16 *panel, int64_t depth, f
   _tile_stored(3, out + 16 * out_stride + 16, out_stride * 4);
 }
 #else
-// N rows, whose sums are in registers, two each.
+// N rows; their sums stay in registers, two each.
 template <int kTerms, int N, class Fetch>
 inline void multiply_rows(const Rows &x, int64_t first, const bf16 *panel, int64_t depth, float *out, int64_t out_stride,
                           bool added, Fetch fetch) {
@@ -308,9 +311,10 @@ inline void multiply(const Rows &x, int64_t rows, const bf16 *panel, int64_t dep
 }
 #endif
 
-// [rows][depth] times panels, `panel` apart, that are depth * 32 long. store(row, output, 16 outputs, the next 16) takes
-// a block's results while the next block is multiplied; prefetch(row, output) asks for the memory that it will write, one
-// block ahead. `rows` is rounded up to blocks: x has those rows too, and what is stored for them means nothing.
+// [rows][depth] times panels of depth * 32 numbers, `panel` apart. store(row, output, 16 outputs, the next 16) takes a
+// block's results while the next block is multiplied: one after the other they wait for each other, at half the speed.
+// prefetch(row, output) asks for the memory that it will write, one block ahead. `rows` is rounded up to blocks: x has
+// those rows too, and what is stored for them is meaningless.
 template <int kTerms, class Store, class Prefetch>
 inline void product(const Rows &x, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth, int64_t outputs,
                     Store store, Prefetch prefetch) {
@@ -325,7 +329,7 @@ inline void product(const Rows &x, int64_t rows, const bf16 *weight, int64_t pan
     }
   };
   for (int64_t output = 0; output < outputs; output += kBlock, weight += panel) {
-    const bf16 *next = weight + panel;  // is fetched while this panel is used
+    const bf16 *next = weight + panel;  // fetched while this panel is used
     auto fetch_some = [&] {
       for (int64_t line = 0; line < lines; line++, next += 32) _mm_prefetch((const char *)next, _MM_HINT_T1);
     };
@@ -341,7 +345,7 @@ inline void product(const Rows &x, int64_t rows, const bf16 *weight, int64_t pan
   store_some(kBlock);
 }
 
-// One block of rows times panels, as it is, into [32][out_stride], or added to what is there.
+// One block of rows times panels, into [32][out_stride], or `added` to it.
 template <int kTerms>
 inline void product_of_block(const Rows &x, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth,
                              int64_t outputs, float *out, int64_t out_stride, bool added) {
@@ -359,22 +363,22 @@ inline __m512 inverse_rms(__m512 squares, int64_t width, float eps) {
   return _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps));
 }
 
-// weight * x / sqrt(mean(x^2) + eps) for rows [first, first + rows), where a block begins; store(row from 0 on, column,
-// 16 numbers) takes it. A block of rows at a time, so that memory is read in its order.
+// weight * x / sqrt(mean(x^2) + eps) for rows [first, first + rows), where `first` begins a block; store(row from 0 on,
+// column, 16 numbers) takes it. A block of rows at a time, so that memory is read in order.
 template <class Store>
 inline void rms_norm(const Blocks<float> &x, int64_t first, int64_t rows, const float *weight, float eps, Store store) {
   for (int64_t row = 0; row < rows; row += kBlock) {
-    const int64_t some = min(kBlock, rows - row);
+    const int64_t block_rows = min(kBlock, rows - row);
     __m512 scale[kBlock] = {};
     for (int64_t column = 0; column < x.width; column += 32)
-      for (int64_t i = 0; i < some; i++) {
+      for (int64_t i = 0; i < block_rows; i++) {
         const float *at = x.at(first + row + i, column);
         __m512 left = _mm512_load_ps(at), right = _mm512_load_ps(at + 16);
         scale[i] = _mm512_fmadd_ps(right, right, _mm512_fmadd_ps(left, left, scale[i]));
       }
-    for (int64_t i = 0; i < some; i++) scale[i] = inverse_rms(scale[i], x.width, eps);
+    for (int64_t i = 0; i < block_rows; i++) scale[i] = inverse_rms(scale[i], x.width, eps);
     for (int64_t column = 0; column < x.width; column += 16)
-      for (int64_t i = 0; i < some; i++) {
+      for (int64_t i = 0; i < block_rows; i++) {
         __m512 scaled = _mm512_mul_ps(_mm512_load_ps(x.at(first + row + i, column)), scale[i]);
         store(row + i, column, _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + column)));
       }
@@ -387,8 +391,8 @@ void rms_norm(const Blocks<float> &x, int64_t first, int64_t rows, const float *
            [&](int64_t row, int64_t column, __m512 part) { narrow<kTerms>(out.at(row, column), out.term, part); });
 }
 
-// Rotary positions of one head, the first half of which is paired with the second, behind a norm where there is one.
-// `head` is [head_dim] in terms `stride` apart, cos and sin are those of its position.
+// Rotary positions of one head, its first half paired with the second, after a norm if there is one. `head` is
+// [head_dim] in terms `stride` apart; cos and sin are those of its position.
 template <int kTerms>
 void rotate(bf16 *head, int64_t stride, int64_t head_dim, const float *cos, const float *sin, const float *norm, float eps) {
   alignas(64) float x[kMaxHeadDim];
@@ -411,20 +415,21 @@ void rotate(bf16 *head, int64_t stride, int64_t head_dim, const float *cos, cons
   }
 }
 
-// What one thread's attention needs for at most max_keys keys, whole blocks.
+// One thread's buffers for attention to at most max_keys keys, whole blocks.
 struct AttentionScratch {
   const int64_t max_keys, panels;  // elements of one term's panels
   Memory<bf16> keys, values;       // [terms][panels]
   Matrix<bf16> weights;            // [32][terms][max_keys]
-  Matrix<float> scores, lower;     // [32][max_keys]; [32][head_dim], the products of terms but the first
+  Matrix<float> scores, lower;     // [32][max_keys]; [32][head_dim], the products of all terms but the first
   AttentionScratch(int64_t terms, int64_t max_keys, int64_t head_dim)
       : max_keys(max_keys), panels(max_keys * head_dim), keys(terms * panels), values(terms * panels),
         weights(kBlock, terms * max_keys), scores(kBlock, max_keys), lower(kBlock, head_dim) {}
   bool complete() const { return keys.data && values.data && weights.data && scores.data && lower.data; }
 };
 
-// One term of a kv head's keys (outputs are keys, depth is head_dim) and values (outputs are head_dim, depth is keys) into
-// panels, for the prefix chain of a segment; `padded` is their number in whole blocks, and keys behind the last are zero.
+// Packs one term of a kv head's keys (outputs are keys, depth is head_dim) and values (outputs are head_dim, depth is
+// keys) into panels, for a segment's prefix chain. `padded` is the number of keys in whole blocks; those added are
+// zero.
 void pack_keys_values(const bf16 *qkv, int64_t stride, const Segment *segments, const Segment &own, int64_t head_dim,
                       int64_t key_offset, int64_t value_offset, int64_t padded, bf16 *keys, bf16 *values) {
   const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -433,10 +438,10 @@ void pack_keys_values(const bf16 *qkv, int64_t stride, const Segment *segments, 
   const bf16 *rows[kBlock];
   int64_t link = 0, within = 0;
   for (int64_t key = 0; key < padded; key += kBlock) {
-    bool together = true;
+    bool together = true;  // the rows are evenly spaced, so they can be gathered
     for (int64_t i = 0; i < kBlock; i++) {
       while (link < own.links && within == segments[own.chain[link]].length) link++, within = 0;
-      rows[i] = link < own.links ? qkv + (segments[own.chain[link]].row + within++) * stride + key_offset : zeros;
+      rows[i] = link < own.links ? qkv + (segments[own.chain[link]].start + within++) * stride + key_offset : zeros;
       together = together && rows[i] == rows[0] + i * stride;
     }
     bf16 *panel = keys + key * head_dim;
@@ -467,12 +472,12 @@ void pack_keys_values(const bf16 *qkv, int64_t stride, const Segment *segments, 
 }
 
 // weights = exp(scaling * (score - max)) over keys [first, last), in terms `stride` apart, and zero over the rest of
-// [first rounded down to a block, padded); returns their sum. Overwrites the scores where they are capped.
+// [first rounded down to a block, padded); returns their sum. Softcapping overwrites the scores.
 template <int kTerms>
 float softmax(float *scores, bf16 *weights, int64_t stride, int64_t first, int64_t last, int64_t padded, float scaling,
               float softcap) {
   const int64_t start = first / kBlock * kBlock, end = round_up(last);
-  // body(at, which of the 16 keys are seen): only the blocks at both ends have keys that are not.
+  // body(at, mask of the 16 keys): only the blocks at both ends have masked keys, so the others are spared the masks.
   auto over_keys = [&](auto body) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     auto edge = [&](int64_t at, int64_t to) {
@@ -505,47 +510,47 @@ float softmax(float *scores, bf16 *weights, int64_t stride, int64_t first, int64
   return _mm512_reduce_add_ps(sum);
 }
 
-// A part of a segment's attention: the queries [from, to) of all heads that share one kv head; from begins a block.
+// A part of a segment's attention: queries [from, to) of all heads that share one kv head; `from` begins a block.
 struct Share {
   int64_t segment, kv, from, to;
 };
 
-// Attention of a share's queries to the keys of their segment's chain: qkv is [tokens][terms][query, key, value heads],
-// out [tokens][heads * head_dim].
+// Attention of a share's queries to the keys of their segment's prefix chain: qkv is [tokens][terms][query, key, value
+// heads], out [tokens][heads * head_dim].
 template <int kTerms>
 void attend(const Model &model, const Layer &layer, const Matrix<bf16> &qkv, const Segment *segments, const Share &share,
             const Blocks<bf16> &out, AttentionScratch &scratch) {
   const Segment &own = segments[share.segment];
   const int64_t head_dim = model.head_dim, group = model.heads / model.kv_heads, keys = own.position + own.length;
-  const int64_t padded = round_up(keys), term = (model.heads + 2 * model.kv_heads) * head_dim;
+  const int64_t padded = round_up(keys), qkv_term = (model.heads + 2 * model.kv_heads) * head_dim;
   const int64_t key_offset = (model.heads + share.kv) * head_dim, value_offset = key_offset + model.kv_heads * head_dim;
   float scale[kBlock] = {};
-  for (int part = 0; part < kTerms; part++)
-    pack_keys_values(qkv.data + part * term, qkv.stride, segments, own, head_dim, key_offset, value_offset, padded,
-                     scratch.keys.data + part * scratch.panels, scratch.values.data + part * scratch.panels);
+  for (int term = 0; term < kTerms; term++)
+    pack_keys_values(qkv.data + term * qkv_term, qkv.stride, segments, own, head_dim, key_offset, value_offset, padded,
+                     scratch.keys.data + term * scratch.panels, scratch.values.data + term * scratch.panels);
   for (int64_t query = share.from; query < share.to; query += kBlock) {
     const int64_t rows = min(kBlock, own.length - query), position = own.position + query, last = position + rows;
     const int64_t used = round_up(last);
     const int64_t start = layer.window ? max(0, position + 1 - layer.window) / kBlock * kBlock : 0;
     for (int64_t head = share.kv * group; head < (share.kv + 1) * group; head++) {
-      const Rows queries{qkv.at(own.row + query, head * head_dim), qkv.stride, 0, 32, term};
-      for (int part = 0; part < kTerms; part++)
-        product_of_block<kTerms>(queries, rows, scratch.keys.data + part * scratch.panels + start * head_dim,
+      const Rows queries{qkv.at(own.start + query, head * head_dim), qkv.stride, 0, 32, qkv_term};
+      for (int term = 0; term < kTerms; term++)
+        product_of_block<kTerms>(queries, rows, scratch.keys.data + term * scratch.panels + start * head_dim,
                                  head_dim * kBlock, head_dim, used - start, scratch.scores.at(0, start),
-                                 scratch.scores.stride, part > 0);
+                                 scratch.scores.stride, term > 0);
       for (int64_t row = 0; row < rows; row++) {
         const int64_t end = position + row + 1, begin = layer.window ? max(0, end - layer.window) : 0;
         bf16 *weights = scratch.weights.at(row, 0);
-        for (int part = 0; part < kTerms; part++)
-          memset(weights + part * scratch.max_keys + start, 0, (size_t)(begin / kBlock * kBlock - start) * 2);
+        for (int term = 0; term < kTerms; term++)
+          memset(weights + term * scratch.max_keys + start, 0, (size_t)(begin / kBlock * kBlock - start) * 2);
         scale[row] = 1.0f / softmax<kTerms>(scratch.scores.at(row, 0), weights, scratch.max_keys, begin, end, used,
                                             layer.scaling, layer.softcap);
       }
       const Rows weights{scratch.weights.at(0, start), scratch.weights.stride, 0, 32, scratch.max_keys};
       const bf16 *values = scratch.values.data + start * kBlock;
-      for (int part = 1; part < kTerms; part++)
-        product_of_block<kTerms>(weights, rows, values + part * scratch.panels, padded * kBlock, used - start, head_dim,
-                                 scratch.lower.data, scratch.lower.stride, part > 1);
+      for (int term = 1; term < kTerms; term++)
+        product_of_block<kTerms>(weights, rows, values + term * scratch.panels, padded * kBlock, used - start, head_dim,
+                                 scratch.lower.data, scratch.lower.stride, term > 1);
       product<kTerms>(
           weights, rows, values, padded * kBlock, used - start, head_dim,
           [&](int64_t row, int64_t column, __m512 left, __m512 right) {
@@ -554,7 +559,7 @@ void attend(const Model &model, const Layer &layer, const Matrix<bf16> &qkv, con
               left = _mm512_add_ps(left, _mm512_loadu_ps(scratch.lower.at(row, column)));
               right = _mm512_add_ps(right, _mm512_loadu_ps(scratch.lower.at(row, column + 16)));
             }
-            bf16 *to = out.at(own.row + query + row, head * head_dim + column);
+            bf16 *to = out.at(own.start + query + row, head * head_dim + column);
             narrow<kTerms>(to, out.term, _mm512_mul_ps(left, _mm512_set1_ps(scale[row])));
             narrow<kTerms>(to + 16, out.term, _mm512_mul_ps(right, _mm512_set1_ps(scale[row])));
           },
@@ -563,8 +568,8 @@ void attend(const Model &model, const Layer &layer, const Matrix<bf16> &qkv, con
   }
 }
 
-// sums' rows [first, first + rows), where a block begins, += x times weight, [depth][columns of sums] in panels that are
-// `panel` apart, plus a bias where there is one. Deep products are made in slices, whose input stays in the L2 cache.
+// sums' rows [first, first + rows), where `first` begins a block, += x times weight, [depth][columns of sums] in panels
+// `panel` apart, plus a bias if there is one. Deep products are made in slices, whose input stays in the L2 cache.
 template <int kTerms>
 void accumulate(const Rows &x, int64_t rows, int64_t depth, const bf16 *weight, int64_t panel, const float *bias,
                 const Blocks<float> &sums, int64_t first) {
@@ -583,8 +588,8 @@ void accumulate(const Rows &x, int64_t rows, int64_t depth, const bf16 *weight, 
         });
 }
 
-// Where a block of a layer leaves its sums: in the residual stream's rows [first, first + rows) itself, or, for families
-// that norm them before (Gemma), in `mixed`, from where finish() adds them.
+// Where attention and the MLP add their results: rows [first, first + rows) of the residual stream itself, or, for
+// families that norm them first (Gemma), `mixed`, from which finish() adds them.
 struct Residual {
   const Blocks<float> &hidden, &mixed;
   const int64_t first, rows;
@@ -606,31 +611,31 @@ struct Residual {
   }
 };
 
-// The MLP of `rows` normed rows, in slices of its intermediate numbers that stay in the L2 cache: `inner` holds one.
+// The MLP of `rows` normed rows, in slices of its intermediate size that stay in the L2 cache: `inner` holds one.
 template <int kTerms>
 void mlp(const Model &model, const Layer &layer, const Blocks<bf16> &normed, int64_t rows, const Blocks<bf16> &inner,
          const Residual &residual) {
-  const int64_t depth = model.hidden_size, all = model.intermediate_size;
-  for (int64_t from = 0; from < all; from += inner.width) {
-    const int64_t some = min(inner.width, all - from);
+  const int64_t hidden_size = model.hidden_size, intermediate_size = model.intermediate_size;
+  for (int64_t from = 0; from < intermediate_size; from += inner.width) {
+    const int64_t width = min(inner.width, intermediate_size - from);
     product<kTerms>(
-        normed.rows(0), rows, layer.gate_up + 2 * from * depth, depth * kBlock, depth, 2 * some,
+        normed.rows(0), rows, layer.gate_up + 2 * from * hidden_size, hidden_size * kBlock, hidden_size, 2 * width,
         [&](int64_t row, int64_t output, __m512 gate, __m512 up) {
           narrow<kTerms>(inner.at(row, output / 2), inner.term, _mm512_mul_ps(activate(gate, model.gelu), up));
         },
         [&](int64_t row, int64_t output) { __builtin_prefetch(inner.at(row, output / 2), 1); });
-    residual.add<kTerms>(inner.rows(0), some, layer.down + from * kBlock, all * kBlock, nullptr);
+    residual.add<kTerms>(inner.rows(0), width, layer.down + from * kBlock, intermediate_size * kBlock, nullptr);
   }
   residual.finish();
 }
 
-// Threads that do one thing together and wait for each other in between. A thread that waits sleeps: on a busy machine
-// one that spins would take the time of the one that it waits for.
+// Threads that work in step. A waiting thread sleeps: on a busy machine a spinning one would take the core from the
+// thread that it waits for.
 class Team {
  public:
   explicit Team(int64_t size) : size_(size) {}
 
-  // Return when all have come here.
+  // Waits until every thread has called it.
   void meet() {
     std::unique_lock<std::mutex> lock(mutex_);
     if (++here_ == size_) {
@@ -642,7 +647,7 @@ class Team {
     all_here_.wait(lock, [this, round = round_] { return round_ != round; });
   }
 
-  // work(0) here, the others in threads of their own, to the end of all.
+  // Runs work(0) here and the others in threads of their own; returns when all have ended.
   void run(const std::function<void(int64_t)> &work) {
     std::vector<std::thread> others;
     for (int64_t member = 1; member < size_; member++) others.emplace_back(work, member);
@@ -657,13 +662,14 @@ class Team {
   std::condition_variable all_here_;
 };
 
-// Intermediate numbers that the MLP makes and uses up at a time: whole blocks, the slices as even as can be.
+// How much of the intermediate size the MLP computes and consumes at a time: whole blocks, in slices as even as
+// possible.
 inline int64_t mlp_slice(const Model &model) {
   const int64_t slices = (model.intermediate_size + kMaxDepth - 1) / kMaxDepth;
   return round_up((model.intermediate_size + slices - 1) / slices);
 }
 
-// What one thread needs for itself, for at most `chunk` tokens.
+// One thread's buffers, for at most `chunk` tokens.
 struct Workspace {
   Blocks<float> mixed;
   Blocks<bf16> normed, inner;
@@ -674,51 +680,51 @@ struct Workspace {
   bool complete() const { return mixed.data && normed.data && inner.data && attention.complete(); }
 };
 
-// All parts of a layer's attention, for so many threads: a segment's queries are divided where there are more threads
-// than segments and kv heads to give them.
+// A layer's attention divided into shares. A segment's queries are split up if segments and kv heads alone would not
+// keep all threads busy.
 std::vector<Share> attention_shares(const Model &model, const Segment *segments, int64_t count, int64_t tokens,
                                     int64_t threads) {
-  std::vector<Share> found;
+  std::vector<Share> shares;
   for (int64_t s = 0; s < count; s++) {
-    const int64_t length = segments[s].length, blocks = round_up(length) / kBlock, all = tokens * model.kv_heads;
-    const int64_t parts = min(blocks, threads == 1 ? 1 : (2 * threads * length + all - 1) / all);
+    const int64_t length = segments[s].length, blocks = round_up(length) / kBlock, total = tokens * model.kv_heads;
+    const int64_t parts = min(blocks, threads == 1 ? 1 : (2 * threads * length + total - 1) / total);
     for (int64_t kv = 0; kv < model.kv_heads; kv++)
       for (int64_t part = 0; part < parts; part++)
-        found.push_back({s, kv, blocks * part / parts * kBlock, min(length, blocks * (part + 1) / parts * kBlock)});
+        shares.push_back({s, kv, blocks * part / parts * kBlock, min(length, blocks * (part + 1) / parts * kBlock)});
   }
-  return found;
+  return shares;
 }
 
-// See prefill. Each thread has tokens of its own, but for attention, which is dealt out as it comes.
+// See prefill. Each thread has its own tokens, except in attention, whose shares go to whichever thread is free.
 template <int kTerms>
 int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, const Segment *segments, int64_t count,
                      const int64_t *last, int64_t lasts, int64_t threads, float *out) {
   const int64_t hidden_size = model.hidden_size, head_dim = model.head_dim, heads = model.heads + 2 * model.kv_heads;
-  const int64_t attended_size = model.heads * head_dim, size = min(threads, round_up(tokens) / kBlock);
-  // Tokens that go through a layer's products together.
+  const int64_t attended_size = model.heads * head_dim, team_size = min(threads, round_up(tokens) / kBlock);
+  // How many tokens go through a layer's products together.
   const int64_t chunk = min(round_up(tokens), max(64, rows_in_l2(kTerms * max(hidden_size, kMaxDepth))));
   int64_t max_keys = 0;
   for (int64_t s = 0; s < count; s++) max_keys = max(max_keys, segments[s].position + segments[s].length);
   Blocks<float> hidden(tokens, hidden_size), last_hidden(lasts, hidden_size);
   Blocks<bf16> attended(tokens, attended_size, kTerms), last_attended(lasts, attended_size, kTerms);
-  // A segment's last block of queries may begin anywhere: it reads up to 31 rows behind the batch.
+  // A segment's last block of queries may begin at any row, so it reads up to 31 rows past the batch.
   Matrix<bf16> qkv(tokens + 2 * kBlock, kTerms * heads * head_dim);
   const int64_t qkv_term = heads * head_dim;
   std::vector<std::unique_ptr<Workspace>> workspaces;
   bool complete = hidden.data && last_hidden.data && qkv.data && attended.data && last_attended.data;
-  for (int64_t member = 0; member < size; member++) {
+  for (int64_t member = 0; member < team_size; member++) {
     workspaces.push_back(std::make_unique<Workspace>(model, kTerms, chunk, max_keys));
     complete = complete && workspaces.back()->complete();
   }
   if (!complete) return 1;
-  const std::vector<Share> shares = attention_shares(model, segments, count, tokens, size);
+  const std::vector<Share> shares = attention_shares(model, segments, count, tokens, team_size);
   std::vector<std::atomic<size_t>> dealt(model.layers);
-  Team team(size);
+  Team team(team_size);
   team.run([&](int64_t member) {
     const TileUnit unit;
     Workspace &own = *workspaces[member];
-    // The first of a thread's rows out of so many, in whole blocks; the next thread's is the end.
-    auto share = [&](int64_t all, int64_t of) { return min(all, round_up(all) / kBlock * of / size * kBlock); };
+    // Where thread `of`'s part of so many rows begins, in whole blocks; the next thread's beginning is its end.
+    auto share = [&](int64_t rows, int64_t of) { return min(rows, round_up(rows) / kBlock * of / team_size * kBlock); };
     const int64_t begin = share(tokens, member), end = share(tokens, member + 1);
     for (int64_t row = begin; row < end; row++)
       for (int64_t column = 0; column < hidden_size; column += 32)
@@ -726,10 +732,10 @@ int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, 
     for (int64_t l = 0; l < model.layers; l++) {
       const Layer &layer = model.layer[l];
       for (int64_t from = begin; from < end; from += chunk) {
-        const int64_t some = min(chunk, end - from);
-        rms_norm<kTerms>(hidden, from, some, layer.input_norm, model.eps, own.normed);
+        const int64_t size = min(chunk, end - from);
+        rms_norm<kTerms>(hidden, from, size, layer.input_norm, model.eps, own.normed);
         product<kTerms>(
-            own.normed.rows(0), some, layer.qkv, hidden_size * kBlock, hidden_size, qkv_term,
+            own.normed.rows(0), size, layer.qkv, hidden_size * kBlock, hidden_size, qkv_term,
             [&](int64_t row, int64_t output, __m512 left, __m512 right) {
               add_bias(layer.qkv_bias, output, left, right);
               narrow<kTerms>(qkv.at(from + row, output), qkv_term, left);
@@ -739,20 +745,20 @@ int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, 
       }
       for (int64_t s = 0; s < count; s++) {
         const Segment &segment = segments[s];
-        for (int64_t row = max(begin, segment.row); row < min(end, segment.row + segment.length); row++) {
-          const int64_t position = (segment.position + row - segment.row) * head_dim;
+        for (int64_t row = max(begin, segment.start); row < min(end, segment.start + segment.length); row++) {
+          const int64_t position = (segment.position + row - segment.start) * head_dim;
           for (int64_t h = 0; h < model.heads + model.kv_heads; h++)
             rotate<kTerms>(qkv.at(row, h * head_dim), qkv_term, head_dim, layer.cos + position, layer.sin + position,
                            h < model.heads ? layer.q_norm : layer.k_norm, model.eps);
         }
       }
-      team.meet();  // queries see the keys of other threads' tokens
+      team.meet();  // queries attend to other threads' tokens
       for (size_t next; (next = dealt[l]++) < shares.size();)
         attend<kTerms>(model, layer, qkv, segments, shares[next], attended, own.attention);
       team.meet();
-      // Behind the last layer's attention only the prompts' last tokens are needed.
+      // After the last layer's attention only the prompts' last tokens are needed.
       const bool final = l + 1 == model.layers;
-      const int64_t all = final ? lasts : tokens, first = share(all, member), stop = share(all, member + 1);
+      const int64_t total = final ? lasts : tokens, first = share(total, member), stop = share(total, member + 1);
       for (int64_t i = first; final && i < stop; i++) {
         copy_row(hidden, last[i], last_hidden, i);
         copy_row(attended, last[i], last_attended, i);
@@ -760,13 +766,13 @@ int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, 
       const Blocks<float> &residual = final ? last_hidden : hidden;
       const Blocks<bf16> &mixer = final ? last_attended : attended;
       for (int64_t from = first; from < stop; from += chunk) {
-        const int64_t some = min(chunk, stop - from);
-        const Residual attention(residual, own.mixed, from, some, layer.post_attention_norm, model.eps);
+        const int64_t size = min(chunk, stop - from);
+        const Residual attention(residual, own.mixed, from, size, layer.post_attention_norm, model.eps);
         attention.add<kTerms>(mixer.rows(from), attended_size, layer.o, attended_size * kBlock, layer.o_bias);
         attention.finish();
-        rms_norm<kTerms>(residual, from, some, layer.pre_mlp_norm, model.eps, own.normed);
-        mlp<kTerms>(model, layer, own.normed, some, own.inner,
-                    Residual(residual, own.mixed, from, some, layer.post_mlp_norm, model.eps));
+        rms_norm<kTerms>(residual, from, size, layer.pre_mlp_norm, model.eps, own.normed);
+        mlp<kTerms>(model, layer, own.normed, size, own.inner,
+                    Residual(residual, own.mixed, from, size, layer.post_mlp_norm, model.eps));
       }
     }
     const int64_t first = share(lasts, member);
@@ -778,10 +784,11 @@ int64_t prefill_with(const Model &model, const float *embedded, int64_t tokens, 
   return 0;
 }
 
-// Rows [from, end) of the output layer times the states; see output_layer. Rows that stay in the cache meet all states.
+// Rows [from, end) of the output layer times the states; see output_layer. Rows are read once from memory: as many as
+// fit in the cache meet all states before the next ones.
 #ifdef __AMX_BF16__
-// kPanelStates states to a panel: their first terms, their second ones, their third ones, and two columns of zeros. Here
-// it is the weight that lies in rows; a last block that is not whole is copied, as it is read as one.
+// kPanelStates states to a panel: their first terms, their second, their third, and two columns of zeros. Here the
+// weight is the left operand; an incomplete last block is copied, as a whole block is read.
 int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
                     int64_t from, int64_t end) {
   const int64_t whole = end / kBlock * kBlock, groups = (number + kPanelStates - 1) / kPanelStates;
@@ -804,17 +811,17 @@ int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const
     const int64_t stride = last ? rest.stride : depth;
     const Rows read{last ? rest.data : weight + from * depth, stride, kBlock * stride, 32, 0};
     for (int64_t group = 0; group < groups; group++) {
-      const int64_t first = group * kPanelStates, some = min(kPanelStates, number - first);
+      const int64_t first = group * kPanelStates, in_group = min(kPanelStates, number - first);
       product<1>(
           read, rows, panels.at(group, 0), depth * kBlock, depth, kBlock,
           [&](int64_t row, int64_t, __m512 left, __m512 right) {
             if (from + row >= end) return;
-            float found[kBlock + 16] = {};
-            _mm512_storeu_ps(found, left);
-            _mm512_storeu_ps(found + 16, right);
-            __m512 lower = _mm512_add_ps(_mm512_loadu_ps(found + 2 * kPanelStates), _mm512_loadu_ps(found + kPanelStates));
+            float sums[kBlock + 16] = {};
+            _mm512_storeu_ps(sums, left);
+            _mm512_storeu_ps(sums + 16, right);
+            __m512 lower = _mm512_add_ps(_mm512_loadu_ps(sums + 2 * kPanelStates), _mm512_loadu_ps(sums + kPanelStates));
             float *to = out + first * vocabulary + from + row;
-            _mm512_mask_i32scatter_ps(to, (__mmask16)((1 << some) - 1), places, _mm512_add_ps(lower, left), 4);
+            _mm512_mask_i32scatter_ps(to, (__mmask16)((1 << in_group) - 1), places, _mm512_add_ps(lower, left), 4);
           },
           [](int64_t, int64_t) {});
     }
@@ -822,7 +829,8 @@ int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const
   return 0;
 }
 #else
-// Four rows times N states, whose sums are in registers; of the rows only `rows` are there.
+// Four rows times N states; their sums stay in registers. Only `rows` of the four rows exist. Dot products, because
+// panels would be nearly empty with few states: one state took twice as long.
 template <int N>
 inline void output_of_four(const bf16 *weight, int64_t rows, int64_t depth, const bf16 *states, float *out, int64_t stride) {
   __m512 sums[4][N][3];
@@ -876,7 +884,7 @@ int64_t output_rows(const bf16 *weight, int64_t vocabulary, int64_t depth, const
 
 extern "C" {
 
-// Ask the system for AMX, once in a process; 0 if it is ours, or not needed.
+// Asks the system for AMX, once in a process; 0 if it was granted or is not needed.
 int64_t prefill_request_amx() {
 #ifdef __AMX_BF16__
   return syscall(SYS_arch_prctl, 0x1023, 18);
@@ -885,8 +893,8 @@ int64_t prefill_request_amx() {
 #endif
 }
 
-// The normed last hidden states, [lasts][hidden_size], behind the batch's rows `last`; each activation is split into so
-// many bf16 terms, 1 or 2. `embedded` is [tokens][hidden_size]. Returns 0, or 1 without enough memory.
+// The normed last hidden states of the batch's tokens `last`, into out, [lasts][hidden_size]. `terms`: how many bf16
+// terms each activation is split into, 1 or 2. `embedded` is [tokens][hidden_size]. Returns 0, or 1 if memory runs out.
 int64_t prefill(const Model *model, int64_t terms, const float *embedded, int64_t tokens, const Segment *segments,
                 int64_t count, const int64_t *last, int64_t lasts, int64_t threads, float *out) {
   return (terms == 1 ? prefill_with<1> : prefill_with<2>)(*model, embedded, tokens, segments, count, last, lasts, threads,
@@ -895,7 +903,7 @@ int64_t prefill(const Model *model, int64_t terms, const float *embedded, int64_
 
 // Blocks [first, first + count) of 32 rows of the output layer, [vocabulary][depth] in rows (depth a multiple of 32),
 // times states of three terms, [number][3][depth], into [number][vocabulary]. A state's numbers do not depend on the
-// other states. Returns 0, or 1 without enough memory.
+// other states. Returns 0, or 1 if memory runs out.
 int64_t output_layer(const bf16 *weight, int64_t vocabulary, int64_t depth, const bf16 *states, int64_t number, float *out,
                      int64_t first, int64_t count) {
   const int64_t end = min(vocabulary, (first + count) * kBlock);
