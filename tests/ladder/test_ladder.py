@@ -88,10 +88,10 @@ UNSTABLE: Final[Mapping[str, Spoil]] = {
 }
 WRONG: Final[Mapping[str, Spoil]] = {
     "all are a little off": lambda outputs, _: outputs * 1.01,
-    "one row is far off": shifted(3, 0.1),
-    "one is NaN": shifted((3, 1), math.nan),
+    "one row is far off": shifted(slice(3, 4), 0.1),
+    "one is NaN": shifted((slice(3, 4), 1), math.nan),
     "all are NaN": lambda outputs, _: outputs * math.nan,
-    "one is infinite": shifted((3, 1), math.inf),
+    "one is infinite": shifted((slice(3, 4), 1), math.inf),
     "all are zero": lambda outputs, _: outputs * 0,
     "signs are flipped": lambda outputs, _: -outputs,
     "rows are exchanged": lambda outputs, _: outputs.flip(0),

@@ -119,7 +119,7 @@ struct Memory {
   Memory &operator=(const Memory &) = delete;
 };
 
-// [rows][width], row by row; the odd stride keeps rows in different cache sets.
+// [rows][width], row by row; the padding behind each row keeps rows in different cache sets.
 template <class T>
 struct Matrix : Memory<T> {
   int64_t stride;
@@ -313,8 +313,8 @@ inline void multiply(const Rows &x, int64_t rows, const bf16 *panel, int64_t dep
 
 // [rows][depth] times panels of depth * 32 numbers, `panel` apart. store(row, output, 16 outputs, the next 16) takes a
 // block's results while the next block is multiplied: one after the other they wait for each other, at half the speed.
-// prefetch(row, output) asks for the memory that it will write, one block ahead. `rows` is rounded up to blocks: x has
-// those rows too, and what is stored for them is meaningless.
+// prefetch(row, output) asks for the memory that it will write, one block ahead: a fifth less time for the MLP. `rows`
+// is rounded up to blocks: x has those rows too, and what is stored for them is meaningless.
 template <int kTerms, class Store, class Prefetch>
 inline void product(const Rows &x, int64_t rows, const bf16 *weight, int64_t panel, int64_t depth, int64_t outputs,
                     Store store, Prefetch prefetch) {
