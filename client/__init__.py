@@ -1,9 +1,10 @@
-"""Client for the judge-as-api service: the wire contract, the errors, and a typed HTTP client.
+"""Client for the judge-as-api service: a typed HTTP client and its errors.
 
     from client import Judge, AsyncJudge, JudgeError
 
-The two clients are imported when they are first asked for, so that a program which needs the contract alone (the
-service) does not load an HTTP client with it.
+The wire contract is in `client.schema`, calls in bulk are in `client.bulk`, and TRL's reward function is in
+`client.adapters.trl`. `Judge` and `AsyncJudge` are imported on first use, so that the service, which only needs the
+contract, does not load an HTTP client.
 """
 
 from __future__ import annotations

@@ -16,15 +16,15 @@ COMMANDS: Final = {
     "rewardbench": ("client.benchmarks.rewardbench", "evaluate a judge on RewardBench"),
     "rmbench": ("client.benchmarks.rmbench", "evaluate a judge on RM-Bench"),
     "pairs": ("client.benchmarks.pairs", "evaluate a judge on any pairwise or best-of-N file"),
-    "compare": ("client.benchmarks.compare", "put finished runs side by side, with paired tests"),
-    "search": ("client.benchmarks.search", "choose among candidate questions on one half, report on the other"),
+    "compare": ("client.benchmarks.compare", "compare finished runs, with paired tests"),
+    "search": ("client.benchmarks.search", "choose among candidate questions on half of the data, report on the rest"),
     "calibrate": ("client.calibrate.__main__", "fit temperature and bias for the service's answers"),
-    "load": ("client.load.__main__", "put a service under a seeded load and measure it"),
+    "load": ("client.load.__main__", "measure a service under a seeded load"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the named command with the arguments that follow; its exit code, or 2 where there is no such command."""
+    """Run the named command with the remaining arguments; returns its exit code, or 2 for an unknown command."""
     return find_command("python -m client", COMMANDS, argv)()
 
 

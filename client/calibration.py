@@ -1,8 +1,8 @@
-"""A judge's calibration: from log-odds to the probability that the response is good, for each template.
+"""Calibration files: for each template, how log-odds become the probability that the response is good.
 
 `sigmoid(log_odds / temperature + bias)`, after Platt (1999) and Guo et al. (arXiv 1706.04599). `python -m
-client.calibrate` fits the numbers and writes the file, the service reads it (`--calibration-file`). A file belongs to
-one model's weights, named by their fingerprint. It is JSON:
+client.calibrate` fits and writes a file, and the service reads it (`--calibration-file`). A file belongs to one model's
+weights, identified by their fingerprint. It is JSON:
 
     {"format": 1, "model": "…", "fingerprint": "…",
      "templates": {"general@1": {"temperature": 2.5, "bias": -0.4, "pairs": 300,
@@ -20,12 +20,13 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 
 from client.runtime.files import write_whole
+from client.runtime.validation import first_problem
 from client.schema import Digest
 from client.stats import sigmoid
 
 FORMAT: Final = 1
 
-# A template's id as results have it, name and version. `inline`, which any text may be, is none.
+# A template's id in results, name and version. It excludes `inline`, which may stand for any text.
 TEMPLATE_ID: Final = r"^\S+@[1-9][0-9]*$"
 
 Filled = Annotated[str, StringConstraints(min_length=1)]
@@ -34,25 +35,25 @@ Loss = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class CalibrationError(ValueError):
-    """A calibration file that cannot be used; the message names the file."""
+    """An unusable calibration file; the message names it."""
 
 
-class _Part(BaseModel):
+class _FileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Quality(_Part):
-    """How far probabilities are from outcomes: mean negative log-likelihood in nats, ECE of 10 bins, Brier score."""
+class Quality(_FileModel):
+    """How well probabilities match outcomes: mean negative log-likelihood in nats, ECE of 10 bins, Brier score."""
 
     nll: Loss
     ece: Loss
     brier: Loss
 
 
-class TemplateCalibration(_Part):
-    """One template's fit, made on half of `pairs`; `before` (the raw score) and `after` are of the other half.
+class TemplateCalibration(_FileModel):
+    """One template's fit. Half of `pairs` were fitted to; `before` (the raw score) and `after` measure the other half.
 
-    `asked_with` is as in ScoreResult, for the answers that it was fitted to; older files lack it.
+    `asked_with` is that of the judgements fitted to, as in ScoreResult; older files lack it.
     """
 
     temperature: Annotated[FiniteFloat, Field(gt=0)]
@@ -63,20 +64,20 @@ class TemplateCalibration(_Part):
     asked_with: Digest = None
 
     def apply(self, log_odds: float) -> float:
-        """The fitted probability that the response is good."""
+        """The fitted probability that a response with these log-odds is good."""
         return sigmoid(log_odds / self.temperature + self.bias)
 
 
-class FittedOn(_Part):
-    """Where the numbers come from: folders of runs or files of pairs, and how many samples were left out, by reason."""
+class FittedOn(_FileModel):
+    """The data behind a fit: folders of runs or files of pairs, and how many samples were left out, by reason."""
 
     sources: list[str]
     seed: int
     left_out: dict[str, NonNegativeInt] = {}
 
 
-class Calibration(_Part):
-    """A calibration file."""
+class Calibration(_FileModel):
+    """The contents of a calibration file."""
 
     format: Literal[1] = FORMAT
     model: Filled
@@ -86,25 +87,24 @@ class Calibration(_Part):
 
 
 def load(path: Path) -> Calibration:
-    """Read and check a file; raises CalibrationError where it cannot be read or is not one."""
+    """Read and check a file. Raises CalibrationError if it cannot be read or is not a calibration file."""
     try:
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique_names, parse_constant=_refuse_constant)
         return Calibration.model_validate(data)
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise CalibrationError(f"{path}: not a calibration file of format {FORMAT}: {where}: {first['msg']}") from exc
+        problem = first_problem(exc, whole="file")
+        raise CalibrationError(f"{path}: not a calibration file of format {FORMAT}: {problem}") from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise CalibrationError(f"{path}: cannot be read as a calibration file: {exc}") from exc
 
 
 def save(calibration: Calibration, path: Path) -> None:
-    """Write the file as a whole or not at all, in place of one that is there; raises OSError."""
+    """Create or replace the file. If it raises OSError, nothing has changed."""
     write_whole(path, calibration.model_dump_json(indent=2) + "\n")
 
 
-def _without_repeats(members: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
-    """A JSON object; json.loads by itself would let the last of two equal names win."""
+def _unique_names(members: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
+    """A JSON object without duplicate names; json.loads would silently keep the last one."""
     names = [name for name, _ in members]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -1,6 +1,6 @@
-"""What a model's chat template does around an answer, for the service's judges and the trainer's policy alike.
+"""How a model's chat template ends an answer; the service's judges and the trainer's policy share it.
 
-A tokenizer is transformers'; nothing of it is imported here.
+Tokenizers are transformers', which is not imported here.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 NO_THINKING: Final[Mapping[str, Any]] = {"enable_thinking": False}
-"""What templates are rendered with: Qwen3 and its like think first unless told otherwise; others ignore it."""
+"""Options for rendering templates. Qwen3 and similar models think first unless told not to; others ignore it."""
 
 _ANSWER, _NEXT = "answer7391", "question7392"
 
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """How a template ends the assistant's turn: by one of the tokens `ids`, or, where there is none, of the `texts`.
+    """How a template ends the assistant's turn: with one of the tokens `ids`, or, if there are none, of the `texts`.
 
-    `closes`: a token stands behind the last answer of a conversation too, where training can learn it.
+    `closes` says that a token also follows the last answer of a conversation, where training can learn it.
     """
 
     ids: frozenset[int]
@@ -30,12 +30,12 @@ class TurnEnd:
 
 
 def turn_end(tokenizer: Any) -> TurnEnd:
-    """Read from how the template renders a conversation; nothing where there is no template, or it fails.
+    """Find the end of a turn by rendering a conversation; empty if there is no template or it fails.
 
-    What counts is the token behind the last answer: `<|im_end|>`. A template that puts none there has one before the
-    user's next turn, or text in its place: `</s>` in letters, or "\\nUser:".
+    The token after the last answer counts, e.g. `<|im_end|>`. A template without one there has it before the user's
+    next turn, or has text in its place: `</s>` in letters, or "\\nUser:".
     """
-    last, followed = _behind_answer(tokenizer, []), _behind_answer(tokenizer, [{"role": "user", "content": _NEXT}])
+    last, followed = _after_answer(tokenizer, []), _after_answer(tokenizer, [{"role": "user", "content": _NEXT}])
     tokens = [_token_at(tokenizer, text) for text in (last, followed)]
     ids = frozenset([token for token in tokens if token is not None][:1])
     texts = [] if ids else [line for text in (last, followed) if (line := _first_line(text))]
@@ -59,30 +59,30 @@ def stop_ids(tokenizer: Any, folder: Path | None = None) -> tuple[int, ...]:
 
 
 def own_turn(text: str, ended: bool, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """What stands before the first of the stops, and whether the text has ended: at one of them, or as it had."""
+    """The text before the first stop, and whether it has ended: at a stop, or because `ended` says so."""
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     return (text[: min(places)], True) if places else (text, ended)
 
 
-def _behind_answer(tokenizer: Any, more: list[dict[str, str]]) -> str:
-    """What the template writes behind an answer: up to the next message, or the end."""
+def _after_answer(tokenizer: Any, more: list[dict[str, str]]) -> str:
+    """What the template writes after an answer, up to the next message or the end."""
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}, *more]
     try:
         rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, **NO_THINKING))
-    except Exception:  # none, or one that raises what it likes, through jinja2
+    except Exception:  # no template, or one that raises anything at all, through jinja2
         return ""
     return rendered.rpartition(_ANSWER)[2].partition(_NEXT)[0]
 
 
 def _token_at(tokenizer: Any, text: str) -> int | None:
-    """The added token that the text begins with, white space apart."""
-    known = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
-    begins = [token for token in known if token.strip() and text.lstrip().startswith(token.strip())]
-    return known[max(begins, key=len)] if begins else None
+    """The id of the added token that the text starts with, ignoring white space."""
+    ids = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    candidates = [token for token in ids if token.strip() and text.lstrip().startswith(token.strip())]
+    return ids[max(candidates, key=len)] if candidates else None
 
 
 def _first_line(text: str) -> str:
-    """The first line that is not blank, with one break before it where it has any; "" where all are blank."""
+    """The first line that is not blank, after a line break if the text starts with one; "" if all are blank."""
     lines = text.strip().splitlines()
     if not lines:
         return ""

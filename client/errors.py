@@ -1,13 +1,13 @@
 """Errors, on the wire and in Python.
 
-`ErrorCode` is every code that the service sends, `STATUS` and `TYPE` what goes with it over HTTP. The client turns an
-answer into one of:
+`ErrorCode` lists every code that the service sends; `STATUS` and `TYPE` give its HTTP status and type. The client
+raises:
 
-    JudgeError                          anything that went wrong
-    ├── JudgeConnectionError            no answer: refused, reset, unreadable
+    JudgeError                          anything that went wrong, e.g. an unreadable answer
+    ├── JudgeConnectionError            no answer: connection refused, reset or cut off
     │   └── JudgeTimeoutError           no answer in time
     └── JudgeAPIError                   an answer that is an error: .status .code .param .request_id .retry_after
-        ├── BadRequestError             400  understood, but it makes no sense for this model, judge or template
+        ├── BadRequestError             400  valid, but not for this model, judge or template
         ├── AuthenticationError         401  missing or wrong key
         ├── NotFoundError               404  no such route, template or category
         ├── PayloadTooLargeError        413  body or batch over the limit
@@ -16,6 +16,11 @@ answer into one of:
         ├── OverloadedError             503  busy, starting or draining; wait .retry_after seconds
         ├── DeadlineExceededError       504  not judged in time
         └── InternalServerError         500 and every other 5xx
+
+    try:
+        score = judge.score(prompt, response).score
+    except JudgeAPIError as error:
+        print(error.code, error)
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from typing import Any, Final
 
 
 class ErrorCode(StrEnum):
-    """What went wrong, for programs. A code never changes its meaning; new ones may come."""
+    """The cause of an error, for programs. A code never changes its meaning; new ones may be added."""
 
     INVALID_JSON = "invalid_json"
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
@@ -81,7 +86,7 @@ STATUS: Final[dict[ErrorCode, int]] = {
 }
 
 SETTLED: Final = frozenset({ErrorCode.UNPARSEABLE, ErrorCode.LABEL_NOT_RETURNED})
-"""What the model said of this item, if with a status of the service's: asked again, it says the same."""
+"""Codes for what the model itself answered: their status is a 500, but the model would answer the same again."""
 
 TYPE: Final[dict[int, str]] = {
     400: "invalid_request_error",
@@ -102,33 +107,38 @@ RETRYABLE_STATUS: Final = frozenset({429, 502, 503, 504})
 
 
 class PicklableError(Exception):
-    """An exception that pickles and copies with its message and attributes, whatever its `__init__` asks for.
+    """An exception that pickles and copies with its message and attributes, whatever its `__init__` requires.
 
-    Exceptions are unpickled by calling the class with `args`, which fails for required keywords; `Pool.map` then waits
-    for ever. Here `__init__` is not called again. A cause does not travel, as with any other exception.
+    Python unpickles an exception by calling its class with `args`. That fails if `__init__` has required keywords, and
+    `Pool.map` then hangs, so here `__init__` is not called again. As with any exception, the cause is not pickled.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), self.args), dict(vars(self))
+        return _unpickled, (type(self), self.args), dict(vars(self))
 
 
 class JudgeError(PicklableError):
-    """Anything that went wrong between asking the judge and having its answer."""
+    """The judge gave no usable answer. Base class of the client's errors."""
 
 
 class JudgeConnectionError(JudgeError):
-    """The service could not be reached, or the connection broke before the answer was complete."""
+    """The service is unreachable, or the connection broke before the answer was complete."""
 
 
 class JudgeTimeoutError(JudgeConnectionError):
-    """No answer came within the time that the caller allowed."""
+    """No answer came within the caller's timeout."""
 
 
 class JudgeAPIError(JudgeError):
-    """The service answered with an error.
+    """The service answered with an error; a batch returns it in place of an item's result.
 
-    `status` is the HTTP status, `code` the wire code (a string: a newer service may send codes that this client does
-    not know), `retry_after` the seconds that the service asks to wait, where it does.
+    Attributes:
+        message: The error in words; it never repeats the caller's text.
+        status: HTTP status. For an item of a batch, the one it would have had by itself.
+        code: An `ErrorCode`, as a string because a newer service may send codes that this client does not know.
+        param: The request's field at fault, or None.
+        request_id: The request's id, as in the service's log.
+        retry_after: Seconds that the service asks to wait, or None.
     """
 
     def __init__(
@@ -156,7 +166,7 @@ class JudgeAPIError(JudgeError):
 
 
 class BadRequestError(JudgeAPIError):
-    """400: understood, but it makes no sense for this model, judge or template."""
+    """400: a valid request, but not for this model, judge or template."""
 
 
 class AuthenticationError(JudgeAPIError):
@@ -168,7 +178,7 @@ class NotFoundError(JudgeAPIError):
 
 
 class PayloadTooLargeError(JudgeAPIError):
-    """413: the body or the batch is over the service's limit."""
+    """413: the body or the batch exceeds the service's limit."""
 
 
 class ValidationError(JudgeAPIError):
@@ -184,7 +194,7 @@ class OverloadedError(JudgeAPIError):
 
 
 class DeadlineExceededError(JudgeAPIError):
-    """504: the judgement did not come in time."""
+    """504: not judged in time."""
 
 
 class InternalServerError(JudgeAPIError):
@@ -203,11 +213,11 @@ _CLASS_OF_STATUS: Final[dict[int, type[JudgeAPIError]]] = {
 }
 
 
-def _restored(kind: type[PicklableError], args: tuple[Any, ...]) -> PicklableError:
+def _unpickled(kind: type[PicklableError], args: tuple[Any, ...]) -> PicklableError:
     return kind.__new__(kind, *args)
 
 
 def class_of_status(status: int) -> type[JudgeAPIError]:
-    """The exception class for an HTTP status: the table above, else by the hundred."""
+    """The exception class for an HTTP status; without one of its own, InternalServerError from 500 on."""
     fallback = InternalServerError if status >= 500 else JudgeAPIError
     return _CLASS_OF_STATUS.get(status, fallback)

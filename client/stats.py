@@ -1,6 +1,6 @@
 """Statistics of judgements in plain Python: intervals, calibration errors, paired tests.
 
-Probabilities and outcomes are shares from 0 to 1. An empty sample raises ValueError: there is no number to give.
+Probabilities and outcomes are numbers from 0 to 1. An empty sample raises ValueError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_BINS: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """What fell into [low, high), the last bin with its upper end; both means are None where `count` is 0."""
+    """The samples in [low, high); the last bin includes its upper end. Both means are None if `count` is 0."""
 
     low: float
     high: float
@@ -30,7 +30,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Bootstrap:
-    """A statistic of the data themselves, its percentile interval, and the two-sided p-value for it being 0."""
+    """A statistic of the data, its percentile interval, and the two-sided p-value of the hypothesis that it is 0."""
 
     value: float
     low: float
@@ -64,16 +64,16 @@ def logsumexp(values: Sequence[float]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean, the same in whatever order the values come."""
+    """The arithmetic mean, independent of the order of the values to the last bit."""
     if not values:
-        raise ValueError("there is no mean of nothing")
+        raise ValueError("the mean of nothing is undefined")
     return math.fsum(values) / len(values)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile, interpolated linearly between order statistics (type 7 of Hyndman and Fan, 1996)."""
     if not values:
-        raise ValueError("there is no quantile of nothing")
+        raise ValueError("a quantile of nothing is undefined")
     if not 0 <= q <= 1:
         raise ValueError(f"q is from 0 to 1, not {q}")
     ordered = sorted(values)
@@ -84,13 +84,13 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The score interval for a share of `n` (Wilson, 1927, eq. 4), without continuity correction.
+    """The score interval (low, high) for the share `successes / n` (Wilson, 1927, eq. 4), uncorrected for continuity.
 
-    Of all shares, those that a normal test at this confidence would not reject; inside [0, 1] also at 0 and n
-    successes. With half credits the interval is wider than need be. Raises ValueError for impossible counts.
+    It contains the shares that a normal test at this confidence would not reject, and stays inside [0, 1] even at 0 and
+    n successes. With half credits it is wider than necessary. Raises ValueError for impossible counts.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} of {n} is no share")
+        raise ValueError(f"{successes} of {n} is not a share")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence lies between 0 and 1, not {confidence}")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -98,14 +98,14 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding must not put 0 of n a hair above 0, nor n of n below 1.
+    # Exactly 0 and 1 at the ends, where rounding would miss them by a hair.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return low, high
 
 
 def reliability_bins(probabilities: Sequence[float], outcomes: Sequence[float], bins: int = DEFAULT_BINS) -> list[Bin]:
-    """Equal-width bins over [0, 1] with the mean probability and mean outcome in each: the reliability diagram.
+    """The reliability diagram: equal-width bins over [0, 1] with the mean probability and mean outcome of each.
 
     Raises ValueError for lists of different lengths and probabilities outside [0, 1].
     """
@@ -123,25 +123,25 @@ def ece(probabilities: Sequence[float], outcomes: Sequence[float], bins: int = D
 
     Naeini et al. (AAAI 2015); Guo et al. (arXiv 1706.04599), eq. 3, with bins closed on the left.
     """
-    found = reliability_bins(probabilities, outcomes, bins)
+    diagram = reliability_bins(probabilities, outcomes, bins)
     if not probabilities:
-        raise ValueError("there is no calibration error of nothing")
+        raise ValueError("the calibration error of nothing is undefined")
     gaps = [
-        b.count * abs(b.outcome - b.probability) for b in found if b.outcome is not None and b.probability is not None
+        b.count * abs(b.outcome - b.probability) for b in diagram if b.outcome is not None and b.probability is not None
     ]
     return math.fsum(gaps) / len(probabilities)
 
 
 def brier(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
-    """Mean of (probability - outcome)² (Brier, 1950, in the form for two classes: from 0 to 1, 0.25 for always 0.5)."""
+    """Mean of (probability - outcome)² (Brier, 1950, two-class form): from 0 to 1, and 0.25 for always saying 0.5."""
     _check(probabilities, outcomes)
     return mean([(p - outcome) ** 2 for p, outcome in zip(probabilities, outcomes, strict=True)])
 
 
 def negative_log_likelihood(log_odds: Sequence[float], outcomes: Sequence[float]) -> float:
-    """Mean of -[y ln p + (1-y) ln(1-p)] in nats, for p = sigmoid(log_odds): computed as ln(1 + e^z) - y·z.
+    """Mean of -[y ln p + (1-y) ln(1-p)] in nats, with p = sigmoid(z): computed as ln(1 + e^z) - y·z.
 
-    Takes log-odds because probabilities saturate: a certain and wrong judgement costs its log-odds, not infinity.
+    It takes log-odds z, because probabilities saturate: a certain but wrong judgement costs its log-odds, not infinity.
     """
     if len(log_odds) != len(outcomes):
         raise ValueError(f"{len(log_odds)} log-odds for {len(outcomes)} outcomes")
@@ -149,10 +149,10 @@ def negative_log_likelihood(log_odds: Sequence[float], outcomes: Sequence[float]
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """Two-sided exact p-value that two judges who disagree on b + c samples, b to one's favour, are equally good.
+    """Two-sided exact p-value that two judges are equally good, who alone are right on b and on c samples.
 
     Under the null b is Binomial(b + c, 1/2); p = min(1, 2·P(X ≤ min(b, c))), and 1 without disagreement (McNemar,
-    1947, in its exact form). Raises ValueError for negative counts.
+    1947, exact form). Raises ValueError for negative counts.
     """
     if min(b, c) < 0:
         raise ValueError(f"counts are 0 or more, not {b} and {c}")
@@ -160,7 +160,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     for k in range(min(b, c) + 1):  # term is the binomial coefficient of n over k
         tail += term
         term = term * (n - k) // (k + 1)
-    # Whole numbers to the last step: 2**n overflows a float from n = 1,024 on, a ratio of integers does not.
+    # Integers up to the last step: as a float, 2**n overflows from n = 1,024 on.
     return min(1.0, 2 * tail / (1 << n))
 
 
@@ -172,29 +172,30 @@ def stratified_bootstrap(
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Bootstrap:
-    """Resample every stratum by itself, with replacement, to its own size, and see how the statistic varies.
+    """Estimate how a statistic varies by resampling every stratum with replacement, to its own size.
 
-    For a paired comparison of two judges an observation is what both said of one sample, or the difference of their
-    credits. The interval is the percentile interval (Efron and Tibshirani, 1993, ch. 13); p is twice the smaller share
-    of resamples on either side of 0, resamples at 0 counted on both, with one added to numerator and denominator
-    (Davison and Hinkley, 1997, eq. 4.11), so never below 2/(resamples+1). The same seed gives the same numbers.
+    For a paired comparison of two judges, an observation is a sample's pair of verdicts, or the difference of their
+    credits. The interval is the percentile interval (Efron and Tibshirani, 1993, ch. 13). p is twice the smaller share
+    of resamples on either side of 0, those at 0 counted on both, with one added to numerator and denominator (Davison
+    and Hinkley, 1997, eq. 4.11), so never below 2/(resamples+1). The same seed gives the same numbers. Raises
+    ValueError without resamples, or if every stratum is empty.
     """
     if resamples < 1:
         raise ValueError(f"resamples must be 1 or more, not {resamples}")
-    filled = {name: values for name, values in strata.items() if values}
+    filled = {name: stratum for name, stratum in strata.items() if stratum}
     if not filled:
         raise ValueError("there is nothing to resample")
     rng = random.Random(seed)
-    found = [
-        statistic({name: rng.choices(values, k=len(values)) for name, values in filled.items()})
+    values = [
+        statistic({name: rng.choices(stratum, k=len(stratum)) for name, stratum in filled.items()})
         for _ in range(resamples)
     ]
-    side = min(sum(value <= 0 for value in found), sum(value >= 0 for value in found))
+    side = min(sum(value <= 0 for value in values), sum(value >= 0 for value in values))
     tail = (1 - confidence) / 2
     return Bootstrap(
         value=statistic(filled),
-        low=quantile(found, tail),
-        high=quantile(found, 1 - tail),
+        low=quantile(values, tail),
+        high=quantile(values, 1 - tail),
         p=min(1.0, 2 * (side + 1) / (resamples + 1)),
     )
 

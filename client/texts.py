@@ -1,8 +1,8 @@
-"""Texts as models and data sets give them: what says nothing, and conversations in their several forms.
+"""Texts as models and data sets give them: which of them are blank, and the several forms of conversations.
 
-A text that says nothing (white space, control and zero-width characters alone) is not put to the judge: reward
-functions, labelling and benchmarks count it as `empty_response`. The service judges any text: what to ask about is the
-caller's choice.
+A blank text (only white space, control and zero-width characters) is not put to the judge: reward functions, labelling
+and benchmarks count it as `empty_response`. The service itself judges any text, because what to ask is its caller's
+choice.
 """
 
 from __future__ import annotations
@@ -14,45 +14,54 @@ from typing import Any, Final, get_args
 
 from client.schema import Message
 
+# Error codes for what is not put to the judge.
+EMPTY_RESPONSE: Final = "empty_response"
+EMPTY_PROMPT: Final = "empty_prompt"
+
 ROLES: Final = get_args(Message.model_fields["role"].annotation)
 
-# White space, controls, what Unicode calls default-ignorable (zero-width, fillers, variation selectors), and the blank
-# of Braille.
-_SAYS_SOMETHING: Final = re.compile(
+# Matches anything but white space, controls, the characters that Unicode calls default-ignorable (zero-width, fillers,
+# variation selectors), and Braille's blank.
+_VISIBLE: Final = re.compile(
     r"[^\s\x00-\x1f\x7f-\xa0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
 )
 _MAY_BE_MESSAGES: Final = re.compile(r"\s*(?:array\(\s*)?\[\s*\{")
-_WRITTEN_OTHERWISE: Final = re.compile(r"[\[{,]\s*['\"](?:role|from)['\"]\s*:")
-_TOLD: Final = 1000
+_PYTHON_NOTATION: Final = re.compile(r"[\[{,]\s*['\"](?:role|from)['\"]\s*:")
+# Characters at a text's start in which _PYTHON_NOTATION is looked for.
+_INSPECTED: Final = 1000
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of the text can be seen."""
-    return _SAYS_SOMETHING.search(text) is None
+    """Whether the text contains nothing visible."""
+    return _VISIBLE.search(text) is None
 
 
 def messages_in(value: object, column: str) -> object:
-    """The list of messages where a text is the JSON of one, as CSV and Parquet files hold them; else the value itself.
+    """The list of messages, if `value` is the JSON text of one, as in CSV and Parquet files; otherwise `value` itself.
 
-    Raises ValueError for a text that looks like such a list and is none, as Python's own notation: taken literally, it
-    would be judged and trained on.
+    Raises ValueError for a text that looks like such a list but is not JSON, e.g. Python's own notation: taken
+    literally, it would be judged and trained on. `column` names the value in the message.
     """
     if not isinstance(value, str) or not _MAY_BE_MESSAGES.match(value):
         return value
     try:
-        found = json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
-        if _WRITTEN_OTHERWISE.search(value[:_TOLD]):
+        if _PYTHON_NOTATION.search(value[:_INSPECTED]):
             raise ValueError(
                 f"{column} looks like a list of messages, but is not JSON: write it with json.dumps"
             ) from error
         return value
-    return found if isinstance(found, list) and all(map(_is_message, found)) else value
+    return parsed if isinstance(parsed, list) and all(map(_is_message, parsed)) else value
 
 
-def said(message: object) -> tuple[str, str]:
-    """A message's role and text; of a list of parts, their texts together. Raises ValueError, which says what else."""
+def role_and_text(message: object) -> tuple[str, str]:
+    """A message's role and text; the texts of a list of parts are joined.
+
+    Raises ValueError for anything that is not a text by one of ROLES, such as a tool call or an image. Its message
+    continues a sentence that names the place ("message 3 " + "is of role tool, …").
+    """
     if not isinstance(message, Mapping):
         raise ValueError('is not {"role": …, "content": a text}')
     calls = next((name for name in ("tool_calls", "function_call") if message.get(name)), None)
@@ -77,5 +86,5 @@ def _text_of(content: Any) -> str:
     kinds = [part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__ for part in content]
     other = next((kind for kind in kinds if kind != "text"), None)
     if other is not None:
-        raise ValueError(f"has a part of type {other}, and not texts alone, as its content")
+        raise ValueError(f"has a part of type {other} in its content, where only text is allowed")
     return "".join(part.get("text") or "" for part in content)

@@ -1,1 +1,1 @@
-"""The judge in the shape that other libraries ask for. No adapter imports its library: its callers have done that."""
+"""The judge in the shape that other libraries ask for. Adapters do not import these libraries: their users have."""

@@ -46,10 +46,8 @@ from client.schema import (
     Truncation,
     Usage,
 )
-from client.texts import is_blank
+from client.texts import EMPTY_PROMPT, EMPTY_RESPONSE, is_blank
 
-EMPTY_RESPONSE: Final = "empty_response"
-EMPTY_PROMPT: Final = "empty_prompt"
 # Keys of configurations: the templates' digests, by id, and that of the judge's settings.
 TEMPLATES: Final = "templates"
 SETTINGS: Final = "settings"

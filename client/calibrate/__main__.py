@@ -30,8 +30,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
-    """What came of one template: its calibration, or none; `problem` says why none, or what speaks against it."""
+class CalibrateOptions:
+    """The command line; exactly one of `run` and `data` is set."""
+
+    run: list[Path] | None
+    data: list[Path] | None
+    judge_url: str
+    api_key: str | None
+    seed: int
+    out: Path
+    min_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class FittedTemplate:
+    """One template's result. `problem` says why it has no calibration, or what speaks against the one it has."""
 
     template: str
     pairs: int
@@ -41,83 +54,81 @@ class Fitted:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 (no template could be fitted, no judge), 2 (usage, bad input) or 130."""
-    args = _parser().parse_args(argv)
     try:
-        return _run(args)
+        return _run(CalibrateOptions(**vars(_parser().parse_args(argv))))
     except (JudgeError, OSError) as error:
-        return fail(f"{error}", FAILED)
+        return fail(error, FAILED)
     except ValueError as error:
-        return fail(f"{error}", USAGE)
+        return fail(error, USAGE)
     except KeyboardInterrupt:
         return fail("interrupted; nothing was written", INTERRUPTED)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(options: CalibrateOptions) -> int:
     console = stdout_console()
-    if args.min_pairs < 2:
+    if options.min_pairs < 2:
         raise EvidenceError("--min-pairs must be 2 or more: one half is for the fit, the other to measure it")
-    if not args.out.absolute().parent.is_dir():
-        raise EvidenceError(f"--out {args.out}: there is no such folder")
-    evidence = from_runs(args.run) if args.run else _from_judge(args)
+    if not options.out.absolute().parent.is_dir():
+        raise EvidenceError(f"--out {options.out}: there is no such folder")
+    evidence = from_runs(options.run) if options.run else _ask_judge(options)
     model, fingerprint = evidence.judge()
-    fitted = [_fit(name, found, args) for name, found in sorted(evidence.templates.items())]
-    _report(console, fitted, evidence, f"{model} (fingerprint {fingerprint})")
+    fitted = [_fit(name, samples, options) for name, samples in sorted(evidence.templates.items())]
+    _print_table(console, fitted, evidence, f"{model} (fingerprint {fingerprint})")
     templates = {
-        each.template: each.calibration.model_copy(update={"asked_with": evidence.asked_with.get(each.template)})
-        for each in fitted
-        if each.calibration
+        result.template: result.calibration.model_copy(update={"asked_with": evidence.asked_with.get(result.template)})
+        for result in fitted
+        if result.calibration
     }
     if not templates:
         return fail("no template could be calibrated: nothing was written", FAILED)
-    sources = [str(path) for path in args.run or args.data]
-    fitted_on = FittedOn(sources=sources, seed=args.seed, left_out=dict(sorted(evidence.left_out.items())))
-    save(Calibration(model=model, fingerprint=fingerprint, templates=templates, fitted_on=fitted_on), args.out)
-    console.print(f"written: {args.out}", markup=False, soft_wrap=True)
+    sources = [str(path) for path in options.run or options.data or []]
+    fitted_on = FittedOn(sources=sources, seed=options.seed, left_out=dict(sorted(evidence.left_out.items())))
+    save(Calibration(model=model, fingerprint=fingerprint, templates=templates, fitted_on=fitted_on), options.out)
+    console.print(f"written: {options.out}", markup=False, soft_wrap=True)
     return OK
 
 
-def _from_judge(args: argparse.Namespace) -> Evidence:
+def _ask_judge(options: CalibrateOptions) -> Evidence:
     from rich.progress import Progress
 
-    pairs = read_pairs(args.data)
+    pairs = read_pairs(options.data or [])
 
     async def ask() -> Evidence:
         with Progress(console=stderr_console(), transient=True) as bar:
             task = bar.add_task("judging", total=2 * len(pairs))
-            async with AsyncJudge(args.judge_url, api_key=args.api_key, timeout=CALL_TIMEOUT) as judge:
+            async with AsyncJudge(options.judge_url, api_key=options.api_key, timeout=CALL_TIMEOUT) as judge:
                 await judge.ready()
                 return await from_judge(judge, pairs, lambda known: bar.update(task, completed=known))
 
     return asyncio.run(ask())
 
 
-def _fit(template: str, samples: Sequence[Labelled], args: argparse.Namespace) -> Fitted:
+def _fit(template: str, samples: Sequence[Labelled], options: CalibrateOptions) -> FittedTemplate:
     distinct = len({sample.id for sample in samples})
-    if distinct < args.min_pairs:
-        return Fitted(template, distinct, problem=f"left out: fewer than {args.min_pairs} pairs")
-    calibration = calibrate(samples, args.seed)
+    if distinct < options.min_pairs:
+        return FittedTemplate(template, distinct, problem=f"left out: fewer than {options.min_pairs} pairs")
+    calibration = calibrate(samples, options.seed)
     if calibration is None:
-        return Fitted(template, len(samples), problem="left out: no signal, chosen answers are not judged better")
+        problem = "left out: no signal, chosen answers do not score higher"
+        return FittedTemplate(template, len(samples), problem=problem)
     worse = calibration.after.nll > calibration.before.nll
-    problem = "on the half that was not fitted to it is less likely than the raw score" if worse else ""
-    return Fitted(template, len(samples), calibration, problem)
+    problem = "fits the held-out half worse than the raw score does" if worse else ""
+    return FittedTemplate(template, len(samples), calibration, problem)
 
 
-def _report(console: Console, fitted: Sequence[Fitted], evidence: Evidence, judge: str) -> None:
+def _print_table(console: Console, fitted: Sequence[FittedTemplate], evidence: Evidence, judge: str) -> None:
     from rich.table import Table
 
-    table = Table(
-        title=f"calibration of {judge}", caption="before -> after, on the half that was not fitted to; T: temperature"
-    )
+    table = Table(title=f"calibration of {judge}", caption="before -> after, on the held-out half; T: temperature")
     table.add_column("template", overflow="fold")
     for name in ("pairs", "T", "bias", "NLL", "ECE", "Brier"):
         table.add_column(name, justify="right")
-    for each in fitted:
-        if each.calibration:
-            table.add_row(each.template, str(each.pairs), *_numbers(each.calibration))
+    for result in fitted:
+        if result.calibration:
+            table.add_row(result.template, str(result.pairs), *_numbers(result.calibration))
     if table.row_count:
         console.print(table)
-    notes = [f"{each.template} ({each.pairs} pairs): {each.problem}" for each in fitted if each.problem]
+    notes = [f"{result.template} ({result.pairs} pairs): {result.problem}" for result in fitted if result.problem]
     notes += [f"samples left out, {reason}: {count}" for reason, count in sorted(evidence.left_out.items())]
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
@@ -132,9 +143,9 @@ def _numbers(calibration: TemplateCalibration) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client.calibrate",
-        description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can say "
-        "how probably a response is good: sigmoid(log_odds / temperature + bias). Half of the pairs are for the fit, "
-        "the other half shows what it is worth. Raw scores stay as they are.",
+        description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can "
+        "report the probability that a response is good: sigmoid(log_odds / temperature + bias). Half of the pairs are "
+        "for the fit, the other half measures it. Raw scores stay as they are.",
         epilog="Then: python -m service --calibration-file calibration.json",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -150,16 +161,14 @@ def _parser() -> argparse.ArgumentParser:
         "now by --judge-url",
     )
     judge_address(parser, "for --data: ")
-    parser.add_argument("--seed", type=int, default=0, help="of the division into halves (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the division into halves (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("calibration.json"),
-        help="the file to write, replacing one that is there (default: calibration.json)",
+        help="file to create or replace (default: calibration.json)",
     )
-    parser.add_argument(
-        "--min-pairs", type=int, default=50, help="templates with fewer pairs are left out (default: 50)"
-    )
+    parser.add_argument("--min-pairs", type=int, default=50, help="leave out templates with fewer pairs (default: 50)")
     return parser
 
 

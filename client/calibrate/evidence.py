@@ -1,7 +1,7 @@
 """What a calibration is fitted to: the log-odds of answers known to be good or worse, by template.
 
 They come from benchmark runs, or from pairs that a judge is asked about now. Only whole responses judged by themselves
-count: what failed, was truncated, came from a pairwise run or from a template without a name is left out, and counted.
+are used. Failed, truncated and pairwise judgements, and those by a template without a name, are left out and counted.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from client.errors import JudgeAPIError
 from client.judge import AsyncJudge
 from client.runtime.validation import first_problem
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
-from client.texts import is_blank, messages_in, said
+from client.texts import is_blank, messages_in, role_and_text
 
 
 class EvidenceError(ValueError):
-    """What was given cannot be used; the message says what to change."""
+    """Unusable data; the message says what to change."""
 
 
 @dataclass(slots=True)
 class Evidence:
-    """Samples by template; `judges` are the (model, fingerprint) met, `left_out` counts samples by reason.
+    """Samples by template.
 
-    `asked_with` is that of each template's rows, as far as they say it.
+    `judges` are the (model, fingerprint) pairs of the rows, `asked_with` is that of each template's rows, if they have
+    one, and `left_out` counts samples by reason.
     """
 
     templates: dict[str, list[Labelled]] = field(default_factory=dict)
@@ -45,10 +46,10 @@ class Evidence:
     _known: set[tuple[str, Labelled]] = field(default_factory=set)
 
     def add(self, row: Row) -> None:
-        """Take a row in, or count why not."""
+        """Add a row's sample, or count why not. Raises EvidenceError if its template was asked in two ways."""
         if row.error is None:
             self.judges.add((row.model, row.fingerprint))
-            self._check_how(row)
+            self._check_asked_with(row)
         template = row.template or ""
         sample = Labelled(row.id, _log_odds(row.chosen_answers), _log_odds(row.rejected_answers))
         reason = _unusable(row)
@@ -60,31 +61,31 @@ class Evidence:
         self._known.add((template, sample))
         self.templates.setdefault(template, []).append(sample)
 
-    def _check_how(self, row: Row) -> None:
-        """Raise EvidenceError where the same template's rows were asked for in another way."""
-        template, how = row.template, row.asked_with
-        named = template is not None and re.fullmatch(TEMPLATE_ID, template)
-        if template and named and how is not None and self.asked_with.setdefault(template, how) != how:
+    def _check_asked_with(self, row: Row) -> None:
+        template, asked_with = row.template, row.asked_with
+        if template is None or asked_with is None or not re.fullmatch(TEMPLATE_ID, template):
+            return
+        if self.asked_with.setdefault(template, asked_with) != asked_with:
             raise EvidenceError(
-                f"{template} had one text, or its judge one setting, in some of the rows and another in others: a "
-                "calibration is of one; give runs of one service"
+                f"the text of {template}, or a setting of its judge, differs between rows, and a calibration belongs "
+                "to one: give runs of one service"
             )
 
     def judge(self) -> tuple[str, str]:
-        """The one model and fingerprint; raises EvidenceError where there is none, or more than one."""
+        """The model and fingerprint behind all rows; raises EvidenceError unless there is exactly one."""
         if not self.judges:
             raise EvidenceError(f"nothing was judged, so there is nothing to fit to ({dict(self.left_out)})")
         if len(self.judges) > 1:
-            found = ", ".join(sorted(f"{model} (fingerprint {fingerprint})" for model, fingerprint in self.judges))
-            raise EvidenceError(f"more than one model judged: {found}; a calibration is of one")
+            models = ", ".join(sorted(f"{model} (fingerprint {fingerprint})" for model, fingerprint in self.judges))
+            raise EvidenceError(f"more than one model judged: {models}; a calibration belongs to one")
         ((model, fingerprint),) = self.judges
         if not model or not fingerprint:
-            raise EvidenceError("the judgements do not say the model's fingerprint: judge again with a newer service")
+            raise EvidenceError("the judgements lack the model's fingerprint: judge again with a newer service")
         return model, fingerprint
 
 
 class Pair(BaseModel):
-    """One record of a file of pairs; other fields are passed over."""
+    """One record of a file of pairs; other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -98,11 +99,11 @@ class Pair(BaseModel):
     @field_validator("prompt", mode="before")
     @classmethod
     def _turns(cls, value: object) -> object:
-        """A conversation as data sets have it, without empty turns of the system."""
-        found = messages_in(value, "prompt")
-        if not isinstance(found, list):
-            return found
-        turns = [said(message) for message in found]
+        """Accept the conversations of data sets, and drop empty system turns."""
+        prompt = messages_in(value, "prompt")
+        if not isinstance(prompt, list):
+            return prompt
+        turns = [role_and_text(message) for message in prompt]
         return [{"role": role, "content": text} for role, text in turns if role != "system" or not is_blank(text)]
 
     @field_validator("prompt", "chosen", "rejected")
@@ -115,39 +116,39 @@ class Pair(BaseModel):
         return value
 
     def key(self) -> str:
-        """Its id, else one for all pairs of its prompt, so that they stay in the same half."""
+        """Its id, or a digest of its prompt: pairs with the same key stay in the same half."""
         text = self.prompt if isinstance(self.prompt, str) else "".join(turn.model_dump_json() for turn in self.prompt)
         return self.id or sha256(text.encode()).hexdigest()
 
     def requests(self) -> tuple[ScoreRequest, ScoreRequest]:
-        """For the chosen and for the rejected answer. Raises ValidationError where they make no valid request."""
+        """Requests for the chosen and the rejected answer. Raises pydantic.ValidationError if they are invalid."""
         common = self.model_dump(include={"prompt", "category", "template"})
         chosen, rejected = ({**common, "response": text} for text in (self.chosen, self.rejected))
         return ScoreRequest.model_validate(chosen), ScoreRequest.model_validate(rejected)
 
 
 def from_runs(folders: Sequence[Path]) -> Evidence:
-    """The rows of benchmark runs; raises EvidenceError for a folder that holds none."""
+    """The rows of benchmark runs; raises EvidenceError for a folder without any."""
     evidence = Evidence()
     for folder in folders:
         try:
             rows = read_rows(folder / ITEMS_FILE)
         except (OSError, ValueError) as error:
-            raise EvidenceError(f"{folder}: not the folder of a benchmark's run: {error}") from error
+            raise EvidenceError(f"{folder}: not the folder of a benchmark run: {error}") from error
         for row in rows:
             evidence.add(row)
     return evidence
 
 
 def read_pairs(files: Sequence[Path]) -> list[Pair]:
-    """Every pair of the files; raises EvidenceError that names the file and the line at fault."""
+    """All pairs of the files; raises EvidenceError with the file and the line at fault."""
     return [pair for file in files for pair in _pairs_of(file)]
 
 
 async def from_judge(judge: AsyncJudge, pairs: Sequence[Pair], progress: Callable[[int], None]) -> Evidence:
-    """The pairs as this judge sees them; `progress` is told how many of the `2 * len(pairs)` answers are judged.
+    """Have the pairs judged; `progress` is called with how many of the `2 * len(pairs)` answers are judged.
 
-    Raises JudgeError when the judge stays out of reach.
+    Raises JudgeError if the judge stays unreachable, and EvidenceError if it changes meanwhile.
     """
     requests = [request for pair in pairs for request in pair.requests()]
     results = await in_order(stream_scores(judge, requests), progress)
@@ -162,7 +163,7 @@ def _log_odds(answers: Sequence[JudgedAnswer]) -> tuple[float, ...]:
 
 
 def _unusable(row: Row) -> str | None:
-    """Why a row is left out."""
+    """Why a row is left out; None for a row to use."""
     if row.error is not None:
         return "failed"
     if row.flips is not None:
@@ -187,7 +188,7 @@ def _pairs_of(file: Path) -> Iterator[Pair]:
 
 
 def _row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult | JudgeAPIError) -> Row:
-    """As a benchmark would have written it."""
+    """The pair as a benchmark run would have recorded it."""
     if isinstance(chosen, JudgeAPIError) or isinstance(rejected, JudgeAPIError):
         error = chosen if isinstance(chosen, JudgeAPIError) else rejected
         assert isinstance(error, JudgeAPIError)

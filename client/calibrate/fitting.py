@@ -1,8 +1,8 @@
-"""Fitting a calibration to judged pairs: half of them for the fit, the other half to see what it is worth.
+"""Fitting a calibration to judged pairs: half of them for the fit, the other half to measure it.
 
 The fit is the logistic regression of an answer's label (chosen 1, rejected 0) on its log-odds (Platt 1999): slope
-`1 / temperature`, intercept `bias`. Its probabilities presume that good answers are as frequent as in the samples: half
-of them in pairs, fewer where a sample has more rejected answers.
+`1 / temperature`, intercept `bias`. Its probabilities assume that good answers are as frequent as in the samples: half
+of the answers in pairs, fewer where a sample has more rejected answers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Final
 from client.calibration import Quality, TemplateCalibration
 from client.stats import brier, ece, negative_log_likelihood, sigmoid
 
-# A Gaussian prior with this standard deviation on the intercept and on the slope of the standardised log-odds. Without
-# one, pairs that a threshold separates would have the temperature 0; where they overlap it is too weak to be seen.
+# Standard deviation of a Gaussian prior on the intercept and on the slope of the standardised log-odds. Without a
+# prior, pairs that a threshold separates would get the temperature 0; where they overlap it is too weak to matter.
 PRIOR_SD: Final = 10.0
-# Half the squared Newton decrement, in nats for each answer, below which nothing is left to gain.
+# Newton's method stops when half the squared decrement, in nats per answer, falls below this.
 TOLERANCE: Final = 1e-12
 MAX_STEPS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """The log-odds of one sample's answers. Samples with the same id are never divided between the halves."""
+    """The log-odds of one sample's answers. Samples with the same id stay in the same half."""
 
     id: str
     chosen: tuple[float, ...]
@@ -34,11 +34,11 @@ class Labelled:
 
 
 def calibrate(samples: Sequence[Labelled], seed: int = 0) -> TemplateCalibration | None:
-    """The fit on one half of the samples, measured on the other; None where there is no signal, as in `fit`.
+    """Fit to one half of the samples and measure on the other; None if there is no signal, as in `fit`.
 
-    Raises ValueError for samples of fewer than two ids.
+    Raises ValueError for samples with fewer than two ids.
     """
-    fitted_on, held_out = halves(samples, seed)
+    fitted_on, held_out = split_halves(samples, seed)
     if not fitted_on or not held_out:
         raise ValueError("two halves need samples of at least two ids")
     scale = fit(*_answers(fitted_on))
@@ -55,18 +55,18 @@ def calibrate(samples: Sequence[Labelled], seed: int = 0) -> TemplateCalibration
     )
 
 
-def halves(samples: Sequence[Labelled], seed: int) -> tuple[list[Labelled], list[Labelled]]:
-    """The samples by the SHA-256 of seed and id, whatever their order: the half for the fit, and the other one."""
+def split_halves(samples: Sequence[Labelled], seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """The half to fit to and the half to measure on, by the SHA-256 of seed and id, whatever the samples' order."""
     ids = sorted({sample.id for sample in samples}, key=lambda name: (sha256(f"{seed}:{name}".encode()).digest(), name))
     first = set(ids[: (len(ids) + 1) // 2])
     return [s for s in samples if s.id in first], [s for s in samples if s.id not in first]
 
 
 def fit(log_odds: Sequence[float], labels: Sequence[bool]) -> tuple[float, float] | None:
-    """Temperature and bias that minimise the negative log-likelihood of the labels, with the prior of PRIOR_SD.
+    """Temperature and bias that minimise the labels' negative log-likelihood, with the prior of PRIOR_SD.
 
-    None where greater log-odds do not make a good answer likelier: then no positive temperature fits, and the judge
-    has no signal. Newton's method on a strictly convex function of two parameters: the answer is the minimum.
+    None if greater log-odds do not make a good answer likelier: the judge has no signal, and no positive temperature
+    fits. The loss is strictly convex in two parameters, so Newton's method finds its minimum.
     """
     count = len(log_odds)
     mean = math.fsum(log_odds) / count
@@ -80,7 +80,7 @@ def fit(log_odds: Sequence[float], labels: Sequence[bool]) -> tuple[float, float
 
 
 def quality(logits: Sequence[float], labels: Sequence[bool]) -> Quality:
-    """How well `sigmoid(logits)` meets the labels."""
+    """How well `sigmoid(logits)` matches the labels."""
     probabilities = [sigmoid(z) for z in logits]
     return Quality(
         nll=negative_log_likelihood(logits, labels),
@@ -90,7 +90,7 @@ def quality(logits: Sequence[float], labels: Sequence[bool]) -> Quality:
 
 
 def _newton(inputs: Sequence[float], labels: Sequence[bool]) -> tuple[float, float]:
-    """Slope and intercept at the minimum; a step that overshoots is halved until it lowers the loss enough."""
+    """Slope and intercept at the minimum. A step that overshoots is halved until it lowers the loss enough."""
     slope = intercept = 0.0
     loss = _loss(inputs, labels, slope, intercept)
     for _ in range(MAX_STEPS):
@@ -99,13 +99,13 @@ def _newton(inputs: Sequence[float], labels: Sequence[bool]) -> tuple[float, flo
             return slope, intercept
         size = 1.0
         while True:
-            tried = (slope + size * step_slope, intercept + size * step_intercept)
-            lower = _loss(inputs, labels, *tried)
-            if lower <= loss - 1e-4 * size * decrement:
+            candidate = (slope + size * step_slope, intercept + size * step_intercept)
+            candidate_loss = _loss(inputs, labels, *candidate)
+            if candidate_loss <= loss - 1e-4 * size * decrement:
                 break
             size /= 2
-        (slope, intercept), loss = tried, lower
-    raise ArithmeticError(f"the fit did not settle in {MAX_STEPS} steps")
+        (slope, intercept), loss = candidate, candidate_loss
+    raise ArithmeticError(f"the fit did not converge in {MAX_STEPS} steps")
 
 
 def _newton_step(
@@ -136,5 +136,5 @@ def _loss(inputs: Sequence[float], labels: Sequence[bool], slope: float, interce
 
 def _answers(samples: Sequence[Labelled]) -> tuple[list[float], list[bool]]:
     """Log-odds and label of every answer."""
-    pairs = [(x, True) for s in samples for x in s.chosen] + [(x, False) for s in samples for x in s.rejected]
-    return [x for x, _ in pairs], [label for _, label in pairs]
+    answers = [(x, True) for s in samples for x in s.chosen] + [(x, False) for s in samples for x in s.rejected]
+    return [x for x, _ in answers], [label for _, label in answers]

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all, whenever the process or the machine stops."""
+"""Files that are replaced completely or not at all, whenever the process or the machine stops."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write the file, text in UTF-8, in place of one that is there; raises OSError, and then nothing has changed.
+    """Create or replace a file (text in UTF-8). If it raises OSError, nothing has changed.
 
-    A link stays one; a pipe or a device is written to.
+    A symbolic link stays a link and its target is replaced; a pipe or a device is written to.
     """
     content = data.encode() if isinstance(data, str) else data
     path = path.resolve()
@@ -20,6 +20,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         part.write_bytes(content)
+        # Before the rename: after a power cut the new name might otherwise stand for an empty file.
         sync(part)
         part.replace(path)
     finally:
@@ -28,10 +29,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's contents, or a folder's names, on the disk; raises OSError for a file that cannot be kept.
-
-    What is renamed before that may be an empty file after a power cut.
-    """
+    """Flush a file's contents, or a folder's list of names, to the disk. Raises OSError if a file cannot be flushed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -39,12 +37,12 @@ def sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError:
-        if not path.is_dir():  # for folders not every system can do it
+        if not path.is_dir():  # not every system can flush folders
             raise
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` for a folder and everything in it, or a file; before it is renamed, or said to be complete."""
+    """`sync` a folder (or file) and everything in it, before it is renamed or declared complete."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             sync(path)

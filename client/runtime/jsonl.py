@@ -1,7 +1,7 @@
-"""Files of JSON lines that a program appends to while it works, and goes on with after it was killed.
+"""JSON Lines files that a program appends to while it works, and continues after it was killed.
 
-A line counts once its newline is written: what stands after the last newline is what a killed process left of a line,
-and is neither read nor kept.
+A line counts once its newline is written. Whatever follows the last newline is a line that a killed process did not
+finish; it is neither read nor kept.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _BLOCK: Final = 65_536
 
 
 def read_lines(path: Path, kind: type[M]) -> list[M]:
-    """The lines of a file, in order. Raises OSError, and ValueError, naming the line, for one that is no `kind`."""
+    """The file's records, in order. Raises OSError, or ValueError with the line's number for one that is invalid."""
     data = path.read_bytes()
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    whole = data[: data.rfind(b"\n") + 1].split(b"\n")
-    return [_parsed(path, number, line, kind) for number, line in enumerate(whole, start=1) if line.strip()]
+    # Not splitlines(): JSON strings may contain U+2028 and other line separators unescaped.
+    finished = data[: data.rfind(b"\n") + 1].split(b"\n")
+    return [_parse_line(path, number, line, kind) for number, line in enumerate(finished, start=1) if line.strip()]
 
 
 def line_of(record: BaseModel) -> bytes:
-    """The record as one line; fields that are None are left out."""
+    """The record as one line, without fields that are None."""
     return record.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
-    """A function that appends a record's line and has handed it to the system when it returns.
+    """Open the file, creating it if need be; yields a function that appends one record and hands it to the system.
 
-    Raises BlockingIOError where another process is appending to the file, and OSError when the disk is full: the lines
-    before stay whole.
+    Raises BlockingIOError if another process is appending to the file. The function raises OSError when the disk is
+    full, and the lines before stay intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
@@ -49,7 +49,7 @@ def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
             nonlocal end
             data = line_of(record)
             try:
-                if file.write(data) != len(data):  # a raw file may write a part, at the last free block
+                if file.write(data) != len(data):  # an unbuffered write may be partial, when the disk is nearly full
                     raise OSError("no space left on the device")
             except OSError:
                 file.truncate(end)
@@ -61,15 +61,15 @@ def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
 
 
 def lock(file: IO[bytes]) -> None:
-    """Keep other processes off, until the file is closed or the process ends. Raises BlockingIOError."""
+    """Lock the file until it is closed or the process ends. Raises BlockingIOError if another process has it."""
     try:
         import fcntl
-    except ImportError:  # not POSIX: nothing is locked
+    except ImportError:  # not POSIX: no locking
         return
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _parsed(path: Path, number: int, line: bytes, kind: type[M]) -> M:
+def _parse_line(path: Path, number: int, line: bytes, kind: type[M]) -> M:
     try:
         return kind.model_validate_json(line)
     except ValidationError as error:
@@ -77,14 +77,14 @@ def _parsed(path: Path, number: int, line: bytes, kind: type[M]) -> M:
 
 
 def _cut_torn_line(file: IO[bytes]) -> int:
-    """The file's length when all that follows its last newline is gone; the file stands there."""
+    """Remove everything after the last newline and leave the position there; returns the new length."""
     end = file.seek(0, 2)
     while end:
         start = max(0, end - _BLOCK)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
             break
         end = start
     file.truncate(end)

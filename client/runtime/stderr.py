@@ -1,8 +1,7 @@
-"""A stderr that never blocks and never raises: a thread writes it, and what cannot be written is dropped and counted.
+"""A stderr that never blocks and never raises: a thread writes it, and lines that cannot be written are counted.
 
-A reader of the log who pauses (`| less`, Ctrl-S), one who has left (`| tee log` and Ctrl-C) and a full disk must not
-hold up a request, a drain or the end of a process. What C libraries and child processes write to the descriptor
-themselves does not pass through here.
+A log reader who pauses (`| less`, Ctrl-S), one who has left (`| tee log` and Ctrl-C) and a full disk must not hold up a
+request, a drain or the end of a process. C libraries and child processes write to the descriptor directly, past this.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from queue import Empty, SimpleQueue
 from typing import Final, NamedTuple
 
 STDERR: Final = 2
-# Texts that wait for a reader at most, some megabytes.
+# Texts that may wait to be written: a few megabytes.
 LIMIT: Final = 10_000
-# How long the end of a process waits for the last lines to be written, in seconds.
+# Seconds that the end of a process waits for its last lines to be written.
 CLOSE_SECONDS: Final = 1.0
 
 
-class _Text(NamedTuple):  # not a dataclass: importing those takes as long as all else before signals are handled
+class _Text(NamedTuple):  # not a dataclass: importing those would double the time until signals are handled
     data: bytes
     lines: int
 
 
 class Writer:
-    """Writes texts to a file descriptor in their order. `report` words the notice that so many lines were dropped."""
+    """Writes texts to a file descriptor, in order. `report` words the notice that a number of lines were dropped."""
 
     def __init__(self, descriptor: int) -> None:
         self.report: Callable[[int], str] = "{} lines of the log were dropped: it could not be written\n".format
         self._descriptor = descriptor
         self._start()
-        # A forked child has the queue, but not the thread.
+        # A forked child inherits the queue, but not the thread.
         os.register_at_fork(after_in_child=self._start)
 
     def _start(self) -> None:
-        # Its `put` may interrupt itself (a finalizer that warns), where a lock would wait for its own thread for ever.
+        # A finalizer that warns may call `put` in the middle of `put`; Queue's lock would deadlock on its own thread.
         self._waiting: SimpleQueue[_Text | threading.Event] = SimpleQueue()
         self._lock = threading.RLock()
         self._dropped = 0
@@ -49,7 +48,7 @@ class Writer:
         threading.Thread(target=self._run, name="stderr", daemon=True).start()
 
     def write(self, text: str) -> None:
-        """Have the text written soon, or drop it where too much waits already."""
+        """Queue the text, or drop it if too much is waiting already."""
         if self._waiting.qsize() >= LIMIT:
             self._drop(text.count("\n"))
             return
@@ -57,7 +56,7 @@ class Writer:
         self._waiting.put(_Text(text.encode("utf-8", "backslashreplace"), text.count("\n")))
 
     def flush(self, seconds: float = CLOSE_SECONDS) -> bool:
-        """Wait until everything so far has been written or dropped; False where that took longer."""
+        """Wait until everything so far has been written or dropped; False if that takes longer than `seconds`."""
         done = threading.Event()
         self._waiting.put(done)
         return done.wait(seconds)
@@ -76,31 +75,31 @@ class Writer:
     def _run(self) -> None:
         while True:
             batch = [self._waiting.get()]
-            # All that waits in one write: each one waits for the interpreter's lock afterwards.
+            # Everything that waits goes out in one write: after each, this thread has to wait for the GIL.
             with suppress(Empty):
                 while len(batch) < LIMIT:
                     batch.append(self._waiting.get_nowait())
-            lost = self._write([each for each in batch if isinstance(each, _Text)])
+            lost = self._write([item for item in batch if isinstance(item, _Text)])
             self._drop(lost)
             if not lost and self._waiting.empty():
                 self._report_dropped()
-            for each in batch:
-                if isinstance(each, threading.Event):
-                    each.set()
+            for item in batch:
+                if isinstance(item, threading.Event):
+                    item.set()
 
     def _write(self, texts: Sequence[_Text]) -> int:
-        """Write them; returns how many lines were lost."""
+        """Write the texts; returns how many lines were lost."""
         data = b"".join([b"\n" if self._torn else b"", *(text.data for text in texts)])
         left = memoryview(data)
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # another process that shares the file has made it so
+            except BlockingIOError:  # another process set the shared file to non-blocking
                 select.select([], [self._descriptor], [])
             except OSError:
                 break
         if written := len(data) - len(left):
-            # What follows a line that was cut off begins a new one.
+            # The next text then starts on a new line.
             self._torn = bool(left) and not data.endswith(b"\n", 0, written)
         lost, unwritten = 0, len(left)
         for text in reversed(texts):
@@ -110,7 +109,7 @@ class Writer:
 
 
 class Stderr(io.TextIOBase):
-    """The text file in the place of sys.stderr."""
+    """The text file that replaces sys.stderr."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -126,10 +125,10 @@ class Stderr(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing waits for a reader; see Writer.flush."""
+        """Does nothing, because nothing here may wait for a reader; see Writer.flush."""
 
     def fileno(self) -> int:
-        """For faulthandler and child processes, which write to the file itself."""
+        """For faulthandler and child processes, which write to the descriptor directly."""
         return STDERR
 
     def isatty(self) -> bool:
@@ -137,7 +136,7 @@ class Stderr(io.TextIOBase):
 
 
 def install() -> Writer:
-    """Put a Stderr in the place of sys.stderr, once in a process; its writer."""
+    """Replace sys.stderr, once per process; returns its writer."""
     if isinstance(sys.stderr, Stderr):
         return sys.stderr.writer
     writer = Writer(STDERR)
@@ -147,6 +146,6 @@ def install() -> Writer:
 
 
 def _restore(writer: Writer) -> None:
-    """What the interpreter says in its last moments finds no thread any more."""
+    """Put the original back: when the interpreter shuts down, the writer's thread no longer runs."""
     writer.flush()
     sys.stderr = sys.__stderr__

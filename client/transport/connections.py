@@ -46,7 +46,7 @@ class Origin:
         try:
             url_of(base_url)
         except httpx.InvalidURL as error:
-            raise ValueError(f"base_url is no URL ({error}): give one like http://localhost:8000") from error
+            raise ValueError(f"base_url is not a URL ({error}): give one like http://localhost:8000") from error
         authorization = {"Authorization": f"Bearer {key}"} if key else {}
         always = {"User-Agent": f"judge-as-api/{_version()}", **authorization, **(headers or {})}
         return cls(base_url, always, None if direct else proxy_of(base_url))

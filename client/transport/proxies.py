@@ -1,7 +1,7 @@
-"""Which proxy stands before an address, by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; never one before loopback.
+"""The proxy for an address, from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY; loopback never goes through one.
 
-Read here and not by httpx, which refuses a NO_PROXY that lists `[::1]` and sends loopback to a proxy. The names may be
-in lower case, which wins; on macOS and Windows the system's settings hold where no variable is set.
+httpx does not read these for us, because it sends loopback to a proxy and rejects a NO_PROXY that lists `[::1]`. Names
+in lower case take precedence; on macOS and Windows the system's settings apply if no variable is set.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ _NUMBERS: Final = re.compile(r"[0-9][0-9a-fx.]*", re.IGNORECASE)
 
 
 class ProxySettingError(ValueError):
-    """A proxy variable that cannot be used; the message names the variable and never holds its value's password."""
+    """An unusable proxy variable. The message names the variable and never contains a password."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A proxy, and the name of the variable that asks for it."""
+    """A proxy, and the variable that sets it."""
 
     variable: str
     address: httpx.Proxy
 
     def __str__(self) -> str:
-        """For messages: without user and password."""
+        """For messages; without user and password."""
         return f"the proxy {self.address.url} of {self.variable}"
 
     @property
     def advice(self) -> str:
-        """What to do where the proxy is the trouble."""
+        """What to do if the proxy is the problem."""
         return f"check {self.variable}, or list the host in NO_PROXY"
 
 
 def url_of(text: str) -> httpx.URL:
-    """The URL; raises httpx.InvalidURL, also for ports and names at which httpx would fail by errors not its own."""
+    """Parse a URL. Raises httpx.InvalidURL, also for ports and host names that httpx accepts and then fails on."""
     url = httpx.URL(text)
     if (url.port or 0) > _LAST_PORT:
         raise httpx.InvalidURL(f"there is no port {url.port}: the last is {_LAST_PORT}")
@@ -58,23 +58,23 @@ def url_of(text: str) -> httpx.URL:
 
 
 def proxy_of(url: str) -> Proxy | None:
-    """The proxy by which `url` (http or https) is reached; None for loopback and what NO_PROXY lists.
+    """The proxy for `url` (http or https); None for loopback and for hosts listed in NO_PROXY.
 
-    Raises ProxySettingError for a variable that holds no proxy's address, or one of a kind that needs another package.
+    Raises ProxySettingError if the variable does not hold a proxy's address, or a SOCKS one without its package.
     """
     target = httpx.URL(url)
     settings = {scheme: value.strip() for scheme, value in getproxies().items()}
-    listed = settings.get("no", "")
-    if is_loopback(target.host) or _is_listed(target.host, target.port or _PORTS.get(target.scheme), listed):
+    port = target.port or _PORTS.get(target.scheme)
+    if is_loopback(target.host) or _is_exempt(target.host, port, settings.get("no", "")):
         return None
     scheme = next((name for name in (target.scheme, "all") if settings.get(name)), None)
     return None if scheme is None else _checked(_variable(scheme), settings[scheme])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the name or address is this machine's own: localhost, 127/8, ::1, and 0.0.0.0, which connects there."""
+    """Whether a name or address is this machine's own: localhost, 127/8, ::1, and 0.0.0.0, which connects there too."""
     name = host.strip("[]").rstrip(".").lower()
-    address = _address(name)
+    address = _ip_address(name)
     if address is None:
         return name == "localhost" or name.endswith(".localhost")
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
@@ -83,9 +83,9 @@ def is_loopback(host: str) -> bool:
 
 
 def exempt_loopback() -> None:
-    """Rewrite NO_PROXY, where proxies are set, so that other libraries of this process leave loopback alone as well.
+    """If proxies are set, add loopback to NO_PROXY, so that this process's other libraries reach it directly too.
 
-    `[::1]`, which some of them take for a broken port, loses its brackets.
+    `[::1]` loses its brackets, because some libraries take it for a broken port.
     """
     settings = getproxies()
     listed = [re.sub(r"^\[(.*)\](:\d+)?$", r"\1", entry) for entry in _entries(settings.get("no", ""))]
@@ -103,7 +103,7 @@ def _checked(variable: str, value: str) -> Proxy:
         address = httpx.Proxy(url_of(value if "://" in value else f"http://{value}"))
     except (ValueError, httpx.InvalidURL) as error:
         raise ProxySettingError(
-            f"{variable} holds no proxy's address: give http://HOST:PORT, unset it, or list the host in NO_PROXY"
+            f"{variable} does not hold a proxy's address: give http://HOST:PORT, unset it, or list the host in NO_PROXY"
         ) from error
     if not address.url.host:
         raise ProxySettingError(f"{variable} names no host: give http://HOST:PORT, or unset it")
@@ -115,16 +115,16 @@ def _checked(variable: str, value: str) -> Proxy:
     return Proxy(variable, address)
 
 
-def _entries(listed: str) -> Iterator[str]:
-    return (entry for entry in re.split(r"[\s,]+", listed.lower()) if entry)
+def _entries(no_proxy: str) -> Iterator[str]:
+    return (entry for entry in re.split(r"[\s,]+", no_proxy.lower()) if entry)
 
 
-def _is_listed(host: str, port: int | None, listed: str) -> bool:
-    return any(_covers(entry, host.lower(), port) for entry in _entries(listed))
+def _is_exempt(host: str, port: int | None, no_proxy: str) -> bool:
+    return any(_covers(entry, host.lower(), port) for entry in _entries(no_proxy))
 
 
 def _covers(entry: str, host: str, port: int | None) -> bool:
-    """Whether an entry of NO_PROXY means this host: a name and what is below it, an address or a network, or `*`."""
+    """Whether a NO_PROXY entry covers this host: a name with its subdomains, an address, a network, or `*`."""
     entry = entry.rpartition("://")[2]
     with_port = re.fullmatch(r"(\[.*\]|[^:]*):(\d+)", entry)
     if with_port:
@@ -132,22 +132,22 @@ def _covers(entry: str, host: str, port: int | None) -> bool:
             return False
         entry = with_port[1]
     entry = entry.strip("[]")
-    address = _address(host)
+    address = _ip_address(host)
     if address is not None and entry != "*":
-        return _is_in(address, entry)
+        return _is_in_network(address, entry)
     name = entry.removeprefix("*").removeprefix(".")
     return entry == "*" or (bool(name) and f".{host}".endswith(f".{name}"))
 
 
-def _is_in(address: IPv4Address | IPv6Address, network: str) -> bool:
+def _is_in_network(address: IPv4Address | IPv6Address, network: str) -> bool:
     try:
         return address in ip_network(network, strict=False)
     except ValueError:
         return False
 
 
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    """None for a name. The system connects to `127.1` and `2130706433` as well, by inet_aton."""
+def _ip_address(host: str) -> IPv4Address | IPv6Address | None:
+    """The host as an address, None for a name. `127.1` and `2130706433` are addresses to the system's inet_aton."""
     with suppress(ValueError):
         return ip_address(host)
     with suppress(OSError):

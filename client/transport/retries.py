@@ -1,4 +1,4 @@
-"""When a request that failed is sent again, and after how long; the service's upstream engine does it the same way."""
+"""When a failed request is sent again, and after how long; the service's upstream engine uses the same rules."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_BACKOFF: Final = 8.0
 def retry_policy(
     is_retryable: Callable[[BaseException | None], bool], *, retries: int, backoff: float, deadline: float
 ) -> dict[str, Any]:
-    """The arguments of tenacity's Retrying and AsyncRetrying: the last error is raised as it is.
+    """Arguments for tenacity's Retrying and AsyncRetrying; the last error is raised unchanged.
 
-    There are at most `retries` attempts after the first, and none begins after `deadline` (of `time.monotonic()`).
-    `backoff`: see `wait_after`.
+    Allows `retries` attempts after the first, and none that would begin after `deadline` (on `time.monotonic()`). For
+    `backoff` see `wait_after`.
     """
     return {
         "retry": lambda state: is_retryable(failure_of(state)),
@@ -32,16 +32,16 @@ def retry_policy(
 
 
 def failure_of(state: RetryCallState) -> BaseException | None:
-    """What an attempt failed with."""
+    """The exception of the attempt, if it failed."""
     return state.outcome.exception() if state.outcome is not None else None
 
 
 def wait_after(exc: BaseException | None, attempt: int, backoff: float) -> float:
     """Seconds to wait after attempt number `attempt` (1, 2, …) failed with `exc`.
 
-    The error's `retry_after` where the server sent one, and up to a quarter more, so that callers told the same do not
-    come back together. Else `backoff` doubled with every attempt, at most MAX_BACKOFF, of which a random half is waited
-    off.
+    If the server sent a Retry-After (the error's `retry_after`): that, plus up to a quarter at random, so that callers
+    who were refused together do not return together. Otherwise `backoff`, doubled with every attempt up to MAX_BACKOFF,
+    minus up to half at random.
     """
     retry_after: float | None = getattr(exc, "retry_after", None)
     if retry_after is not None:
@@ -50,23 +50,23 @@ def wait_after(exc: BaseException | None, attempt: int, backoff: float) -> float
 
 
 def parse_retry_after(value: str | None, date: str | None = None) -> float | None:
-    """The header's seconds; None where it is neither a number nor an HTTP date (RFC 9110, 10.2.3).
+    """A Retry-After header in seconds; None unless it is a number or an HTTP date (RFC 9110, 10.2.3).
 
-    A date is counted from the answer's own `Date`, because the server's clock and this machine's may differ.
+    A date is counted from the answer's own Date header, because the server's clock and this machine's may differ.
     """
     if value is None:
         return None
     try:
         seconds = float(value)
     except ValueError:
-        until, now = _moment(value), _moment(date or "") or datetime.now(UTC)
+        until, now = _parse_date(value), _parse_date(date or "") or datetime.now(UTC)
         return None if until is None else max(0.0, (until - now).total_seconds())
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def _moment(date: str) -> datetime | None:
+def _parse_date(header: str) -> datetime | None:
     try:
-        moment = parsedate_to_datetime(date)
+        moment = parsedate_to_datetime(header)
     except (ValueError, OverflowError):
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

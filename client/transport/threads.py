@@ -1,4 +1,4 @@
-"""Asynchronous work for callers that are not: an event loop in a thread of its own."""
+"""Asynchronous work for synchronous callers: an event loop in a helper thread."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def run_in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run `work()` on an event loop in a thread of its own, so that it runs beside a loop that the caller is in.
+    """Run `work()` on an event loop in a new thread, so that the caller may itself be inside a running loop.
 
-    An exception in the calling thread, such as Ctrl-C, cancels the work and is raised when that has ended.
+    An exception in the calling thread, such as Ctrl-C, cancels the work, and is raised once the work has ended.
     """
     stop: Future[None] = Future()
 
@@ -25,7 +25,7 @@ def run_in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         task = loop.create_task(work())
 
         def cancel(_: Future[None]) -> None:
-            with suppress(RuntimeError):  # The loop ended first.
+            with suppress(RuntimeError):  # the loop has ended already
                 loop.call_soon_threadsafe(task.cancel)
 
         stop.add_done_callback(cancel)
@@ -34,7 +34,7 @@ def run_in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     with ThreadPoolExecutor(1, thread_name_prefix="judge-bulk") as executor:
         result = executor.submit(lambda: asyncio.run(until_stopped()))
         try:
-            # In steps: not every platform interrupts a wait without end.
+            # In steps, because Ctrl-C does not interrupt an endless wait on every platform.
             while not wait([result], timeout=0.5).done:
                 pass
         except BaseException:
@@ -44,13 +44,13 @@ def run_in_thread(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 class InThread(httpx.AsyncBaseTransport):
-    """A sync transport for an async client. It is not closed: its owner does that."""
+    """Makes a sync transport usable by an async client. Its owner closes it, not this class."""
 
     def __init__(self, transport: httpx.BaseTransport) -> None:
         self._transport = transport
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send in another thread, and read the whole answer there."""
+        """Send the request and read the whole answer in a worker thread."""
         await request.aread()
         return await asyncio.to_thread(self._send, request)
 

@@ -13,7 +13,7 @@ import pytest
 from client import calibration
 from client.calibrate.__main__ import main
 from client.calibrate.evidence import EvidenceError, Pair, from_runs, read_pairs
-from client.calibrate.fitting import Labelled, calibrate, fit, halves, quality
+from client.calibrate.fitting import Labelled, calibrate, fit, quality, split_halves
 from client.stats import sigmoid
 from tests.support.live import Live, live_service
 
@@ -145,7 +145,7 @@ def test_the_other_half_is_met_better() -> None:
 def test_measures_are_of_the_pairs_held_out() -> None:
     """`before` is what the raw scores of the second half give."""
     samples = pairs(100)
-    _, held_out = halves(samples, seed=3)
+    _, held_out = split_halves(samples, seed=3)
     log_odds = [s.chosen[0] for s in held_out] + [s.rejected[0] for s in held_out]
 
     found = calibrate(samples, seed=3)
@@ -157,10 +157,10 @@ def test_measures_are_of_the_pairs_held_out() -> None:
 def test_halves_depend_on_seed_and_ids_alone() -> None:
     """The order of the samples changes nothing, another seed does; both halves are equally large."""
     samples = pairs(101)
-    first, second = halves(samples, 0)
+    first, second = split_halves(samples, 0)
 
-    again, _ = halves(samples[::-1], 0)
-    other, _ = halves(samples, 1)
+    again, _ = split_halves(samples[::-1], 0)
+    other, _ = split_halves(samples, 1)
 
     assert (len(first), len(second)) == (51, 50)
     assert set(again) == set(first)
@@ -171,7 +171,7 @@ def test_one_id_stays_together() -> None:
     """Samples that share an id, and so a prompt, are never on both sides."""
     samples = [Labelled(f"{i % 10}", (float(i),), (0.0,)) for i in range(40)]
 
-    first, second = halves(samples, 0)
+    first, second = split_halves(samples, 0)
 
     assert not {s.id for s in first} & {s.id for s in second}
 

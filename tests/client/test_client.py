@@ -220,7 +220,7 @@ def test_a_url_without_scheme_or_host_is_refused(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://judge:65536", "http://127.0.0.1:99999", "http://a..b", f"http://{'a' * 64}.b"])
 def test_a_url_that_no_connection_can_have_is_refused(kind: type[Judge | AsyncJudge], url: str) -> None:
     """A port or a name that cannot be is a ValueError at once, where the first call failed by a foreign error."""
-    with pytest.raises(ValueError, match="base_url is no URL"):
+    with pytest.raises(ValueError, match="base_url is not a URL"):
         kind(url)
 
 

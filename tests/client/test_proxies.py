@@ -117,10 +117,10 @@ def test_a_proxys_error_page_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("HTTP_PROXY", "http://user:secret@host:port", "HTTP_PROXY holds no proxy's address"),
-        ("http_proxy", "gopher://user:secret@host", "http_proxy holds no proxy's address"),
-        ("HTTP_PROXY", "http://user:secret@host:65536", "HTTP_PROXY holds no proxy's address"),
-        ("HTTP_PROXY", "http://user:secret@host..example", "HTTP_PROXY holds no proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host:port", "HTTP_PROXY does not hold a proxy's address"),
+        ("http_proxy", "gopher://user:secret@host", "http_proxy does not hold a proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host:65536", "HTTP_PROXY does not hold a proxy's address"),
+        ("HTTP_PROXY", "http://user:secret@host..example", "HTTP_PROXY does not hold a proxy's address"),
         ("ALL_PROXY", "http://:80", "ALL_PROXY names no host"),
         ("all_proxy", "socks5://user:secret@host:1080", "all_proxy asks for a SOCKS proxy.*socksio"),
     ],

@@ -210,7 +210,7 @@ def test_a_calibration_is_of_one_text(tmp_path: Path) -> None:
             bench(live, tmp_path / text)
 
     assert len(from_runs([tmp_path / "good" / "run"]).templates["mine@1"]) == 6
-    with pytest.raises(EvidenceError, match="mine@1 had one text"):
+    with pytest.raises(EvidenceError, match="the text of mine@1"):
         from_runs([tmp_path / text / "run" for text in ("good", "bad")])
 
 

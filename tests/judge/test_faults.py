@@ -19,7 +19,7 @@ from service.queue.redis_protocol import GROUP, Keys
 from service.worker.loop import STALLED_STATUS
 from tests.support.fleet import Fleet
 from tests.support.live import wait_for
-from tests.support.load import Alone, Mix, RunningLoad, Tally
+from tests.support.load import JudgedAlone, Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers
 
 MIX = Mix(batches=50, batch_size=100, singles=500)
@@ -49,7 +49,7 @@ def mark_token() -> str:
 
 def test_the_account_sees_what_goes_wrong() -> None:
     """A neighbour's number, a second answer, an error and silence are each told apart from a right answer."""
-    alone = Alone()
+    alone = JudgedAlone()
     load = RunningLoad(Mix(batches=1, batch_size=5, singles=0), [])
     right = [alone.log_odds(load.mix.response(number)) for number in range(3)]
     load.answers = {0: [right[0]], 1: [right[2]], 2: [right[2], right[2]]}

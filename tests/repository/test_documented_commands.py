@@ -32,7 +32,7 @@ from service.models.__main__ import main as models_main
 from service.models.manifest import known_models
 from service.settings import Settings, UpstreamKey, WorkerSettings
 from tests.benchmarks.test_benchmark_command import SUBSETS
-from tests.support.documents import ROOT, Block, Command, blocks, commands, is_command, lines
+from tests.repository.documents import ROOT, Block, Command, blocks, commands, is_command, lines
 from tests.support.live import Live, live_service
 from trainer.__main__ import main as trainer_main
 from trainer.self_improve import main as loop_main

@@ -1,4 +1,4 @@
-"""API processes and workers as processes of their own, with what they say in files."""
+"""API servers and workers as separate processes, each with its output in a file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bench.support.process import free_port, peak_of
 from tests.support.live import wait_for
 
 ROOT = Path(__file__).parents[2]
-# Python, its imports and a tokenizer, on two busy cores.
+# Time for Python, its imports and a tokenizer on two busy cores.
 START_SECONDS = 60.0
 
 
 class Program:
-    """`python -m …`, running; its output goes to a file."""
+    """A running `python -m …` whose output goes to the file `log`."""
 
     def __init__(self, command: list[str], log: Path, env: Mapping[str, str] | None = None) -> None:
         """`env` is added to the environment."""
@@ -41,43 +41,43 @@ class Program:
 
     @property
     def output(self) -> str:
-        """What it has said so far."""
+        """Its output so far."""
         return self.log.read_text("utf-8", "replace")
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether it is still running."""
         return self.process.poll() is None
 
     @property
     def peak_memory(self) -> int:
-        """Bytes of memory that it had in use at most so far (Linux)."""
+        """Its peak memory so far, in bytes (Linux)."""
         return peak_of(self.process.pid)
 
     def kill(self) -> None:
-        """kill -9, and wait until it is gone."""
+        """Send SIGKILL and wait for the end."""
         self.process.kill()
         self.process.wait(20)
 
     def terminate(self) -> None:
-        """Ask it to finish and end."""
+        """Send SIGTERM: finish and end."""
         self.process.send_signal(signal.SIGTERM)
 
     def pause(self) -> None:
-        """Hold it where it stands."""
+        """Send SIGSTOP: freeze it."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Send SIGCONT after `pause`."""
         self.process.send_signal(signal.SIGCONT)
 
     def wait(self, seconds: float = 40) -> int:
-        """Its exit status, when it has ended; raises subprocess.TimeoutExpired."""
+        """Wait for the end and return the exit code; raises subprocess.TimeoutExpired."""
         return self.process.wait(seconds)
 
 
 class Api(Program):
-    """A `python -m service` of which `url` is the address; started again by `start_again`."""
+    """A `python -m service` at `url`."""
 
     def __init__(self, flags: list[str], log: Path, port: int, env: Mapping[str, str] | None = None) -> None:
         self.port = port
@@ -85,17 +85,17 @@ class Api(Program):
         super().__init__(["service", "--port", str(port), *flags], log, env)
 
     def status(self, path: str) -> int:
-        """The HTTP status of a GET; 0 where nobody answers."""
+        """The HTTP status of a GET; 0 without an answer."""
         with suppress(httpx.HTTPError):
             return httpx.get(f"{self.url}{path}", timeout=10).status_code
         return 0
 
 
 class Fleet:
-    """Processes that share one queue; all of them are killed in the end."""
+    """Processes that share one queue; leaving the context kills them all."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
-        """`flags` go to every process; their logs go to `folder`."""
+        """Every process gets `flags`; logs are written to `folder`."""
         self.apis: list[Api] = []
         self.workers: list[Program] = []
         self._folder = folder
@@ -112,7 +112,7 @@ class Fleet:
             program.kill()
 
     def api(self, *flags: str, port: int | None = None, env: Mapping[str, str] | None = None) -> Api:
-        """Start an API process; on a free port unless one is given."""
+        """Start an API process, by default on a free port."""
         api = Api([*self._flags, "--cache-entries", "0", *flags], self._log("api"), port or free_port(), env)
         self.apis.append(api)
         return api
@@ -128,7 +128,7 @@ class Fleet:
         return self._folder / f"{self._count:02d}-{kind}.log"
 
     def wait_ready(self) -> None:
-        """Wait until every API process is ready and every worker takes jobs; raises RuntimeError with their logs."""
+        """Wait until all APIs are ready and all workers take jobs; raises RuntimeError with the log of one that is not."""
         for worker in self.workers:
             _wait(worker, partial(_says, worker, "working"))
         for api in self.apis:
@@ -136,12 +136,12 @@ class Fleet:
 
     @property
     def output(self) -> str:
-        """What all processes have said."""
+        """The output of all processes so far."""
         return "".join(program.output for program in [*self.apis, *self.workers])
 
     @contextmanager
     def replacing_the_dead(self, *flags: str) -> Iterator[None]:
-        """Start a worker for each one that ends, as a process manager does."""
+        """Replace every worker that ends, as a process manager does."""
         done = threading.Event()
         replaced: set[int] = set()
 

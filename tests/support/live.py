@@ -1,4 +1,4 @@
-"""A real service on a loopback port, in a thread of the test's process, so that a test can hold its engine."""
+"""A real service on a loopback port, in a thread of the test's process, so that the test can control its engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAIR = {"prompt": "What is 2+2?", "response": "4"}
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A running service: its address, and its parts to look at."""
+    """A running service: its address, and its parts for inspection."""
 
     url: str
     http: httpx.Client
@@ -37,13 +37,13 @@ class Live:
     metrics: Metrics
 
     def value(self, name: str, **labels: str) -> float:
-        """A metric's value, 0 where nothing was counted yet."""
+        """A metric's value; 0 if it was not counted yet."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @contextmanager
 def live_service(engine: Engine | None = None, *, worker: bool = True, **settings: object) -> Iterator[Live]:
-    """Start a service with these settings over `engine` (a FakeEngine by default); with no worker nothing is judged."""
+    """Run a service with these settings over `engine` (by default a FakeEngine); without `worker` nothing is judged."""
     config = Settings(engine="fake", host="127.0.0.1", port=0, **settings)
     judge = engine or FakeEngine()
     if isinstance(judge, FakeEngine):
@@ -77,7 +77,7 @@ def _address(server: Server) -> str:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether `condition()` came true within so many seconds."""
+    """Wait until `condition()` is true; returns whether it was within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Thousands of requests at once through the real client, and an account of what became of each of them."""
+"""Thousands of concurrent requests through the real client, and an account of what became of each."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ RETRY_PAUSE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What is sent: all batches and `callers` single requests at once, the other singles as those are answered.
+    """What to send: all batches and `callers` single requests at once, the other singles as those are answered.
 
-    `timeout` is the seconds that each call may take, its client's retries included. `special` puts a text of its own
-    in place of the usual response with that id.
+    Each call may take `timeout` seconds, including retries. `special` replaces the usual response with that id.
     """
 
     batches: int = 50
@@ -40,22 +39,22 @@ class Mix:
 
     @property
     def sent(self) -> int:
-        """How many judgements are asked for; their ids are 0 to this."""
+        """The number of judgements; their ids are 0 to `sent - 1`."""
         return self.batches * self.batch_size + self.singles
 
     def response(self, number: int) -> str:
-        """The text with this id; no two are alike."""
+        """The text with this id; all are different."""
         return self.special.get(number, f"4 {number}")
 
-    def parcels(self) -> list[list[int]]:
-        """The ids of each batch."""
+    def batch_ids(self) -> list[list[int]]:
+        """The ids in each batch."""
         return [list(range(n * self.batch_size, (n + 1) * self.batch_size)) for n in range(self.batches)]
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of all ids. `once` were answered exactly once and rightly; `wrong` with another text's numbers;
-    `failed` ended with that many errors of each code; `hung` heard nothing in their time."""
+    """What became of all ids: `once` were answered exactly once, with the right number; `wrong` got another text's
+    number; `failed` counts errors by code; `hung` got no answer in time."""
 
     sent: int
     once: int = 0
@@ -65,8 +64,8 @@ class Tally:
     failed: dict[str, int] = field(default_factory=dict)
 
 
-class Alone:
-    """The right numbers: each text judged by itself, in this process, with no service in between."""
+class JudgedAlone:
+    """The right numbers: each text judged by itself, in this process, without a service."""
 
     def __init__(self) -> None:
         self._prompts = PromptBuilder(fake_tokenizer(), 4096)
@@ -74,21 +73,21 @@ class Alone:
         self._engine = FakeEngine()
 
     def log_odds(self, response: str) -> float:
-        """What the judge says of this response to PROMPT."""
+        """The log-odds of this response to PROMPT."""
         built = self._prompts.build(self._template, PROMPT, [response], "error")
         return LabelReader().judgement(self._template.question, built, self._engine.run([built])).log_odds
 
 
 class RunningLoad:
-    """A mix sent to some services, from a thread of its own, while the test does something else.
+    """A mix sent to services from a thread of its own, while the test does something else.
 
         with RunningLoad(mix, [api.url]) as load:
             load.wait_for_answers(1000)
             worker.kill()
         assert load.tally() == Tally(sent=mix.sent, once=mix.sent)
 
-    Callers are shared out over the services; each stays with its own. A batch's items that come back with an error that
-    may be retried are asked again, as a program would that wants all of its answers.
+    Each caller stays with one of the services. Items of a batch that come back with a retryable error are sent again,
+    as a program that wants all of its answers would do.
     """
 
     def __init__(self, mix: Mix, urls: Sequence[str]) -> None:
@@ -107,16 +106,16 @@ class RunningLoad:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Twice the time that a call has: what is not there by then hangs.
+        # Twice a call's timeout: whatever has no answer by then hangs.
         self._thread.join(2 * self.mix.timeout)
 
     @property
     def over(self) -> bool:
-        """Whether every caller has what it waited for."""
+        """Whether every caller has its answers."""
         return not self._thread.is_alive()
 
     def wait_for_answers(self, count: int) -> None:
-        """Return when so many are answered; raises RuntimeError when they do not come."""
+        """Wait for `count` answers; raises RuntimeError if they do not come."""
         deadline = time.monotonic() + self.mix.timeout
         while len(self.answers) < count:
             if self.over or time.monotonic() > deadline:
@@ -124,8 +123,8 @@ class RunningLoad:
             time.sleep(0.01)
 
     def tally(self) -> Tally:
-        """The account, when all is over: compares every answer with the text judged alone."""
-        alone = Alone()
+        """The account at the end: every answer is compared with its text judged alone."""
+        alone = JudgedAlone()
         right = {n: alone.log_odds(self.mix.response(n)) for n in self.answers}
         hung = [n for n in range(self.mix.sent) if n not in self.answers and n not in self.errors]
         timed_out = [n for n, error in self.errors.items() if isinstance(error, JudgeTimeoutError)]
@@ -144,7 +143,7 @@ class RunningLoad:
 
     async def _send(self) -> None:
         judges = [AsyncJudge(url, timeout=self.mix.timeout, max_retries=100) for url in self._urls]
-        batches = [self._ask_batch(judges[n % len(judges)], ids) for n, ids in enumerate(self.mix.parcels())]
+        batches = [self._ask_batch(judges[n % len(judges)], ids) for n, ids in enumerate(self.mix.batch_ids())]
         singles = [self._ask_singles(judges[n % len(judges)]) for n in range(self.mix.callers)]
         try:
             await asyncio.gather(*batches, *singles)
@@ -167,7 +166,7 @@ class RunningLoad:
                 await asyncio.sleep(RETRY_PAUSE)
 
     async def _ask_once(self, judge: AsyncJudge, ids: Sequence[int], *, last: bool) -> list[int]:
-        """Ask for these; returns those worth asking for again."""
+        """Send these; returns the ids worth sending again."""
         items = [ScoreRequest(prompt=PROMPT, response=self.mix.response(number)) for number in ids]
         again = []
         try:

@@ -1,4 +1,4 @@
-"""A collector of traces: OTLP over HTTP on a loopback port, in a thread."""
+"""A trace collector: OTLP over HTTP on a loopback port, in a thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass
 class Collector:
-    """What was sent: whole requests as (path, body)."""
+    """What was posted to `url`: requests as (path, body)."""
 
     url: str = ""
     requests: list[tuple[str, bytes]] = field(default_factory=list)
@@ -25,7 +25,7 @@ class Collector:
         return b"".join(body for _, body in self.requests)
 
     def spans(self, program: str | None = None) -> list[Span]:
-        """All spans, or those of the program of that name, in no particular order."""
+        """All spans, or those of one program (its service.name), in no particular order."""
         return [
             span
             for _, body in self.requests
@@ -37,32 +37,32 @@ class Collector:
         ]
 
     def named(self, name: str) -> list[Span]:
-        """The spans of that name."""
+        """The spans with this name."""
         return [span for span in self.spans() if span.name == name]
 
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """A running collector."""
-    found = Collector()
+    """Run a collector."""
+    received = Collector()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            found.requests.append((self.path, body))
+            received.requests.append((self.path, body))
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.url = f"http://127.0.0.1:{server.server_port}"
+    received.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield found
+        yield received
     finally:
         server.shutdown()
         server.server_close()

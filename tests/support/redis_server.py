@@ -1,4 +1,4 @@
-"""A real redis-server on a loopback port, which keeps nothing on disk and can be killed, paused and started again."""
+"""A real redis-server on a loopback port. It keeps nothing on disk, and can be killed, paused and restarted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploy.processes import find_redis
 
 
 class RedisServer:
-    """One server, always on the same port. Its memory is gone whenever it ends."""
+    """A server that always uses the same port, and loses its memory whenever it ends."""
 
     def __init__(self, *flags: str, password: str | None = None) -> None:
         self.port = free_port()
@@ -28,12 +28,12 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Where it is, password included."""
+        """Its address, including the password."""
         secret = f":{self.password}@" if self.password else ""
         return f"redis://{secret}127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start, or start again after `kill` or `stop`; returns when it answers."""
+        """Start, or restart after `kill` or `stop`, and wait until it answers."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/")
         deadline = time.monotonic() + 20
         while not self._answers():
@@ -49,40 +49,40 @@ class RedisServer:
             return False
 
     def client(self) -> redis.Redis:
-        """A connection for looking inside, to be closed by the caller."""
+        """A connection for inspection; the caller closes it."""
         return redis.Redis.from_url(self.url, socket_timeout=10)
 
     def kill(self) -> None:
-        """End as a crash does: nothing is said to anybody, memory is lost."""
+        """End it as a crash does, without a word to its clients."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
-        """End in good order, also while paused; nothing happens where it has ended already."""
+        """End it in an orderly way, even while paused; does nothing if it has ended."""
         if self._process is not None and self._process.poll() is None:
             self.resume()
             self._end(signal.SIGTERM)
 
     def pause(self) -> None:
-        """Be silent as behind a broken network: connections stay open, nothing is answered."""
+        """Freeze it, which looks like a broken network: connections stay open, nothing is answered."""
         self._send(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._send(signal.SIGCONT)
 
-    def _end(self, how: signal.Signals) -> None:
-        self._send(how)
+    def _end(self, with_signal: signal.Signals) -> None:
+        self._send(with_signal)
         assert self._process is not None
         self._process.wait(20)
 
-    def _send(self, what: signal.Signals) -> None:
+    def _send(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(what)
+        self._process.send_signal(number)
 
 
 @contextmanager
 def running_redis(*flags: str, password: str | None = None) -> Iterator[RedisServer]:
-    """A started server, stopped in the end."""
+    """Run a server."""
     server = RedisServer(*flags, password=password)
     server.start()
     try:
@@ -92,29 +92,29 @@ def running_redis(*flags: str, password: str | None = None) -> Iterator[RedisSer
 
 
 def leftovers(server: RedisServer, base: str = "judge:{fake}", patience: float = 10.0) -> dict[str, int]:
-    """What a queue at rest should not hold: open and pending jobs, reserved tokens, keys that never expire.
+    """What an idle queue must not hold: open and pending jobs, reserved tokens, keys that never expire.
 
-    `base` is what the queue's keys begin with. Empty when nothing has leaked; it may take up to `patience` seconds for
-    the last job to go. Heartbeats, the epoch, the running total and dead letters stay by design; replies and marks of
-    submissions must have a time to live.
+    Empty if nothing has leaked. `base` is the prefix of the queue's keys; the last job has up to `patience` seconds to
+    go. Heartbeats, the epoch, the running total and dead letters stay by design; replies and submission marks must have
+    a time to live.
     """
     deadline = time.monotonic() + patience
     with server.client() as client:
-        while (found := _found(client, base)) and time.monotonic() < deadline:
+        while (counts := _leftover_counts(client, base)) and time.monotonic() < deadline:
             time.sleep(0.1)
-    return found
+    return counts
 
 
-def _found(client: redis.Redis, base: str) -> dict[str, int]:
-    found = {"tokens": int(client.get(f"{base}:tokens") or 0)}
+def _leftover_counts(client: redis.Redis, base: str) -> dict[str, int]:
+    counts = {"tokens": int(client.get(f"{base}:tokens") or 0)}
     for priority in ("interactive", "bulk"):
         stream = f"{base}:jobs:{priority}"
-        found[stream] = client.xlen(stream)
-        found[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
+        counts[stream] = client.xlen(stream)
+        counts[f"{stream} pending"] = sum(group["pending"] for group in _groups(client, stream))
     for key in client.scan_iter(f"{base}:*"):
         name = key.decode().removeprefix(f"{base}:")
-        found[f"{name} without expiry"] = int(name not in _KEPT and client.ttl(key) == -1)
-    return {what: count for what, count in found.items() if count}
+        counts[f"{name} without expiry"] = int(name not in _KEPT and client.ttl(key) == -1)
+    return {what: count for what, count in counts.items() if count}
 
 
 _KEPT = {"jobs:interactive", "jobs:bulk", "tokens", "done", "workers", "workers:info", "epoch", "dead"}
@@ -124,6 +124,6 @@ def _groups(client: redis.Redis, stream: str) -> list[dict[str, int]]:
     try:
         groups: list[dict[str, int]] = client.xinfo_groups(stream)
     except redis.ResponseError:
-        # No such stream: nothing was ever queued in this priority.
+        # No such stream: nothing was ever queued with this priority.
         return []
     return groups

@@ -1,9 +1,9 @@
-"""The scoring rule once more, written as the paper writes it: one text at a time, fp32, no code of the service.
+"""A second implementation of the scoring rule, as in the paper: one text at a time, fp32, no code of the service.
 
     p     = softmax(model(tokens(text)).logits[last position])
     score = p(Yes) / (p(Yes) + p(No))
 
-Slow and plain on purpose: the engines are held against it.
+Slow and plain on purpose: the engines are compared with it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the rule gives for one text."""
+    """The rule's numbers for one text."""
 
     score: float
     log_odds: float
@@ -31,20 +31,20 @@ class Judgement:
 
 
 class Reference:
-    """The model and tokenizer of a folder, in fp32."""
+    """The model and tokenizer in `folder`, in fp32."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def label_id(self, label: str) -> int:
-        """The id of a label, which has to be one token."""
+        """The token id of a label, which must be a single token."""
         (token_id,) = self.tokenizer(label, add_special_tokens=False).input_ids
         return int(token_id)
 
     @torch.no_grad()
     def judge(self, text: str, yes: str = " Yes", no: str = " No") -> Judgement:
-        """The rule, for one text and one spelling of each label."""
+        """Apply the rule to one text, with one spelling of each label."""
         p = self.model(**self.tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
         p_yes, p_no = p[self.label_id(yes)].item(), p[self.label_id(no)].item()
         log_odds = torch.logit(torch.tensor(p_yes / (p_yes + p_no), dtype=torch.float64)).item()
@@ -56,12 +56,12 @@ PAPER_INSTRUCTION = "Is this a good answer? Answer with just Yes/No"
 
 
 def paper_text(prompt: str, response: str) -> str:
-    """What the paper's method shows the model."""
+    """The text that the paper's method shows to the model."""
     return PAPER_LAYOUT.format(instruction=PAPER_INSTRUCTION, prompt=prompt, response=response)
 
 
 def paper_file(folder: Path) -> Path:
-    """A file of templates in the form of the paper's own, with the instruction above as rewardbench/all."""
+    """A template file in the paper's own format, with PAPER_INSTRUCTION as rewardbench/all."""
     prompts = {"layout": PAPER_LAYOUT, "instructions": {"all": PAPER_INSTRUCTION}}
     path = folder / "paper.json"
     path.write_text(json.dumps({"labels": {"yes": " Yes", "no": " No"}, "rewardbench": prompts}), encoding="utf-8")
@@ -80,7 +80,7 @@ def generated_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def rewardbench_pairs(count: int) -> list[tuple[str, str]]:
-    """Prompts and chosen or rejected answers spread over RewardBench's subsets; generated ones where it is not here."""
+    """Prompts with a chosen or rejected answer from all over RewardBench; generated ones if its file is missing."""
     path = DATA / "rewardbench_dev.jsonl"
     if not path.exists():
         return generated_pairs(count)

@@ -1,4 +1,4 @@
-"""A TCP server that does to its callers what proxies and dying services do."""
+"""A TCP server that treats its callers as proxies and dying services do."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
-# Bytes to send before closing; a function that talks to the caller; None to stay silent until the server ends.
+# Bytes to send before closing, a function that talks to the caller, or None to stay silent until the server ends.
 Script: TypeAlias = bytes | Callable[[socket.socket], None] | None
 
 
 def drip(connection: socket.socket) -> None:
-    """Send a head, then a byte every 20 ms, until the caller hangs up."""
+    """Send headers, then a byte every 20 ms until the caller hangs up."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
     with contextlib.suppress(OSError):
         while True:
@@ -26,7 +26,7 @@ def drip(connection: socket.socket) -> None:
 
 @contextmanager
 def tcp_server(scripts: Sequence[Script]) -> Iterator[tuple[str, list[bytes]]]:
-    """Play one script to each connection in turn. Gives the URL, and the list into which the requests are put."""
+    """Play one script per connection, in turn. Yields the URL, and the list that the requests are added to."""
     requests: list[bytes] = []
     over = threading.Event()
 
@@ -55,7 +55,7 @@ def _play(script: Script, connection: socket.socket, over: threading.Event) -> N
 
 
 def _read_request(connection: socket.socket) -> bytes:
-    """Head and body; a socket closed with bytes unread would be reset, and take the answer with it."""
+    """Read headers and body: closing a socket with unread bytes resets it, and the answer is lost."""
     request = b""
     while not _is_whole(request):
         chunk = connection.recv(65536)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.benchmarks.data.tables import Record, SampleError, each_record
-from client.texts import is_blank, messages_in, said
+from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.records import CATEGORIES, GENERAL, Instruction
 
 HUB: Final = "hub:"
@@ -185,7 +185,7 @@ def _first_turn(record: Record, turns: list[Any]) -> str:
     before: list[str] = []
     for turn in turns:
         try:
-            role, content = said(turn)
+            role, content = role_and_text(turn)
         except ValueError as error:
             raise record.problem(f"a message {error}") from error
         if role == "user":

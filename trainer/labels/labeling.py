@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from client.benchmarks.run import EMPTY_RESPONSE, Progress, is_final
-from client.texts import is_blank
+from client.benchmarks.run import Progress, is_final
+from client.texts import EMPTY_RESPONSE, is_blank
 from trainer.errors import StageError
 from trainer.labels.labelers import Label, Labeler, LabelOptions, Text, open_labeler
 from trainer.run.files import appending, read_records, write_records

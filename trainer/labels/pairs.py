@@ -18,9 +18,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Final, Literal, TypeAlias
 
-from client.benchmarks.run import EMPTY_RESPONSE
 from client.schema import Message
-from client.texts import is_blank
+from client.texts import EMPTY_RESPONSE, is_blank
 from trainer.errors import StageError
 from trainer.labels.candidates import CandidatePair, ScoredSample, balance_lengths
 from trainer.run.files import write_record, write_records

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias, cast
 from client.benchmarks.data.tables import Record
 from client.benchmarks.results.records import Sample
 from client.schema import Message
-from client.texts import is_blank, messages_in, said
+from client.texts import is_blank, messages_in, role_and_text
 
 _STYLES: Final = 3
 ALL: Final = "all"
@@ -180,7 +180,7 @@ def _turns(record: Record, column: str, value: Any) -> _Turns:
     if not isinstance(value, list) or not value:
         raise record.problem(f"{column} is {_kind(value)}, not a text or a list of messages")
     try:
-        turns = [said(message) for message in value]
+        turns = [role_and_text(message) for message in value]
     except ValueError as error:
         raise record.problem(f"a message of {column} {error}") from error
     return tuple((role, _valid(record, column, text)) for role, text in turns)

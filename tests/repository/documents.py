@@ -19,7 +19,7 @@ PROGRAMS = ("make", "python", "curl", "docker", "pip", "accelerate")
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a document: its environment, and its words without comments."""
+    """A command in a document: its environment, and its words without comments."""
 
     document: str
     environment: dict[str, str]
@@ -31,7 +31,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block with its language, or an indented one, which has none."""
+    """A fenced code block with its language, or an indented one, whose language is empty."""
 
     document: str
     language: str
@@ -40,18 +40,18 @@ class Block:
 
 def blocks() -> list[Block]:
     """All code blocks of all documents, in order."""
-    found = []
+    all_blocks = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        found += [Block(document.name, language, content) for language, content in _FENCED.findall(text)]
-        found += [
+        all_blocks += [Block(document.name, language, content) for language, content in _FENCED.findall(text)]
+        all_blocks += [
             Block(document.name, "", block) for block in _INDENTED.findall(_FENCED.sub("", text)) if block.strip()
         ]
-    return found
+    return all_blocks
 
 
 def lines() -> list[tuple[str, str]]:
-    """The lines of blocks without a language, those that go on behind a backslash put together, without comments."""
+    """(document, line) of all shell blocks: continued lines joined, comments dropped."""
     return [
         (block.document, line.strip())
         for block in blocks()
@@ -62,7 +62,7 @@ def lines() -> list[tuple[str, str]]:
 
 
 def is_command(line: str) -> bool:
-    """Whether a line begins, after assignments of variables, with a program that the documents use."""
+    """Whether a line starts with one of PROGRAMS, after assignments of variables."""
     words = line.split()
     while words and _ASSIGNED.fullmatch(words[0]):
         words.pop(0)
@@ -70,7 +70,7 @@ def is_command(line: str) -> bool:
 
 
 def commands() -> list[Command]:
-    """Every command of the blocks, and those within the text that have more than one word; each once, in order."""
+    """Every command in blocks, and those of more than one word within the text; each once, in order."""
     inline = [
         (document.name, re.sub(r"\s+", " ", span))
         for document in DOCUMENTS
@@ -78,18 +78,19 @@ def commands() -> list[Command]:
         if is_command(span) and " " in span
     ]
     shown = [(document, line) for document, line in lines() if is_command(line)]
-    return list({str(each): each for document, line in [*shown, *inline] for each in _parsed(document, line)}.values())
+    parsed = [command for document, line in [*shown, *inline] for command in _parsed(document, line)]
+    return list({str(command): command for command in parsed}.values())
 
 
 def _parsed(document: str, line: str) -> list[Command]:
     words = shlex.split(line, comments=True)
-    found: list[Command] = []
+    parsed: list[Command] = []
     while words:
         end = words.index("&&") if "&&" in words else len(words)
-        mine, words = words[:end], words[end + 1 :]
+        own, words = words[:end], words[end + 1 :]
         environment = {}
-        while _ASSIGNED.fullmatch(mine[0]):
-            name, _, value = mine.pop(0).partition("=")
+        while _ASSIGNED.fullmatch(own[0]):
+            name, _, value = own.pop(0).partition("=")
             environment[name] = value
-        found.append(Command(document, environment, tuple(mine)))
-    return found
+        parsed.append(Command(document, environment, tuple(own)))
+    return parsed

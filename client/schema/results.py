@@ -1,0 +1,276 @@
+"""The bodies that the service sends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from client.schema.requests import CompareMode, Format, Labels
+
+Share: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Grade: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=5)]
+# At least 0 and in exact arithmetic at most 1; rounding may put a sum of probabilities a little above that.
+LabelMass: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
+Digest: TypeAlias = Annotated[str | None, Field(exclude_if=lambda digest: digest is None)]
+
+
+class Result(BaseModel):
+    """A body that the service sends; unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+
+class Usage(Result):
+    """Tokens that a judgement used."""
+
+    prompt_tokens: int
+    """Tokens of the judge's prompts."""
+    cached_tokens: int = 0
+    """Those of `prompt_tokens` that came from a cache and cost nothing."""
+    completion_tokens: int = 0
+    """Tokens that the judge generated: 0 unless it answers in text."""
+
+
+class SampleCount(Result):
+    """How many texts a judge that answers in text generated for this judgement."""
+
+    drawn: int
+    parsed: int
+    """From how many of them a grade could be read."""
+
+
+class Timing(Result):
+    """Milliseconds in each stage; where one result takes several judgements, the slowest one's."""
+
+    tokenize: float
+    queue: float
+    inference: float
+
+
+class ScoreResult(Result):
+    """One judgement. Rank by `log_odds`, because `score` saturates at 0 and 1.
+
+    The fields are described for the judge `yes-no`. Other judges (`judge` in GET /v1/models) fill them so:
+    `self-reward` that reads the probabilities of the six digits: `grade` is the expected one, `score = grade / 5`,
+    `label_mass` the sum over the digits. `self-reward` that generates texts ending in a grade: `grade` is the mean over
+    the texts with one, `score = (grade + 1/2) / 6`, which keeps log-odds finite, `label_mass` the share of these texts,
+    `label_is_argmax` whether all texts had a grade. `reward-model`: `log_odds` is the head's raw logit, `label_mass` 1.
+    """
+
+    score: Share
+    """`sigmoid(log_odds)`, which is P(Yes) / (P(Yes) + P(No))."""
+    log_odds: FiniteFloat
+    """`yes_logprob - no_logprob`."""
+    yes_logprob: FiniteFloat
+    """Natural logarithm of P(Yes) over the whole vocabulary, spellings of the label summed."""
+    no_logprob: FiniteFloat
+    """The same of P(No)."""
+    label_mass: LabelMass
+    """P(Yes) + P(No) over the whole vocabulary. If it is small, the model did not mean to answer the question."""
+    label_is_argmax: bool
+    """Whether the likeliest token was a label."""
+    truncated: bool
+    """Whether something was cut, as the request's `truncation` allowed."""
+    template: str
+    """The template's name and version, e.g. `math@1`."""
+    model: str
+    usage: Usage
+    timing_ms: Timing
+    calibrated: Share | None = None
+    """The fitted probability that the response is good, `sigmoid(log_odds / temperature + bias)`; null if the service
+    has no calibration for this model and template."""
+    fingerprint: str | None = None
+    """The model's, as in GET /v1/models: another fingerprint means that another judge answered."""
+    grade: Grade | None = None
+    """Of the judge `self-reward`, from 0 to 5."""
+    samples: SampleCount | None = None
+    """Of a judge that answers in text."""
+    floored: bool = False
+    """Whether an upstream API left out a label's probability, and the service's `--floor` stood in for it."""
+    asked_with: Digest = None
+    """Digest of how the model was asked: the template's text, which may change under one name and version, and the
+    judge's settings. Older services leave it out."""
+
+
+class ResponseScore(Result):
+    """How one response of a comparison fared.
+
+    pointwise: its own judgement, as in ScoreResult. pairwise: means over its comparisons with the other responses;
+    `calibrated`, `grade` and `samples` are null.
+    """
+
+    score: Share
+    """pairwise: the mean of its win probabilities."""
+    log_odds: FiniteFloat
+    """pairwise: the mean of the log-odds that it is better than another response."""
+    label_mass: LabelMass
+    truncated: bool
+    calibrated: Share | None = None
+    grade: Grade | None = None
+    samples: SampleCount | None = None
+    floored: bool = False
+    """pairwise: whether any of its judgements was floored."""
+
+
+class PositionBias(Result):
+    """What changes when the same two responses are shown in the other order (pairwise mode only)."""
+
+    pairs: int
+    flips: int
+    """Comparisons, of `pairs`, whose winner changes with the order."""
+    flip_rate: float
+    first_log_odds: FiniteFloat
+    """Mean log-odds for whichever response is shown first; 0 for a judge without position bias."""
+
+
+class CompareResult(Result):
+    """A ranking of n responses. Lists are in the order of the request, apart from `ranking`."""
+
+    best: int
+    """Index of the best response."""
+    ranking: list[int]
+    """The n indices, best first."""
+    scores: list[ResponseScore]
+    win_probability: list[list[float]]
+    """n by n: `win_probability[i][j]` is the probability that response i is better than response j, and 0.5 for i = j.
+    pointwise: `sigmoid(log_odds_i - log_odds_j)`; pairwise: the sigmoid of the log-odds averaged over both orders."""
+    tie: bool
+    """Whether the two best responses are within the request's `tie_margin`."""
+    position_bias: PositionBias | None = None
+    mode: CompareMode
+    template: str
+    model: str
+    usage: Usage
+    timing_ms: Timing
+    fingerprint: str | None = None
+    """As in ScoreResult."""
+    asked_with: Digest = None
+    """As in ScoreResult."""
+
+
+class ErrorBody(Result):
+    """What went wrong."""
+
+    message: str
+    """In words; it never repeats the caller's text."""
+    type: str
+    """The group of codes that share a status, e.g. `invalid_request_error`."""
+    param: str | None = None
+    """The field at fault."""
+    code: str
+    """For programs; see `client.errors.ErrorCode`. A code never changes its meaning, new ones may come."""
+
+
+class ErrorResult(Result):
+    """The body of every answer that is not a success."""
+
+    error: ErrorBody
+
+
+class ScoreBatchItem(Result):
+    """Exactly one of `result` and `error` is set."""
+
+    index: int
+    result: ScoreResult | None = None
+    error: ErrorBody | None = None
+
+
+class CompareBatchItem(Result):
+    """Exactly one of `result` and `error` is set."""
+
+    index: int
+    result: CompareResult | None = None
+    error: ErrorBody | None = None
+
+
+class ScoreBatchResult(Result):
+    """One entry for each item, in the order of the request."""
+
+    results: list[ScoreBatchItem]
+
+
+class CompareBatchResult(Result):
+    """One entry for each item, in the order of the request."""
+
+    results: list[CompareBatchItem]
+
+
+class TemplateInfo(Result):
+    """A template that requests may name."""
+
+    name: str
+    version: int
+    mode: Literal["pointwise", "pairwise", "graded", "rubric"]
+    """The requests it fits: /score and pointwise, or pairwise. Only the judge `self-reward` lists `graded` templates,
+    whose labels are the grades from 0 to 5, and `rubric` ones, which ask for a text that ends in a grade."""
+    format: Format
+    layout: str
+    instruction: str
+    labels: Labels | None = None
+    grades: list[str] | None = None
+
+
+class TemplatesResult(Result):
+    """Every template of this service, and the categories that requests may name."""
+
+    templates: list[TemplateInfo]
+    categories: list[str]
+
+
+class WorkerStatus(Result):
+    """A worker that takes jobs now. Older workers leave out all that may be null."""
+
+    engine: str
+    dtype: str
+    max_tokens: int
+    """The longest prompt that it takes."""
+    rung: str | None = None
+    """The code that computes its numbers."""
+    digest: str | None = None
+    """Digest of everything, besides the model and the prompt, that the last digits of a score depend on: two workers
+    with the same digest give the same bits."""
+    stable: bool | None = None
+    """Whether the check at loading found that an item has the same bits whatever it is batched with; null if it was not
+    checked."""
+
+
+class ModelInfo(Result):
+    """The model behind the service."""
+
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: str = "judge-as-api"
+    fingerprint: str
+    """Changes with the model's weights, tokenizer and configuration."""
+    engine: str
+    judge: str
+    """`yes-no`, `pairwise`, `self-reward` or `reward-model`; see ScoreResult and CompareRequest."""
+    max_tokens: int
+    default_format: Format
+    note: str | None = None
+    settings: Digest = None
+    """Digest of the settings that judgements depend on besides the model and the template. Older services leave it
+    out."""
+    workers: list[WorkerStatus] = []
+
+
+class ModelsResult(Result):
+    """The models that this service judges with: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class HealthResult(Result):
+    """The process answers. Says nothing about the model."""
+
+    status: Literal["ok"] = "ok"
+    version: str
+
+
+class ReadyResult(Result):
+    """The service can judge now. Otherwise the answer is a 503 whose error says why."""
+
+    status: Literal["ready"] = "ready"
+    model: str
