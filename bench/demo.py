@@ -1,9 +1,9 @@
-"""Start the service with a real model, judge right and wrong answers over HTTP, and print what it says.
+"""Start the service with a real model, have it judge right and wrong answers over HTTP, and print the scores.
 
     python -m bench.demo [--model NAME]
 
-Every question comes with one right and one wrong answer, and goes through /score/batch; one more question with three
-answers goes through /compare. The service runs as a process of its own and is stopped at the end.
+Each question has a right and a wrong answer and goes through /score/batch; one more question with three answers goes
+through /compare. The service runs as a separate process and is stopped at the end.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ COMPARED = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demonstration; returns 0 when every answer was judged, whatever the verdicts."""
+    """Run the demonstration; returns 0 if every answer was judged, whatever the verdicts."""
     parser = argparse.ArgumentParser(description="Judge right and wrong answers with a real model over HTTP.")
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="known name, hub id or folder")
     args = parser.parse_args(argv)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_scores(judge: Judge, console: Console) -> int:
-    """Judge both answers to every question, print a row for each; returns how many could not be judged."""
+    """Judge both answers to every question and print a row for each; returns how many could not be judged."""
     items = [
         ScoreRequest(prompt=question, response=answer, category=category)
         for category, question, right, wrong in QUESTIONS
@@ -167,7 +167,7 @@ def _short(text: str, width: int) -> str:
 
 
 def show_comparison(judge: Judge, console: Console) -> None:
-    """Rank three answers to one question."""
+    """Rank three answers to one question and print them."""
     question, answers = COMPARED
     result = judge.compare(question, answers)
     table = _table("answer", title="/compare")

@@ -84,6 +84,7 @@ class JudgeReward:
         name: What TRL logs the reward under; by default `judge_log_odds` or the like.
 
     Attributes:
+        judge: The client that is asked.
         failures: Completions that could not be judged so far, by error code; blank completions count as
             "empty_response", blank prompts as "empty_prompt".
 
@@ -94,7 +95,7 @@ class JudgeReward:
         self.options = options or RewardOptions()
         self.failures: Counter[str] = Counter()
         self.__name__ = name or f"judge_{self.options.value}"
-        self._judge = judge
+        self.judge = judge
 
     def __call__(
         self, prompts: Sequence[Dialogue], completions: Sequence[Dialogue], **columns: Any
@@ -106,7 +107,7 @@ class JudgeReward:
             for prompt, completion, category in zip(prompts, completions, categories, strict=True)
         ]
         valid = [request for request in requests if isinstance(request, ScoreRequest)]
-        outcomes = iter(self._judge.score_many(valid, options=self.options.bulk))
+        outcomes = iter(self.judge.score_many(valid, options=self.options.bulk))
         results = [next(outcomes) if isinstance(request, ScoreRequest) else request for request in requests]
         failed = Counter(code for code in map(_error_code, results) if code is not None)
         self._account(failed, results, columns.get("log_metric"))
@@ -185,7 +186,9 @@ def _last_answer(completion: Sequence[Mapping[str, Any]]) -> str:
 
 def _turns(prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The roles and texts of TRL's messages, without blank system turns, which data sets write for "none"."""
-    turns = [{"role": message.get("role"), "content": _text(message.get("content"))} for message in prompt]
+    turns: list[dict[str, Any]] = [
+        {"role": message.get("role"), "content": _text(message.get("content"))} for message in prompt
+    ]
     return [turn for turn in turns if turn["role"] != "system" or not is_blank(turn["content"])]
 
 

@@ -12,10 +12,8 @@ import pytest
 
 from client import Judge, JudgeError
 from client.adapters.trl import JudgeReward, RewardOptions, TooManyFailuresError
-from tests.support.fake_judge import SCORE, own_environment
+from tests.support.fake_judge import Service, batch_answer
 from tests.support.live import live_service
-
-__all__ = ["own_environment"]
 
 LONG = "far too long " * 3000
 
@@ -28,22 +26,22 @@ def judge() -> Iterator[Judge]:
 
 
 def test_the_reward_is_the_judges_log_odds(judge: Judge) -> None:
-    """Plain texts: one reward per completion, in order, each what the judge says by itself."""
+    """Plain texts: one reward per completion, in order, each the same as for a single request."""
     rewards = JudgeReward(judge)(prompts=["p", "q"], completions=["a", "b"], completion_ids=[[1], [2]])
 
     assert rewards == [judge.score("p", "a").log_odds, judge.score("q", "b").log_odds]
 
 
-def test_the_reward_may_be_the_score(judge: Judge) -> None:
-    """`value` says which number of the result it is, and the name follows."""
+def test_value_selects_the_reward(judge: Judge) -> None:
+    """`value` selects the number of the result, and the reward's name follows."""
     reward = JudgeReward(judge, RewardOptions(value="score"))
 
     assert reward(prompts=["p"], completions=["a"]) == [judge.score("p", "a").score]
     assert reward.__name__ == "judge_score"
 
 
-def test_of_conversations_the_last_assistant_message_is_judged(judge: Judge) -> None:
-    """The prompt keeps its turns; what TRL's messages carry besides role and content is dropped."""
+def test_the_last_assistant_message_of_a_conversation_is_judged(judge: Judge) -> None:
+    """The prompt keeps its turns; everything but role and content of TRL's messages is dropped."""
     prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "u"}]}]
     completion = [
         {"role": "assistant", "content": "", "tool_calls": []},
@@ -58,21 +56,21 @@ def test_of_conversations_the_last_assistant_message_is_judged(judge: Judge) -> 
 
 
 def test_the_category_comes_from_the_dataset(judge: Judge) -> None:
-    """A column with categories chooses each row's template; None in it asks for the default."""
+    """A column of categories selects each row's template; None in it selects the default."""
     rewards = JudgeReward(judge)(prompts=["p"] * 2, completions=["a"] * 2, category=["math", None])
 
     assert rewards == [judge.score("p", "a", category="math").log_odds, judge.score("p", "a").log_odds]
 
 
 def test_a_template_overrides_the_categories(judge: Judge) -> None:
-    """A template that is asked for is used for all."""
+    """A template in the options is used for all prompts."""
     reward = JudgeReward(judge, RewardOptions(template="general"))
 
     assert reward(prompts=["p"], completions=["a"], category=["math"]) == [judge.score("p", "a").log_odds]
 
 
 def test_what_cannot_be_judged_has_no_reward(judge: Judge) -> None:
-    """An item's error and an empty completion are None, counted by code and told to TRL's log."""
+    """An item's error and an empty completion give None, are counted by code, and go to TRL's log."""
     reward, logged = JudgeReward(judge, RewardOptions(max_failures=0.5)), {}
 
     rewards = reward(prompts=["p"] * 4, completions=["a", LONG, "", "b"], log_metric=logged.__setitem__)
@@ -83,19 +81,19 @@ def test_what_cannot_be_judged_has_no_reward(judge: Judge) -> None:
 
 
 def test_too_many_failures_stop_the_training(judge: Judge) -> None:
-    """Over the share that is put up with, the error says what happened."""
+    """More than `max_failures` raise an error that says what happened."""
     reward = JudgeReward(judge, RewardOptions(max_failures=0.4))
 
     with pytest.raises(TooManyFailuresError, match=r"1 of 2 completions .*context_length_exceeded"):
         reward(prompts=["p"] * 2, completions=["a", LONG])
 
 
-def test_empty_completions_stop_nothing(judge: Judge) -> None:
-    """That a policy says nothing is no fault of the judge's."""
+def test_empty_completions_do_not_stop_the_training(judge: Judge) -> None:
+    """A policy that says nothing is not the judge's failure."""
     assert JudgeReward(judge, RewardOptions(max_failures=0.0))(prompts=["p"], completions=[""]) == [None]
 
 
-def test_a_prompt_that_makes_no_request_is_a_failure(judge: Judge) -> None:
+def test_a_prompt_that_makes_no_valid_request_is_a_failure(judge: Judge) -> None:
     """A conversation that does not end with the user's turn cannot be judged."""
     reward = JudgeReward(judge, RewardOptions(max_failures=1.0))
 
@@ -105,16 +103,15 @@ def test_a_prompt_that_makes_no_request_is_a_failure(judge: Judge) -> None:
     assert reward.failures == {"invalid_request": 1}
 
 
-def test_a_reward_that_the_service_does_not_give_is_an_error(judge: Judge) -> None:
-    """Without a calibration there is no calibrated reward, and none is made up."""
+def test_a_calibrated_reward_needs_a_calibration(judge: Judge) -> None:
+    """Without one, asking for the calibrated reward is an error."""
     with pytest.raises(JudgeError, match="no calibration"):
         JudgeReward(judge, RewardOptions(value="calibrated"))(prompts=["p"], completions=["a"])
 
 
 def test_a_calibrated_reward() -> None:
-    """Where the service has a calibration, its number is the reward."""
-    answer = {"results": [{"index": 0, "result": {**SCORE, "calibrated": 0.6}}]}
-    transport = httpx.MockTransport(lambda _: httpx.Response(200, json=answer))
+    """If the service has a calibration, its probability is the reward."""
+    transport = httpx.MockTransport(Service(batch_answer(1, calibrated=0.6)))
     with Judge("http://judge", transport=transport) as judge:
         rewards = JudgeReward(judge, RewardOptions(value="calibrated"))(prompts=["p"], completions=["a"])
 
@@ -123,14 +120,14 @@ def test_a_calibrated_reward() -> None:
 
 @pytest.mark.parametrize("numbers", [{"value": "usage"}, {"max_failures": 2.0}])
 def test_options_that_cannot_work_are_refused(numbers: dict[str, Any]) -> None:
-    """A wrong name or share is told when the options are made."""
+    """A wrong name or share raises a ValueError when the options are made."""
     with pytest.raises(ValueError, match=next(iter(numbers))):
         RewardOptions(**numbers)
 
 
 @pytest.mark.parametrize("prompt", ["Name a prime.", [{"role": "user", "content": "Name a prime."}]])
 def test_a_grpo_step_is_driven_by_the_judge(judge: Judge, tiny_model: Path, tmp_path: Path, prompt: Any) -> None:
-    """A real GRPOTrainer takes a step whose logged reward is the mean of the judge's answers to what it generated."""
+    """A step of a real GRPOTrainer logs the mean of the judge's rewards for the generated completions."""
     generated: list[Any] = []
 
     def keep(completions: list[Any], **_: Any) -> list[float]:
@@ -139,16 +136,16 @@ def test_a_grpo_step_is_driven_by_the_judge(judge: Judge, tiny_model: Path, tmp_
 
     log = one_step(tiny_model, tmp_path, prompt, [JudgeReward(judge), keep])
 
-    texts = [each if isinstance(each, str) else each[0]["content"] for each in generated]
+    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in generated]
     rewards = [judge.score(prompt, text, category="math").log_odds for text in texts]
     assert log["rewards/judge_log_odds/mean"] == pytest.approx(sum(rewards) / 2, abs=1e-5)
     assert log["judge_log_odds/unjudged"] == 0
 
 
 def one_step(model: Path, folder: Path, prompt: Any, reward_funcs: list[Any]) -> dict[str, float]:
-    """What one step of training with two completions to this prompt logs."""
+    """The log of one training step with two completions to this prompt."""
     with warnings.catch_warnings():
-        # The libraries' own, between their versions.
+        # The libraries warn about each other's versions.
         warnings.simplefilter("ignore")
         from datasets import Dataset
         from transformers import AutoTokenizer

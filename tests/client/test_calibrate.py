@@ -1,4 +1,4 @@
-"""Fitting a calibration: that the fit is right, what it is fitted to, and the command, from runs and a live service."""
+"""Fitting a calibration: the fit itself, what it is fitted to, and the command, with runs and a live service."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ JUDGE = {"model": "fake", "fingerprint": "fake"}
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """A service to be calibrated."""
+    """A service to calibrate."""
     with live_service() as service:
         yield service
 
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are not folded."""
+    """Wide enough that tables are not folded."""
     monkeypatch.setenv("COLUMNS", "240")
 
 
@@ -41,9 +41,9 @@ def answers(count: int, temperature: float, bias: float, seed: int = 0) -> tuple
 
 
 def pairs(count: int, gap: float = 3.0, sd: float = 4.0, seed: int = 0) -> list[Labelled]:
-    """Pairs of a judge that is too sure of itself: chosen answers `gap` above rejected ones, normal around them.
+    """Pairs of an overconfident judge: normal log-odds, those of chosen answers `gap` above those of rejected ones.
 
-    With equal variances the right log-odds are linear in the judge's: temperature sd²/gap.
+    With equal variances the right log-odds are linear in the judge's, with temperature sd²/gap.
     """
     rng = random.Random(seed)
     return [Labelled(f"{i}", (rng.gauss(5 + gap, sd),), (rng.gauss(5, sd),)) for i in range(count)]
@@ -61,14 +61,14 @@ def row(sample: Labelled, template: str = "general@3", **changes: Any) -> dict[s
 
 
 def run_folder(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """The folder of a benchmark's run with these rows."""
+    """Write the folder of a benchmark run with these rows."""
     folder.mkdir(exist_ok=True)
-    (folder / "items.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
+    (folder / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows), "utf-8")
     return folder
 
 
 def command(tmp_path: Path, *arguments: object) -> tuple[int, Path]:
-    """The command's exit code, and the file that it should have written."""
+    """Run the command; returns its exit code and the path that it writes to."""
     out = tmp_path / "calibration.json"
     return main([*map(str, arguments), "--out", str(out)]), out
 
@@ -78,14 +78,14 @@ def command(tmp_path: Path, *arguments: object) -> tuple[int, Path]:
 
 @pytest.mark.parametrize(("temperature", "bias"), [(1.0, 0.0), (5.0, -0.75), (0.5, 0.25)])
 def test_a_known_calibration_is_recovered(temperature: float, bias: float) -> None:
-    """Of 20,000 answers drawn from it the fit finds temperature and bias again."""
-    found = fit(*answers(20_000, temperature, bias))
+    """From 20,000 answers drawn from it, the fit recovers temperature and bias."""
+    fitted = fit(*answers(20_000, temperature, bias))
 
-    assert found == (pytest.approx(temperature, rel=0.05), pytest.approx(bias, abs=0.1))
+    assert fitted == (pytest.approx(temperature, rel=0.05), pytest.approx(bias, abs=0.1))
 
 
 def test_the_fit_is_the_minimum() -> None:
-    """No neighbouring temperature or bias is likelier."""
+    """No neighbouring temperature or bias has a higher likelihood."""
     log_odds, labels = answers(2000, 3.0, -0.5)
     temperature, bias = fit(log_odds, labels) or (0.0, 0.0)
     near = [(temperature * t, bias + b) for t in (0.98, 1, 1.02) for b in (-0.02, 0, 0.02)]
@@ -96,18 +96,18 @@ def test_the_fit_is_the_minimum() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_the_unit_of_the_log_odds_does_not_matter(scale: float) -> None:
-    """Log-odds a million times as great get a million times the temperature, and the same bias."""
+def test_the_scale_of_the_log_odds_does_not_matter(scale: float) -> None:
+    """Log-odds a million times as large get a million times the temperature, and the same bias."""
     log_odds, labels = answers(500, 3.0, -0.5)
     temperature, bias = fit(log_odds, labels) or (0.0, 0.0)
 
-    found = fit([x * scale for x in log_odds], labels)
+    fitted = fit([x * scale for x in log_odds], labels)
 
-    assert found == (pytest.approx(temperature * scale, rel=1e-6), pytest.approx(bias, rel=1e-6))
+    assert fitted == (pytest.approx(temperature * scale, rel=1e-6), pytest.approx(bias, rel=1e-6))
 
 
-def test_answers_that_a_threshold_separates_have_a_temperature() -> None:
-    """Where the likelihood alone would have no minimum, the answer is finite, positive and nearly certain."""
+def test_separable_answers_have_a_temperature() -> None:
+    """The likelihood alone would have no maximum; with the prior the temperature is finite, positive and small."""
     temperature, bias = fit([3.0, 4.0, 5.0, -3.0, -4.0, -5.0], [True] * 3 + [False] * 3) or (0.0, 0.0)
 
     assert 0.01 < temperature < 1.5
@@ -118,44 +118,44 @@ def test_answers_that_a_threshold_separates_have_a_temperature() -> None:
     ("log_odds", "labels"),
     [([2.0, 3.0, 1.0, 2.5], [False, False, True, True]), ([1.0, 1.0, 1.0, 1.0], [True, False, True, False])],
 )
-def test_no_signal_is_no_calibration(log_odds: list[float], labels: list[bool]) -> None:
-    """A judge that prefers the wrong answers, or finds all alike, has no positive temperature."""
+def test_a_judge_without_signal_has_no_calibration(log_odds: list[float], labels: list[bool]) -> None:
+    """No positive temperature fits a judge that prefers the wrong answers, or rates all the same."""
     assert fit(log_odds, labels) is None
 
 
 def test_swapped_pairs_have_no_signal() -> None:
-    """The same judge, its answers taken for each other."""
-    swapped = [Labelled(each.id, each.rejected, each.chosen) for each in pairs(400)]
+    """A judge with chosen and rejected answers swapped has no calibration."""
+    swapped = [Labelled(pair.id, pair.rejected, pair.chosen) for pair in pairs(400)]
 
     assert calibrate(swapped) is None
 
 
-def test_the_other_half_is_met_better() -> None:
-    """An overconfident judge is nearer to the truth on pairs that the fit has not seen, by all three measures."""
-    found = calibrate(pairs(2000))
+def test_a_fit_improves_the_held_out_half() -> None:
+    """An overconfident judge is closer to the truth on pairs that the fit has not seen, by all three measures."""
+    fitted = calibrate(pairs(2000))
 
-    assert found is not None
-    assert found.pairs == 2000
-    assert found.temperature == pytest.approx(4.0**2 / 3.0, rel=0.15)
-    assert found.after.nll < found.before.nll - 0.5
-    assert found.after.ece < 0.05 < found.before.ece
-    assert found.after.brier < found.before.brier
+    assert fitted is not None
+    assert fitted.pairs == 2000
+    assert fitted.temperature == pytest.approx(4.0**2 / 3.0, rel=0.15)
+    assert fitted.after.nll < fitted.before.nll - 0.5
+    assert fitted.after.ece < 0.05 < fitted.before.ece
+    assert fitted.after.brier < fitted.before.brier
 
 
-def test_measures_are_of_the_pairs_held_out() -> None:
-    """`before` is what the raw scores of the second half give."""
+def test_quality_is_measured_on_the_held_out_pairs() -> None:
+    """`before` is the quality of the second half's raw scores."""
     samples = pairs(100)
     _, held_out = split_halves(samples, seed=3)
     log_odds = [s.chosen[0] for s in held_out] + [s.rejected[0] for s in held_out]
 
-    found = calibrate(samples, seed=3)
+    fitted = calibrate(samples, seed=3)
 
-    assert found is not None
-    assert found.before.nll == pytest.approx(quality(log_odds, [True] * 50 + [False] * 50).nll)
+    assert fitted is not None
+    assert fitted.before.nll == pytest.approx(quality(log_odds, [True] * 50 + [False] * 50).nll)
 
 
-def test_halves_depend_on_seed_and_ids_alone() -> None:
-    """The order of the samples changes nothing, another seed does; both halves are equally large."""
+def test_halves_depend_on_seed_and_ids_only() -> None:
+    """The order of the samples does not matter, the seed does; both halves are equally large."""
     samples = pairs(101)
     first, second = split_halves(samples, 0)
 
@@ -167,8 +167,8 @@ def test_halves_depend_on_seed_and_ids_alone() -> None:
     assert set(other) != set(first)
 
 
-def test_one_id_stays_together() -> None:
-    """Samples that share an id, and so a prompt, are never on both sides."""
+def test_samples_with_one_id_stay_together() -> None:
+    """Samples that share an id, and so a prompt, are in the same half."""
     samples = [Labelled(f"{i % 10}", (float(i),), (0.0,)) for i in range(40)]
 
     first, second = split_halves(samples, 0)
@@ -179,8 +179,8 @@ def test_one_id_stays_together() -> None:
 # The evidence.
 
 
-def test_what_does_not_count_is_left_out_and_counted(tmp_path: Path) -> None:
-    """Failed, truncated, pairwise and nameless rows, and one given twice."""
+def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Failed, truncated and pairwise rows, rows by a template without a name, and duplicates."""
     sample = Labelled("a", (2.0,), (1.0,))
     cut = row(Labelled("b", (2.0,), (1.0,)))
     cut["rejected"]["truncated"] = True
@@ -201,8 +201,8 @@ def test_what_does_not_count_is_left_out_and_counted(tmp_path: Path) -> None:
     }
 
 
-def test_samples_with_many_answers_count_whole(tmp_path: Path) -> None:
-    """Every chosen and every rejected answer of a sample is one to fit to."""
+def test_all_answers_of_a_sample_are_fitted_to(tmp_path: Path) -> None:
+    """A sample keeps every chosen and every rejected answer."""
     single = row(Labelled("a", (2.0,), (1.0,)))
     several = single | {"rejected": [single["rejected"], {**single["rejected"], "log_odds": -4.0}], "margins": [[1, 6]]}
 
@@ -214,7 +214,7 @@ def test_samples_with_many_answers_count_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{", '{"prompt": "p", "chosen": "a"}', '{"prompt": "", "chosen": "a", "rejected": "b"}']
 )
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, text: str) -> None:
+def test_an_invalid_pair_is_named(tmp_path: Path, text: str) -> None:
     """The message has the file and the line."""
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n' + text + "\n", "utf-8")
@@ -223,8 +223,8 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path, text: str) -> None:
         read_pairs([file])
 
 
-def test_pairs_without_an_id_go_by_their_prompt() -> None:
-    """Two pairs of one prompt share a key, and so a half."""
+def test_pairs_without_an_id_share_their_prompts_key() -> None:
+    """Two pairs with the same prompt share a key, and so a half."""
     one, two, other = (Pair(prompt=p, chosen="a", rejected=r) for p, r in (("p", "b"), ("p", "c"), ("q", "b")))
 
     assert one.key() == two.key() != other.key()
@@ -233,11 +233,11 @@ def test_pairs_without_an_id_go_by_their_prompt() -> None:
 # The command.
 
 
-def test_runs_make_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each template with enough pairs and a signal is in the file; the table says why others are not."""
-    swapped = [Labelled(each.id, each.rejected, each.chosen) for each in pairs(60)]
-    rows = [row(each) for each in pairs(60)] + [row(each, "math@2", id=f"m{each.id}") for each in swapped]
-    few = [row(each, "code@2", id=f"c{each.id}") for each in pairs(49)]
+def test_runs_are_fitted_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every template with enough pairs and a signal is in the file; the table says why others are not."""
+    swapped = [Labelled(pair.id, pair.rejected, pair.chosen) for pair in pairs(60)]
+    rows = [row(pair) for pair in pairs(60)] + [row(pair, "math@2", id=f"m{pair.id}") for pair in swapped]
+    few = [row(pair, "code@2", id=f"c{pair.id}") for pair in pairs(49)]
     folders = run_folder(tmp_path / "a", rows), run_folder(tmp_path / "b", few)
 
     code, out = command(tmp_path, "--run", *folders, "--seed", 5)
@@ -252,27 +252,21 @@ def test_runs_make_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "fewer than 50 pairs" in shown
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"fingerprint": "0123"}, "more than one model judged"),
-        ({"model": "other"}, "more than one model judged"),
-    ],
-)
+@pytest.mark.parametrize("changes", [{"fingerprint": "0123"}, {"model": "other"}])
 def test_judgements_of_two_models_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str]
 ) -> None:
-    """One file is of one model's weights."""
-    rows = [row(each) for each in pairs(60)]
+    """A file belongs to one model's weights."""
+    rows = [row(pair) for pair in pairs(60)]
 
     code, out = command(tmp_path, "--run", run_folder(tmp_path / "run", [{**rows[0], **changes}, *rows[1:]]))
 
     assert (code, out.exists()) == (2, False)
-    assert said in capsys.readouterr().err
+    assert "more than one model judged" in capsys.readouterr().err
 
 
 def test_judgements_without_a_fingerprint_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file for unknown weights could not be checked by a service."""
+    """A service could not check a file for unknown weights."""
     code, out = command(tmp_path, "--run", run_folder(tmp_path / "run", [row(pairs(1)[0], fingerprint=None)]))
 
     assert (code, out.exists()) == (2, False)
@@ -280,10 +274,10 @@ def test_judgements_without_a_fingerprint_are_refused(tmp_path: Path, capsys: py
 
 
 def test_nothing_to_fit_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no template has enough pairs, no file is written, and one that was there stays."""
+    """If no template has enough pairs, no file is written, and an existing one stays."""
     (tmp_path / "calibration.json").write_text("old", "utf-8")
 
-    code, out = command(tmp_path, "--run", run_folder(tmp_path / "run", [row(each) for each in pairs(10)]))
+    code, out = command(tmp_path, "--run", run_folder(tmp_path / "run", [row(pair) for pair in pairs(10)]))
 
     assert (code, out.read_text("utf-8")) == (1, "old")
     assert "nothing was written" in capsys.readouterr().err
@@ -297,23 +291,23 @@ def test_nothing_to_fit_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
         ["--run", ".", "--min-pairs", "1"],
     ],
 )
-def test_wrong_usage_has_status_2(tmp_path: Path, arguments: list[str]) -> None:
-    """What is not there or cannot work is refused before anything is asked."""
+def test_wrong_usage_ends_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    """Missing files and impossible values are refused before anything is asked."""
     code, out = command(tmp_path, *arguments)
 
     assert (code, out.exists()) == (2, False)
 
 
-def test_a_folder_for_the_file_must_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """That is said at once, not after an hour of judging."""
+def test_the_output_folder_must_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is checked at once, not after an hour of judging."""
     code = main(["--run", str(tmp_path), "--out", str(tmp_path / "none" / "c.json")])
 
     assert code == 2
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_no_judge_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A service that is not there is said so, with status 1."""
+def test_an_unreachable_judge_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If the service is unreachable, the command says so and ends with 1."""
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', "utf-8")
 
     code, _ = command(tmp_path, "--data", tmp_path / "pairs.jsonl", "--judge-url", "http://127.0.0.1:9")
@@ -323,12 +317,12 @@ def test_no_judge_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def pairs_file(path: Path, live: Live, count: int) -> Path:
-    """Pairs that this judge, whose scores are made up, gets right; and one that it cannot read."""
+    """Write pairs that this judge (whose scores are made up) gets right, and one that is too long for it."""
     items = [{"prompt": f"Question {i}", "response": answer} for i in range(count) for answer in ("one", "two")]
-    results = [each["result"] for each in live.http.post("/score/batch", json={"items": items}).json()["results"]]
+    results = [item["result"] for item in live.http.post("/score/batch", json={"items": items}).json()["results"]]
     lines = [json.dumps({"prompt": "Question", "chosen": "x " * 20_000, "rejected": "one"})]
     for i in range(count):
-        first, second = (each["log_odds"] for each in results[2 * i : 2 * i + 2])
+        first, second = (result["log_odds"] for result in results[2 * i : 2 * i + 2])
         chosen, rejected = ("one", "two") if first > second else ("two", "one")
         lines.append(
             json.dumps({"prompt": f"Question {i}", "chosen": chosen, "rejected": rejected, "note": "passed over"})
@@ -338,7 +332,7 @@ def pairs_file(path: Path, live: Live, count: int) -> Path:
 
 
 def test_a_live_judge_is_calibrated_end_to_end(tmp_path: Path, live: Live) -> None:
-    """Judged by a service, fitted, and served again: the answer is the file's formula, and the failed pair counted."""
+    """Judged, fitted and served: the service answers by the file's formula, and the failed pair was counted."""
     data = pairs_file(tmp_path / "pairs.jsonl", live, 60)
 
     code, out = command(tmp_path, "--data", data, "--judge-url", live.url)

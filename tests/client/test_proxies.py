@@ -1,4 +1,4 @@
-"""Proxies of the environment: never before loopback, named where they are the trouble, in every HTTP client."""
+"""Proxies from the environment: never for loopback, named in errors, and the same in every HTTP client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ABSENT = "http://user:secret@127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's variables take part, and what a test's code writes into them is gone afterwards."""
+    """The variables of whoever runs the tests are unset, and those that a test sets are gone afterwards."""
     for scheme in ("http", "https", "all", "no"):
         for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper()):
             monkeypatch.setenv(name, "")
@@ -39,13 +39,13 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[ScoringServer]:
-    """A service on loopback, which serves as a proxy too: it answers whatever is asked."""
+    """A service on loopback that also serves as a proxy, because it answers any request."""
     with scoring_server() as running:
         yield running
 
 
 def score(url: str) -> float:
-    """One call, by both clients."""
+    """One call with each client."""
     with Judge(url, max_retries=0) as judge:
         first = judge.score("p", "1").log_odds
 
@@ -58,7 +58,7 @@ def score(url: str) -> float:
 
 
 def addresses(port: int) -> list[str]:
-    """Loopback in its spellings."""
+    """Loopback URLs in several spellings."""
     return [f"http://{host}:{port}" for host in ("127.0.0.1", "localhost", "0.0.0.0")]
 
 
@@ -74,18 +74,18 @@ def addresses(port: int) -> list[str]:
     ],
     ids=str,
 )
-def test_loopback_is_asked_without_a_proxy(
+def test_loopback_is_reached_without_a_proxy(
     settings: Mapping[str, str], server: ScoringServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the variables hold, a service on this machine is reached, by each of its names."""
+    """Whatever the variables contain, a service on this machine is reached by each of its names."""
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
 
     assert [score(url) for url in addresses(server.server_port)] == [1.0] * 3
 
 
-def test_another_host_is_asked_through_the_proxy(server: ScoringServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests to hosts that are not listed in NO_PROXY go to the proxy."""
+def test_other_hosts_are_reached_through_the_proxy(server: ScoringServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to hosts that NO_PROXY does not list go to the proxy."""
     monkeypatch.setenv("HTTP_PROXY", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,[::1],other.example")
 
@@ -96,7 +96,7 @@ def test_another_host_is_asked_through_the_proxy(server: ScoringServer, monkeypa
 
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "ALL_PROXY"])
 def test_a_failure_behind_a_proxy_names_it(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message says which variable's proxy was asked, without its password, and does not suspect the service."""
+    """The message names the variable and its proxy, without the password, and does not blame the service."""
     monkeypatch.setenv(variable, ABSENT)
 
     with pytest.raises(JudgeConnectionError, match=rf"proxy http://127\.0\.0\.1:9 of {variable}") as caught:
@@ -106,7 +106,7 @@ def test_a_failure_behind_a_proxy_names_it(variable: str, monkeypatch: pytest.Mo
 
 
 def test_a_proxys_error_page_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that is not the service's is put down to the proxy in between."""
+    """An answer that is not the service's is attributed to the proxy."""
     page = b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nno"
     with tcp_server([page]) as (url, _), Judge(FAR) as direct:
         monkeypatch.setenv("HTTP_PROXY", url)
@@ -128,7 +128,7 @@ def test_a_proxys_error_page_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_variable_that_cannot_be_used_is_named(
     name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A broken variable is an error when the client is made, which names it and not what it holds."""
+    """A broken variable is an error when the client is made; the message has its name, not its value."""
     monkeypatch.setenv(name, value)
 
     for make in (Judge, AsyncJudge, lambda url: Access(url=url)):
@@ -138,8 +138,8 @@ def test_a_variable_that_cannot_be_used_is_named(
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\t"])
-def test_a_blank_variable_asks_for_no_proxy(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """White space is no proxy's address: the variable counts as one that is not set."""
+def test_a_blank_variable_counts_as_unset(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space is not a proxy's address."""
     monkeypatch.setenv("http_proxy", blank)
 
     assert proxy_of(FAR) is None
@@ -173,7 +173,7 @@ def test_a_blank_variable_asks_for_no_proxy(blank: str, monkeypatch: pytest.Monk
 def test_no_proxy_lists_names_addresses_and_networks(
     listed: str, url: str, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NO_PROXY is read as curl and requests read it, IPv6 addresses with brackets or without."""
+    """NO_PROXY is read as curl and requests do, IPv6 addresses with or without brackets."""
     monkeypatch.setenv("ALL_PROXY", "proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", listed)
 
@@ -183,14 +183,14 @@ def test_no_proxy_lists_names_addresses_and_networks(
 @pytest.mark.parametrize(
     "host", ["localhost", "a.localhost.", "127.0.0.1", "127.255.0.3", "127.1", "0x7f.1", "::1", "::ffff:127.0.0.1"]
 )
-def test_names_of_this_machine(host: str) -> None:
-    """All of them are loopback, and what only looks like them is not."""
+def test_loopback_is_recognised_in_every_spelling(host: str) -> None:
+    """Names and addresses that merely look like loopback are not."""
     assert is_loopback(host)
     assert not any(is_loopback(other) for other in (f"{host}.example", "localhost.example", "128.0.0.1", "::2"))
 
 
 def test_other_libraries_leave_loopback_alone(server: ScoringServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After `exempt_loopback` httpx and requests read NO_PROXY, keep what it lists, and leave loopback unproxied."""
+    """After `exempt_loopback`, httpx and requests reach loopback directly, and NO_PROXY keeps what it listed."""
     monkeypatch.setenv("http_proxy", ABSENT)
     monkeypatch.setenv("NO_PROXY", "[::1],far.example")
 
@@ -202,8 +202,8 @@ def test_other_libraries_leave_loopback_alone(server: ScoringServer, monkeypatch
     assert requests.post(server.url, json=body, headers={"X-Request-Id": "a"}, timeout=10).status_code == 200
 
 
-def test_the_upstream_is_asked_as_the_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upstream on loopback is asked directly; one behind a proxy that is gone names the proxy."""
+def test_the_upstream_engine_uses_the_same_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upstream on loopback is reached directly; the error for one behind a dead proxy names the proxy."""
     monkeypatch.setenv("ALL_PROXY", ABSENT)
     monkeypatch.setenv("NO_PROXY", "[::1]")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -215,8 +215,8 @@ def test_the_upstream_is_asked_as_the_client_asks(monkeypatch: pytest.MonkeyPatc
         find_served(Access(url=base_url(FAR)), None)
 
 
-def test_traces_for_a_collector_on_loopback_go_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter does not take a proxy to loopback."""
+def test_traces_reach_a_collector_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter does not use a proxy for loopback."""
     monkeypatch.setenv("http_proxy", ABSENT)
     monkeypatch.setenv("NO_PROXY", "[::1]")
     with collector() as found:
@@ -228,8 +228,8 @@ def test_traces_for_a_collector_on_loopback_go_there(monkeypatch: pytest.MonkeyP
     assert found.spans()
 
 
-def test_the_hub_is_asked_as_the_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub behind a proxy that is gone is out of reach by that proxy, and one on loopback is asked directly."""
+def test_the_hub_uses_the_same_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error for a hub behind a dead proxy names the proxy, and a hub on loopback is reached directly."""
     monkeypatch.setenv("http_proxy", ABSENT)
     monkeypatch.setenv("NO_PROXY", "[::1]")
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")

@@ -1,4 +1,4 @@
-"""Blank texts, and conversations in the forms of data sets: one rule for everything that reads them."""
+"""Blank texts, and conversations in the forms of data sets: the same rules for everything that reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from client.judge import AsyncJudge
 from client.load.bodies import UsageError, bodies
 from client.schema import Message
 from client.texts import is_blank, messages_in
-from tests.support.fake_judge import SCORE, own_environment
+from tests.support.fake_judge import SCORE, Service, batch_answer
 from tests.support.live import Live, live_service
 from trainer.errors import RecordError
 from trainer.instructions.reading import read_instructions
@@ -35,8 +35,6 @@ from trainer.run.records import Instruction, Score
 from trainer.run.records import Sample as Sampled
 from trainer.tuning.preferences import load_preferences
 from trainer.tuning.sft import load_examples
-
-__all__ = ["own_environment"]
 
 BLANK = ["", " ", "  \n", "\t\r\n", "\u00a0\u3000", "\u200b", "\ufeff", "\u2028", "\x00\x1b", "\u2800", "\u3164\ufe0f"]
 TURNS = [{"role": "user", "content": "2+2?"}]
@@ -54,19 +52,19 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
     return path
 
 
-# What says nothing.
+# Blank texts.
 
 
 @pytest.mark.parametrize("text", BLANK, ids=ascii)
-def test_a_text_without_anything_to_see_is_blank(text: str) -> None:
-    """White space of any script, controls and zero-width characters are nothing; one letter or symbol is something."""
+def test_a_text_without_anything_visible_is_blank(text: str) -> None:
+    """White space of any script, controls and zero-width characters are invisible; one letter or symbol is not."""
     assert is_blank(text)
     assert not any(is_blank(text + more) for more in ("a", ".", "\u4e2d", "\U0001f642", "\u0301", "<"))
 
 
 @pytest.mark.parametrize("text", BLANK, ids=ascii)
 def test_a_blank_completion_has_no_reward(text: str) -> None:
-    """Texts and conversations alike: it is counted as empty, stops nothing, and the judge is not asked."""
+    """Texts and conversations alike: it counts as empty, does not stop the training, and the judge is not asked."""
     with Judge("http://judge", transport=httpx.MockTransport(refuse)) as judge:
         reward = JudgeReward(judge, RewardOptions(max_failures=0.0))
         rewards = reward(["p", TURNS], [text, [say("assistant", [{"type": "text", "text": text}])]])
@@ -76,12 +74,12 @@ def test_a_blank_completion_has_no_reward(text: str) -> None:
 
 
 def refuse(request: httpx.Request) -> httpx.Response:
-    """Nobody should be asked."""
+    """The judge must not be asked."""
     raise AssertionError(request.url)
 
 
-def test_a_blank_prompt_is_no_question() -> None:
-    """It is counted by a code of its own."""
+def test_a_blank_prompt_has_no_reward() -> None:
+    """It is counted under its own code."""
     with Judge("http://judge", transport=httpx.MockTransport(refuse)) as judge:
         reward = JudgeReward(judge, RewardOptions(max_failures=1.0))
         rewards = reward(["\n"], ["a"])
@@ -90,10 +88,9 @@ def test_a_blank_prompt_is_no_question() -> None:
     assert reward.failures == {"empty_prompt": 1}
 
 
-def test_a_trainer_that_counts_none_as_nothing_may_be_given_a_number() -> None:
-    """OnlineDPO reads None as 0, which in log-odds is a good reward: `unjudged` takes its place."""
-    answer = {"results": [{"index": 0, "result": SCORE}]}
-    with Judge("http://judge", transport=httpx.MockTransport(lambda _: httpx.Response(200, json=answer))) as judge:
+def test_unjudged_replaces_none_as_the_reward() -> None:
+    """OnlineDPO reads None as 0, which is a good reward in log-odds; `unjudged` takes its place."""
+    with Judge("http://judge", transport=httpx.MockTransport(Service(batch_answer(1)))) as judge:
         rewards = JudgeReward(judge, RewardOptions(unjudged=-20.0))(["p"] * 2, ["a", "\n"])
 
     assert rewards == [SCORE["log_odds"], -20.0]
@@ -101,8 +98,8 @@ def test_a_trainer_that_counts_none_as_nothing_may_be_given_a_number() -> None:
         RewardOptions(unjudged=float("nan"))
 
 
-async def test_a_blank_answer_is_a_benchmarks_empty_response(tmp_path: Path) -> None:
-    """As an empty one: its sample is counted as failed, and blank prompts likewise."""
+async def test_a_blank_answer_is_an_empty_response_of_a_benchmark(tmp_path: Path) -> None:
+    """A sample with a blank answer or prompt counts as failed, like one with an empty text."""
     samples = [Sample("1", "all", "p", ("a",), ("\u200b\n",)), Sample("2", "all", " ", ("a",), ("b",))]
     asking = Asking({"all": Question()}, max_failures=1.0)
     async with AsyncJudge("http://judge", transport=httpx.MockTransport(refuse)) as judge:
@@ -112,20 +109,20 @@ async def test_a_blank_answer_is_a_benchmarks_empty_response(tmp_path: Path) -> 
 
 
 async def test_a_blank_response_is_labelled_as_empty_and_never_paired(tmp_path: Path) -> None:
-    """Even by the arm that has no judge, and whatever score stands for it in the file."""
+    """Not even by the labeller without a judge, and whatever its score in the file is."""
     instructions = [Instruction(id="i", prompt="p")]
     samples = [
         Sampled(id="i", sample=n, response=text, tokens=1, finish="stop") for n, text in enumerate(["a", "\u200b", "b"])
     ]
     scores = await label_samples(RandomLabeler(0), Labelling(instructions, samples, tmp_path / "scores.jsonl"))
-    stood = [Score(id="i", sample=n, log_odds=n, score=0.5) for n in range(3)]
+    stored = [Score(id="i", sample=n, log_odds=n, score=0.5) for n in range(3)]
 
     assert [score.error and score.error.code for score in scores] == [None, "empty_response", None]
-    assert make_pairs(instructions, samples, stood, PairOptions())[1].empty == 1
+    assert make_pairs(instructions, samples, stored, PairOptions())[1].empty == 1
 
 
-def test_the_service_judges_what_it_is_asked() -> None:
-    """The wire knows no blank texts: an answer of spaces is a text like any other, and only an empty one is refused."""
+def test_the_service_judges_blank_texts() -> None:
+    """On the wire an answer of spaces is a text like any other; only an empty one is refused."""
     with live_service() as live:
         statuses = [post(live, text).status_code for text in ("  \n", "")]
 
@@ -133,11 +130,11 @@ def test_the_service_judges_what_it_is_asked() -> None:
 
 
 def post(live: Live, text: str) -> httpx.Response:
-    """Ask for a score of this response."""
+    """POST /score with this response."""
     return live.http.post("/score", json={"prompt": "p", "response": text})
 
 
-# Conversations as text, and in parts.
+# Conversations as JSON text, and in parts.
 
 
 @pytest.mark.parametrize(
@@ -146,7 +143,7 @@ def post(live: Live, text: str) -> httpx.Response:
     ids=ascii,
 )
 def test_other_values_are_left_alone(value: object) -> None:
-    """Only what is a list of messages is read as one: JSON that is an answer stays a text."""
+    """Only a list of messages is read as one; other JSON stays a text."""
     assert messages_in(value, "prompt") == value
 
 
@@ -171,10 +168,8 @@ NOT_JSON = [
     ],
     ids=["benchmark", "preferences", "instructions", "calibrate", "load", "sft"],
 )
-def test_what_looks_like_messages_and_is_not_json_is_refused(
-    tmp_path: Path, load: Callable[[Path], object], text: str
-) -> None:
-    """Python's and numpy's notation, as CSV files of pandas hold them, is named and never taken literally."""
+def test_messages_that_are_not_json_are_refused(tmp_path: Path, load: Callable[[Path], object], text: str) -> None:
+    """Python's and numpy's notation, as in CSV files from pandas, is refused, not taken literally."""
     file = write(tmp_path / "a.jsonl", {"prompt": text, "chosen": "a", "rejected": "b", "response": "c"})
 
     with pytest.raises((SampleError, EvidenceError, UsageError), match=r"line 1: .*prompt.*looks like a list of mess"):
@@ -182,20 +177,21 @@ def test_what_looks_like_messages_and_is_not_json_is_refused(
 
 
 def test_a_benchmark_reads_conversations_that_are_text(tmp_path: Path) -> None:
-    """In CSV, prompt and answers that are JSON of messages mean what they mean as lists."""
+    """In CSV, a prompt and answers that are JSON of messages mean the same as lists."""
     record = {"prompt": TURNS, "chosen": ANSWERED, "rejected": [*TURNS, say("assistant", "5")], "subset": "all"}
     with (tmp_path / "a.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerows([record, [json.dumps(value) if value != "all" else value for value in record.values()]])
 
-    (read,) = load_pairs(tmp_path / "a.csv")
-    assert (read.prompt, read.chosen, read.rejected) == ("2+2?", ("4",), ("5",))
+    (sample,) = load_pairs(tmp_path / "a.csv")
+
+    assert (sample.prompt, sample.chosen, sample.rejected) == ("2+2?", ("4",), ("5",))
     with pytest.raises(SampleError, match="row 1: chosen is a list of objects, not a text"):
         load_rewardbench(tmp_path / "a.csv")
 
 
 def test_the_trainer_reads_conversations_that_are_text(tmp_path: Path) -> None:
-    """Instructions, examples and preferences are the same from JSON text as from lists."""
+    """Instructions, examples and preferences are read from JSON text as from lists."""
     texts = [json.dumps(TURNS), json.dumps(ANSWERED)]
     asked = write(tmp_path / "a.jsonl", {"messages": texts[1]})
     pairs = write(tmp_path / "b.jsonl", {"prompt": texts[0], "chosen": texts[1], "rejected": "5"})
@@ -208,7 +204,7 @@ def test_the_trainer_reads_conversations_that_are_text(tmp_path: Path) -> None:
 
 
 def test_calibration_and_load_read_conversations_that_are_text(tmp_path: Path) -> None:
-    """Prompts are read; an answer must be the answer's text."""
+    """Prompts may be conversations; an answer must be a plain text."""
     file = write(tmp_path / "a.jsonl", {"prompt": json.dumps(TURNS), "chosen": "4", "rejected": "5"})
 
     assert [pair.prompt for pair in read_pairs([file])] == [[Message(role="user", content="2+2?")]]
@@ -220,8 +216,8 @@ def test_calibration_and_load_read_conversations_that_are_text(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("content", ["", " \n", [{"type": "text", "text": ""}]], ids=ascii)
-def test_an_empty_system_turn_is_none(tmp_path: Path, content: object) -> None:
-    """Data sets write "no system message" as an empty one: nothing of it stands before the question."""
+def test_an_empty_system_turn_is_dropped(tmp_path: Path, content: object) -> None:
+    """Data sets write "no system message" as an empty one; nothing of it precedes the question."""
     turns = [say("system", content), *ANSWERED]
     file = write(tmp_path / "a.jsonl", {"messages": turns, "prompt": turns[:2], "chosen": "4", "rejected": "5"})
     bare = write(tmp_path / "b.jsonl", {"messages": turns})
@@ -233,22 +229,17 @@ def test_an_empty_system_turn_is_none(tmp_path: Path, content: object) -> None:
 
 
 def test_an_empty_system_turn_costs_no_reward() -> None:
-    """TRL's data sets have them too: the question is judged without it."""
-    seen: list[httpx.Request] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        seen.append(request)
-        return httpx.Response(200, json={"results": [{"index": 0, "result": SCORE}]})
-
-    with Judge("http://judge", transport=httpx.MockTransport(answer)) as judge:
+    """The question is judged without it, as TRL's data sets have them too."""
+    service = Service(batch_answer(1))
+    with Judge("http://judge", transport=httpx.MockTransport(service)) as judge:
         rewards = JudgeReward(judge)([[say("system", ""), *TURNS]], ["4"])
 
     assert rewards == [SCORE["log_odds"]]
-    assert json.loads(seen[0].content)["items"][0]["prompt"] == TURNS
+    assert service.sent["items"][0]["prompt"] == TURNS
 
 
-def test_contents_in_parts_are_their_texts(tmp_path: Path) -> None:
-    """Parts of type text, as chat APIs write them, make one text."""
+def test_the_text_parts_of_a_content_are_joined(tmp_path: Path) -> None:
+    """Parts of type text, as in chat APIs, make one text."""
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?", "image_url": None}]
     file = write(tmp_path / "a.jsonl", {"prompt": [say("user", parts)], "chosen": "4", "rejected": "5"})
 
@@ -268,8 +259,8 @@ def test_contents_in_parts_are_their_texts(tmp_path: Path) -> None:
     ],
     ids=ascii,
 )
-def test_a_message_that_is_no_text_is_named(tmp_path: Path, message: dict[str, Any], said: str) -> None:
-    """Tool calls, images, null and other layouts are refused with what is wrong, from a list or from JSON text."""
+def test_a_message_without_text_is_refused(tmp_path: Path, message: dict[str, Any], said: str) -> None:
+    """Tool calls, images, null and other layouts are refused with a reason, from a list or from JSON text."""
     for number, turns in enumerate(([message, *TURNS], json.dumps([message, *TURNS]))):
         record = {"prompt": turns, "messages": turns, "chosen": "4", "rejected": "5"}
         file = write(tmp_path / f"{number}.jsonl", record)
@@ -279,14 +270,14 @@ def test_a_message_that_is_no_text_is_named(tmp_path: Path, message: dict[str, A
 
 
 def test_an_instruction_is_not_a_list_of_messages(tmp_path: Path) -> None:
-    """Files of instructions that others wrote, as sampling and labelling take them, are held to the same."""
+    """The same holds for files of instructions written by others, which sampling and labelling accept."""
     file = write(tmp_path / "instructions.jsonl", {"id": "a", "prompt": json.dumps(TURNS)})
 
     with pytest.raises(RecordError, match=r"line 1: .*list of messages"):
         read_records(file, Instruction)
 
 
-# Files that are not what their names say.
+# Files with misleading names.
 
 RECORDS = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -305,8 +296,8 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
     ],
     ids=["lines.json", "with a mark", "lines.json.gz", "list.jsonl", "indented", "zipped.jsonl", "zipped.json"],
 )
-def test_a_file_is_read_as_what_it_is(tmp_path: Path, name: str, content: bytes) -> None:
-    """JSON lines in .json, a list in .jsonl, and compressed files without .gz give the same samples everywhere."""
+def test_a_file_is_read_by_its_content(tmp_path: Path, name: str, content: bytes) -> None:
+    """JSON Lines in .json, a list in .jsonl, and compressed files without .gz give the same samples everywhere."""
     (tmp_path / name).write_bytes(content)
 
     assert [sample.prompt for sample in load_pairs(tmp_path / name)] == ["p", "q"]
@@ -324,8 +315,8 @@ def test_a_file_is_read_as_what_it_is(tmp_path: Path, name: str, content: bytes)
         ("a.csv", b"prompt;chosen;rejected\np;a;b\n", "no column chosen .*there: prompt;chosen;rejected"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    """The place is told, and what to look at."""
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    """The message has the place, and what is wrong there."""
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(SampleError, match=said):
@@ -333,7 +324,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
 
 
 def test_parquet_columns_of_structs_are_conversations(tmp_path: Path) -> None:
-    """Lists of structs, with the nulls that Parquet fills in, read as messages; a null prompt is refused by its row."""
+    """Lists of structs, with the nulls that Parquet fills in, are messages; a null prompt is refused with its row."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     turns = [{**say("system", ""), "tool_calls": None}, {**TURNS[0], "tool_calls": None}]
     pq.write_table(pa.Table.from_pylist([{"prompt": turns, "chosen": "4", "rejected": "5"}]), tmp_path / "a.parquet")

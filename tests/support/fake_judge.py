@@ -1,16 +1,17 @@
-"""A service in the place of the real one, and ways to ask it, for the tests of the client."""
+"""Stand-ins for the service, and calls of both clients, for the client's tests."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
 import pytest
 
 from client import AsyncJudge, Judge
+from client.schema import ScoreRequest
 
 Handler = Callable[[httpx.Request], httpx.Response]
 Ask = Callable[..., Any]
@@ -44,44 +45,37 @@ COMPARE = {
 BUSY = {"error": {"message": "the queue is full", "type": "overloaded_error", "code": "overloaded"}}
 
 
-def ask_sync(handler: Handler, method: str, *args: Any, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Call one method of a Judge whose service is `handler`."""
-    with Judge("http://judge", transport=httpx.MockTransport(handler), **(settings or {})) as judge:
+def ask_sync(service: Handler | str, method: str, *args: Any, settings: dict[str, Any] | None = None, **kw: Any) -> Any:
+    """Call a method of a Judge that does not wait between retries; `service` is a function or the URL of a real one."""
+    with Judge(**_address(service), **(settings or {})) as judge:
         judge.backoff = 0.0
-        return getattr(judge, method)(*args, **options)
+        return getattr(judge, method)(*args, **kw)
 
 
-def ask_async(handler: Handler, method: str, *args: Any, settings: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Call one method of an AsyncJudge whose service is `handler`."""
+def ask_async(
+    service: Handler | str, method: str, *args: Any, settings: dict[str, Any] | None = None, **kw: Any
+) -> Any:
+    """`ask_sync` with an AsyncJudge, on an event loop of its own."""
 
     async def ask() -> Any:
-        async with AsyncJudge("http://judge", transport=httpx.MockTransport(handler), **(settings or {})) as judge:
+        async with AsyncJudge(**_address(service), **(settings or {})) as judge:
             judge.backoff = 0.0
-            return await getattr(judge, method)(*args, **options)
+            return await getattr(judge, method)(*args, **kw)
 
     return asyncio.run(ask())
 
 
-def reach_sync(url: str, timeout: float = 30.0, max_retries: int = 0) -> Any:
-    """Score over a real connection with a Judge."""
-    with Judge(url, timeout=timeout, max_retries=max_retries) as judge:
-        judge.backoff = 0.0
-        return judge.score("p", "r")
+both = pytest.mark.parametrize("ask", [ask_sync, ask_async])
 
 
-def reach_async(url: str, timeout: float = 30.0, max_retries: int = 0) -> Any:
-    """Score over a real connection with an AsyncJudge."""
-
-    async def reach() -> Any:
-        async with AsyncJudge(url, timeout=timeout, max_retries=max_retries) as judge:
-            judge.backoff = 0.0
-            return await judge.score("p", "r")
-
-    return asyncio.run(reach())
+def _address(service: Handler | str) -> dict[str, Any]:
+    if isinstance(service, str):
+        return {"base_url": service}
+    return {"base_url": "http://judge", "transport": httpx.MockTransport(service)}
 
 
 class Service:
-    """A service that gives its answers in turn, the last one for ever, and keeps the requests."""
+    """A service that gives its answers in turn, the last one forever, and keeps the requests."""
 
     def __init__(self, *answers: httpx.Response | BaseException) -> None:
         self.answers = list(answers)
@@ -104,23 +98,27 @@ class Service:
         return [request.headers.get(name) for request in self.requests]
 
 
+def score_requests(count: int, start: int = 0) -> list[ScoreRequest]:
+    """`count` requests with the responses "number 0", "number 1", …, or from `start` on."""
+    return [ScoreRequest(prompt="What is it?", response=f"number {n}") for n in range(start, start + count)]
+
+
+def batch_answer(count: int, errors: Mapping[int, dict[str, str]] | None = None, **changes: Any) -> httpx.Response:
+    """The answer to `count` score requests: SCORE with these changes, or the item's error from `errors` by index."""
+    errors = errors or {}
+    items = [
+        {"index": n, "error": errors[n]} if n in errors else {"index": n, "result": {**SCORE, **changes}}
+        for n in range(count)
+    ]
+    return httpx.Response(200, json={"results": items})
+
+
 def busy(**headers: str) -> httpx.Response:
-    """503 in the service's own form."""
+    """A 503 in the service's own form; `Retry_After="1"` is its header Retry-After."""
     return httpx.Response(503, json=BUSY, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
 def http(body: dict[str, Any]) -> bytes:
-    """A whole answer, byte for byte."""
+    """The bytes of a successful answer."""
     content = json.dumps(body).encode()
     return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
-
-
-both = pytest.mark.parametrize("ask", [ask_sync, ask_async])
-both_reach = pytest.mark.parametrize("reach", [reach_sync, reach_async])
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the key nor the proxy of whoever runs the tests takes part in them."""
-    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "*")

@@ -128,7 +128,7 @@ class Fleet:
         return self._folder / f"{self._count:02d}-{kind}.log"
 
     def wait_ready(self) -> None:
-        """Wait until all APIs are ready and all workers take jobs; raises RuntimeError with the log of one that is not."""
+        """Wait until all APIs are ready and all workers take jobs; raises RuntimeError with the log if one fails."""
         for worker in self.workers:
             _wait(worker, partial(_says, worker, "working"))
         for api in self.apis:

@@ -1,4 +1,4 @@
-"""A stand-in for the service that returns a response's own number as its log-odds, and records the connections."""
+"""A service in a thread that scores a response by the number in it, and records the connection of each request."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ScoringServer
 
+    def setup(self) -> None:
+        super().setup()
+        self.server.open.add(self.client_address[1])
+
+    def finish(self) -> None:
+        super().finish()
+        self.server.open.discard(self.client_address[1])
+
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.connections.append(self.client_address[1])
@@ -29,7 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Silent."""
+        """Print nothing."""
 
 
 def _score(asked: Any) -> dict[str, Any]:
@@ -37,7 +45,10 @@ def _score(asked: Any) -> dict[str, Any]:
 
 
 class ScoringServer(ThreadingHTTPServer):
-    """`connections` holds each request's client port, `heads` its headers."""
+    """Records the caller's port of each request in `connections` and its headers in `heads`.
+
+    `open` holds the callers' ports of the open connections.
+    """
 
     daemon_threads = True
     disable_nagle_algorithm = True
@@ -46,6 +57,7 @@ class ScoringServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.connections: list[int] = []
         self.heads: list[dict[str, str]] = []
+        self.open: set[int] = set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 

@@ -1,4 +1,4 @@
-"""The typed client: what it sends, and what it makes of answers."""
+"""The typed client: what it sends, and how it reads answers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import pytest
 import client
 from client import AsyncJudge, Judge, JudgeAPIError, JudgeError, OverloadedError
 from client.schema import CompareRequest, InlineTemplate, Labels, Message, ScoreRequest, ScoreResult
-from tests.support.fake_judge import BUSY, COMPARE, RESPONSE_SCORE, SCORE, Ask, Service, ask_sync, both, own_environment
-
-__all__ = ["own_environment"]
+from tests.support.fake_judge import BUSY, COMPARE, RESPONSE_SCORE, SCORE, Ask, Service, ask_sync, batch_answer, both
 
 ITEM = ScoreRequest(prompt="p", response="r")
 
@@ -24,8 +22,8 @@ ITEM = ScoreRequest(prompt="p", response="r")
 
 
 @both
-def test_score_sends_only_what_was_said(ask: Ask) -> None:
-    """score() posts the question as JSON, leaves defaults out, and returns the result as its type."""
+def test_score_leaves_defaults_out(ask: Ask) -> None:
+    """score() posts its arguments as JSON, without defaults, and returns a ScoreResult."""
     service = Service(httpx.Response(200, json=SCORE))
 
     result = ask(service, "score", "What is 2+2?", "4", category="math")
@@ -36,7 +34,7 @@ def test_score_sends_only_what_was_said(ask: Ask) -> None:
 
 
 @both
-def test_compare_passes_its_options_on(ask: Ask) -> None:
+def test_compare_sends_its_options(ask: Ask) -> None:
     """compare() posts its responses and options and returns the ranking."""
     service = Service(httpx.Response(200, json=COMPARE))
 
@@ -57,7 +55,7 @@ def test_a_conversation_may_be_dicts_or_messages(turn: Message | dict[str, str])
     assert service.sent["prompt"] == [{"role": "user", "content": "hi"}]
 
 
-def test_a_template_of_ones_own_is_sent_along() -> None:
+def test_an_inline_template_is_sent_in_the_request() -> None:
     """An InlineTemplate travels inside the request."""
     service = Service(httpx.Response(200, json=SCORE))
     template = InlineTemplate(format="raw", layout="{prompt} {response}", labels=Labels(yes=["A"], no=["B"]))
@@ -70,10 +68,9 @@ def test_a_template_of_ones_own_is_sent_along() -> None:
 
 @both
 def test_a_batch_returns_errors_as_objects_in_order(ask: Ask) -> None:
-    """score_batch() puts a refused item's error, as its exception, where its score would have been."""
+    """score_batch() returns a refused item's error, as an exception object, in the place of its score."""
     refused = {"message": "too long", "type": "invalid_request_error", "code": "context_length_exceeded"}
-    results = [{"index": 0, "result": SCORE}, {"index": 1, "error": refused}]
-    service = Service(httpx.Response(200, json={"results": results}))
+    service = Service(batch_answer(2, errors={1: refused}))
 
     good, bad = ask(service, "score_batch", [ITEM, ITEM])
 
@@ -84,7 +81,7 @@ def test_a_batch_returns_errors_as_objects_in_order(ask: Ask) -> None:
 
 
 @both
-def test_compare_batch_reads_each_item(ask: Ask) -> None:
+def test_compare_batch_returns_each_comparison(ask: Ask) -> None:
     """compare_batch() returns one comparison for each request."""
     service = Service(httpx.Response(200, json={"results": [{"index": 0, "result": COMPARE}]}))
 
@@ -95,12 +92,11 @@ def test_compare_batch_reads_each_item(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(("code", "status"), [("rate_limited", 429), ("from_the_future", 503)])
-def test_an_items_error_has_the_status_of_its_code_else_of_its_type(code: str, status: int) -> None:
-    """An item's error maps to a class by its code, and by its type where the code is not known yet."""
+def test_an_items_error_gets_its_status_from_its_code_or_type(code: str, status: int) -> None:
+    """An item's error gets its status from its code, or from its type if the code is unknown."""
     error = {"message": "m", "type": "overloaded_error", "code": code}
-    service = Service(httpx.Response(200, json={"results": [{"index": 0, "error": error}]}))
 
-    (bad,) = ask_sync(service, "score_batch", [ITEM])
+    (bad,) = ask_sync(Service(batch_answer(1, errors={0: error})), "score_batch", [ITEM])
 
     assert (bad.status, bad.code) == (status, code)
 
@@ -114,8 +110,8 @@ def test_an_items_error_has_the_status_of_its_code_else_of_its_type(code: str, s
         pytest.param([{"index": 0, "result": SCORE}, {"index": 1, "result": SCORE, "error": BUSY["error"]}], id="both"),
     ],
 )
-def test_a_batch_that_does_not_add_up_is_an_error(results: list[Any]) -> None:
-    """Scores are never handed to the wrong item: a batch answer that lacks, swaps or doubles entries is refused."""
+def test_an_inconsistent_batch_is_an_error(results: list[Any]) -> None:
+    """A score never goes to the wrong item: a batch with missing, swapped or contradictory entries is refused."""
     service = Service(httpx.Response(200, json={"results": results}))
 
     with pytest.raises(JudgeError, match=r"should have"):
@@ -123,8 +119,8 @@ def test_a_batch_that_does_not_add_up_is_an_error(results: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"ranking": [1, 1]}, {"scores": [RESPONSE_SCORE]}])
-def test_a_comparison_of_other_responses_is_an_error(wrong: dict[str, Any]) -> None:
-    """compare() refuses a ranking that does not hold each of its responses once."""
+def test_an_inconsistent_ranking_is_an_error(wrong: dict[str, Any]) -> None:
+    """compare() refuses an answer that does not have each of its responses exactly once."""
     with pytest.raises(JudgeError, match="each of 2 asked"):
         ask_sync(Service(httpx.Response(200, json={**COMPARE, **wrong})), "compare", "p", ["a", "b"])
 
@@ -139,8 +135,8 @@ def test_a_comparison_of_other_responses_is_an_error(wrong: dict[str, Any]) -> N
         ("ready", "/ready", {"status": "ready", "model": "tiny"}),
     ],
 )
-def test_the_plain_questions(ask: Ask, method: str, path: str, body: dict[str, Any]) -> None:
-    """The methods without arguments are GETs of their route."""
+def test_methods_without_arguments_get_their_route(ask: Ask, method: str, path: str, body: dict[str, Any]) -> None:
+    """templates(), models(), health() and ready() are GETs."""
     service = Service(httpx.Response(200, json=body))
 
     result = ask(service, method)
@@ -153,7 +149,7 @@ def test_the_plain_questions(ask: Ask, method: str, path: str, body: dict[str, A
     "options", [{"category": "math", "template": "general"}, {"truncation": "sometimes"}, {"temperature": 1}]
 )
 def test_an_invalid_request_is_not_sent(options: dict[str, Any]) -> None:
-    """Arguments that make no valid request raise a ValueError before anything is sent."""
+    """Invalid arguments raise a ValueError before anything is sent."""
     service = Service(httpx.Response(200, json=SCORE))
 
     with pytest.raises(ValueError, match="validation error"):
@@ -164,8 +160,8 @@ def test_an_invalid_request_is_not_sent(options: dict[str, Any]) -> None:
 # Headers and settings.
 
 
-def test_every_request_says_who_asks_and_how_long() -> None:
-    """A request carries the key, the client's version, its time limit in seconds, and the caller's own headers."""
+def test_every_request_has_its_headers() -> None:
+    """A request carries the key, the client's version, its timeout in seconds, and the caller's own headers."""
     service = Service(httpx.Response(200, json=SCORE))
 
     ask_sync(service, "score", "p", "r", settings={"api_key": "k1", "timeout": 5.0, "headers": {"traceparent": "00-1"}})
@@ -181,7 +177,7 @@ def test_every_request_says_who_asks_and_how_long() -> None:
 def test_the_key_comes_from_the_environment_unless_given(
     given: str | None, sent: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """JUDGE_API_KEY is used where no key is given; the empty string sends none."""
+    """JUDGE_API_KEY is used unless a key is given; the empty string sends none."""
     monkeypatch.setenv("JUDGE_API_KEY", "env-key")
     service = Service(httpx.Response(200, json=SCORE))
 
@@ -191,8 +187,8 @@ def test_the_key_comes_from_the_environment_unless_given(
 
 
 @pytest.mark.parametrize("value", ["k1,k2", '["k1"]', "k 1", "ké", "k\n1"])
-def test_a_key_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list of keys, as a service takes it, or text that no header can hold is refused without being repeated."""
+def test_an_invalid_key_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of keys, and text that no header can hold, are refused without repeating them."""
     monkeypatch.setenv("JUDGE_API_KEY", value)
 
     with pytest.raises(ValueError, match="JUDGE_API_KEY") as caught:
@@ -204,28 +200,28 @@ def test_a_key_that_is_none_is_refused(value: str, monkeypatch: pytest.MonkeyPat
     "settings", [{"timeout": 0}, {"timeout": float("nan")}, {"timeout": float("inf")}, {"max_retries": -1}]
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
-    """A deadline that is not a positive number and a negative number of retries are a ValueError."""
+    """A timeout that is not a positive number, and a negative number of retries, raise a ValueError."""
     with pytest.raises(ValueError, match=next(iter(settings))):
         Judge("http://judge", **settings)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "judge", "", "ftp://judge", "http://", "http:///score"])
 def test_a_url_without_scheme_or_host_is_refused(url: str) -> None:
-    """base_url must name a scheme and a host; the message shows one."""
+    """base_url must have a scheme and a host; the message shows an example."""
     with pytest.raises(ValueError, match="http://localhost:8000"):
         Judge(url)
 
 
 @pytest.mark.parametrize("kind", [Judge, AsyncJudge])
 @pytest.mark.parametrize("url", ["http://judge:65536", "http://127.0.0.1:99999", "http://a..b", f"http://{'a' * 64}.b"])
-def test_a_url_that_no_connection_can_have_is_refused(kind: type[Judge | AsyncJudge], url: str) -> None:
-    """A port or a name that cannot be is a ValueError at once, where the first call failed by a foreign error."""
+def test_a_url_with_an_impossible_port_or_name_is_refused(kind: type[Judge | AsyncJudge], url: str) -> None:
+    """A ValueError at once, not an error of httpx or the system on the first call."""
     with pytest.raises(ValueError, match="base_url is not a URL"):
         kind(url)
 
 
 def test_a_path_before_the_routes_is_kept() -> None:
-    """A service mounted under a path is reached there."""
+    """A service that is mounted under a path is called there."""
     service = Service(httpx.Response(200, json=SCORE))
     with Judge("http://judge/v2/", transport=httpx.MockTransport(service)) as judge:
         judge.score("p", "r")
@@ -233,12 +229,12 @@ def test_a_path_before_the_routes_is_kept() -> None:
     assert str(service.requests[0].url) == "http://judge/v2/score"
 
 
-# Errors that the service tells.
+# Errors from the service.
 
 
 @both
 def test_an_error_answer_becomes_its_exception(ask: Ask) -> None:
-    """The wire's message, code, param and ids are on the exception of the status."""
+    """The exception has the class of the status, and the wire's message, code and param with the request's id."""
     body = {"error": {"message": "no such one", "type": "not_found_error", "param": "template", "code": "newer_code"}}
     service = Service(httpx.Response(404, json=body))
 
@@ -254,7 +250,7 @@ def test_an_error_answer_becomes_its_exception(ask: Ask) -> None:
     ("status", "kind"), [(502, client.InternalServerError), (503, OverloadedError), (403, JudgeAPIError)]
 )
 def test_an_error_that_is_not_json_keeps_its_status(status: int, kind: type[JudgeAPIError]) -> None:
-    """A proxy's HTML page becomes the exception of its status with a short message of our own."""
+    """A proxy's HTML page becomes the exception of its status, with a short message of ours."""
     page = "<html>" + "x" * 10_000
     service = Service(httpx.Response(status, html=page))
 
@@ -265,7 +261,7 @@ def test_an_error_that_is_not_json_keeps_its_status(status: int, kind: type[Judg
 
 
 def test_a_redirect_is_not_followed() -> None:
-    """A redirect is an error that names where it leads: the key is not carried to another host."""
+    """A redirect is an error that names its target, so that the key never goes to another host."""
     service = Service(httpx.Response(307, headers={"Location": "https://elsewhere/score"}))
 
     with pytest.raises(JudgeAPIError, match="https://elsewhere/score"):
@@ -277,8 +273,8 @@ def test_a_redirect_is_not_followed() -> None:
 @pytest.mark.parametrize(
     "content", [b"<html>", b"", b"\xff", b"{}", json.dumps(SCORE | {"score": float("nan")}).encode()]
 )
-def test_a_success_that_does_not_fit_is_an_error(ask: Ask, content: bytes) -> None:
-    """A 200 whose body is no ScoreResult is a JudgeError that says so, never a score, and is not asked again."""
+def test_an_unreadable_success_is_an_error(ask: Ask, content: bytes) -> None:
+    """A 200 whose body is not a ScoreResult is a JudgeError that says so, never a score, and is not retried."""
     service = Service(httpx.Response(200, content=content))
 
     with pytest.raises(JudgeError, match="not a ScoreResult"):
@@ -296,7 +292,7 @@ def test_the_contract_alone_loads_no_http_client() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_every_name_that_the_package_promises_is_there() -> None:
-    """All of `client.__all__` can be imported, and a name that it lacks is an AttributeError."""
+def test_every_exported_name_exists() -> None:
+    """All of `client.__all__` can be imported, and any other name is an AttributeError."""
     assert [name for name in client.__all__ if not hasattr(client, name)] == []
     assert not hasattr(client, "Jury")

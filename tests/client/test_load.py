@@ -1,4 +1,4 @@
-"""The load generator: its schedule, what it counts, and how it takes bad usage and dying services."""
+"""The load generator: its schedule, what it counts, bad usage and dying services."""
 
 from __future__ import annotations
 
@@ -18,24 +18,21 @@ from client.load.raw_http import Endpoint
 from client.load.report import summarise_load
 from client.load.traffic import Load, RequestOutcome, percentile, poisson_arrivals, run_open_loop, uniform_arrivals
 from service.engine.fake import FakeEngine
-from tests.support.fake_judge import own_environment
 from tests.support.live import live_service, wait_for
 from tests.support.tcp_server import tcp_server
-
-__all__ = ["own_environment"]
 
 SHORT = ["--duration", "0.3", "--warmup", "2"]
 
 
-def reported(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """The program's exit code and its report."""
+def run_load(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Run the program; returns its exit code and its report."""
     file = out / "report.json"
     code = load.main([*arguments, "--out", str(file)])
     return code, json.loads(file.read_text())
 
 
 def test_a_seed_fixes_the_schedule() -> None:
-    """The same seed gives the same arrivals, another one others; all lie within the duration, at about the rate."""
+    """The same seed gives the same arrivals, another one others; all are within the duration, at about the rate."""
     arrivals = poisson_arrivals(100, 20.0, seed=1)
 
     assert arrivals == poisson_arrivals(100, 20.0, seed=1) != poisson_arrivals(100, 20.0, seed=2)
@@ -50,17 +47,17 @@ def test_uniform_arrivals_are_evenly_spaced() -> None:
 
 
 @pytest.mark.parametrize(("percent", "value"), [(50, 50.5), (95, 96), (99, 100)])
-def test_percentiles(percent: float, value: float) -> None:
-    """The value below which so many percent lie, whatever the order."""
+def test_percentiles_do_not_depend_on_the_order(percent: float, value: float) -> None:
+    """The order statistic at that percentage, and for 50 the median."""
     assert percentile(list(range(100, 0, -1)), percent) == value
 
 
 @pytest.mark.parametrize("route", ["score", "compare", "health"])
 @pytest.mark.parametrize("loop", [["--rate", "60", "--arrivals", "uniform"], ["--callers", "3"]])
 def test_a_healthy_service_answers_all(tmp_path: Path, route: str, loop: list[str]) -> None:
-    """Both loops, all routes: every request succeeds and is counted, the warm-up is not."""
+    """Both loops, all routes: every request succeeds and is counted, apart from the warm-up."""
     with live_service() as live:
-        code, report = reported(tmp_path, "--judge-url", live.url, "--route", route, *loop, *SHORT)
+        code, report = run_load(tmp_path, "--judge-url", live.url, "--route", route, *loop, *SHORT)
         answered = live.value(
             "judge_requests_total", method="GET" if route == "health" else "POST", route=f"/{route}", status="200"
         )
@@ -71,36 +68,36 @@ def test_a_healthy_service_answers_all(tmp_path: Path, route: str, loop: list[st
 
 
 def test_an_open_loop_sends_its_whole_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many requests as were scheduled, and a table of them on stdout."""
+    """It sends as many requests as scheduled, and prints a table to stdout."""
     with live_service() as live:
-        _, report = reported(tmp_path, "--judge-url", live.url, "--rate", "50", "--seed", "3", *SHORT)
+        _, report = run_load(tmp_path, "--judge-url", live.url, "--rate", "50", "--seed", "3", *SHORT)
 
     assert report["sent"] == len(poisson_arrivals(50, 0.3, 3))
     assert (report["loop"], report["seed"]) == ("open", 3)
     assert "succeeded" in capsys.readouterr().out
 
 
-def test_a_request_that_was_due_counts_its_waiting() -> None:
-    """Latency runs from the scheduled time: one sent a second too late took a second at least, all of it lag."""
+def test_latency_counts_from_when_a_request_was_due() -> None:
+    """A request that is sent a second late takes at least a second, and that second is lag."""
     with live_service() as live:
-        asked = Load(live.url, "/score", b'{"prompt": "p", "response": "r"}', 1, 1.0)
-        (answer,) = asyncio.run(run_open_loop(asked, [-1.0]))
+        one = Load(live.url, "/score", b'{"prompt": "p", "response": "r"}', 1, 1.0)
+        (answer,) = asyncio.run(run_open_loop(one, [-1.0]))
 
     assert answer.seconds > answer.late >= 1.0
 
 
 def test_refusals_are_counted_beside_the_latencies(tmp_path: Path) -> None:
-    """A service with room for one judgement refuses most; these are not among the successes."""
+    """A service with room for one judgement refuses most requests; refusals are not successes."""
     with live_service(FakeEngine(delay=0.1), max_queue_jobs=1) as live:
-        code, report = reported(tmp_path, "--judge-url", live.url, "--rate", "100", *SHORT)
+        code, report = run_load(tmp_path, "--judge-url", live.url, "--rate", "100", *SHORT)
 
     assert code == 0
     assert report["refused_503"] > 0
     assert report["succeeded"] + report["refused_503"] == report["sent"]
 
 
-def test_successes_alone_have_latencies() -> None:
-    """Each outcome is counted under its own name, and 504 with those who heard nothing."""
+def test_only_successes_have_latencies() -> None:
+    """Each outcome is counted under its own name, and a 504 among the timeouts."""
     slow = [RequestOutcome(503, 9.0), RequestOutcome(429, 9.0), RequestOutcome(504, 9.0), RequestOutcome(500, 9.0)]
     silent = [RequestOutcome(0, 9.0, failure="timeout"), RequestOutcome(0, 9.0, failure="connection")]
 
@@ -113,25 +110,24 @@ def test_successes_alone_have_latencies() -> None:
 
 
 def test_a_rate_limit_is_counted(tmp_path: Path) -> None:
-    """429 is an outcome of its own."""
+    """A 429 is an outcome of its own."""
     with live_service(rate_limit=3) as live:
-        _, report = reported(tmp_path, "--judge-url", live.url, "--callers", "2", *SHORT)
+        _, report = run_load(tmp_path, "--judge-url", live.url, "--callers", "2", *SHORT)
 
     assert report["rate_limited_429"] > 0
 
 
 def test_a_service_that_vanishes_is_counted() -> None:
-    """A connection closed in mid-answer, and one that nobody accepts any more, are errors and no crash."""
+    """A connection that breaks in the middle of an answer is an outcome, not a crash."""
     half = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf"
     with tcp_server([half]) as (url, _):
-        asked = Load(url, "/health", b"", 1, 1.0)
-        answers = asyncio.run(run_open_loop(asked, [0.0]))
+        answers = asyncio.run(run_open_loop(Load(url, "/health", b"", 1, 1.0), [0.0]))
 
     assert [(answer.status, answer.failure) for answer in answers] == [(0, "connection")]
 
 
-def test_silence_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that never answers costs a request its timeout, and is counted so."""
+def test_no_answer_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that never answers costs a request its timeout."""
     monkeypatch.setattr("client.load.traffic.GRACE", 0.0)
     with tcp_server([None]) as (url, _):
         (answer,) = asyncio.run(run_open_loop(Load(url, "/health", b"", 1, 1.0, timeout=0.05), [0.0]))
@@ -147,8 +143,8 @@ def test_silence_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
     ],
 )
-def test_other_servers_ways_are_understood(reply: bytes) -> None:
-    """Chunks, no length at all, and a connection that ends with the answer."""
+def test_other_forms_of_answers_are_understood(reply: bytes) -> None:
+    """Chunked, without a length, and with `Connection: close`."""
     with tcp_server([reply]) as (url, requests):
         (answer,) = asyncio.run(run_open_loop(Load(f"{url}/base/", "/health", b"", 1, 1.0), [0.0]))
 
@@ -157,15 +153,15 @@ def test_other_servers_ways_are_understood(reply: bytes) -> None:
 
 
 def test_the_key_is_sent(tmp_path: Path) -> None:
-    """A service that wants a key gets it."""
+    """A service that requires a key gets it."""
     with live_service(api_key=["k1"]) as live:
-        code, report = reported(tmp_path, "--judge-url", live.url, "--api-key", "k1", *SHORT)
+        code, report = run_load(tmp_path, "--judge-url", live.url, "--api-key", "k1", *SHORT)
 
     assert (code, report["other_errors"]) == (0, 0)
 
 
 def test_rows_of_a_file_are_sent_in_turn(tmp_path: Path) -> None:
-    """A response, else the chosen one, with its category; after the last row comes the first."""
+    """The response, or the chosen one, with its category; after the last row comes the first."""
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "a", "response": "b", "category": "math"}, {"prompt": "c", "chosen": "d", "rejected": "e"}]
     file.write_text("\n".join(json.dumps(row) for row in rows))
@@ -177,15 +173,15 @@ def test_rows_of_a_file_are_sent_in_turn(tmp_path: Path) -> None:
 
 
 def test_pairs_are_compared(tmp_path: Path) -> None:
-    """For /compare the chosen and the rejected response are the two."""
+    """/compare gets the chosen and the rejected response."""
     file = tmp_path / "rows.jsonl"
     file.write_text('{"prompt": "c", "chosen": "d", "rejected": "e"}\n')
 
     assert json.loads(bodies("compare", file)(0)) == {"prompt": "c", "responses": ["d", "e"]}
 
 
-def test_progress_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Now and then a line with the outcomes so far, apart from the table."""
+def test_progress_goes_to_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every few seconds a line with the outcomes so far."""
     monkeypatch.setattr(load, "PROGRESS_SECONDS", 0.05)
     with live_service() as live:
         load.main(["--judge-url", live.url, *SHORT])
@@ -194,7 +190,7 @@ def test_progress_is_told_on_stderr(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_ctrl_c_ends_with_130() -> None:
-    """An interrupt ends the program in the shell's way, and the service has nothing left to do."""
+    """An interrupt ends the program with 130, and nothing is left to do at the service."""
     with live_service(worker=False) as live:
 
         def interrupt() -> None:
@@ -207,8 +203,8 @@ def test_ctrl_c_ends_with_130() -> None:
         assert wait_for(lambda: live.queue.waiting() == 0)
 
 
-def test_nobody_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no service listens the program says so and ends with 1."""
+def test_an_unreachable_service_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """If no service listens, the program says so and ends with 1."""
     url = "http://127.0.0.1:9"
 
     codes = [load.main(["--judge-url", url, *SHORT, *more]) for more in ([], ["--rate", "10", "--warmup", "0"])]
@@ -228,7 +224,7 @@ def test_nobody_there_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bad_flags_end_with_2(arguments: list[str]) -> None:
-    """argparse refuses what makes no load."""
+    """argparse refuses values that cannot work."""
     with pytest.raises(SystemExit) as ended:
         load.main(arguments)
 
@@ -246,14 +242,14 @@ def test_bad_flags_end_with_2(arguments: list[str]) -> None:
     ],
 )
 def test_bad_arguments_end_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    """What cannot be used is told before anything is sent."""
+    """Unusable arguments are reported before anything is sent."""
     assert load.main(arguments) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("row", ["{", "[]", '{"prompt": "p"}', '{"prompt": "", "response": "r"}', ""])
 def test_bad_rows_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], row: str) -> None:
-    """A row that makes no request is named with its file."""
+    """A row that does not make a request is reported with its file."""
     file = tmp_path / "rows.jsonl"
     file.write_text(row)
 
@@ -264,8 +260,8 @@ def test_bad_rows_end_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("url", "port", "tls"), [("http://h", 80, False), ("https://h/x", 443, True), ("https://h:1", 1, True)]
 )
-def test_a_url_says_where_and_whether_encrypted(url: str, port: int, tls: bool) -> None:
-    """https means TLS, and each scheme has its port."""
+def test_a_url_gives_host_port_and_encryption(url: str, port: int, tls: bool) -> None:
+    """https means TLS, and each scheme has its default port."""
     origin = Endpoint.of(url)
 
     assert (origin.host, origin.port, origin.tls) == ("h", port, tls)

@@ -1,9 +1,8 @@
-"""The typed client when things go wrong: when it asks again, how long it waits, and real connections that break."""
+"""The typed client when things go wrong: what it retries, how long it waits, and real connections that break."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,28 +20,11 @@ from client import (
     OverloadedError,
 )
 from client.transport.retries import MAX_BACKOFF, parse_retry_after, wait_after
-from tests.support.fake_judge import (
-    SCORE,
-    Ask,
-    Service,
-    ask_sync,
-    both,
-    both_reach,
-    busy,
-    http,
-    own_environment,
-    reach_sync,
-)
+from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both, busy, http
+from tests.support.redis_server import free_port
 from tests.support.tcp_server import Script, drip, tcp_server
 
-__all__ = ["own_environment"]
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A local port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+ONCE = {"max_retries": 0}
 
 
 @pytest.fixture
@@ -52,12 +34,12 @@ def mute() -> Iterator[str]:
         yield url
 
 
-# Asking again.
+# Retries.
 
 
 @both
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_passing_trouble_is_asked_again(ask: Ask, status: int) -> None:
+def test_a_transient_error_is_retried(ask: Ask, status: int) -> None:
     """429, 502, 503 and 504 are retried until the answer comes."""
     service = Service(httpx.Response(status), httpx.Response(status), httpx.Response(200, json=SCORE))
 
@@ -68,8 +50,8 @@ def test_a_passing_trouble_is_asked_again(ask: Ask, status: int) -> None:
 
 
 @both
-def test_an_error_that_a_gateway_sends_as_a_success_is_that_error(ask: Ask) -> None:
-    """By its code: what passes is asked again, everything else is told."""
+def test_an_error_that_a_gateway_turned_into_a_200_is_that_error(ask: Ask) -> None:
+    """Its code decides: a transient error is retried, any other is raised."""
     full = {"message": "the queue is full", "type": "overloaded_error", "code": "overloaded"}
     bad = {"message": "too long", "type": "invalid_request_error", "code": "context_length_exceeded"}
     service = Service(httpx.Response(200, json={"error": full}), httpx.Response(200, json={"error": bad}))
@@ -81,8 +63,8 @@ def test_an_error_that_a_gateway_sends_as_a_success_is_that_error(ask: Ask) -> N
 
 @both
 @pytest.mark.parametrize("page", [b"<html>Back soon</html>", b"", b"[]", b'{"error": "busy"}'])
-def test_a_success_that_is_no_answer_of_ours_is_told(ask: Ask, page: bytes) -> None:
-    """A proxy's page with the status 200 is neither a result nor a traceback of pydantic's."""
+def test_another_servers_200_is_an_error(ask: Ask, page: bytes) -> None:
+    """A proxy's page with the status 200 is neither a result nor a pydantic error."""
     service = Service(httpx.Response(200, content=page, headers={"Content-Type": "text/html"}))
 
     with pytest.raises(JudgeError, match="is this the URL of a judge-as-api service"):
@@ -91,8 +73,8 @@ def test_a_success_that_is_no_answer_of_ours_is_told(ask: Ask, page: bytes) -> N
 
 @both
 @pytest.mark.parametrize("status", [400, 401, 404, 408, 413, 422, 500])
-def test_other_errors_are_told_at_once(ask: Ask, status: int) -> None:
-    """An answer that would be the same again is not asked for again."""
+def test_other_errors_are_raised_at_once(ask: Ask, status: int) -> None:
+    """An error that would be the same again is not retried."""
     service = Service(httpx.Response(status))
 
     with pytest.raises(JudgeAPIError):
@@ -101,8 +83,8 @@ def test_other_errors_are_told_at_once(ask: Ask, status: int) -> None:
 
 
 @both
-def test_a_broken_connection_is_asked_again(ask: Ask) -> None:
-    """Scoring is idempotent, so a connection that breaks in mid-answer is retried."""
+def test_a_broken_connection_is_retried(ask: Ask) -> None:
+    """Scoring is idempotent, so a connection that breaks in the middle of an answer is retried."""
     service = Service(httpx.RemoteProtocolError("peer closed connection"), httpx.Response(200, json=SCORE))
 
     result = ask(service, "score", "p", "r")
@@ -111,8 +93,8 @@ def test_a_broken_connection_is_asked_again(ask: Ask) -> None:
 
 
 @both
-def test_a_timeout_of_the_transport_is_not_asked_again(ask: Ask) -> None:
-    """An attempt has all the time that is left, so one that ran out of time is the last."""
+def test_a_timeout_of_the_transport_is_not_retried(ask: Ask) -> None:
+    """An attempt has all the time that is left, so one that timed out was the last."""
     service = Service(httpx.ReadTimeout("slow"))
 
     with pytest.raises(JudgeTimeoutError, match="POST /score"):
@@ -122,7 +104,7 @@ def test_a_timeout_of_the_transport_is_not_asked_again(ask: Ask) -> None:
 
 @both
 def test_the_last_error_is_raised_when_retries_are_used_up(ask: Ask) -> None:
-    """max_retries=2 asks three times, then raises what the service said last."""
+    """max_retries=2 makes three attempts, then raises the last error."""
     service = Service(busy())
 
     with pytest.raises(OverloadedError, match="the queue is full"):
@@ -131,7 +113,7 @@ def test_the_last_error_is_raised_when_retries_are_used_up(ask: Ask) -> None:
 
 
 @both
-def test_one_call_keeps_one_id(ask: Ask) -> None:
+def test_a_call_keeps_its_request_id(ask: Ask) -> None:
     """The request id is the same in all attempts of a call."""
     service = Service(busy(), httpx.Response(200, json=SCORE))
 
@@ -143,8 +125,8 @@ def test_one_call_keeps_one_id(ask: Ask) -> None:
 
 
 @both
-def test_retry_after_is_waited_off_and_counts_against_the_deadline(ask: Ask) -> None:
-    """The second attempt begins no sooner than Retry-After says, and has only the rest of the time."""
+def test_retry_after_is_waited_for_and_counts_against_the_deadline(ask: Ask) -> None:
+    """The second attempt begins no earlier than Retry-After says, and has only the remaining time."""
     service = Service(busy(Retry_After="0.05"), httpx.Response(200, json=SCORE))
 
     ask(service, "score", "p", "r", settings={"timeout": 20.0})
@@ -155,7 +137,7 @@ def test_retry_after_is_waited_off_and_counts_against_the_deadline(ask: Ask) -> 
 
 @both
 def test_a_wait_beyond_the_deadline_is_not_begun(ask: Ask) -> None:
-    """When Retry-After would pass the deadline the error is raised at once, with the wait that was asked for."""
+    """If Retry-After would pass the deadline, the error is raised at once, with the requested wait."""
     service = Service(busy(Retry_After="3600"))
 
     with pytest.raises(OverloadedError) as caught:
@@ -166,8 +148,8 @@ def test_a_wait_beyond_the_deadline_is_not_begun(ask: Ask) -> None:
 
 @both
 @pytest.mark.parametrize("method", ["health", "ready"])
-def test_probes_ask_once(ask: Ask, method: str) -> None:
-    """health() and ready() tell how things stand now: they do not wait for better."""
+def test_probes_are_never_retried(ask: Ask, method: str) -> None:
+    """health() and ready() report the state now, they do not wait for a better one."""
     service = Service(busy(Retry_After="0"))
 
     with pytest.raises(OverloadedError):
@@ -176,14 +158,14 @@ def test_probes_ask_once(ask: Ask, method: str) -> None:
 
 
 def test_retries_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    """A program whose output matters does not find lines about retries in it."""
+    """Retries leave no lines in a program's output."""
     ask_sync(Service(busy(), httpx.Response(200, json=SCORE)), "score", "p", "r")
 
     assert capfd.readouterr() == ("", "")
 
 
-def test_retries_can_be_seen(caplog: pytest.LogCaptureFixture) -> None:
-    """At INFO, the logger `client` tells of each retry and its cause, without the caller's text."""
+def test_retries_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """At INFO, the logger `client` names each retry and its cause, without the caller's text."""
     caplog.set_level("INFO", logger="client")
 
     ask_sync(Service(busy(), httpx.Response(200, json=SCORE)), "score", "secret prompt", "r")
@@ -206,7 +188,7 @@ def test_an_interruption_is_never_retried(ask: Ask, kind: type[BaseException]) -
 
 
 async def test_a_cancelled_call_ends(mute: str) -> None:
-    """Cancelling a task that waits for an answer raises CancelledError in it, and no other attempt begins."""
+    """Cancelling a task that waits for an answer raises CancelledError in it, and no further attempt begins."""
     async with AsyncJudge(mute) as judge:
         task = asyncio.create_task(judge.score("p", "r"))
         await asyncio.sleep(0.05)
@@ -228,14 +210,14 @@ async def test_a_call_is_cancelled_while_it_waits_to_retry() -> None:
 
 @pytest.mark.parametrize(("attempt", "longest"), [(1, 0.25), (2, 0.5), (4, 2.0), (9999, MAX_BACKOFF)])
 def test_waits_double_up_to_a_bound(attempt: int, longest: float) -> None:
-    """Without Retry-After the n-th wait is between half and all of backoff * 2^(n-1), at most MAX_BACKOFF."""
+    """Without Retry-After, the n-th wait is between half and all of backoff * 2^(n-1), at most MAX_BACKOFF."""
     wait = wait_after(JudgeConnectionError("x"), attempt, 0.25)
 
     assert longest / 2 <= wait <= longest
 
 
 def test_retry_after_is_never_cut_short() -> None:
-    """A wait that the service asks for is kept in full, however long, with up to a quarter more to spread callers."""
+    """A requested wait is kept in full, however long, plus up to a quarter to spread the callers."""
     error = OverloadedError("busy", status=503, code="overloaded", retry_after=20.0)
 
     waits = [wait_after(error, 1, 0.25) for _ in range(100)]
@@ -251,12 +233,12 @@ def test_retry_after_is_never_cut_short() -> None:
     + [(junk, None) for junk in (None, "", "soon", "-3", "nan", "inf", "Wed, 99 Oct 2015 07:28:00 GMT")],
 )
 def test_retry_after_is_seconds_or_a_date(header: str | None, seconds: float | None) -> None:
-    """Retry-After in seconds or as a date gone by is understood, and anything else is as if it were not there."""
+    """Seconds and a past date are understood; anything else counts as absent."""
     assert parse_retry_after(header) == seconds
 
 
 def test_retry_after_as_a_date_to_come() -> None:
-    """A date in the future gives the seconds until then."""
+    """A future date gives the seconds until then."""
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
 
     assert parse_retry_after(later) == pytest.approx(100, abs=30)
@@ -264,65 +246,67 @@ def test_retry_after_as_a_date_to_come() -> None:
 
 @both
 def test_retry_after_as_a_date_is_counted_from_the_answers_own_date(ask: Ask) -> None:
-    """A server whose clock is years behind or ahead asks for the two minutes that lie between its own two dates."""
+    """A server whose clock is years off asks for the two minutes between its own two dates."""
     dates = {"Retry_After": "Wed, 21 Oct 2015 07:30:00 GMT", "Date": "Wed, 21 Oct 2015 07:28:00 GMT"}
 
     with pytest.raises(JudgeAPIError) as refused:
-        ask(Service(busy(**dates)), "score", "p", "r", settings={"max_retries": 0})
+        ask(Service(busy(**dates)), "score", "p", "r", settings=ONCE)
     assert refused.value.retry_after == 120.0
 
 
 # Real connections.
 
 
-@both_reach
-def test_nobody_listens(reach: Ask, free_port: int) -> None:
-    """A refused connection names the URL and asks whether the service is running."""
-    with pytest.raises(JudgeConnectionError, match=rf"http://127\.0\.0\.1:{free_port}.*is the service running\?"):
-        reach(f"http://127.0.0.1:{free_port}")
+@both
+def test_a_refused_connection_asks_whether_the_service_runs(ask: Ask) -> None:
+    """The message names the URL and asks whether the service is running."""
+    url = f"http://127.0.0.1:{free_port()}"
+
+    with pytest.raises(JudgeConnectionError, match=rf"{url}.*is the service running\?"):
+        ask(url, "score", "p", "r", settings=ONCE)
 
 
-def test_a_password_in_the_url_is_not_told(free_port: int) -> None:
-    """The message of a failed connection leaves the URL's user and password out."""
+def test_a_password_in_the_url_is_not_repeated() -> None:
+    """The message of a failed connection leaves out the URL's user and password."""
     with pytest.raises(JudgeConnectionError) as caught:
-        reach_sync(f"http://user:hunter2@127.0.0.1:{free_port}")
+        ask_sync(f"http://user:hunter2@127.0.0.1:{free_port()}", "score", "p", "r", settings=ONCE)
 
     assert "hunter2" not in str(caught.value)
 
 
-@both_reach
+@both
 @pytest.mark.parametrize("broken", [b"", b"HTTP/1.1 200", http(SCORE)[:-20]], ids=["nothing", "head", "body"])
-def test_a_connection_closed_in_mid_answer(reach: Ask, broken: bytes) -> None:
+def test_an_answer_that_breaks_off_is_a_connection_error(ask: Ask, broken: bytes) -> None:
     """Half an answer is a JudgeConnectionError, at whatever byte it ends."""
     with tcp_server([broken]) as (url, _), pytest.raises(JudgeConnectionError) as caught:
-        reach(url)
+        ask(url, "score", "p", "r", settings=ONCE)
 
     assert not isinstance(caught.value, JudgeTimeoutError)
 
 
-@both_reach
-def test_the_second_connection_holds(reach: Ask) -> None:
-    """After a connection that broke in mid-answer the call is repeated on a new one and succeeds."""
+@both
+def test_a_broken_connection_is_replaced(ask: Ask) -> None:
+    """After a connection that broke in the middle of an answer, the call is repeated on a new one and succeeds."""
     with tcp_server([http(SCORE)[:-20], http(SCORE)]) as (url, requests):
-        result = reach(url, max_retries=1)
+        result = ask(url, "score", "p", "r", settings={"max_retries": 1})
 
     assert result.score == 0.75
     assert len(requests) == 2
     assert requests[0].endswith(b'{"prompt":"p","response":"r"}')
 
 
-@both_reach
+@both
 @pytest.mark.parametrize("script", [None, drip], ids=["silent", "dripping"])
-def test_an_answer_too_late(reach: Ask, script: Script) -> None:
-    """A service that is silent, or sends a byte now and then, is given up at the deadline and not asked again."""
+def test_a_late_answer_is_given_up_at_the_deadline(ask: Ask, script: Script) -> None:
+    """A service that is silent, or sends a byte now and then, costs no more than the timeout, and no retry."""
     with tcp_server([script]) as (url, requests), pytest.raises(JudgeTimeoutError, match=r"within 0\.3 s"):
-        reach(url, timeout=0.3, max_retries=3)
+        ask(url, "score", "p", "r", settings={"timeout": 0.3, "max_retries": 3})
 
     assert len(requests) == 1
 
 
-async def test_many_calls_share_the_time() -> None:
-    """100 calls of one AsyncJudge are all on their way together: each is answered only once all have arrived."""
+async def test_a_hundred_calls_are_in_flight_together() -> None:
+    """100 calls of one AsyncJudge: each is answered only once all have arrived."""
     together = asyncio.Barrier(100)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

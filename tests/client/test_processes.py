@@ -1,10 +1,9 @@
-"""One client in several processes, threads and event loops: nobody gets another's answer."""
+"""One client in several processes, threads and event loops: each gets its own answers."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import gc
 import multiprocessing
 import os
 import pickle
@@ -20,11 +19,10 @@ from client import AsyncJudge, Judge, JudgeConnectionError
 from client.adapters.trl import JudgeReward, RewardOptions
 from client.bulk import BulkOptions
 from client.schema import InlineTemplate, Labels, ScoreRequest
-from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both, own_environment, reach_sync
+from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both
+from tests.support.live import wait_for
 from tests.support.scoring_server import scoring_server
 from tests.support.tcp_server import tcp_server
-
-__all__ = ["own_environment"]
 
 FORK = multiprocessing.get_context("fork")
 WAYS = [lambda judge: pickle.loads(pickle.dumps(judge)), copy.copy, copy.deepcopy]
@@ -32,12 +30,12 @@ NOT_FOUND = {"error": {"message": "m", "type": "not_found_error", "code": "not_f
 
 
 def log_odds(judge: Judge, number: int) -> float:
-    """What the scoring server says of this number: the number."""
+    """What the scoring server answers to this number: the number itself."""
     return judge.score("p", str(number)).log_odds
 
 
 async def async_log_odds(judge: AsyncJudge, number: int) -> float:
-    """The same for asyncio."""
+    """`log_odds` for asyncio."""
     return (await judge.score("p", str(number))).log_odds
 
 
@@ -55,8 +53,8 @@ def in_child(work: Callable[[], Any]) -> Any:
 # Forks.
 
 
-def test_a_forked_child_asks_over_its_own_connection() -> None:
-    """A child never writes to its parent's connection, and the parent goes on with it afterwards."""
+def test_a_forked_child_uses_its_own_connection() -> None:
+    """A child never writes to its parent's connection, which the parent keeps using."""
     with scoring_server() as server, Judge(server.url) as judge:
         answers = [log_odds(judge, 1), in_child(lambda: log_odds(judge, 2)), log_odds(judge, 3)]
 
@@ -65,7 +63,7 @@ def test_a_forked_child_asks_over_its_own_connection() -> None:
 
 
 def test_forked_children_and_their_parent_get_their_own_scores() -> None:
-    """Four processes that ask at once through one Judge each get the scores of what they asked."""
+    """Four processes that share one Judge at the same time each get their own scores."""
     with scoring_server() as server, Judge(server.url) as judge:
         log_odds(judge, 0)
         with ThreadPoolExecutor(4) as threads:
@@ -77,8 +75,8 @@ def test_forked_children_and_their_parent_get_their_own_scores() -> None:
     assert [child.result() for child in children] == [[*numbers] for numbers in asked]
 
 
-def test_a_child_of_asyncio_asks_over_its_own_connection() -> None:
-    """An AsyncJudge in a forked child leaves its parent's loop and connections alone; bulk calls as well."""
+def test_a_forked_child_with_asyncio_uses_its_own_connection() -> None:
+    """An AsyncJudge in a forked child does not touch its parent's loop and connections, in bulk calls either."""
 
     async def many(judge: AsyncJudge) -> list[float]:
         results = await judge.score_many(ScoreRequest(prompt="p", response=str(number)) for number in range(3))
@@ -95,7 +93,7 @@ def test_a_child_of_asyncio_asks_over_its_own_connection() -> None:
 
 
 def test_a_child_that_closes_the_judge_leaves_the_parents_connection() -> None:
-    """The end of a `with` block in a child closes what the child opened, and nothing of its parent's."""
+    """Closing in a child closes only what the child opened."""
     with scoring_server() as server, Judge(server.url) as judge:
         log_odds(judge, 1)
         in_child(judge.close)
@@ -105,34 +103,34 @@ def test_a_child_that_closes_the_judge_leaves_the_parents_connection() -> None:
     assert len(set(server.connections)) == 1
 
 
-# Answers to another request.
+# Answers to other requests.
 
 
-def named(body: dict[str, Any], request_id: str | None, status: int = 200) -> httpx.Response:
-    """An answer that claims to be for this request."""
+def answer_to(body: dict[str, Any], request_id: str | None, status: int = 200) -> httpx.Response:
+    """An answer with this X-Request-Id, or none."""
     return httpx.Response(status, json=body, headers={} if request_id is None else {"X-Request-Id": request_id})
 
 
 @both
 @pytest.mark.parametrize("status", [200, 404])
-def test_an_answer_to_another_request_is_asked_again(ask: Ask, status: int) -> None:
-    """An answer of the service's that names another request is neither returned nor raised: the next one counts."""
-    another = named(SCORE if status == 200 else NOT_FOUND, "another", status)
-    service = Service(another, another, named({**SCORE, "log_odds": 9.0}, None))
+def test_an_answer_to_another_request_is_retried(ask: Ask, status: int) -> None:
+    """An answer or error with another request's id is neither returned nor raised: the next attempt counts."""
+    another = answer_to(SCORE if status == 200 else NOT_FOUND, "another", status)
+    service = Service(another, another, answer_to({**SCORE, "log_odds": 9.0}, None))
 
     assert ask(service, "score", "p", "r").log_odds == 9.0
 
 
 @both
-def test_answers_to_other_requests_alone_are_an_error(ask: Ask) -> None:
-    """Where asking again does not help, the error says that ids differ and what a gateway should do."""
+def test_nothing_but_answers_to_other_requests_is_an_error(ask: Ask) -> None:
+    """If retries do not help, the error says that the ids differ and what a gateway should do."""
     with pytest.raises(JudgeConnectionError, match=r"another request's.*'theirs'.*gateway"):
-        ask(Service(named(SCORE, "theirs")), "score_batch", [ScoreRequest(prompt="p", response="r")])
+        ask(Service(answer_to(SCORE, "theirs")), "score_batch", [ScoreRequest(prompt="p", response="r")])
 
 
 @both
 def test_a_gateways_own_error_keeps_its_status(ask: Ask) -> None:
-    """An error page of a gateway that sets ids of its own is still that error."""
+    """An error page of a gateway that sets its own ids is still that error."""
     page = httpx.Response(401, html="no", headers={"X-Request-Id": "gateway"})
 
     with pytest.raises(client.AuthenticationError) as caught:
@@ -140,21 +138,21 @@ def test_a_gateways_own_error_keeps_its_status(ask: Ask) -> None:
     assert caught.value.request_id == "gateway"
 
 
-def test_an_id_that_a_gateway_adds_beside_ours_is_no_mix_up() -> None:
-    """Where one of several ids is the request's, the answer is its own."""
+def test_an_additional_id_of_a_gateway_is_accepted() -> None:
+    """If one of several ids is the request's, the answer is its own."""
 
     def answer(request: httpx.Request) -> httpx.Response:
-        return named(SCORE, f"gateway, {request.headers['X-Request-Id']}")
+        return answer_to(SCORE, f"gateway, {request.headers['X-Request-Id']}")
 
     assert ask_sync(answer, "score", "p", "r").log_odds == SCORE["log_odds"]
 
 
 def test_the_connection_of_a_mix_up_is_dropped() -> None:
-    """What else is on a connection that gave another's answer is never read: the next attempt opens a new one."""
+    """The next attempt opens a new connection: whatever else the old one holds is never read."""
     whole = b"HTTP/1.1 200 OK\r\nX-Request-Id: theirs\r\nContent-Length: 2\r\n\r\n{}"
 
     with tcp_server([whole * 2, whole]) as (url, requests), pytest.raises(JudgeConnectionError, match="theirs"):
-        reach_sync(url, max_retries=1)
+        ask_sync(url, "score", "p", "r", settings={"max_retries": 1})
     assert len(requests) == 2
 
 
@@ -163,7 +161,7 @@ def test_the_connection_of_a_mix_up_is_dropped() -> None:
 
 @pytest.mark.parametrize("way", WAYS, ids=["pickle", "copy", "deepcopy"])
 def test_a_judge_pickles_and_copies_as_its_settings(way: Callable[[Any], Any]) -> None:
-    """What arrives asks the same service with the same key, headers and timeout."""
+    """The copy asks the same service with the same key, headers and timeout."""
     with scoring_server() as server:
         judge = Judge(server.url, api_key="k", timeout=7, headers={"traceparent": "t"})
         judge.backoff = 0.5
@@ -176,8 +174,8 @@ def test_a_judge_pickles_and_copies_as_its_settings(way: Callable[[Any], Any]) -
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["pickle", "copy", "deepcopy"])
-def test_what_is_in_use_or_closed_is_copied_fresh(way: Callable[[Any], Any]) -> None:
-    """A copy of a judge with open connections, or of a closed one, has none and is open."""
+def test_a_copy_of_a_used_or_closed_judge_is_fresh(way: Callable[[Any], Any]) -> None:
+    """A copy is open and has no connections, even if the original has some or is closed."""
     with scoring_server() as server, Judge(server.url) as judge:
         log_odds(judge, 1)
         with way(judge) as used:
@@ -190,8 +188,8 @@ def test_what_is_in_use_or_closed_is_copied_fresh(way: Callable[[Any], Any]) -> 
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["pickle", "copy", "deepcopy"])
-async def test_an_async_judge_in_use_is_copied_fresh(way: Callable[[Any], Any]) -> None:
-    """An AsyncJudge is sent to another process while calls are under way here."""
+async def test_a_copy_of_a_used_async_judge_is_fresh(way: Callable[[Any], Any]) -> None:
+    """An AsyncJudge with open connections can be sent to another process."""
     with scoring_server() as server:
         async with AsyncJudge(server.url) as judge:
             await async_log_odds(judge, 1)
@@ -203,14 +201,14 @@ async def test_an_async_judge_in_use_is_copied_fresh(way: Callable[[Any], Any]) 
 
 
 def test_a_reward_function_pickles_with_its_options() -> None:
-    """TRL's AsyncGRPO and Ray send reward functions to other processes: options, name and counts arrive."""
+    """TRL's AsyncGRPO and Ray send reward functions to other processes, with their options, name and counts."""
     template = InlineTemplate(layout="{prompt} {response}", labels=Labels(yes=["A"], no=["B"]))
     options = RewardOptions(value="score", template=template, bulk=BulkOptions(batch_items=2))
     with scoring_server() as server, Judge(server.url) as judge:
         reward = JudgeReward(judge, options, name="mine")
         reward(["p"], [""])
         arrived = pickle.loads(pickle.dumps(reward))
-        with arrived._judge:
+        with arrived.judge:
             rewards = arrived(["p", "p"], ["1", "2"])
 
     assert rewards == [SCORE["score"]] * 2
@@ -218,12 +216,12 @@ def test_a_reward_function_pickles_with_its_options() -> None:
 
 
 def score_in_worker(judge: Judge) -> float:
-    """What a spawned worker does with a judge that was sent to it."""
+    """The work of a spawned worker process."""
     return log_odds(judge, os.getpid())
 
 
-def test_a_spawned_worker_uses_a_judge_that_is_sent_to_it() -> None:
-    """A Judge may be an argument of work in another process."""
+def test_a_judge_can_be_sent_to_a_spawned_worker() -> None:
+    """A Judge may be an argument of work for another process."""
     with scoring_server() as server, Judge(server.url) as judge:
         log_odds(judge, 1)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -236,19 +234,20 @@ def test_a_spawned_worker_uses_a_judge_that_is_sent_to_it() -> None:
 
 
 def test_an_async_judge_works_in_one_loop_after_another() -> None:
-    """asyncio.run after asyncio.run: each has its own connection, and the one before is closed, not left to the GC."""
+    """Each asyncio.run has its own connection, which is closed when it ends."""
     with scoring_server() as server:
         judge = AsyncJudge(server.url)
-        answers = [asyncio.run(async_log_odds(judge, number)) for number in range(3)]
-        del judge
-        gc.collect()
+        answers, closed = [], []
+        for number in range(3):
+            answers.append(asyncio.run(async_log_odds(judge, number)))
+            closed.append(wait_for(lambda: not server.open))
 
-    assert answers == [0, 1, 2]
+    assert (answers, closed) == ([0, 1, 2], [True] * 3)
     assert len(set(server.connections)) == 3
 
 
 def test_an_async_judge_works_in_two_loops_at_once() -> None:
-    """Threads with loops of their own may share one AsyncJudge."""
+    """Threads with their own loops may share one AsyncJudge."""
     with scoring_server() as server:
         judge = AsyncJudge(server.url)
 
@@ -264,8 +263,8 @@ def test_an_async_judge_works_in_two_loops_at_once() -> None:
     assert answers == [[*range(start, start + 20)] for start in (0, 100, 200)]
 
 
-def test_a_closed_async_judge_says_so_in_every_loop() -> None:
-    """After aclose, which may be repeated, asking is a mistake, in the same loop and in another."""
+def test_a_closed_async_judge_is_closed_in_every_loop() -> None:
+    """After aclose, which may be repeated, calls raise RuntimeError, in the same loop and in another."""
     with scoring_server() as server:
         judge = AsyncJudge(server.url)
 
@@ -283,7 +282,7 @@ def test_a_closed_async_judge_says_so_in_every_loop() -> None:
 
 
 async def test_a_sync_judge_works_inside_a_running_loop() -> None:
-    """In a notebook's loop the sync client answers as anywhere, one by one and in bulk."""
+    """The sync client works in a notebook's loop too, for single calls and in bulk."""
     with scoring_server() as server, Judge(server.url) as judge:
         one = log_odds(judge, 1)
         many = judge.score_many([ScoreRequest(prompt="p", response="2")])
