@@ -38,7 +38,7 @@ def turn_end(tokenizer: Any) -> TurnEnd:
     last, followed = _after_answer(tokenizer, []), _after_answer(tokenizer, [{"role": "user", "content": _NEXT}])
     tokens = [_token_at(tokenizer, text) for text in (last, followed)]
     ids = frozenset([token for token in tokens if token is not None][:1])
-    texts = [] if ids else [line for text in (last, followed) if (line := _first_line(text))]
+    texts = [] if ids else [line for text in (last, followed) if (line := _first_visible_line(text))]
     return TurnEnd(ids, tuple(dict.fromkeys(texts)), tokens[0] is not None)
 
 
@@ -81,7 +81,7 @@ def _token_at(tokenizer: Any, text: str) -> int | None:
     return ids[max(candidates, key=len)] if candidates else None
 
 
-def _first_line(text: str) -> str:
+def _first_visible_line(text: str) -> str:
     """The first line that is not blank, after a line break if the text starts with one; "" if all are blank."""
     lines = text.strip().splitlines()
     if not lines:

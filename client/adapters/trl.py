@@ -127,7 +127,7 @@ class JudgeReward:
         response = completion if isinstance(completion, str) else _last_answer(completion)
         if is_blank(response):
             return EMPTY_RESPONSE
-        question = prompt if isinstance(prompt, str) else _turns(prompt)
+        question = prompt if isinstance(prompt, str) else _visible_turns(prompt)
         if isinstance(question, str) and is_blank(question):
             return EMPTY_PROMPT
         try:
@@ -181,18 +181,18 @@ def _error_code(result: ScoreResult | JudgeAPIError | str) -> str | None:
 def _last_answer(completion: Sequence[Mapping[str, Any]]) -> str:
     """The text of the last assistant message: with tools, what the model says after the last call."""
     answers = [message for message in completion if message.get("role") == "assistant"]
-    return _text(answers[-1].get("content")) if answers else ""
+    return _content_text(answers[-1].get("content")) if answers else ""
 
 
-def _turns(prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _visible_turns(prompt: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The roles and texts of TRL's messages, without blank system turns, which data sets write for "none"."""
     turns: list[dict[str, Any]] = [
-        {"role": message.get("role"), "content": _text(message.get("content"))} for message in prompt
+        {"role": message.get("role"), "content": _content_text(message.get("content"))} for message in prompt
     ]
     return [turn for turn in turns if turn["role"] != "system" or not is_blank(turn["content"])]
 
 
-def _text(content: object) -> str:
+def _content_text(content: object) -> str:
     """A message's content as one text; parts that are not text are dropped."""
     if isinstance(content, list):
         return "".join(part.get("text") or "" for part in content if isinstance(part, dict))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.calibrate.evidence import Evidence, EvidenceError, from_judge, from_runs, read_pairs
-from client.calibrate.fitting import Labelled, calibrate
+from client.calibrate.fitting import LabelledSample, calibrate
 from client.calibration import Calibration, FittedOn, Quality, TemplateCalibration, save
 from client.errors import JudgeError
 from client.judge import AsyncJudge
@@ -55,7 +55,7 @@ class FittedTemplate:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 (no template could be fitted, no judge), 2 (usage, bad input) or 130."""
     try:
-        return _run(CalibrateOptions(**vars(_parser().parse_args(argv))))
+        return _calibrate(CalibrateOptions(**vars(_calibrate_parser().parse_args(argv))))
     except (JudgeError, OSError) as error:
         return fail(error, FAILED)
     except ValueError as error:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail("interrupted; nothing was written", INTERRUPTED)
 
 
-def _run(options: CalibrateOptions) -> int:
+def _calibrate(options: CalibrateOptions) -> int:
     console = stdout_console()
     if options.min_pairs < 2:
         raise EvidenceError("--min-pairs must be 2 or more: one half is for the fit, the other to measure it")
@@ -72,7 +72,7 @@ def _run(options: CalibrateOptions) -> int:
         raise EvidenceError(f"--out {options.out}: there is no such folder")
     evidence = from_runs(options.run) if options.run else _ask_judge(options)
     model, fingerprint = evidence.judge()
-    fitted = [_fit(name, samples, options) for name, samples in sorted(evidence.templates.items())]
+    fitted = [_fit_template(name, samples, options) for name, samples in sorted(evidence.templates.items())]
     _print_table(console, fitted, evidence, f"{model} (fingerprint {fingerprint})")
     templates = {
         result.template: result.calibration.model_copy(update={"asked_with": evidence.asked_with.get(result.template)})
@@ -103,7 +103,7 @@ def _ask_judge(options: CalibrateOptions) -> Evidence:
     return asyncio.run(ask())
 
 
-def _fit(template: str, samples: Sequence[Labelled], options: CalibrateOptions) -> FittedTemplate:
+def _fit_template(template: str, samples: Sequence[LabelledSample], options: CalibrateOptions) -> FittedTemplate:
     distinct = len({sample.id for sample in samples})
     if distinct < options.min_pairs:
         return FittedTemplate(template, distinct, problem=f"left out: fewer than {options.min_pairs} pairs")
@@ -125,7 +125,7 @@ def _print_table(console: Console, fitted: Sequence[FittedTemplate], evidence: E
         table.add_column(name, justify="right")
     for result in fitted:
         if result.calibration:
-            table.add_row(result.template, str(result.pairs), *_numbers(result.calibration))
+            table.add_row(result.template, str(result.pairs), *_fit_cells(result.calibration))
     if table.row_count:
         console.print(table)
     notes = [f"{result.template} ({result.pairs} pairs): {result.problem}" for result in fitted if result.problem]
@@ -134,13 +134,13 @@ def _print_table(console: Console, fitted: Sequence[FittedTemplate], evidence: E
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def _numbers(calibration: TemplateCalibration) -> list[str]:
+def _fit_cells(calibration: TemplateCalibration) -> list[str]:
     before, after = calibration.before, calibration.after
     changes = [f"{getattr(before, name):.3f} -> {getattr(after, name):.3f}" for name in Quality.model_fields]
     return [f"{calibration.temperature:.3g}", f"{calibration.bias:+.3g}", *changes]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _calibrate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client.calibrate",
         description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can "

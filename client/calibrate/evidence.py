@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from client.benchmarks.data.tables import SampleError, read_table
 from client.benchmarks.results.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
 from client.bulk import in_order, stream_scores
-from client.calibrate.fitting import Labelled
+from client.calibrate.fitting import LabelledSample
 from client.calibration import TEMPLATE_ID
 from client.errors import JudgeAPIError
 from client.judge import AsyncJudge
@@ -39,11 +39,11 @@ class Evidence:
     one, and `left_out` counts samples by reason.
     """
 
-    templates: dict[str, list[Labelled]] = field(default_factory=dict)
+    templates: dict[str, list[LabelledSample]] = field(default_factory=dict)
     judges: set[tuple[str | None, str | None]] = field(default_factory=set)
     asked_with: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
-    _known: set[tuple[str, Labelled]] = field(default_factory=set)
+    _known: set[tuple[str, LabelledSample]] = field(default_factory=set)
 
     def add(self, row: Row) -> None:
         """Add a row's sample, or count why not. Raises EvidenceError if its template was asked in two ways."""
@@ -51,7 +51,7 @@ class Evidence:
             self.judges.add((row.model, row.fingerprint))
             self._check_asked_with(row)
         template = row.template or ""
-        sample = Labelled(row.id, _log_odds(row.chosen_answers), _log_odds(row.rejected_answers))
+        sample = LabelledSample(row.id, _log_odds(row.chosen_answers), _log_odds(row.rejected_answers))
         reason = _unusable(row)
         if reason is None and (template, sample) in self._known:
             reason = "given twice"
@@ -154,7 +154,7 @@ async def from_judge(judge: AsyncJudge, pairs: Sequence[Pair], progress: Callabl
     results = await in_order(stream_scores(judge, requests), progress)
     evidence = Evidence()
     for pair, chosen, rejected in zip(pairs, results[::2], results[1::2], strict=True):
-        evidence.add(_row(pair, chosen, rejected))
+        evidence.add(_pair_row(pair, chosen, rejected))
     return evidence
 
 
@@ -187,7 +187,7 @@ def _pairs_of(file: Path) -> Iterator[Pair]:
         yield pair
 
 
-def _row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult | JudgeAPIError) -> Row:
+def _pair_row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult | JudgeAPIError) -> Row:
     """The pair as a benchmark run would have recorded it."""
     if isinstance(chosen, JudgeAPIError) or isinstance(rejected, JudgeAPIError):
         error = chosen if isinstance(chosen, JudgeAPIError) else rejected
@@ -198,8 +198,8 @@ def _row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult 
     return Row(
         id=pair.key(),
         subset="",
-        chosen=_answer(chosen, pair.chosen),
-        rejected=_answer(rejected, pair.rejected),
+        chosen=_judged_answer(chosen, pair.chosen),
+        rejected=_judged_answer(rejected, pair.rejected),
         margins=[[chosen.log_odds - rejected.log_odds]],
         template=chosen.template,
         asked_with=chosen.asked_with,
@@ -208,7 +208,7 @@ def _row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult 
     )
 
 
-def _answer(result: ScoreResult, text: str) -> JudgedAnswer:
+def _judged_answer(result: ScoreResult, text: str) -> JudgedAnswer:
     return JudgedAnswer(
         log_odds=result.log_odds,
         score=result.score,

@@ -25,7 +25,7 @@ MAX_STEPS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledSample:
     """The log-odds of one sample's answers. Samples with the same id stay in the same half."""
 
     id: str
@@ -33,7 +33,7 @@ class Labelled:
     rejected: tuple[float, ...]
 
 
-def calibrate(samples: Sequence[Labelled], seed: int = 0) -> TemplateCalibration | None:
+def calibrate(samples: Sequence[LabelledSample], seed: int = 0) -> TemplateCalibration | None:
     """Fit to one half of the samples and measure on the other; None if there is no signal, as in `fit`.
 
     Raises ValueError for samples with fewer than two ids.
@@ -41,11 +41,11 @@ def calibrate(samples: Sequence[Labelled], seed: int = 0) -> TemplateCalibration
     fitted_on, held_out = split_halves(samples, seed)
     if not fitted_on or not held_out:
         raise ValueError("two halves need samples of at least two ids")
-    scale = fit(*_answers(fitted_on))
+    scale = fit(*_log_odds_and_labels(fitted_on))
     if scale is None:
         return None
     temperature, bias = scale
-    log_odds, labels = _answers(held_out)
+    log_odds, labels = _log_odds_and_labels(held_out)
     return TemplateCalibration(
         temperature=temperature,
         bias=bias,
@@ -55,7 +55,7 @@ def calibrate(samples: Sequence[Labelled], seed: int = 0) -> TemplateCalibration
     )
 
 
-def split_halves(samples: Sequence[Labelled], seed: int) -> tuple[list[Labelled], list[Labelled]]:
+def split_halves(samples: Sequence[LabelledSample], seed: int) -> tuple[list[LabelledSample], list[LabelledSample]]:
     """The half to fit to and the half to measure on, by the SHA-256 of seed and id, whatever the samples' order."""
     ids = sorted({sample.id for sample in samples}, key=lambda name: (sha256(f"{seed}:{name}".encode()).digest(), name))
     first = set(ids[: (len(ids) + 1) // 2])
@@ -134,7 +134,7 @@ def _loss(inputs: Sequence[float], labels: Sequence[bool], slope: float, interce
     return prior + len(inputs) * negative_log_likelihood([slope * x + intercept for x in inputs], labels)
 
 
-def _answers(samples: Sequence[Labelled]) -> tuple[list[float], list[bool]]:
+def _log_odds_and_labels(samples: Sequence[LabelledSample]) -> tuple[list[float], list[bool]]:
     """Log-odds and label of every answer."""
     answers = [(x, True) for s in samples for x in s.chosen] + [(x, False) for s in samples for x in s.rejected]
     return [x for x, _ in answers], [label for _, label in answers]

@@ -96,9 +96,9 @@ class LoadPlan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the load and report it: 1 if nothing succeeded, 2 for wrong usage or bad data, 130 on Ctrl-C."""
-    plan = LoadPlan(**vars(_parser().parse_args(argv)))
+    plan = LoadPlan(**vars(_load_parser().parse_args(argv)))
     try:
-        report = asyncio.run(_run(plan, _load(plan)))
+        report = asyncio.run(_measure(plan, _checked_load(plan)))
     except UsageError as exc:
         return fail(exc, USAGE)
     except KeyboardInterrupt:
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def _load(plan: LoadPlan) -> Load:
+def _checked_load(plan: LoadPlan) -> Load:
     """Check the whole plan before anything is sent; raises UsageError."""
     if plan.out is not None and not plan.out.absolute().parent.is_dir():
         raise UsageError(f"--out {plan.out}: there is no such folder")
@@ -138,7 +138,7 @@ def _load(plan: LoadPlan) -> Load:
     return Load(plan.judge_url, f"/{plan.route}", after_warmup, callers, plan.duration, plan.timeout, headers)
 
 
-async def _run(plan: LoadPlan, load: Load) -> dict[str, Any]:
+async def _measure(plan: LoadPlan, load: Load) -> dict[str, Any]:
     if plan.warmup:
         await _warm_up(load, plan.warmup)
     progress = _Progress()
@@ -183,7 +183,7 @@ class _Progress:
             sys.stderr.write(f"{time.monotonic() - self.started:.0f} s  {counts or 'no answer yet'}\n")
 
 
-def _positive(text: str) -> float:
+def _positive_number(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -200,15 +200,15 @@ def _at_least(least: int) -> Callable[[str], int]:
     return count
 
 
-def _parser() -> argparse.ArgumentParser:
+def _load_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     judge_address(parser)
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--rate", type=_positive, help="open loop: requests per second")
+    loop.add_argument("--rate", type=_positive_number, help="open loop: requests per second")
     loop.add_argument("--callers", type=_at_least(1), help="closed loop: concurrent callers (default: 1)")
-    parser.add_argument("--duration", type=_positive, default=30.0, help="seconds of sending (default: 30)")
+    parser.add_argument("--duration", type=_positive_number, default=30.0, help="seconds of sending (default: 30)")
     parser.add_argument(
         "--arrivals",
         choices=("poisson", "uniform"),
@@ -228,7 +228,10 @@ def _parser() -> argparse.ArgumentParser:
         "(default: made-up short texts, no two alike)",
     )
     parser.add_argument(
-        "--timeout", type=_positive, default=60.0, help="seconds for one request, from when it is sent (default: 60)"
+        "--timeout",
+        type=_positive_number,
+        default=60.0,
+        help="seconds for a request from its sending (default: 60)",
     )
     parser.add_argument(
         "--warmup", type=_at_least(0), default=10, help="requests sent beforehand and not counted (default: 10)"

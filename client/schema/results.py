@@ -11,7 +11,7 @@ from client.schema.requests import CompareMode, Format, Labels
 Share: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Grade: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=5)]
 # At least 0 and in exact arithmetic at most 1; rounding may put a sum of probabilities a little above that.
-LabelMass: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
+ProbabilityMass: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
 Digest: TypeAlias = Annotated[str | None, Field(exclude_if=lambda digest: digest is None)]
 
 
@@ -66,7 +66,7 @@ class ScoreResult(Result):
     """Natural logarithm of P(Yes) over the whole vocabulary, spellings of the label summed."""
     no_logprob: FiniteFloat
     """The same of P(No)."""
-    label_mass: LabelMass
+    label_mass: ProbabilityMass
     """P(Yes) + P(No) over the whole vocabulary. If it is small, the model did not mean to answer the question."""
     label_is_argmax: bool
     """Whether the likeliest token was a label."""
@@ -104,7 +104,7 @@ class ResponseScore(Result):
     """pairwise: the mean of its win probabilities."""
     log_odds: FiniteFloat
     """pairwise: the mean of the log-odds that it is better than another response."""
-    label_mass: LabelMass
+    label_mass: ProbabilityMass
     truncated: bool
     calibrated: Share | None = None
     grade: Grade | None = None

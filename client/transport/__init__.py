@@ -1,0 +1,1 @@
+"""How the typed client reaches a service: calls, connections, proxies, retries and the pacing of bulk calls."""

@@ -13,7 +13,7 @@ import pytest
 from client import calibration
 from client.calibrate.__main__ import main
 from client.calibrate.evidence import EvidenceError, Pair, from_runs, read_pairs
-from client.calibrate.fitting import Labelled, calibrate, fit, quality, split_halves
+from client.calibrate.fitting import LabelledSample, calibrate, fit, quality, split_halves
 from client.stats import sigmoid
 from tests.support.live import Live, live_service
 
@@ -40,16 +40,16 @@ def answers(count: int, temperature: float, bias: float, seed: int = 0) -> tuple
     return log_odds, [rng.random() < sigmoid(x / temperature + bias) for x in log_odds]
 
 
-def pairs(count: int, gap: float = 3.0, sd: float = 4.0, seed: int = 0) -> list[Labelled]:
+def pairs(count: int, gap: float = 3.0, sd: float = 4.0, seed: int = 0) -> list[LabelledSample]:
     """Pairs of an overconfident judge: normal log-odds, those of chosen answers `gap` above those of rejected ones.
 
     With equal variances the right log-odds are linear in the judge's, with temperature sd²/gap.
     """
     rng = random.Random(seed)
-    return [Labelled(f"{i}", (rng.gauss(5 + gap, sd),), (rng.gauss(5, sd),)) for i in range(count)]
+    return [LabelledSample(f"{i}", (rng.gauss(5 + gap, sd),), (rng.gauss(5, sd),)) for i in range(count)]
 
 
-def row(sample: Labelled, template: str = "general@3", **changes: Any) -> dict[str, Any]:
+def row(sample: LabelledSample, template: str = "general@3", **changes: Any) -> dict[str, Any]:
     """A sample as a line of items.jsonl."""
     chosen, rejected = (
         {"log_odds": side[0], "score": sigmoid(side[0]), "label_mass": 0.9, "length": 3}
@@ -125,7 +125,7 @@ def test_a_judge_without_signal_has_no_calibration(log_odds: list[float], labels
 
 def test_swapped_pairs_have_no_signal() -> None:
     """A judge with chosen and rejected answers swapped has no calibration."""
-    swapped = [Labelled(pair.id, pair.rejected, pair.chosen) for pair in pairs(400)]
+    swapped = [LabelledSample(pair.id, pair.rejected, pair.chosen) for pair in pairs(400)]
 
     assert calibrate(swapped) is None
 
@@ -169,7 +169,7 @@ def test_halves_depend_on_seed_and_ids_only() -> None:
 
 def test_samples_with_one_id_stay_together() -> None:
     """Samples that share an id, and so a prompt, are in the same half."""
-    samples = [Labelled(f"{i % 10}", (float(i),), (0.0,)) for i in range(40)]
+    samples = [LabelledSample(f"{i % 10}", (float(i),), (0.0,)) for i in range(40)]
 
     first, second = split_halves(samples, 0)
 
@@ -181,14 +181,16 @@ def test_samples_with_one_id_stay_together() -> None:
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     """Failed, truncated and pairwise rows, rows by a template without a name, and duplicates."""
-    sample = Labelled("a", (2.0,), (1.0,))
-    cut = row(Labelled("b", (2.0,), (1.0,)))
+    sample = LabelledSample("a", (2.0,), (1.0,))
+    cut = row(LabelledSample("b", (2.0,), (1.0,)))
     cut["rejected"]["truncated"] = True
     failed = {"id": "c", "subset": "s", "error": {"code": "overloaded", "message": "busy"}}
-    odd = [row(Labelled(name, (2.0,), (1.0,)), template) for name, template in (("d", "inline"), ("e", "mine (raw)"))]
-    pairwise = row(Labelled("f", (2.0,), (1.0,)), "pairwise-general@1", flips=0)
+    unnamed = [
+        row(LabelledSample(name, (2.0,), (1.0,)), template) for name, template in (("d", "inline"), ("e", "mine (raw)"))
+    ]
+    pairwise = row(LabelledSample("f", (2.0,), (1.0,)), "pairwise-general@1", flips=0)
 
-    folder = run_folder(tmp_path / "run", [row(sample), cut, failed, *odd, pairwise])
+    folder = run_folder(tmp_path / "run", [row(sample), cut, failed, *unnamed, pairwise])
     evidence = from_runs([folder, folder])
 
     assert evidence.templates == {"general@3": [sample]}
@@ -203,12 +205,12 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_all_answers_of_a_sample_are_fitted_to(tmp_path: Path) -> None:
     """A sample keeps every chosen and every rejected answer."""
-    single = row(Labelled("a", (2.0,), (1.0,)))
+    single = row(LabelledSample("a", (2.0,), (1.0,)))
     several = single | {"rejected": [single["rejected"], {**single["rejected"], "log_odds": -4.0}], "margins": [[1, 6]]}
 
     evidence = from_runs([run_folder(tmp_path / "run", [several])])
 
-    assert evidence.templates == {"general@3": [Labelled("a", (2.0,), (1.0, -4.0))]}
+    assert evidence.templates == {"general@3": [LabelledSample("a", (2.0,), (1.0, -4.0))]}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_pairs_without_an_id_share_their_prompts_key() -> None:
 
 def test_runs_are_fitted_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every template with enough pairs and a signal is in the file; the table says why others are not."""
-    swapped = [Labelled(pair.id, pair.rejected, pair.chosen) for pair in pairs(60)]
+    swapped = [LabelledSample(pair.id, pair.rejected, pair.chosen) for pair in pairs(60)]
     rows = [row(pair) for pair in pairs(60)] + [row(pair, "math@2", id=f"m{pair.id}") for pair in swapped]
     few = [row(pair, "code@2", id=f"c{pair.id}") for pair in pairs(49)]
     folders = run_folder(tmp_path / "a", rows), run_folder(tmp_path / "b", few)

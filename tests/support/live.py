@@ -45,15 +45,15 @@ class Live:
 def live_service(engine: Engine | None = None, *, worker: bool = True, **settings: object) -> Iterator[Live]:
     """Run a service with these settings over `engine` (by default a FakeEngine); without `worker` nothing is judged."""
     config = Settings(engine="fake", host="127.0.0.1", port=0, **settings)
-    judge = engine or FakeEngine()
-    if isinstance(judge, FakeEngine):
-        judge = replace(judge, task=config.task)
+    engine = engine or FakeEngine()
+    if isinstance(engine, FakeEngine):
+        engine = replace(engine, task=config.task)
     metrics = Metrics()
     queue = MemoryQueue(config.max_queue_jobs, config.max_queue_tokens)
 
     def work(stop: threading.Event) -> None:
         if worker:
-            Worker(judge, queue, Scheduler(judge.info.batch_tokens, 256, 0.002), metrics).run(stop)
+            Worker(engine, queue, Scheduler(engine.info.batch_tokens, 256, 0.002), metrics).run(stop)
 
     with ThreadPoolExecutor(2) as executor:
         service = compose(config, find_model(config), queue, metrics, executor)
