@@ -10,6 +10,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
+from bench.support.process import free_port
 from client import (
     AsyncJudge,
     BadRequestError,
@@ -21,7 +22,6 @@ from client import (
 )
 from client.transport.retries import MAX_BACKOFF, parse_retry_after, wait_after
 from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both, busy, http
-from tests.support.redis_server import free_port
 from tests.support.tcp_server import Script, drip, tcp_server
 
 ONCE = {"max_retries": 0}
