@@ -15,7 +15,7 @@ from typing import Any, Final
 from client.benchmarks.data.tables import Record as TableRow
 from client.benchmarks.data.tables import read_table
 from client.schema import Message
-from client.texts import is_blank, messages_in, said
+from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.progress import ReportProgress, ignore_progress
 from trainer.run.records import Record
 from trainer.tuning.settings import TuneSettings
@@ -117,7 +117,7 @@ def _from_conversation(row: TableRow) -> list[Example]:
 def _turn(row: TableRow, number: int, message: object) -> list[Message]:
     """The message, or nothing for an empty system message, which some data sets write where there is none."""
     try:
-        role, text = said(message)
+        role, text = role_and_text(message)
     except ValueError as error:
         raise row.problem(f"message {number} {error}") from error
     if not is_blank(text):
