@@ -57,8 +57,8 @@ class Judge(SyncCaller):
         headers: Sent with every request, e.g. `traceparent`.
 
     Attributes:
-        backoff: Upper bound in seconds of the wait before the first retry, of which a random half is left out; it
-            doubles with every retry, up to 8. Tests that should not wait set it to 0 on the instance.
+        backoff: Upper bound, in seconds, of the wait before the first retry; the actual wait is at least half of it, at
+            random. It doubles with every retry, up to 8. Tests that should not wait set it to 0 on the instance.
 
     Raises:
         ValueError: For arguments that cannot work, such as an address without a scheme.
