@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.chat import stop_ids
-from client.runtime.cli import judge_address
+from client.runtime.cli import add_judge_flags
 from service.judge.template_files import load_library
 from service.models import resolve as models
 from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
@@ -68,7 +68,7 @@ class Round:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    judge_address(parser)
+    add_judge_flags(parser)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="policy: known name, hub id or folder")
     parser.add_argument("--judge-model", help="the service's model, for the plain loop (default: --model)")
     parser.add_argument("--instructions", type=int, default=16, help="instructions per round")

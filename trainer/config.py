@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.bulk import BulkOptions
-from client.runtime.cli import judge_address
+from client.runtime.cli import add_judge_flags
 from trainer.evaluation.comparison import OneResponse
 from trainer.evaluation.harness import HarnessOptions, add_harness_flags
 from trainer.flags import add_flags, given
@@ -219,7 +219,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_judge_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("labels")
-    judge_address(group)
+    add_judge_flags(group)
     add_flags(group, LabelOptions)
     group.add_argument(
         "--patience", type=float, default=300.0, metavar="N", help="seconds to wait for a silent judge (default: 300)"

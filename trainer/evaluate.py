@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
-from client.runtime.cli import judge_address
+from client.runtime.cli import add_judge_flags
 from client.schema import Truncation
 from trainer.errors import InputError
 from trainer.evaluation.comparison import Evaluation, OneResponse, Referee
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "length-controlled, in both orders and pointwise; refusals, lengths; OUT/metrics.json.",
         epilog="Results are written as they come; after an interruption the same command resumes.",
     )
-    judge_address(parser)
+    add_judge_flags(parser)
     parser.add_argument(
         "--eval-judge-url", default=os.environ.get("EVAL_JUDGE_URL"), help="the judge to ask instead (EVAL_JUDGE_URL)"
     )

@@ -34,7 +34,7 @@ from client.benchmarks.standing import Benchmark
 from client.bulk import BulkOptions
 from client.errors import JudgeError
 from client.judge import AsyncJudge
-from client.runtime.cli import CALL_TIMEOUT, fail, judge_address, stderr_console, stdout_console
+from client.runtime.cli import CALL_TIMEOUT, add_judge_flags, fail, stderr_console, stdout_console
 from client.runtime.files import write_whole
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.schema import Format, ModelInfo, TemplateInfo, Truncation
@@ -108,7 +108,7 @@ def load(command: Command, data: str) -> list[Sample]:
 def judge_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say where the judge is and how hard it may be pressed."""
     group = parser.add_argument_group("judge")
-    judge_address(group)
+    add_judge_flags(group)
     group.add_argument("--batch-items", type=int, default=32, help="judgements in one call (default: 32)")
     group.add_argument("--concurrency", type=int, default=16, help="calls under way at most (default: 16)")
     group.add_argument(

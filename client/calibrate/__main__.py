@@ -22,7 +22,7 @@ from client.calibrate.fitting import LabelledSample, calibrate
 from client.calibration import Calibration, FittedOn, Quality, TemplateCalibration, save
 from client.errors import JudgeError
 from client.judge import AsyncJudge
-from client.runtime.cli import CALL_TIMEOUT, fail, judge_address, stderr_console, stdout_console
+from client.runtime.cli import CALL_TIMEOUT, add_judge_flags, fail, stderr_console, stdout_console
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _calibrate_parser() -> argparse.ArgumentParser:
         help="files (JSONL, JSON, CSV, Parquet) of {prompt, chosen, rejected, category?, template?, id?} to be judged "
         "now by --judge-url",
     )
-    judge_address(parser, "for --data: ")
+    add_judge_flags(parser, "for --data: ")
     parser.add_argument("--seed", type=int, default=0, help="seed of the division into halves (default: 0)")
     parser.add_argument(
         "--out",

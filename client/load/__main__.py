@@ -40,7 +40,7 @@ from client.load.traffic import (
     run_open_loop,
     uniform_arrivals,
 )
-from client.runtime.cli import fail, judge_address
+from client.runtime.cli import add_judge_flags, fail
 from client.runtime.files import write_whole
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.connections import resolve_api_key
@@ -204,7 +204,7 @@ def _load_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    judge_address(parser)
+    add_judge_flags(parser)
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument("--rate", type=_positive_number, help="open loop: requests per second")
     loop.add_argument("--callers", type=_at_least(1), help="closed loop: concurrent callers (default: 1)")

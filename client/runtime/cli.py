@@ -30,8 +30,8 @@ class Arguments(Protocol):
         """See argparse."""
 
 
-def judge_address(parser: Arguments, purpose: str = "") -> None:
-    """Add --judge-url and --api-key. `purpose` goes in front of their help, e.g. "for --data: "."""
+def add_judge_flags(parser: Arguments, purpose: str = "") -> None:
+    """Add --judge-url and --api-key to a parser. `purpose` goes in front of their help, e.g. "for --data: "."""
     url = os.environ.get("JUDGE_URL", DEFAULT_URL)
     parser.add_argument("--judge-url", default=url, help=f"{purpose}the service (JUDGE_URL; default: {DEFAULT_URL})")
     parser.add_argument("--api-key", default=None, help=f"{purpose}its key (default: JUDGE_API_KEY)")
