@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from service.engine.contract import ClassifyItem, Executor, short_digest
-from service.engine.torch.child import ChildError, in_child
 from service.engine.torch.executors import TorchExecutor
 from service.engine.torch.families import UnsupportedModelError
 from service.engine.torch.packing import PackablePrompt
+from service.process.child import ChildError, in_child
 
 # Lengths of the check's prompts: three that share prefixes, then some on both sides of a block of 32 tokens. They are
 # short because every start pays for them. One token alone would not do: attention then has nothing else, and 16-bit
@@ -119,11 +119,11 @@ def climb_down(
         started, executor = time.monotonic(), None
         try:
             executor = rung.make()
-            description = _verify(rung, executor, reference, threads, hardware)
+            description = _checked_description(rung, executor, reference, threads, hardware)
             if not (description.stable or rung is rungs[-1]):
                 raise CheckError("gives a prompt bits that depend on the batch")
         except Exception as reason:
-            cause, problem = reason, _problem(reason)
+            cause, problem = reason, _problem_text(reason)
             if executor is not None:
                 executor.close()
             missing = type(reason) is UnsupportedModelError
@@ -134,7 +134,7 @@ def climb_down(
     raise CheckError(problem) from cause
 
 
-def _problem(reason: Exception) -> str:
+def _problem_text(reason: Exception) -> str:
     """A predicate for the log; the rung's name precedes it."""
     if isinstance(reason, CheckError):
         return str(reason)
@@ -145,11 +145,17 @@ def _problem(reason: Exception) -> str:
     return f"raised {type(reason).__name__}: {reason}"
 
 
-def _verify(rung: Rung, executor: TorchExecutor, reference: Reference, threads: int, hardware: str) -> Executor:
+def _checked_description(
+    rung: Rung, executor: TorchExecutor, reference: Reference, threads: int, hardware: str
+) -> Executor:
     """The executor's description, after its check. Raises CheckError, ChildError, and what the executor raises."""
+
+    def check_in_child() -> bytes:
+        torch.set_num_threads(1)  # the parent's threads do not survive the fork
+        return check(executor, reference, threads)
+
     if rung.isolated:
-        limit = CHILD_SECONDS + _CHILD_FACTOR * reference.seconds
-        result = in_child(lambda: check(executor, reference, threads), limit)
+        result = in_child(check_in_child, CHILD_SECONDS + _CHILD_FACTOR * reference.seconds)
     else:
         result = check(executor, reference, threads)
     stable, bits = bool(result[0]), result[1:]

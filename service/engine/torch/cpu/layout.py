@@ -39,7 +39,7 @@ def common_shape(decoder: Decoder) -> dict[str, float]:
     Raises UnsupportedModelError if they do not, or if sizes are not in blocks of 32.
     """
     layers, first = decoder.layers, decoder.layers[0]
-    norms = [norm for layer in layers for norm in _norms(layer).values() if norm is not None]
+    norms = [norm for layer in layers for norm in _library_norms(layer).values() if norm is not None]
     eps = {norm_eps(norm) for norm in (*norms, decoder.norm)}
     shapes = {(layer.head_dim, *(linear.weight.shape for linear in layer.linears)) for layer in layers}
     gelu = {is_gelu(layer.activation) for layer in layers}
@@ -68,7 +68,7 @@ def layer_weights(layer: DecoderLayer, order: Tensor | None) -> LayerWeights:
         raise UnsupportedModelError("with layers of other parts than Llama's or Gemma's")
     gate, up = torch.cat([in_bf16(linear.weight.data) for linear in layer.gate_up]).chunk(2)
     qkv, qkv_bias = torch.cat([in_bf16(linear.weight.data) for linear in layer.qkv]), bias_of(*layer.qkv)
-    norms = {name: None if norm is None else norm_weight(norm) for name, norm in _norms(layer).items()}
+    norms = {name: None if norm is None else norm_weight(norm) for name, norm in _library_norms(layer).items()}
     if order is not None:
         outputs = _reordered_outputs(layer, order)
         qkv, qkv_bias = qkv[outputs], None if qkv_bias is None else qkv_bias[outputs]
@@ -124,7 +124,7 @@ def _rms(norm: Any) -> Any:
     return norm
 
 
-def _norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
+def _library_norms(layer: DecoderLayer) -> dict[str, nn.Module | None]:
     """A layer's norms by their names in the library; only the first two are required."""
     optional = {
         "q_norm": layer.q_norm,

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, NoReturn
 
-import torch
-
 # A child ends itself this long after its time, in case its parent was killed and cannot do it.
-GRACE_SECONDS: Final = 5
+ALARM_GRACE_SECONDS: Final = 5
 _POLL_SECONDS: Final = 0.005
 # The most that a child may return: a pipe holds one page even if nobody reads yet.
 _MAX_BYTES: Final = 4095
@@ -30,8 +28,8 @@ class ChildError(RuntimeError):
 def in_child(work: Callable[[], bytes], seconds: float) -> bytes:
     """What `work` returns, at most 4 KB, in a forked process that is killed after so many seconds. Raises ChildError.
 
-    A fork, because the child then has this process's memory, model included, at no cost. It has only one thread: `work`
-    must not need locks or threads that exist here, such as torch's. What it prints is dropped.
+    A fork, because the child then has this process's memory, a model included, at no cost. It has only one thread:
+    `work` must not need locks or threads that exist here. What it prints is dropped.
     """
     if sys.platform != "linux":
         raise ChildError("cannot be started: processes are not forked on this system")
@@ -39,7 +37,7 @@ def in_child(work: Callable[[], bytes], seconds: float) -> bytes:
     try:
         pid = os.fork()
         if pid == 0:
-            _become_child(work, writer, int(seconds) + GRACE_SECONDS)
+            _become_child(work, writer, int(seconds) + ALARM_GRACE_SECONDS)
         code = _exit_code(pid, seconds)
         os.set_blocking(reader, False)
         answer = b""
@@ -111,4 +109,3 @@ def _isolate(seconds: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-    torch.set_num_threads(1)  # the parent's threads did not survive the fork

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from service.engine.torch.child import ChildError, in_child
+from service.process.child import ChildError, in_child
 from tests.support.live import wait_for
 
 
@@ -166,8 +166,8 @@ def test_nothing_is_left_behind() -> None:
 
 _PARENT = """
 import sys, time
-from service.engine.torch import child
-child.GRACE_SECONDS = 2
+from service.process import child
+child.ALARM_GRACE_SECONDS = 2
 print("forking", flush=True)
 child.in_child(lambda: time.sleep(600) or b"", 1000 if sys.argv[1] == "long" else 1)
 """
