@@ -1,1 +1,1 @@
-"""Programs to run by hand: the demonstration, and benchmarks whose figures go to LOG.md."""
+"""Programs to run by hand: the demonstration, and benchmarks whose figures go to docs/figures.md."""
