@@ -1,4 +1,4 @@
-"""The product's own wire: /score, /compare and their batches; client/schema.py has the bodies."""
+"""The product's own wire: /score, /compare and their batches; client/schema/ has the bodies."""
 
 from __future__ import annotations
 
