@@ -18,8 +18,8 @@ from client.load.raw_http import Endpoint
 from client.load.report import summarise_load
 from client.load.traffic import Load, RequestOutcome, percentile, poisson_arrivals, run_open_loop, uniform_arrivals
 from service.engine.fake import FakeEngine
+from tests.client.tcp_server import tcp_server
 from tests.support.live import live_service, wait_for
-from tests.support.tcp_server import tcp_server
 
 SHORT = ["--duration", "0.3", "--warmup", "2"]
 

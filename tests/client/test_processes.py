@@ -19,10 +19,10 @@ from client import AsyncJudge, Judge, JudgeConnectionError
 from client.adapters.trl import JudgeReward, RewardOptions
 from client.bulk import BulkOptions
 from client.schema import InlineTemplate, Labels, ScoreRequest
+from tests.client.scoring_server import scoring_server
+from tests.client.tcp_server import tcp_server
 from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both
 from tests.support.live import wait_for
-from tests.support.scoring_server import scoring_server
-from tests.support.tcp_server import tcp_server
 
 FORK = multiprocessing.get_context("fork")
 WAYS = [lambda judge: pickle.loads(pickle.dumps(judge)), copy.copy, copy.deepcopy]

@@ -19,9 +19,9 @@ from service.engine.upstream.errors import UpstreamError
 from service.engine.upstream.openai_client import Access, base_url, find_served
 from service.models.hub import HubError, fetch_snapshot
 from service.telemetry import tracing
+from tests.client.scoring_server import ScoringServer, scoring_server
+from tests.client.tcp_server import tcp_server
 from tests.support.otlp import collector
-from tests.support.scoring_server import ScoringServer, scoring_server
-from tests.support.tcp_server import tcp_server
 
 FAR = "http://judge.example:8000"
 ABSENT = "http://user:secret@127.0.0.1:9"

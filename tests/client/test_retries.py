@@ -21,8 +21,8 @@ from client import (
     OverloadedError,
 )
 from client.transport.retries import MAX_BACKOFF, parse_retry_after, wait_after
+from tests.client.tcp_server import Script, drip, tcp_server
 from tests.support.fake_judge import SCORE, Ask, Service, ask_sync, both, busy, http
-from tests.support.tcp_server import Script, drip, tcp_server
 
 ONCE = {"max_retries": 0}
 
