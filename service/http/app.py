@@ -31,8 +31,8 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
     )
     app.state.service = service
     http_errors.add_error_handlers(app, service.metrics)
-    judging.add_routes(app, service)
-    information.add_routes(app, service)
+    judging.add_judging_routes(app, service)
+    information.add_information_routes(app, service)
     documentation.add_docs(app, documentation.swagger_files())
     if page:
         playground.add_playground(app)

@@ -20,7 +20,7 @@ from service.judge.templates import Template
 from service.queue.contract import WorkerInfo
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_information_routes(app: FastAPI, service: Service) -> None:
     """Add the five routes."""
 
     @app.get("/templates", responses=documented(*GUARDED), tags=["information"])

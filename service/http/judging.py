@@ -28,7 +28,7 @@ from service.judge.dispatch import Call
 
 AnyItemRequest = TypeVar("AnyItemRequest", ScoreRequest, CompareRequest)
 AnyResult = TypeVar("AnyResult", ScoreResult, CompareResult)
-Judge = Callable[[Sequence[AnyItemRequest], Call], Awaitable[list[AnyResult | ServiceError]]]
+Answering = Callable[[Sequence[AnyItemRequest], Call], Awaitable[list[AnyResult | ServiceError]]]
 """Answers requests of one kind, as NativeWire does."""
 
 _BATCH: Final = (
@@ -71,12 +71,12 @@ class CompareBatch(CompareBatchRequest):
     items: list[SkipValidation[CompareRequest]] = Field(min_length=1)
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_judging_routes(app: FastAPI, service: Service) -> None:
     """Add the four routes."""
     wire = service.wire
 
     async def single(
-        body: AnyItemRequest, judge: Judge[AnyItemRequest, AnyResult], request: Request, call: Call
+        body: AnyItemRequest, judge: Answering[AnyItemRequest, AnyResult], request: Request, call: Call
     ) -> Response:
         service.admit(request.state.caller, [body])
         (answer,) = await judge([body], call)
@@ -87,7 +87,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def batch(
         kind: type[AnyItemRequest],
         sent: Sequence[object],
-        judge: Judge[AnyItemRequest, AnyResult],
+        judge: Answering[AnyItemRequest, AnyResult],
         request: Request,
         call: Call,
     ) -> list[AnyResult | ServiceError]:
