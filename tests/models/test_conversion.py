@@ -1,4 +1,4 @@
-"""What the conversion of a GGUF file keeps, and what it puts right; on tiny files written on the spot."""
+"""What the conversion of a GGUF file keeps and restores, on tiny files made on the spot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny_qwen(*, difference: float) -> Qwen2ForCausalLM:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with SmolLM's way of splitting, converted; its original lies beside it in `original`."""
+    """A folder with a tiny Llama with SmolLM's tokenizer (`original`), and the same after conversion (`converted`)."""
     folder = tmp_path_factory.mktemp("llama")
     original = make_tiny_model(folder / "original", max_tokens=512)
     model, tokenizer = LlamaForCausalLM.from_pretrained(original), AutoTokenizer.from_pretrained(original)
@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_are_the_originals_in_bf16(llama: Path) -> None:
-    """Every weight of the converted model is the original's rounded to bf16, the permuted attention matrices too."""
+    """Every weight is the original's rounded to bf16, including the permuted attention matrices."""
     original = LlamaForCausalLM.from_pretrained(llama / "original").bfloat16().state_dict()
 
     converted = AutoModelForCausalLM.from_pretrained(llama / "converted").state_dict()
@@ -59,7 +59,7 @@ def test_weights_are_the_originals_in_bf16(llama: Path) -> None:
 
 
 def test_digits_are_split_off_first_for_smollm(llama: Path) -> None:
-    """SmolLM's tokenizer gets its digit rule back: each digit alone, and spaces before digits kept together."""
+    """The rule is restored: each digit alone, and spaces before digits kept together."""
     tokenizer = AutoTokenizer.from_pretrained(llama / "converted")
 
     steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
@@ -71,12 +71,12 @@ def test_digits_are_split_off_first_for_smollm(llama: Path) -> None:
 
 
 def test_model_max_length_comes_from_the_configuration(llama: Path) -> None:
-    """The tokenizer's limit is the model's context, not the 1e30 of a file that states none."""
+    """Not the 1e30 of a file that does not state it."""
     assert AutoTokenizer.from_pretrained(llama / "converted").model_max_length == 512
 
 
 def test_special_tokens_and_chat_template_survive(llama: Path) -> None:
-    """Chat template, end and padding tokens and the special flag of the control tokens are the original's."""
+    """So do the end and padding tokens and the control tokens' special flag."""
     original, converted = (AutoTokenizer.from_pretrained(llama / name) for name in ("original", "converted"))
     messages = [{"role": "user", "content": "2+2?"}]
 
@@ -90,7 +90,7 @@ def test_special_tokens_and_chat_template_survive(llama: Path) -> None:
 
 
 def test_saved_configuration_names_no_quantisation(llama: Path) -> None:
-    """The folder is a plain bf16 model: it can be loaded without gguf, by any runtime."""
+    """Any runtime can load the plain bf16 model, without gguf."""
     config = json.loads((llama / "converted" / "config.json").read_text())
 
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -99,7 +99,7 @@ def test_saved_configuration_names_no_quantisation(llama: Path) -> None:
 
 
 def test_two_roundings_of_one_matrix_are_tied(tmp_path: Path) -> None:
-    """An output matrix that is the embeddings up to rounding is copied into them, and the two are one again."""
+    """The output matrix is kept for both."""
     model = tiny_qwen(difference=0.05)
     count = sum(weights.numel() for weights in model.parameters()) - model.lm_head.weight.numel()
     gguf = write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer(), "qwen2")
@@ -114,7 +114,7 @@ def test_two_roundings_of_one_matrix_are_tied(tmp_path: Path) -> None:
 
 
 def test_different_matrices_stay_apart(tmp_path: Path) -> None:
-    """A model whose output matrix is really another one keeps both."""
+    """An output matrix that is really another one is kept beside the embeddings."""
     model = tiny_qwen(difference=1.0)
     gguf = write_gguf(tmp_path / "tiny.gguf", model, tiny_tokenizer(), "qwen2")
 
@@ -127,7 +127,7 @@ def test_different_matrices_stay_apart(tmp_path: Path) -> None:
 
 
 def test_qwen_composes_unicode(tmp_path: Path) -> None:
-    """Qwen's tokenizer brings text into composed form, so both spellings of an accent are the same tokens."""
+    """Qwen's tokenizer normalizes to NFC, so both spellings of an accent are the same tokens."""
     gguf = write_gguf(tmp_path / "tiny.gguf", tiny_qwen(difference=0.0), tiny_tokenizer(), "qwen2")
 
     convert(gguf, tmp_path / "converted")
@@ -139,15 +139,15 @@ def test_qwen_composes_unicode(tmp_path: Path) -> None:
 
 
 def test_wrong_parameter_count_is_refused(llama: Path, tmp_path: Path) -> None:
-    """A model that is not the size it should be is not written."""
+    """Nothing is written."""
     with pytest.raises(ConversionError, match="parameters instead of 7"):
         convert(llama / "tiny.gguf", tmp_path / "converted", parameters=7)
 
     assert not (tmp_path / "converted").exists()
 
 
-def test_program_says_in_its_last_line_what_went_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The process that asked for a conversion gets the reason as one line."""
+def test_failed_program_says_why_in_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the parent process shows."""
     (tmp_path / "bad.gguf").write_bytes(b"not a model" * 100)
 
     code = main([str(tmp_path / "bad.gguf"), str(tmp_path / "converted")])

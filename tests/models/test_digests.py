@@ -13,7 +13,7 @@ from service.models.digests import LARGE, digest_of, sha256_of
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file whose digest is remembered, in a cache of its own; it was written a while ago."""
+    """A file that is large and old enough for its digest to be remembered, with an empty cache folder."""
     monkeypatch.setenv("JUDGE_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "model.bin"
     path.write_bytes(b"x" * LARGE)
@@ -22,13 +22,13 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def memo(tmp_path: Path) -> Path:
-    """The one file in which a digest is remembered."""
+    """The file in which its digest is remembered."""
     (path,) = (tmp_path / "cache" / "digests").iterdir()
     return path
 
 
 def test_digest_of_a_large_file_is_computed_once(large: Path, tmp_path: Path) -> None:
-    """Later it is what was remembered, as long as the file is as it was."""
+    """While the file is unchanged, the remembered digest is used."""
     first = digest_of(large)
     known = json.loads(memo(tmp_path).read_text())
     memo(tmp_path).write_text(json.dumps({**known, "sha256": "ab" * 32}))
@@ -38,7 +38,7 @@ def test_digest_of_a_large_file_is_computed_once(large: Path, tmp_path: Path) ->
 
 
 def test_file_rewritten_in_place_with_its_old_time_is_read_again(large: Path) -> None:
-    """Its size, inode and time are the same: that its attributes changed tells."""
+    """Size, inode and mtime are the same, but ctime differs."""
     first, before = digest_of(large), large.stat()
     with large.open("r+b") as file:
         file.write(b"y")
@@ -47,8 +47,8 @@ def test_file_rewritten_in_place_with_its_old_time_is_read_again(large: Path) ->
     assert digest_of(large) != first
 
 
-def test_file_put_in_the_place_of_another_is_read_again(large: Path, tmp_path: Path) -> None:
-    """As a hub's cache does it: the path leads to another file."""
+def test_replaced_file_is_read_again(large: Path, tmp_path: Path) -> None:
+    """As when the hub's cache points to another blob."""
     first = digest_of(large)
     (tmp_path / "other").write_bytes(b"z" * LARGE)
     (tmp_path / "other").replace(large)
@@ -57,7 +57,7 @@ def test_file_put_in_the_place_of_another_is_read_again(large: Path, tmp_path: P
 
 
 def test_file_written_just_now_is_not_remembered(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be written again within one tick of the clock."""
+    """It may change once more within the file system's time resolution."""
     monkeypatch.setattr("service.models.digests.CLOCK_TICK_NS", 3_600 * 10**9)
 
     assert digest_of(large) == sha256_of(large)
@@ -65,19 +65,19 @@ def test_file_written_just_now_is_not_remembered(large: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"", b"{", b"[]", b'{"state": 1}', b'{"state": null, "sha256": 5}', b"[" * 100_000]
+    "garbage", [b"", b"{", b"[]", b'{"state": 1}', b'{"state": null, "sha256": 5}', b"[" * 100_000]
 )
-def test_rubbish_in_the_memory_of_digests_is_ignored(large: Path, tmp_path: Path, rubbish: bytes) -> None:
-    """It is written anew."""
+def test_unreadable_remembered_digest_is_ignored(large: Path, tmp_path: Path, garbage: bytes) -> None:
+    """It is replaced."""
     first = digest_of(large)
-    memo(tmp_path).write_bytes(rubbish)
+    memo(tmp_path).write_bytes(garbage)
 
     assert digest_of(large) == first
     assert json.loads(memo(tmp_path).read_text())["sha256"] == first
 
 
-def test_digest_needs_no_place_to_remember_it(large: Path, tmp_path: Path) -> None:
-    """A cache folder that cannot be made only costs time."""
+def test_digest_works_without_a_cache_folder(large: Path, tmp_path: Path) -> None:
+    """If it cannot be created, that only costs time."""
     (tmp_path / "cache").write_text("a file is in the way")
 
     assert digest_of(large) == sha256_of(large)

@@ -23,7 +23,7 @@ DOWNLOAD_SECONDS = 300.0
 
 
 def test_known_name_without_hub_comes_from_packages(sandbox: Sandbox, tiny_model: Path) -> None:
-    """With no hub the packages' file is converted; the folder says where it is from, and nothing else is left."""
+    """They are converted; the folder records where it comes from, and no work files are left."""
     sandbox.write_manifest(hub=HUB_ID)
     sandbox.switch_off_hub()
 
@@ -43,7 +43,7 @@ def test_known_name_without_hub_comes_from_packages(sandbox: Sandbox, tiny_model
 
 
 def test_wrong_model_is_not_put_in_place(sandbox: Sandbox) -> None:
-    """A conversion whose parameter count is not the manifest's fails, and nothing stands in the cache."""
+    """If the number of parameters is not the manifest's, nothing is put in the cache."""
     sandbox.write_manifest(parameters=7)
 
     said = sandbox.error("fetch", "tiny")
@@ -53,7 +53,7 @@ def test_wrong_model_is_not_put_in_place(sandbox: Sandbox) -> None:
 
 
 def test_two_processes_fetch_once(sandbox: Sandbox) -> None:
-    """The second of two processes waits, saying so, and finds what the first one made."""
+    """The second of two processes says that it waits, and uses what the first one made."""
     sandbox.packages.held.add(PART)
     first = sandbox.start("fetch", "tiny")
     assert wait_for(lambda: sandbox.packages.asked[PART] == 1, DOWNLOAD_SECONDS)
@@ -75,7 +75,7 @@ def test_two_processes_fetch_once(sandbox: Sandbox) -> None:
     ids=["ctrl-c", "sigterm", "kill"],
 )
 def test_interrupted_fetch_continues(sandbox: Sandbox, signal_: signal.Signals, code: int) -> None:
-    """After Ctrl-C or a kill no download goes on, what had come is kept, and only the rest is asked for again."""
+    """After Ctrl-C or a kill no child runs on, finished downloads are kept, and only the rest is downloaded again."""
     sandbox.packages.held.add(PART)
     process = sandbox.start("fetch", "tiny")
     assert wait_for(lambda: len(list(sandbox.models.glob(".tiny.partial/wheels/*.whl"))) == 3, DOWNLOAD_SECONDS)
@@ -94,8 +94,8 @@ def test_interrupted_fetch_continues(sandbox: Sandbox, signal_: signal.Signals, 
     assert sandbox.packages.asked == {**dict.fromkeys(sandbox.packages.wheels, 1), PART: 2}
 
 
-def test_everything_that_was_tried_is_told(sandbox: Sandbox) -> None:
-    """When hub and packages both fail, one error names both, their reasons, and what to do."""
+def test_error_lists_everything_that_was_tried(sandbox: Sandbox) -> None:
+    """Hub and packages with their reasons, and what to do."""
     sandbox.write_manifest(hub=HUB_ID)
     sandbox.switch_off_hub()
     sandbox.environment |= {"PIP_INDEX_URL": sandbox.environment["HF_ENDPOINT"], "PIP_RETRIES": "0"}
@@ -108,7 +108,7 @@ def test_everything_that_was_tried_is_told(sandbox: Sandbox) -> None:
 
 
 def test_folder_in_the_way_is_not_overwritten(sandbox: Sandbox) -> None:
-    """A folder that we did not make is left alone."""
+    """A folder that this program did not make is left alone."""
     (sandbox.models / "tiny").mkdir(parents=True)
     (sandbox.models / "tiny" / "precious").touch()
 
@@ -120,7 +120,7 @@ def test_folder_in_the_way_is_not_overwritten(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(("name", "how"), [("model.safetensors", "one bit"), ("config.json", "missing")])
 def test_damaged_converted_model_is_made_again(sandbox: Sandbox, tiny_model: Path, name: str, how: str) -> None:
-    """From the packages, not from the hub, whose weights are another judge's; which file it was is said."""
+    """From packages, because the hub's weights would give other scores; the damaged file is named."""
     sandbox.write_manifest(hub=HUB_ID)
     folder = Path(shutil.copytree(tiny_model, sandbox.models / "tiny"))
     write_provenance(known_models()[DEFAULT_MODEL], folder)
@@ -134,8 +134,8 @@ def test_damaged_converted_model_is_made_again(sandbox: Sandbox, tiny_model: Pat
     assert sorted(path.name for path in sandbox.models.iterdir()) == [".tiny.lock", "tiny"]
 
 
-def test_full_disk_is_found_before_the_download(sandbox: Sandbox) -> None:
-    """A model that will not fit is refused at once, with the sizes and the way out."""
+def test_lack_of_disk_space_is_found_before_the_download(sandbox: Sandbox) -> None:
+    """The error says what to do."""
     sandbox.write_manifest(parameters=10**18)
 
     said = sandbox.error("fetch", "tiny")

@@ -13,7 +13,7 @@ from service.models.resolve import ModelError, fingerprint, resolve
 
 
 def test_fingerprint_is_of_the_content_alone(tiny_model: Path, tmp_path: Path) -> None:
-    """A copy elsewhere with other times has the same fingerprint; 16 hex digits."""
+    """A copy in another folder with other times has the same one, of 16 hex digits."""
     shutil.copytree(tiny_model, tmp_path / "copy", copy_function=shutil.copyfile)
 
     assert fingerprint(tmp_path / "copy") == fingerprint(tiny_model)
@@ -41,8 +41,8 @@ def test_fingerprint_changes_with_any_tensor(tiny_model: Path, folder: Path) -> 
 
 
 @pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.77, 1])
-def test_fingerprint_is_of_every_number(place: float, tiny_model: Path, folder: Path) -> None:
-    """One number changed anywhere in a large tensor is seen."""
+def test_fingerprint_covers_every_number(place: float, tiny_model: Path, folder: Path) -> None:
+    """One number changed anywhere in a large tensor counts."""
     weights = load_file(folder / "model.safetensors")
     embeddings = weights["model.embed_tokens.weight"].flatten()
     embeddings[round(place * (len(embeddings) - 1))] += 1
@@ -52,14 +52,14 @@ def test_fingerprint_is_of_every_number(place: float, tiny_model: Path, folder: 
 
 
 def test_weights_that_are_a_pointer_are_named(folder: Path) -> None:
-    """A pointer left by a clone without Git LFS is refused at once, with the file's name."""
+    """As left by a clone without Git LFS: the error has the file's name."""
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
 
     with pytest.raises(ModelError, match=r"model\.safetensors is not a safetensors file"):
         resolve(str(folder))
 
 
-def test_fingerprint_is_of_every_byte_of_pickled_weights(folder: Path) -> None:
+def test_fingerprint_covers_every_byte_of_pickled_weights(folder: Path) -> None:
     """One byte among megabytes."""
     content = bytearray(3_000_000)
     (folder / "pytorch_model.bin").write_bytes(content)
@@ -80,8 +80,8 @@ def test_fingerprint_is_of_every_byte_of_pickled_weights(folder: Path) -> None:
         "additional_chat_templates/default.jinja",
     ],
 )
-def test_fingerprint_is_of_what_decides_the_answer(name: str, folder: Path) -> None:
-    """Stop tokens, which shards count, another kind of tokenizer, an adapter's scale, a template of another place."""
+def test_fingerprint_covers_what_decides_the_answers(name: str, folder: Path) -> None:
+    """Stop tokens, the list of shards, another kind of tokenizer, an adapter's scale, another chat template."""
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text('{"eos_token_id": 5}')
     first = fingerprint(folder)
@@ -92,7 +92,7 @@ def test_fingerprint_is_of_what_decides_the_answer(name: str, folder: Path) -> N
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_file_that_is_cut_off_is_named(name: str, folder: Path) -> None:
-    """In a folder of the user's own it is refused before anything reads it, with what to do."""
+    """The error says what to do, before anything loads the file."""
     os.truncate(folder / name, (folder / name).stat().st_size - 5)
 
     with pytest.raises(ModelError, match=rf"{name}.*fetch it again"):

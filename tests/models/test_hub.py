@@ -11,7 +11,7 @@ from tests.support.sandbox import HUB_ID, Sandbox, damage
 
 
 def test_hub_id_is_fetched_from_the_hub(sandbox: Sandbox, tiny_model: Path) -> None:
-    """A hub's model is downloaded whole, without pickled weights, second copies and other formats."""
+    """All files but pickled weights, second copies and other formats."""
     done = sandbox.run("fetch", HUB_ID)
     name, found, path = done.stdout.split()
 
@@ -20,8 +20,8 @@ def test_hub_id_is_fetched_from_the_hub(sandbox: Sandbox, tiny_model: Path) -> N
     assert not any(asked.endswith("/pytorch_model.bin") for asked in sandbox.hub.asked)
 
 
-def test_cached_snapshot_serves_while_the_hub_is_away(sandbox: Sandbox) -> None:
-    """What was fetched once is found again when the hub cannot be reached."""
+def test_cached_snapshot_is_used_while_the_hub_is_unreachable(sandbox: Sandbox) -> None:
+    """It prints the same as when it was fetched."""
     first = sandbox.run("fetch", HUB_ID)
     sandbox.switch_off_hub()
 
@@ -31,8 +31,8 @@ def test_cached_snapshot_serves_while_the_hub_is_away(sandbox: Sandbox) -> None:
     assert sandbox.run("path", HUB_ID).stdout.strip() in first.stdout
 
 
-def test_hub_that_cannot_be_reached_is_named(sandbox: Sandbox) -> None:
-    """The error says where the hub was looked for and what can be done."""
+def test_unreachable_hub_is_explained(sandbox: Sandbox) -> None:
+    """The error has its address and what to do."""
     sandbox.switch_off_hub()
 
     said = sandbox.error("fetch", HUB_ID)
@@ -42,8 +42,8 @@ def test_hub_that_cannot_be_reached_is_named(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "http://hub..example"])
-def test_hub_at_no_address_is_named(sandbox: Sandbox, endpoint: str) -> None:
-    """In a line that says which variable to change."""
+def test_invalid_hub_address_is_explained(sandbox: Sandbox, endpoint: str) -> None:
+    """The error names the variable."""
     sandbox.environment["HF_ENDPOINT"] = endpoint
 
     said = sandbox.error("fetch", HUB_ID)
@@ -51,7 +51,7 @@ def test_hub_at_no_address_is_named(sandbox: Sandbox, endpoint: str) -> None:
     assert "HF_ENDPOINT is no URL" in said
 
 
-def test_offline_mode_asks_nobody(sandbox: Sandbox) -> None:
+def test_offline_mode_makes_no_request(sandbox: Sandbox) -> None:
     """HF_HUB_OFFLINE is obeyed."""
     sandbox.environment["HF_HUB_OFFLINE"] = "1"
 
@@ -68,8 +68,8 @@ def test_offline_mode_asks_nobody(sandbox: Sandbox) -> None:
         ("tiny-org/gated", "the model is gated: accept its terms"),
     ],
 )
-def test_hubs_refusal_is_told_apart(sandbox: Sandbox, name: str, reason: str) -> None:
-    """No such model and a gated model are different errors, found with one request."""
+def test_hubs_refusals_are_explained(sandbox: Sandbox, name: str, reason: str) -> None:
+    """A missing and a gated model are different errors, found with one request."""
     sandbox.hub.gated.add("tiny-org/gated")
 
     said = sandbox.error("fetch", name)
@@ -79,7 +79,7 @@ def test_hubs_refusal_is_told_apart(sandbox: Sandbox, name: str, reason: str) ->
 
 
 def test_hub_model_without_safetensors_is_refused(sandbox: Sandbox) -> None:
-    """Pickled weights alone are no model for us."""
+    """Pickled weights are not accepted."""
     del sandbox.hub.files["model.safetensors"]
 
     said = sandbox.error("fetch", HUB_ID)
@@ -88,7 +88,7 @@ def test_hub_model_without_safetensors_is_refused(sandbox: Sandbox) -> None:
 
 
 def test_known_name_prefers_the_hub(sandbox: Sandbox) -> None:
-    """A known name comes from the hub where that can be reached; no package is downloaded."""
+    """If the hub is reachable, no package is downloaded."""
     sandbox.write_manifest(hub=HUB_ID)
 
     done = sandbox.run("fetch", "tiny")
@@ -100,7 +100,7 @@ def test_known_name_prefers_the_hub(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_damaged_file_in_the_hubs_cache_is_downloaded_again(sandbox: Sandbox, name: str) -> None:
-    """The file alone; which one it was is said."""
+    """Only that file, and it is named."""
     good = sandbox.run("fetch", HUB_ID)
     path = Path(good.stdout.split()[2]) / name
     damage(path.resolve(), "one bit")
@@ -112,7 +112,7 @@ def test_damaged_file_in_the_hubs_cache_is_downloaded_again(sandbox: Sandbox, na
 
 
 def test_damaged_file_that_the_hub_has_by_two_names_is_downloaded_again(sandbox: Sandbox) -> None:
-    """The hub's cache keeps the contents once, which both names lead to."""
+    """The hub's cache stores the content once, for both names."""
     sandbox.hub.files["special_tokens_map.json"] = sandbox.hub.files["generation_config.json"]
     good = sandbox.run("fetch", HUB_ID)
     path = Path(good.stdout.split()[2]) / "generation_config.json"
@@ -124,8 +124,8 @@ def test_damaged_file_that_the_hub_has_by_two_names_is_downloaded_again(sandbox:
     assert "Traceback" not in again.stderr
 
 
-def test_damaged_file_in_the_hubs_cache_is_refused_while_the_hub_is_away(sandbox: Sandbox) -> None:
-    """With the file's name."""
+def test_damaged_file_in_the_hubs_cache_is_refused_while_the_hub_is_unreachable(sandbox: Sandbox) -> None:
+    """The error names the file."""
     path = Path(sandbox.run("fetch", HUB_ID).stdout.split()[2]) / "model.safetensors"
     damage(path.resolve(), "one bit")
     sandbox.switch_off_hub()

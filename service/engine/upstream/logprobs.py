@@ -180,14 +180,18 @@ def _from_columns(logprobs: _Columns) -> tuple[Token, list[Token]]:
     if logprob is None:
         raise _unreadable("holds no probability of its first token")
     top = (logprobs.top_logprobs or [None])[0] or {}
-    return _named(logprobs.tokens[0], logprob), [_named(name, value) for name, value in top.items()]
+    return _token_named(logprobs.tokens[0], logprob), [_token_named(name, value) for name, value in top.items()]
 
 
 def _token(entry: _Listed) -> Token:
-    return Token(entry.token, entry.logprob, entry.id) if entry.id is not None else _named(entry.token, entry.logprob)
+    return (
+        Token(entry.token, entry.logprob, entry.id)
+        if entry.id is not None
+        else _token_named(entry.token, entry.logprob)
+    )
 
 
-def _named(name: str, logprob: float) -> Token:
+def _token_named(name: str, logprob: float) -> Token:
     digits = name.removeprefix(_TOKEN_ID)
     is_id = digits != name and digits.isascii() and digits.isdecimal() and len(digits) <= _ID_DIGITS
     return Token(name, logprob, int(digits) if is_id else None)

@@ -58,7 +58,7 @@ _CLOSE_SECONDS: Final = 30.0
 # vLLM treats lower temperatures as 0.
 _GREEDY: Final = 1e-5
 _PROBE_TOKENS: Final = 8
-_LATE: Final = ItemFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
+_PAST_DEADLINE: Final = ItemFailure(ErrorCode.DEADLINE_EXCEEDED, "not judged before the deadline")
 _ENGINE_DIED: Final = "vLLM's engine process ended; its own messages are above"
 
 
@@ -269,7 +269,7 @@ async def _within(answer: Coroutine[Any, Any, AnswerT], deadline: float) -> Answ
         async with asyncio.timeout(None if math.isinf(deadline) else deadline - time.monotonic()):
             return await answer
     except TimeoutError:
-        return _LATE
+        return _PAST_DEADLINE
     except EngineDeadError as exc:
         raise EngineLostError(_ENGINE_DIED) from exc
     except VLLMClientError as exc:
