@@ -51,10 +51,11 @@ class ScoreItem:
 class LabelLogprobs:
     """The answer to a ScoreItem or TextScoreItem.
 
-    `logprobs`: one per label, in the item's order. `argmax_id`: the most likely next token; for a TextScoreItem the
-    index of the label that it spells, or the number of labels if it spells none. `cached_tokens`: how many of the
-    prompt's tokens were taken from a prefix cache. `floored`: an API did not return every label, and the missing ones
-    have the configured floor instead of their own log-probability.
+    `logprobs`: one per label, in the item's order. `argmax_id`: the most likely next token, or any id that is no
+    label's if an API does not say which it is; for a TextScoreItem the index of the label that it spells, or the number
+    of labels if it spells none. `cached_tokens`: how many of the prompt's tokens were taken from a prefix cache.
+    `floored`: an API did not return every label, and the missing ones have the configured floor instead of their own
+    log-probability.
     """
 
     logprobs: tuple[float, ...]
