@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.usefixtures("library_folder", "own_threads"),
 ]
 
-Load = Callable[[], tuple[Executor, list[str]]]
+Load = Callable[..., tuple[Executor, list[str]]]
 
 
 def two_prompts_with_two_answers() -> list[ScoreItem]:
@@ -66,23 +66,31 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(folder: Path, own: list[list[float]], caplog: pytest.LogCaptureFixture) -> Iterator[Load]:
-    """Loads the model in fp32 on two threads and sees that its answers are right: the executor, and the log's lines."""
+def load(
+    folder: Path,
+    own: list[list[float]],
+    real: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Load:
+    """Loads the model in fp32 on two threads, with a sabotaged kernel if code for compiler() is given.
+
+    Returns the executor, and what the log says of each compiled rung, which is one line. The answers must be right.
+    """
     caplog.set_level("INFO", "service.engine.torch")
 
-    def run() -> tuple[Executor, list[str]]:
+    def run(**code: str) -> tuple[Executor, list[str]]:
+        if code:
+            monkeypatch.setenv("CXX", str(compiler(tmp_path, real, **code)))
         with closing(TorchEngine.load(folder, dtype="float32", device="cpu", threads=2)) as engine:
             assert logprobs(engine.run(ITEMS)) == near(own, 5e-5)
         records = [record for record in caplog.records if record.name.startswith("service.engine.torch")]
-        return engine.info.executor, [record.getMessage() for record in records]
+        lines = [record.getMessage().partition(" ") for record in records]
+        assert [rung for rung, _, _ in lines] == COMPILED
+        return engine.info.executor, [said for _, _, said in lines]
 
     return run
-
-
-def lines_begin(log: list[str], text: str) -> bool:
-    """Whether each compiled rung has one line, its name followed by this text."""
-    beginnings = [f"{rung} {text}" for rung in COMPILED]
-    return [line[: len(begin)] for line, begin in zip(log, beginnings, strict=True)] == beginnings
 
 
 def rung_in_bf16(folder: Path) -> str:
@@ -142,79 +150,63 @@ BROKEN: Final = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_kernel_that_breaks_its_process_is_passed_over(
-    name: str, load: Load, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It breaks a child process, never this one. One line says what became of the child."""
+    """It breaks a child process, never this one, and the log says what became of the child."""
     broken = BROKEN[name]
     monkeypatch.setattr(ladder, "CHILD_SECONDS", broken.seconds)
-    monkeypatch.setenv("CXX", str(compiler(tmp_path, real, **broken.code)))
 
-    executor, log = load()
+    executor, said = load(**broken.code)
 
     assert (executor.rung, executor.stable) == ("packed", True)
-    assert lines_begin(log, broken.log)
+    assert all(line.startswith(broken.log) for line in said)
 
 
 DISAGREES: Final = "disagrees with the model's own forward"
 UNSTABLE: Final = "gives a prompt bits that depend on the batch"
 EITHER: Final = " the "  # is in both
-# A place of compiler(), the code there, and what the log says. `out` has the last hidden states, about 1 each, or the
-# logits.
+
+
+def states(code: str, log: str = EITHER) -> tuple[dict[str, str], str]:
+    """Spoils the last hidden states, `out`, whose numbers are about 1; and what the log says."""
+    return {"after": code}, log
+
+
+def logits(code: str, log: str = EITHER) -> tuple[dict[str, str], str]:
+    """Spoils the logits, `out`; and what the log says."""
+    return {"after_output": code}, log
+
+
 FAULTS: Final = {
-    "the first row is off by 1e-2": ("after", "add(out, 1e-2f);", EITHER),
-    "the last row is off by 1e-2": ("after", "add(out + (lasts - 1) * kHidden, 1e-2f);", EITHER),
-    "one number of the third row is off": ("after", "if (lasts > 2) out[2 * kHidden + 5] += 1e-2f;", EITHER),
-    "bits depend on the number of tokens": ("after", "if (tokens > 64) scale(out, 1, kNearlyOne);", UNSTABLE),
-    "bits depend on the number of prompts": (
-        "after",
-        "if (lasts % 2) scale(out, lasts * kHidden, kNearlyOne);",
-        UNSTABLE,
+    "the first row is off by 1e-2": states("add(out, 1e-2f);"),
+    "the last row is off by 1e-2": states("add(out + (lasts - 1) * kHidden, 1e-2f);"),
+    "one number of the third row is off": states("if (lasts > 2) out[2 * kHidden + 5] += 1e-2f;"),
+    "bits depend on the number of tokens": states("if (tokens > 64) scale(out, 1, kNearlyOne);", UNSTABLE),
+    "bits depend on the number of prompts": states("if (lasts % 2) scale(out, lasts * kHidden, kNearlyOne);", UNSTABLE),
+    "bits depend on the place": states("if (lasts > 1) scale(out + kHidden, 1, kNearlyOne);", UNSTABLE),
+    "bits depend on threads": states("if (threads > 1) scale(out, lasts * kHidden, kNearlyOne);", UNSTABLE),
+    "bits depend on what came before": states(
+        "static float before = 0; *out += 1e-5f * before; before = *embedded;", UNSTABLE
     ),
-    "bits depend on the place": ("after", "if (lasts > 1) scale(out + kHidden, 1, kNearlyOne);", UNSTABLE),
-    "bits depend on threads": ("after", "if (threads > 1) scale(out, lasts * kHidden, kNearlyOne);", UNSTABLE),
-    "bits depend on what came before": (
-        "after",
-        "static float before = 0; *out += 1e-5f * before; before = *embedded;",
-        UNSTABLE,
+    "one number is NaN": states("out[lasts * kHidden - 1] = NAN;"),
+    "one number is infinite": states("*out = INFINITY;"),
+    "nothing is computed": ({"before": "memset(out, 0, lasts * kHidden * 4); return 0;"}, DISAGREES),
+    "a logit of the last row is off": logits("if (!first) out[(number - 1) * vocabulary + 9] += 1e-2f;"),
+    "a logit of the eleventh row is off": logits("if (!first && number > 10) out[10 * vocabulary + 9] += 1e-2f;"),
+    "half of the logits are not computed": logits(
+        "if (!first) for (; number--; out += vocabulary) scale(out, vocabulary / 2, 0);", DISAGREES
     ),
-    "one number is NaN": ("after", "out[lasts * kHidden - 1] = NAN;", EITHER),
-    "one number is infinite": ("after", "*out = INFINITY;", EITHER),
-    "nothing is computed": ("before", "memset(out, 0, lasts * kHidden * 4); return 0;", DISAGREES),
-    "a logit of the last row is off": (
-        "after_output",
-        "if (!first) out[(number - 1) * vocabulary + 9] += 1e-2f;",
-        EITHER,
+    "the logits' bits depend on the number of states": logits(
+        "if (!first && number > 1) scale(out, 32, kNearlyOne);", UNSTABLE
     ),
-    "a logit of the eleventh row is off": (
-        "after_output",
-        "if (!first && number > 10) out[10 * vocabulary + 9] += 1e-2f;",
-        EITHER,
-    ),
-    "half of the logits are not computed": (
-        "after_output",
-        "if (!first) for (; number--; out += vocabulary) scale(out, vocabulary / 2, 0);",
-        DISAGREES,
-    ),
-    "the logits' bits depend on the number of states": (
-        "after_output",
-        "if (!first && number > 1) scale(out, 32, kNearlyOne);",
-        UNSTABLE,
-    ),
-    "the weights are overwritten": (
-        "after_output",
-        "memset(const_cast<void *>(weight), 0, vocabulary * depth * 2);",
-        EITHER,
-    ),
+    "the weights are overwritten": logits("memset(const_cast<void *>(weight), 0, vocabulary * depth * 2);"),
 }
 WITHIN_THE_ROUNDING_OF_BF16: Final = {
-    "one prompt is always off by 1e-2": (
-        "after",
-        "for (; lasts--; out += kHidden) if (*out > 1) scale(out, kHidden, 1.01f);",
-        DISAGREES,
+    "one prompt is always off by 1e-2": states(
+        "for (; lasts--; out += kHidden) if (*out > 1) scale(out, kHidden, 1.01f);", DISAGREES
     ),
     # Each thread scales what it computed itself: all of them together would scale some numbers twice.
-    "logits are a hundredth too large": (
-        "after_output",
+    "logits are a hundredth too large": logits(
         "int64_t end = (first + count) * 32; if (end > vocabulary) end = vocabulary; "
         "for (; number--; out += vocabulary) scale(out + first * 32, end - first * 32, 1.01f);",
         DISAGREES,
@@ -223,22 +215,18 @@ WITHIN_THE_ROUNDING_OF_BF16: Final = {
 
 
 @pytest.mark.parametrize("name", FAULTS | WITHIN_THE_ROUNDING_OF_BF16)
-def test_a_kernel_with_wrong_numbers_is_passed_over(
-    name: str, load: Load, folder: Path, real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_with_wrong_numbers_is_passed_over(name: str, load: Load, folder: Path) -> None:
     """In fp32 every fault is found, in bf16 each that is larger than the rounding."""
-    place, code, said = (FAULTS | WITHIN_THE_ROUNDING_OF_BF16)[name]
-    monkeypatch.setenv("CXX", str(compiler(tmp_path, real, **{place: code})))
+    code, problem = (FAULTS | WITHIN_THE_ROUNDING_OF_BF16)[name]
 
-    executor, log = load()
+    executor, said = load(**code)
 
     assert executor.rung == "packed"
-    assert lines_begin(log, "")
-    assert all(said in line for line in log)
+    assert all(problem in line for line in said)
     assert rung_in_bf16(folder) == ("packed" if name in FAULTS else COMPILED[0])
 
 
-# A script for the file COMPILER, environment variables, and what the log says.
+# A compiler's script, environment variables, and what the log says.
 TROUBLES: Final = {
     "no compiler": ("", {"PATH": "{tmp}"}, "there is no C++ compiler"),
     "a compiler that is not there": ("", {"CXX": "{tmp}/no-such-compiler"}, "no-such-compiler"),
@@ -259,7 +247,7 @@ TROUBLES: Final = {
 def test_a_library_that_cannot_be_made_is_passed_over(
     trouble: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line names what is missing."""
+    """The log says what is missing."""
     script, environment, cause = TROUBLES[trouble]
     program = write_program(tmp_path / "compiler", f"#!/bin/sh\n{script}\n")
     monkeypatch.setattr(build, "COMPILE_SECONDS", 2.0)
@@ -267,11 +255,11 @@ def test_a_library_that_cannot_be_made_is_passed_over(
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(tmp=tmp_path))
 
-    executor, log = load()
+    executor, said = load()
 
     assert executor.rung == "packed"
-    assert lines_begin(log, "is not available without the compiled library: ")
-    assert all(cause in line for line in log)
+    assert all(line.startswith("is not available without the compiled library: ") for line in said)
+    assert all(cause in line for line in said)
 
 
 def test_an_engine_is_loaded_while_another_works(folder: Path) -> None:

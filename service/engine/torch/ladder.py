@@ -99,12 +99,13 @@ def probe_prompts(vocabulary: int, max_tokens: int, padding_id: int | None = Non
         *(ClassifyItem(ids, boundaries) for ids in (base, [*base, *base][:second], sibling)),
         *(ClassifyItem(ids, (len(ids) // 3,)) for ids in others),
     ]
-    return [
-        replace(prompt, token_ids=[*prompt.token_ids[:-1], (prompt.token_ids[-1] + 2) % vocabulary])
-        if prompt.token_ids[-1] == padding_id
-        else prompt
-        for prompt in prompts
-    ]
+    return [_without_padding(prompt, padding_id, vocabulary) for prompt in prompts]
+
+
+def _without_padding(prompt: ClassifyItem, padding_id: int | None, vocabulary: int) -> ClassifyItem:
+    """The prompt, with another token in place of a last one that is padding."""
+    *ids, last = prompt.token_ids
+    return replace(prompt, token_ids=[*ids, (last + 2) % vocabulary]) if last == padding_id else prompt
 
 
 def climb_down(

@@ -122,14 +122,9 @@ class PackedPrefill:
     @torch.inference_mode()
     def last_hidden_states(self, batch: PackedBatch, threads: int = 1) -> Tensor:  # noqa: ARG002 - it takes one
         """See Prefill."""
-        padded = -(-batch.num_tokens // self._tile) * self._tile
-        ids, positions = torch.zeros(padded, dtype=torch.long), torch.zeros(padded, dtype=torch.long)
-        for segment in batch.segments:
-            ids[segment.span] = torch.tensor(segment.token_ids)
-            positions[segment.span] = torch.arange(segment.position, segment.position + len(segment.token_ids))
-        position_tiles = torch.split(positions, self._tile)
-        ropes = {name: [rope.at(tile) for tile in position_tiles] for name, rope in self._ropes.items()}
-        hidden = [self._decoder.embed(tile) for tile in torch.split(ids, self._tile)]
+        ids, positions = self._tiles_of(batch)
+        ropes = {name: [rope.at(tile) for tile in positions] for name, rope in self._ropes.items()}
+        hidden = [self._decoder.embed(tile) for tile in ids]
         for layer in self._layers:
             tiles = zip(hidden, ropes[layer.modules.rope], strict=True)
             qkv_tiles = [_before_attention(layer, *tile) for tile in tiles]
@@ -137,6 +132,15 @@ class PackedPrefill:
             attended = torch.split(_attend(layer.modules, (q, k, v), batch.segments), self._tile)
             hidden = [_after_attention(layer, *tile) for tile in zip(hidden, attended, strict=True)]
         return torch.cat([self._decoder.norm(tile) for tile in hidden])[list(batch.last_token.values())].float()
+
+    def _tiles_of(self, batch: PackedBatch) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Token ids and positions, in whole tiles; the padding is computed too, and dropped."""
+        padded = -(-batch.num_tokens // self._tile) * self._tile
+        ids, positions = torch.zeros(padded, dtype=torch.long), torch.zeros(padded, dtype=torch.long)
+        for segment in batch.segments:
+            ids[segment.span] = torch.tensor(segment.token_ids)
+            positions[segment.span] = torch.arange(segment.position, segment.position + len(segment.token_ids))
+        return torch.split(ids, self._tile), torch.split(positions, self._tile)
 
 
 def _before_attention(layer: _PackedLayer, hidden: Tensor, rope: RopeFactors) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ cutting only where something is shared would let the other prompts of a batch ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Protocol
@@ -110,23 +110,28 @@ def pack(
     group, and the largest groups are placed first, each into the emptiest batch. With fewer groups than workers,
     `split_groups` divides them; otherwise they stay whole, for several workers to share one batch.
     """
+    groups = _groups(prompts)
+    total = sum(PackedBatch().added_tokens(prompts[index] for index in group) for group in groups)
+    count = max(workers if split_groups else min(workers, len(groups)), -(-total // max_tokens))
+    parts = [part for group in groups for part in _split(prompts, group, -(-total // count))]
+    batches = [PackedBatch() for _ in range(count)]
+    for _, part in sorted(parts, key=lambda part: -part[0]):
+        batch = min(batches, key=lambda batch: batch.num_tokens)
+        if batch.num_tokens and batch.num_tokens + batch.added_tokens(prompts[index] for index in part) > max_tokens:
+            batch = PackedBatch()
+            batches.append(batch)
+        for index in part:
+            batch.add(index, prompts[index])
+    return [batch for batch in batches if batch.num_tokens]
+
+
+def _groups(prompts: Sequence[PackablePrompt]) -> Collection[Sequence[int]]:
+    """The indices of prompts that share all but their last segment."""
     groups: dict[Prefix, list[int]] = {}
     for index, prompt in enumerate(prompts):
         # A prompt of one segment is a group of its own, under ids that no prompt has.
         groups.setdefault(cut(prompt)[:-1] or ((-1 - index,),), []).append(index)
-    total = sum(PackedBatch().added_tokens(prompts[index] for index in group) for group in groups.values())
-    count = max(workers if split_groups else min(workers, len(groups)), -(-total // max_tokens))
-    parts = [part for group in groups.values() for part in _split(prompts, group, -(-total // count))]
-    batches = [PackedBatch() for _ in range(count)]
-    for _, part in sorted(parts, key=lambda part: -part[0]):
-        members = [prompts[index] for index in part]
-        batch = min(batches, key=lambda batch: batch.num_tokens)
-        if batch.num_tokens and batch.num_tokens + batch.added_tokens(members) > max_tokens:
-            batch = PackedBatch()
-            batches.append(batch)
-        for index, prompt in zip(part, members, strict=True):
-            batch.add(index, prompt)
-    return [batch for batch in batches if batch.num_tokens]
+    return groups.values()
 
 
 def _split(prompts: Sequence[PackablePrompt], group: Sequence[int], max_tokens: int) -> list[tuple[int, list[int]]]:

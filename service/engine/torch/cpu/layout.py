@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,12 +39,9 @@ def common_shape(decoder: Decoder) -> dict[str, float]:
 
     Raises UnsupportedModelError if they do not, or if sizes are not in blocks of 32.
     """
-    layers, first = decoder.layers, decoder.layers[0]
-    norms = [norm for layer in layers for norm in _library_norms(layer).values() if norm is not None]
-    eps = {norm_eps(norm) for norm in (*norms, decoder.norm)}
-    shapes = {(layer.head_dim, *(linear.weight.shape for linear in layer.linears)) for layer in layers}
-    gelu = {is_gelu(layer.activation) for layer in layers}
-    if max(len(eps), len(shapes), len(gelu)) > 1:
+    first, *others = decoder.layers
+    eps, gelu = _common_eps(decoder), is_gelu(first.activation)
+    if any(_shape(layer) != _shape(first) or is_gelu(layer.activation) != gelu for layer in others):
         raise UnsupportedModelError("with layers of different shapes")
     sizes = {
         "hidden_size": first.o_proj.out_features,
@@ -54,7 +52,21 @@ def common_shape(decoder: Decoder) -> dict[str, float]:
         raise UnsupportedModelError(f"with widths that are no multiples of {BLOCK}")
     queries, keys, _ = first.qkv_sizes
     heads = {"heads": queries // first.head_dim, "kv_heads": keys // first.head_dim}
-    return {**sizes, **heads, "gelu": int(gelu.pop()), "eps": eps.pop()}
+    return {**sizes, **heads, "gelu": int(gelu), "eps": eps}
+
+
+def _common_eps(decoder: Decoder) -> float:
+    """The eps of all norms, the final one included."""
+    norms = [norm for layer in decoder.layers for norm in _library_norms(layer).values() if norm is not None]
+    eps = {norm_eps(norm) for norm in (*norms, decoder.norm)}
+    if len(eps) > 1:
+        raise UnsupportedModelError("with layers of different shapes")
+    return eps.pop()
+
+
+def _shape(layer: DecoderLayer) -> tuple[object, ...]:
+    """What the library takes to be the same in all layers."""
+    return layer.head_dim, *(linear.weight.shape for linear in layer.linears)
 
 
 def layer_weights(layer: DecoderLayer, order: Tensor | None) -> LayerWeights:
@@ -66,13 +78,13 @@ def layer_weights(layer: DecoderLayer, order: Tensor | None) -> LayerWeights:
         raise UnsupportedModelError("with biases in its MLP")
     if layer.parallel or layer.output_scale is not None or type(layer.v_norm) is not nn.Identity:
         raise UnsupportedModelError("with layers of other parts than Llama's or Gemma's")
-    gate, up = torch.cat([in_bf16(linear.weight.data) for linear in layer.gate_up]).chunk(2)
-    qkv, qkv_bias = torch.cat([in_bf16(linear.weight.data) for linear in layer.qkv]), bias_of(*layer.qkv)
+    gate, up = _stacked(layer.gate_up).chunk(2)
+    qkv, qkv_bias = _stacked(layer.qkv), bias_of(*layer.qkv)
     norms = {name: None if norm is None else norm_weight(norm) for name, norm in _library_norms(layer).items()}
     if order is not None:
         outputs = _reordered_outputs(layer, order)
-        qkv, qkv_bias = qkv[outputs], None if qkv_bias is None else qkv_bias[outputs]
-        norms |= {name: None if (norm := norms[name]) is None else norm[order] for name in ("q_norm", "k_norm")}
+        qkv, qkv_bias = qkv[outputs], _indexed(qkv_bias, outputs)
+        norms |= {name: _indexed(norms[name], order) for name in ("q_norm", "k_norm")}
     tensors: dict[str, Tensor | None] = {
         **norms,
         "qkv_bias": _in_fp32(qkv_bias),
@@ -148,6 +160,15 @@ def _alternating(gate: Tensor, up: Tensor) -> Tensor:
     """[2 outputs, inputs]: 16 outputs of gate, 16 of up, … so that a block has both factors of its activations."""
     halves = (part.view(-1, BLOCK // 2, part.shape[1]) for part in (gate, up))
     return torch.stack(tuple(halves), dim=1).flatten(0, 2)
+
+
+def _stacked(layers: Sequence[nn.Linear]) -> Tensor:
+    """Their weights one below the other, in bf16."""
+    return torch.cat([in_bf16(linear.weight.data) for linear in layers])
+
+
+def _indexed(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[index]
 
 
 def _in_fp32(bias: Tensor | None) -> Tensor | None:
