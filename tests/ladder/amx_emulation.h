@@ -1,5 +1,5 @@
-// The tile instructions that prefill.cpp uses, in AVX-512, so that its form for AMX runs where there is no AMX:
-// compile it with -include of this file. As in the processor, tiles belong to a thread and have to be set up first.
+// The tile instructions that prefill.cpp uses, emulated in AVX-512, so that its form for AMX runs on CPUs without it:
+// compile it with -include of this file. As in the processor, tiles belong to a thread and must be configured first.
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -25,7 +25,7 @@ inline Tile &tile(int number) {
 
 inline Tile &used(int number) {
   if (!tile(number).there) {
-    fprintf(stderr, "tile %d is used, and not set up in this thread\n", number);
+    fprintf(stderr, "tile %d is used without being configured in this thread\n", number);
     abort();  // as the processor does, by an illegal instruction
   }
   return tile(number);
@@ -85,4 +85,4 @@ inline void dot_products(int sums, int rows, int columns) {
 #define _tile_stored emulated::store
 #define _tile_zero emulated::zero
 #define _tile_dpbf16ps emulated::dot_products
-#define syscall(...) 0L  // that asks the system for the tile unit
+#define syscall(...) 0L  // asks the system for the tile unit

@@ -1,4 +1,4 @@
-"""A random two-layer Llama with a byte-level BPE, made on the spot: real parts, no download, a fraction of a second."""
+"""A random two-layer Llama with a byte-level BPE, made in a fraction of a second: real parts without a download."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CORPUS = [
 
 
 def tiny_tokenizer(max_tokens: int = 2048) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 600 tokens with ChatML's control tokens; every text can be encoded."""
+    """A byte-level BPE of about 600 tokens with ChatML's control tokens; it encodes every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,9 +48,9 @@ def tiny_tokenizer(max_tokens: int = 2048) -> PreTrainedTokenizerFast:
 def make_tiny_model(
     folder: Path, *, max_tokens: int = 2048, seed: int = 0, heads: int = 4, rounded: bool = False
 ) -> Path:
-    """Write the model and its tokenizer into `folder`, in fp32, with logits that are spread out like a real model's.
+    """Write the model and its tokenizer into `folder`, in fp32, with logits spread out like a real model's.
 
-    `rounded`: its weights are bfloat16 numbers. With that, and two heads, it suits the compiled prefill.
+    `rounded`: its weights are bf16 numbers. With that and two heads the compiled prefill takes it.
     """
     tokenizer = tiny_tokenizer(max_tokens)
     torch.manual_seed(seed)

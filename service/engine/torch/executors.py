@@ -148,6 +148,7 @@ def _threads_each(threads: int, tasks: int) -> int:
 def _single_threads(count: int) -> ThreadPoolExecutor:
     """Threads in which torch does not divide its work further: each has a batch of its own.
 
+    Torch's own threads spin for each other; beside another busy process that made the same work ten times slower.
     torch.set_num_threads in any thread also sets the default of threads that start later. So all of these start here,
     and then the default is put back.
     """

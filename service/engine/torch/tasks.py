@@ -71,7 +71,7 @@ class NextToken:
         return self._layer
 
     def _forward(self, ids: Tensor, layer: nn.Module) -> Tensor:
-        self.model.set_output_embeddings(layer)
+        self.model.set_output_embeddings(layer)  # at every call, as `own` and `single` share the model
         return cast(Tensor, self.model(input_ids=ids, use_cache=False, **self._last_only).logits)[:, -1].float()
 
 

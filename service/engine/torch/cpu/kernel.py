@@ -67,7 +67,7 @@ class CompiledPrefill:
     def prepare(self, longest: int) -> None:
         """See Prefill."""
         replaced = [rope.grow(longest) for rope in self._ropes.values()]
-        if self._model is None or any(replaced):
+        if self._model is None or any(replaced):  # the structs hold the tables' addresses
             self._layer_structs = (LayerStruct * len(self._layers))(*map(self._layer_struct, self._layers))
             self._model = ModelStruct(
                 **self._shape,
