@@ -202,7 +202,8 @@ def table(rows: list[dict[str, Any]], items: Sequence[ScoreItem], options: Optio
     result.add_row("linear peak", "", "", "", f"{peak / 1e12:.2f}", "", "")
     for row in rows[1:]:
         seconds, cpu = statistics.median(row["seconds"]), statistics.median(row["cpu_seconds"])
-        speeds = f"{tokens / seconds:,.0f}", f"{tokens / cpu:,.0f}", f"{len(items) / seconds:.1f}"
+        by_cpu = f"{tokens / cpu:,.0f}" if cpu else ""  # the system counts in hundredths of a second
+        speeds = f"{tokens / seconds:,.0f}", by_cpu, f"{len(items) / seconds:.1f}"
         work = f"{row['flop'] / seconds / 1e12:.2f}", f"{row['flop'] / seconds / peak:.0%}"
         memory = "" if row["megabytes"] is None else f"{row['megabytes']:,.0f}"
         result.add_row(row["name"], *speeds, *work, memory)

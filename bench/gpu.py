@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.support.process import running, running_service
+from bench.support.random_llama import SHAPES, write_model
 from client import Judge, JudgeError
 from client.schema import ScoreRequest
 from service.engine.contract import LabelLogprobs, ScoreItem
-from service.engine.fake import fake_tokenizer
 from service.engine.torch.engine import TorchEngine
 from service.engine.vllm.config import VllmOptions, engine_arguments, prepare_environment
 from service.engine.vllm.engine import VllmEngine
@@ -45,12 +45,6 @@ from service.worker.loop import Worker
 from service.worker.scheduler import Scheduler
 from tests.support.redis_server import running_redis
 
-# Layers, hidden size, intermediate size, heads, key-value heads, vocabulary.
-SHAPES: Final = {
-    "8b": (32, 4096, 14336, 32, 8, 128_256),
-    "1b": (16, 2048, 8192, 32, 8, 128_256),
-    "tiny": (2, 128, 256, 2, 1, 2048),
-}
 MAX_TOKENS: Final = 2047
 BATCH: Final = 200
 CALLERS: Final = 8
@@ -99,32 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.way == "report":
         return report(options.results)
     if options.way == "model":
-        write_model(options.model, options.shape)
+        write_model(options.model, options.shape, MAX_TOKENS + 1)
         return 0
     result = {"tflops": peak()} if options.way == "peak" else measure(options)
     print(json.dumps({"way": options.way, **result}))
     return 0
-
-
-def write_model(folder: Path, shape: str) -> None:
-    """Write a Llama of this shape with random bf16 weights, and a tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    layers, hidden_size, intermediate_size, heads, kv_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=MAX_TOKENS + 1,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    fake_tokenizer(MAX_TOKENS + 1).save_pretrained(folder)
 
 
 def peak() -> float:

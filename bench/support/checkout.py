@@ -77,7 +77,7 @@ def _frozen(field: object) -> object:
 def main() -> int:
     """Load what the first line says, then compute the items of each further line."""
     run, batch_tokens, item = _engine(*json.loads(sys.stdin.readline()))
-    from bench.support.calls import in_calls  # the other checkout's
+    from calls import in_calls  # this folder's: another checkout may keep it elsewhere
 
     sys.stdout.write("done\n")
     sys.stdout.flush()
@@ -91,5 +91,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = os.environ["PYTHONPATH"]  # in place of this file's folder
+    sys.path = [os.environ["PYTHONPATH"], *sys.path[1:], sys.path[0]]  # the other checkout before this file's folder
     raise SystemExit(main())
