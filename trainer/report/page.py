@@ -119,10 +119,10 @@ def round_view(run: Path, folder: Path) -> RoundView:
 
 def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[AnswerPair]:
     """`count` of the judged duels, from the clearest loss of the new model to its clearest win, evenly spaced."""
-    examples = [_answer_pair(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
+    pairs = [_answer_pair(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
     judged = sorted(
-        (example for example in examples if example.log_odds is not None),
-        key=lambda example: (example.log_odds, example.id),
+        (pair for pair in pairs if pair.log_odds is not None),
+        key=lambda pair: (pair.log_odds, pair.id),
     )
     if len(judged) <= count:
         return judged

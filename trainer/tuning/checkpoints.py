@@ -100,7 +100,7 @@ def _incomplete(checkpoints: Path) -> list[Path]:
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """transformers writes the trainer's state last."""
+    """Whether the trainer's state is there, which transformers writes last."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_bytes())
     except (OSError, ValueError):

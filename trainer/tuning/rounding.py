@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MERGE_FILE: Final = "merge.json"
 # Matrices to measure on, evenly spaced: a large model has hundreds, and they round alike.
 MATRICES: Final = 8
-# A smaller share of the update is worth a warning.
+# A smaller share of the update is worth a warning; DPO of SmolLM2-135M at --lr 2e-4 kept 72 to 74% of it.
 ENOUGH: Final = 0.9
 _ADVICE: Final = "raise --lr, or give --merge-dtype float32 --dtype float32, and serve it in float32"
 _PREFIX: Final = "base_model.model."

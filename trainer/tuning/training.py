@@ -107,7 +107,7 @@ class Training:
         A rerun with the same arguments resumes the last complete checkpoint in the folder. Raises ModelError,
         InputError if no record can be used, TrainingError, and ImportError.
         """
-        with needs_trainer():
+        with needs_trainer():  # before anything is loaded
             for package in ("datasets", "trl"):
                 import_module(package)
         source = resolve_model(self.model)
