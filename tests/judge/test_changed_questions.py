@@ -108,7 +108,7 @@ def test_a_run_is_not_resumed_with_another_text(tmp_path: Path, kept: int, capsy
 
     with live_service(template_file=templates(tmp_path, "bad")) as live:
         code = bench(live, tmp_path)
-        asked = live.value("judge_judgements_total", route="/score/batch")
+        asked = live.value("judge_judgements_total")
 
     assert (code, asked) == (1, 0)
     assert "text of mine@1" in capsys.readouterr().err

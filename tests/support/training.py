@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ def log_lines(log: Path, key: str = "loss") -> list[dict[str, Any]]:
 def logged(log: Path, key: str = "loss") -> list[Any]:
     """The values of `key` in a training log."""
     return [line[key] for line in log_lines(log, key)]
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """Let no file of this process grow over `size` bytes; like on a full disk, the system still takes what fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def with_nan(model: Path, folder: Path, tensor: str) -> Path:

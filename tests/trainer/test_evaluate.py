@@ -59,12 +59,7 @@ def by_id(samples: list[Sampled]) -> list[Sampled]:
 
 def judgements(live: Live) -> float:
     """How many judgements the service has given so far."""
-    return sum(
-        sample.value
-        for metric in live.metrics.registry.collect()
-        for sample in metric.samples
-        if sample.name == "judge_judgements_total"
-    )
+    return live.value("judge_judgements_total")
 
 
 def test_the_win_rate_is_what_the_judge_says(command: list[str], judge: Live, tmp_path: Path) -> None:

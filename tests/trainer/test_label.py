@@ -54,13 +54,8 @@ def ipo(url: str, **options: Any) -> LabelOptions:
 
 
 def asked(live: Live) -> float:
-    """How many judgements the service has been asked for."""
-    return sum(
-        sample.value
-        for metric in live.metrics.registry.collect()
-        for sample in metric.samples
-        if sample.name == "judge_judgements_total"
-    )
+    """How many judgements the service has given so far."""
+    return live.value("judge_judgements_total")
 
 
 def free_url() -> str:

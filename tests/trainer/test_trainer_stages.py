@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.training import files_no_longer_than
 from trainer.errors import RecordError, StageError
 from trainer.run.files import appending, read_records, write_records
 from trainer.run.records import Instruction, Sample, Score, ScoreError
@@ -82,17 +81,6 @@ def test_two_processes_cannot_append_to_one_file(tmp_path: Path) -> None:
 
     with appending(file), pytest.raises(RecordError, match="another process"), appending(file):
         pass
-
-
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    """Limit this process's files to `size` bytes: the system writes what fits, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tests.support.live import wait_for
 from tests.support.training import (
     TOY_FLAGS,
     Killed,
+    files_no_longer_than,
     kill_at,
     log_lines,
     logged,
@@ -158,20 +157,9 @@ def test_a_kill_by_the_system_is_survived(tiny_model: Path, tmp_path: Path, undi
     assert same_adapter(tmp_path, undisturbed)
 
 
-@contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow over `size` bytes: a full disk, as far as a checkpoint can tell."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_reported_and_survived(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
     """A checkpoint that does not fit is an error that says so; with room, the same call succeeds."""
-    with file_limit(30_000), pytest.raises(TrainingError, match="no room to write"):
+    with files_no_longer_than(30_000), pytest.raises(TrainingError, match="no room to write"):
         train_dpo(tiny_model, DATA, tmp_path, toy_settings())
     assert not list((tmp_path / CHECKPOINTS).glob("checkpoint-*"))
 
