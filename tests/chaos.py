@@ -1,9 +1,10 @@
-"""A fleet behind a bad network: what becomes of each judgement while connections, callers, keys and scripts vanish?
+"""A fleet on a bad network: is every judgement answered while connections, callers, keys and scripts vanish?
 
     python -m tests.chaos --rounds 6 --seed 1
 
-Two API processes and three workers reach Redis through a proxy that delays and cuts. Prints the account as JSON; the
-status is 0 only if every judgement was answered once and rightly, and nothing is left in Redis or in the gauges.
+Two API processes and three workers reach Redis through a proxy that delays data and cuts connections. Prints the
+outcome as JSON; the status is 0 only if every judgement was answered once and correctly, and nothing is left in Redis
+or in the gauges.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ from tests.support.load import Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers, running_redis
 
 WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
-# Seconds that a caller may take, its retries included: many times the longest silence.
+# Seconds that a call may take with its retries: many times the longest silence.
 PATIENCE = 90.0
-# More at once would be a test of how long callers wait, since each lost queue sends them all to its end.
+# A larger load would only test how long callers wait, because each loss of the queue sends them all to its end.
 MIX = Mix(batches=15, batch_size=100, singles=500, timeout=PATIENCE)
-# Chances for each chunk that passes.
+# Probabilities for each chunk of data.
 DELAYED, CUT = 0.01, 0.0005
 AT_REST = {"judge_requests_in_flight": 1, "judge_queue_jobs": 0, "judge_queue_tokens": 0}
-# Of these keys each may vanish alone; `seen`, `jobs` and `replies` stand for all that begin so.
+# Each of these keys may vanish alone; `seen`, `jobs` and `replies` stand for all keys that begin with them.
 KEYS = ("epoch", "seen", "tokens", "done", "workers", "workers:info", "workers:variant", "jobs", "replies")
-# Seconds between two workers' kills: what a killed one held is judged by then. A job is given up after three of them.
+# Seconds between kills of two workers, by which the jobs of the first are judged: after three a job is given up.
 BETWEEN_KILLS = 10.0
 
 
 class FlakyProxy:
-    """A TCP proxy in a thread of its own, that delays some of what passes and cuts some connections."""
+    """A TCP proxy in a thread of its own that delays some of the data and cuts some connections."""
 
     def __init__(self, port: int, rng: random.Random) -> None:
-        """`port` is the loopback port of the server behind it."""
+        """`port` is the loopback port of the server behind the proxy."""
         self._behind = port
         self._rng = rng
         self._silent_until = 0.0
@@ -65,11 +66,11 @@ class FlakyProxy:
         self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in list(self._writers)])
 
     def fall_silent(self, seconds: float) -> None:
-        """Let nothing pass for so long; connections stay open."""
+        """Pass no data for this long; connections stay open."""
         self._silent_until = time.monotonic() + seconds
 
     def close(self) -> None:
-        """End."""
+        """Stop, and break every connection."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -107,7 +108,7 @@ class FlakyProxy:
 
 
 class Chaos:
-    """Does one bad thing after another; `done` counts them by name."""
+    """Causes one fault after another; `done` counts them by name."""
 
     def __init__(self, server: RedisServer, proxy: FlakyProxy, fleet: Fleet, rng: random.Random) -> None:
         self.done: Counter[str] = Counter()
@@ -125,7 +126,7 @@ class Chaos:
         ]
 
     def step(self) -> None:
-        """One of them."""
+        """Cause one fault."""
         way = self._rng.choice(self._ways)
         self.done[way.__name__.strip("_")] += 1
         way()
@@ -154,14 +155,14 @@ class Chaos:
             client.script_flush()
 
     def _kill_callers(self) -> None:
-        """kill -9 of a program with requests under way; another begins."""
+        """kill -9 of a program with requests in flight; another one starts."""
         self.stop()
         url = self._rng.choice(self._fleet.apis).url
         command = [sys.executable, "-m", "client.load", "--judge-url", url, "--callers", "16", "--duration", "60"]
         self._callers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
 
     def _replace_worker(self) -> None:
-        """kill -9 of one, or SIGTERM where the last kill was a moment ago; another begins."""
+        """kill -9 of one, or SIGTERM shortly after the last kill; another one starts."""
         gone = self._fleet.workers.pop(self._rng.randrange(len(self._fleet.workers)))
         if time.monotonic() > self._kill_again:
             self._kill_again = time.monotonic() + BETWEEN_KILLS
@@ -172,7 +173,7 @@ class Chaos:
         self._fleet.worker(*WORKER)
 
     def _pause_process(self) -> None:
-        """For longer than a lease, perhaps."""
+        """Pause one, perhaps for longer than a lease."""
         held = self._rng.choice([*self._fleet.apis, *self._fleet.workers])
         held.pause()
         time.sleep(self._rng.uniform(0.2, 3.0))
@@ -181,7 +182,7 @@ class Chaos:
 
 @contextmanager
 def flaky(port: int, rng: random.Random) -> Iterator[FlakyProxy]:
-    """A proxy before this port, closed in the end."""
+    """A proxy in front of this port, closed at the end."""
     proxy = FlakyProxy(port, rng)
     try:
         yield proxy
@@ -190,14 +191,14 @@ def flaky(port: int, rng: random.Random) -> Iterator[FlakyProxy]:
 
 
 def gauges_of(url: str) -> dict[str, float]:
-    """The gauges of a service that are not what they are at rest; the request that asks for them is one in flight."""
+    """The gauges of a service that differ from their values at rest. The request for them is itself in flight."""
     text = httpx.get(f"{url}/metrics", timeout=10).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {f"{url} {each.name}": each.value for each in samples if each.value != AT_REST.get(each.name, each.value)}
 
 
 def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]:
-    """The account of so many times MIX, and what else there is to say; what is left over is under `left`."""
+    """The tally of `rounds` times MIX, and further findings; what was left over is under `left`."""
     rng = random.Random(seed)
     with (
         running_redis() as server,
@@ -221,7 +222,7 @@ def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]
 
 
 def _load_amid(chaos: Chaos, urls: list[str], rng: random.Random) -> RunningLoad:
-    """MIX, sent while bad things happen; over when everybody has heard."""
+    """Send MIX amid faults, until every call has ended."""
     with RunningLoad(MIX, urls) as load:
         while not load.over:
             time.sleep(rng.uniform(0.2, 1.0))
@@ -236,10 +237,10 @@ def _sum(tallies: list[Tally]) -> Tally:
 
 
 def main() -> int:
-    """Run it; 1 where a judgement was lost, wrong or answered twice, or something was left over."""
+    """Run it; returns 1 if a judgement was lost, wrong or answered twice, or something was left over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help=f"of {MIX.sent} judgements each, one after the other")
-    parser.add_argument("--seed", type=int, default=1, help="of what happens when")
+    parser.add_argument("--rounds", type=int, default=6, help=f"rounds of {MIX.sent} judgements, one after the other")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the faults")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tally, more = run(args.rounds, args.seed, Path(folder))

@@ -1,4 +1,4 @@
-"""Prompts into calls of about so many tokens, as the worker puts them to an engine."""
+"""Splits prompts into engine calls of a number of tokens, as a worker does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 
 class Prompt(Protocol):
-    """Whatever has token ids."""
+    """Anything with token ids."""
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -18,7 +18,7 @@ P = TypeVar("P", bound=Prompt)
 
 
 def in_calls(prompts: Sequence[P], tokens: int) -> Iterator[list[P]]:
-    """In order; at most `tokens` tokens in a call, or one prompt."""
+    """Yield calls in order, of at most `tokens` tokens or a single prompt."""
     call, size = list[P](), 0
     for prompt in prompts:
         if call and size + len(prompt.token_ids) > tokens:

@@ -1,10 +1,13 @@
-"""The atomic steps of the queue on Redis, in Lua: each names its KEYS and ARGV; see redis_protocol.py for the keys."""
+"""The atomic steps of the queue on Redis, in Lua. Each names its KEYS and ARGV; redis_protocol.py explains the keys.
+
+Workers and API processes of other versions run their own scripts on the same keys, so what is stored stays compatible.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
-# Counters of ours. One that somebody has overwritten with something else begins anew: no answer is lost over it.
+# A counter that somebody overwrote with something else starts again from the amount added: no answer is lost over it.
 _COUNTERS: Final = """
 local function count(key)
   local value = redis.pcall('GET', key)
@@ -16,8 +19,9 @@ local function add(key, amount)
 end
 """
 
-# KEYS: both lanes, tokens, epoch, seen. ARGV: epoch, lane (1 or 2), max jobs, max tokens, tokens, seen ttl, payloads…
-# Returns {1, entry ids…}, {0, jobs, tokens} when full, {-1} when the epoch is another.
+# KEYS: both streams, tokens, epoch, seen. ARGV: epoch, stream (1 or 2), max jobs, max tokens, tokens, seen ttl,
+# payloads… Adds one entry per payload, or none. Returns {1, entries…}, {0, jobs, tokens} if the queue is full, {-1} if
+# the epoch is a different one.
 SUBMIT: Final = (
     _COUNTERS
     + """
@@ -34,17 +38,17 @@ local count = #ARGV - 6
 if jobs > 0 and (jobs + count > tonumber(ARGV[3]) or tokens + tonumber(ARGV[5]) > tonumber(ARGV[4])) then
   return {0, jobs, tokens}
 end
-local lane = KEYS[tonumber(ARGV[2])]
-for i = 7, #ARGV do ids[#ids + 1] = redis.call('XADD', lane, '*', 'p', ARGV[i]) end
+local stream = KEYS[tonumber(ARGV[2])]
+for i = 7, #ARGV do ids[#ids + 1] = redis.call('XADD', stream, '*', 'p', ARGV[i]) end
 add(KEYS[3], tonumber(ARGV[5]))
 redis.call('SET', KEYS[5], table.concat(ids, ' ', 2), 'PX', ARGV[6])
 return ids
 """
 )
 
-# KEYS: both lanes, tokens, done, replies. ARGV: group, replies ttl, message or '', what computed its answers or '',
-# then lane, entry, tokens for each job. Deletes the entries; those already gone count for nothing. Sends the message.
-# Returns how many were still there.
+# KEYS: both streams, tokens, done, replies. ARGV: group, replies ttl, message or '', what computed its answers or '',
+# then stream, entry and tokens of each job. Deletes the entries, gives back the tokens of those that were still there,
+# and sends the message. Returns how many were still there.
 FINISH: Final = (
     _COUNTERS
     + """
@@ -64,7 +68,7 @@ if there > 0 then
 end
 if ARGV[3] ~= '' then
   if type(redis.pcall('XADD', KEYS[5], '*', 'p', ARGV[3], 'v', ARGV[4])) == 'table' then
-    -- Something else is in its place, or its ids have come to their end.
+    -- Another kind of key is in its place, or its ids are exhausted.
     redis.call('DEL', KEYS[5])
     redis.call('XADD', KEYS[5], '*', 'p', ARGV[3], 'v', ARGV[4])
   end
@@ -74,14 +78,14 @@ return there
 """
 )
 
-# Out of memory, Redis refuses what could take more. In a script it refuses that as the first write alone: scripts that
-# must work then, and take no more than they give back, begin with a write that is never refused.
+# Redis that is out of memory refuses commands that could use more, but in a script only as the first write. So scripts
+# that must work then, and use no more than they free, begin with a write that is never refused.
 
-# Whoever is given jobs here has none: each worker looks for them.
+# The consumer that released jobs are handed to. No worker is called so; every worker looks for them.
 RELEASED: Final = "released"
 
-# KEYS: both lanes. ARGV: group, consumer, `released`, then lane, entry, deliveries for each job. Hands on those still
-# its own, under the ids by which their callers know them; the delivery does not count.
+# KEYS: both streams. ARGV: group, consumer, `released`, then stream, entry and deliveries of each job. Hands on those
+# that are still the consumer's. They keep their entries, by which callers cancel them; this delivery does not count.
 RELEASE: Final = """
 for i = 4, #ARGV, 3 do
   local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
@@ -91,15 +95,15 @@ for i = 4, #ARGV, 3 do
 end
 """
 
-# KEYS: both lanes. ARGV: group, consumer, `released`, count. Takes at most so many of each lane that were handed on.
-# Returns lane, entry, fields and deliveries of each.
+# KEYS: both streams. ARGV: group, consumer, `released`, count. Takes at most `count` released jobs from each stream.
+# Returns stream, entry, fields and deliveries of each.
 TAKE_RELEASED: Final = """
 local taken = {}
-for lane, stream in ipairs(KEYS) do
+for number, stream in ipairs(KEYS) do
   for _, held in ipairs(redis.call('XPENDING', stream, ARGV[1], '-', '+', ARGV[4], ARGV[3])) do
     local entry = redis.call('XCLAIM', stream, ARGV[1], ARGV[2], 0, held[1])[1]
     if entry then
-      taken[#taken + 1] = {lane, entry[1], entry[2], held[4] + 1}
+      taken[#taken + 1] = {number, entry[1], entry[2], held[4] + 1}
     else
       redis.call('XACK', stream, ARGV[1], held[1])
     end
@@ -108,8 +112,8 @@ end
 return taken
 """
 
-# KEYS: both lanes. ARGV: group. Jobs that nobody holds, with ids below the last delivered one's, would never be
-# delivered: after a failover to a Redis whose clock is behind, say. Has the group go back to before the first of them.
+# KEYS: both streams. ARGV: group. Jobs that nobody holds would never be delivered if their ids are below the last
+# delivered one, as after a failover to a Redis whose clock is behind. Moves the group back before the first of them.
 REWIND: Final = """
 for _, stream in ipairs(KEYS) do
   redis.call('XACK', stream, ARGV[1], '0-1')
@@ -120,7 +124,7 @@ for _, stream in ipairs(KEYS) do
     if group['name'] == ARGV[1] then pending, last = group['pending'], group['last-delivered-id'] end
   end
   local undelivered = redis.call('XLEN', stream) - pending
-  -- An error, where no id can be above it, is none above it.
+  -- If no id can be above `last`, XRANGE is an error, which has no elements either.
   if last and undelivered > 0 and #redis.pcall('XRANGE', stream, '(' .. last, '+', 'COUNT', 1) == 0 then
     local before, found = '0-0', false
     while not found do
@@ -137,8 +141,8 @@ for _, stream in ipairs(KEYS) do
 end
 """
 
-# KEYS: both lanes. ARGV: group, milliseconds. Consumers are made by reading and never go by themselves: forgets those
-# that have been silent for so long, unless they hold jobs, which nobody would ever claim.
+# KEYS: both streams. ARGV: group, milliseconds. Deletes the consumers that were silent for that long, because Redis
+# creates them on reading and never removes them. Those with pending jobs stay: the jobs could not be claimed any more.
 FORGET: Final = """
 for _, stream in ipairs(KEYS) do
   for _, fields in ipairs(redis.call('XINFO', 'CONSUMERS', stream, ARGV[1])) do
@@ -151,7 +155,7 @@ for _, stream in ipairs(KEYS) do
 end
 """
 
-# KEYS: both lanes. ARGV: lane and entry for each job. Returns the positions (from 0) of those that are gone.
+# KEYS: both streams. ARGV: stream and entry of each job. Returns the indices, from 0, of those that are gone.
 GONE: Final = """
 local gone = {}
 for i = 1, #ARGV, 2 do
@@ -161,7 +165,8 @@ end
 return gone
 """
 
-# KEYS: both lanes. ARGV: group, consumer, then lane and entry for each job. Renews the lease of those still its own.
+# KEYS: both streams. ARGV: group, consumer, then stream and entry of each job. Renews the leases that are still the
+# consumer's.
 RENEW: Final = """
 for i = 3, #ARGV, 2 do
   local stream, id = KEYS[tonumber(ARGV[i])], ARGV[i + 1]
@@ -171,9 +176,9 @@ for i = 3, #ARGV, 2 do
 end
 """
 
-# KEYS: workers, infos, variants. ARGV: worker, what it says of itself, what computes its answers or '', seconds after
-# which others are forgotten. Stamps a heartbeat with Redis' time. One from the future is of a clock that has been set
-# back, or of another machine's.
+# KEYS: workers, infos, variants. ARGV: worker, its info, what computes its answers or '', seconds after which other
+# workers are forgotten. Stamps a heartbeat with Redis' time. Heartbeats from the future are stale too: Redis' clock was
+# set back, or another machine took over.
 BEAT: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
@@ -191,8 +196,8 @@ for _, range in ipairs({{'-inf', now - ARGV[4]}, {now + ARGV[4], '+inf'}}) do
 end
 """
 
-# KEYS: workers, infos, variants. ARGV: seconds that a heartbeat counts. Returns what each worker that is there says of
-# itself, and of what computes its answers or '', in turn.
+# KEYS: workers, infos, variants. ARGV: seconds for which a heartbeat counts. Returns, in turn, the info of each live
+# worker and what computes its answers or ''.
 ALIVE: Final = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000

@@ -21,8 +21,9 @@ from service.process import stopping
 from service.process.background import start_thread
 from service.process.hosts import AllowedHosts, is_loopback, require_known_host
 from service.process.listening import bind_error
+from service.queue.redis_leases import Timing
 from service.queue.redis_protocol import Keys
-from service.queue.redis_worker import RedisWorkerQueue, Timing
+from service.queue.redis_worker import RedisWorkerQueue
 from service.settings import MEMORY_URL, WorkerSettings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import start_tracing

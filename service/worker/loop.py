@@ -134,11 +134,7 @@ class Worker:
 
     def _outcomes(self, jobs: Sequence[Job]) -> list[JobOutcome]:
         try:
-            if self._core:
-                self._core.set_deadlines([job.deadline for job in jobs])
-            answers = self._engine.run([job.item for job in jobs])
-            if len(answers) != len(jobs):
-                raise RuntimeError(f"the engine gave {len(answers)} answers to {len(jobs)} items")
+            answers = self._answers(jobs)
         except EngineLostError:
             raise
         except Exception as exc:
@@ -149,6 +145,14 @@ class Worker:
             # One item may have broken the call: alone, it breaks only its own.
             return [self._retry_alone(job) for job in jobs]
         return [_checked(answer) for answer in answers]
+
+    def _answers(self, jobs: Sequence[Job]) -> Sequence[AnyAnswer | ItemFailure]:
+        if self._core:
+            self._core.set_deadlines([job.deadline for job in jobs])
+        answers = self._engine.run([job.item for job in jobs])
+        if len(answers) != len(jobs):
+            raise RuntimeError(f"the engine gave {len(answers)} answers to {len(jobs)} items")
+        return answers
 
     def _retry_alone(self, job: Job) -> JobOutcome:
         # Asking the queue also tells it that this worker has not stalled.

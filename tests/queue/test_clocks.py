@@ -1,4 +1,4 @@
-"""Machines whose clocks are wrong, or are set while requests wait: real processes with a wall clock of their own."""
+"""Machines whose clocks are wrong, or are set while requests wait: real processes with wall clocks of their own."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.redis_server import RedisServer
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 HOUR = 3600.0
-# What a process runs before anything else: its wall clock is off by the seconds that a file holds at that moment.
-CUSTOMIZED = """
+# Python runs this before anything else: it shifts the wall clock by the seconds that a file holds at the moment.
+SITECUSTOMIZE = """
 import time
 from pathlib import Path
 real, real_ns, file = time.time, time.time_ns, Path(__file__).with_name("shift")
@@ -29,17 +29,17 @@ time.time_ns = lambda: real_ns() + int(1e9 * float(file.read_text()))
 
 
 class WallClock:
-    """The wall clock of the processes that have `env` in their environment."""
+    """The wall clock of processes that have `env` in their environment."""
 
     def __init__(self, folder: Path, shift: float = 0.0) -> None:
         folder.mkdir()
-        (folder / "sitecustomize.py").write_text(CUSTOMIZED)
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         self.env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
         self._file = folder / "shift"
         self.set(shift)
 
     def set(self, shift: float) -> None:
-        """Let it be so many seconds ahead from now on."""
+        """From now on, run this many seconds ahead."""
         new = self._file.with_suffix(".new")
         new.write_text(str(shift))
         new.replace(self._file)
@@ -51,7 +51,7 @@ def score(url: str, **headers: str) -> httpx.Response:
 
 @pytest.mark.parametrize("shift", [2 * HOUR, -20.0, -2 * HOUR])
 def test_a_worker_whose_clock_is_wrong_judges_like_any_other(fleet: Fleet, tmp_path: Path, shift: float) -> None:
-    """Ahead or behind: /ready sees it, requests are answered in time, and no queue time is negative or hours long."""
+    """Ahead or behind, it counts for /ready, answers in time, and no queue time is negative or hours long."""
     api = fleet.api()
     fleet.worker(env=WallClock(tmp_path / "clock", shift).env)
     fleet.wait_ready()
@@ -68,8 +68,8 @@ def metric(url: str, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
 
-def test_an_api_whose_clock_is_wrong_and_then_set_serves_on(fleet: Fleet, tmp_path: Path) -> None:
-    """An hour behind, then an hour ahead while jobs wait: they are judged, and a deadline is still one."""
+def test_an_api_process_whose_clock_is_set_goes_on_serving(fleet: Fleet, tmp_path: Path) -> None:
+    """It goes from an hour behind to an hour ahead while jobs wait: they are judged, and deadlines still hold."""
     clock = WallClock(tmp_path / "clock", -HOUR)
     api = fleet.api(env=clock.env)
     fleet.worker("--fake-delay", "1.5", "--batch-jobs", "1")
@@ -84,7 +84,7 @@ def test_an_api_whose_clock_is_wrong_and_then_set_serves_on(fleet: Fleet, tmp_pa
 
 @pytest.mark.parametrize("shift", [HOUR, -HOUR])
 def test_a_clock_that_is_set_changes_nothing_within_one_process(tmp_path: Path, shift: float) -> None:
-    """Jobs that wait for the model in the same process neither expire nor have waited for hours, or less than 0 s."""
+    """Jobs that wait for the model in the same process do not expire, and their queue times stay right."""
     clock = WallClock(tmp_path / "clock")
     with Fleet(tmp_path) as fleet:
         api = fleet.api("--fake-delay", "1.5", "--batch-jobs", "1", env=clock.env)
@@ -96,41 +96,41 @@ def test_a_clock_that_is_set_changes_nothing_within_one_process(tmp_path: Path, 
 
 
 def jump_while_jobs_wait(url: str, clock: WallClock, shift: float) -> list[float]:
-    """The milliseconds that three items waited for a worker that takes one at a time; the clock is set meanwhile."""
+    """The queue times in ms of three items for a worker that takes one at a time; the clock is set meanwhile."""
     items = {"items": [{**PAIR, "response": str(number)} for number in range(3)]}
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.post, f"{url}/score/batch", json=items, timeout=60)
-        assert wait_for(lambda: metric(url, "judge_requests_in_flight") == 2, seconds=30)  # the other one is this
+        assert wait_for(lambda: metric(url, "judge_requests_in_flight") == 2, seconds=30)  # this one included
         clock.set(shift)
-        return [each["result"]["timing_ms"]["queue"] for each in asked.result().json()["results"]]
+        return [item["result"]["timing_ms"]["queue"] for item in asked.result().json()["results"]]
 
 
-def test_a_dead_worker_is_not_there_whatever_its_clock_said(redis_server: RedisServer, fleet: Fleet) -> None:
-    """A heartbeat from the future, of a clock that has been set back, is no worker's, and is cleared away."""
+def test_a_heartbeat_from_the_future_does_not_count(redis_server: RedisServer, fleet: Fleet) -> None:
+    """It was written before the clock was set back, by a worker that may be dead, and is removed."""
     api = fleet.api()
     assert wait_for(lambda: api.status("/health") == 200, seconds=60)
     with redis_server.client() as client:
         client.zadd("judge:{fake}:workers", {"gone": time.time() + HOUR})
         client.hset("judge:{fake}:workers:info", "gone", '["fake", "float32", 4096]')
-        seen = api.status("/ready")
+        ready = api.status("/ready")
         fleet.worker()
         fleet.wait_ready()
 
-        assert seen == 503
+        assert ready == 503
         assert client.zscore("judge:{fake}:workers", "gone") is None
         assert client.hlen("judge:{fake}:workers:info") == 1
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The monotonic clock, to be set."""
+    """The monotonic clock, which the test sets."""
     moment = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: moment[0])
     return moment
 
 
-def test_slow_answers_do_not_spoil_redis_time_and_a_step_is_followed(now: list[float]) -> None:
-    """A quick answer to TIME says more than a slow one; an answer that contradicts what is known replaces it."""
+def test_redis_time_ignores_slow_answers_and_follows_steps(now: list[float]) -> None:
+    """A slow answer to TIME does not replace a quick one; an answer that contradicts the known offset does."""
     clock = RedisClock()
     known = []
     for asked, told, answered in [(100.0, 5000, 100.0), (101.0, 5002, 103.0), (104.0, 4504, 104.0)]:

@@ -1,19 +1,17 @@
-"""The queue's conformance suite: every implementation of service/queue/contract.py has to pass it."""
+"""The queue's conformance suite: every implementation of service/queue/contract.py must pass it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Protocol
 
 import pytest
 
 from client.errors import ErrorCode
-from service.engine.contract import LabelLogprobs, ScoreItem
+from service.engine.contract import LabelLogprobs
 from service.errors import ServiceError
 from service.queue.contract import (
     DrainRate,
@@ -23,18 +21,13 @@ from service.queue.contract import (
     Priority,
     QueueStats,
     Reply,
-    WorkerInfo,
     WorkerQueue,
 )
 from service.queue.memory import MemoryQueue
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
-from service.queue.redis_worker import RedisWorkerQueue, Timing
-from service.telemetry.metrics import Metrics
-from tests.support.redis_server import RedisServer, running_redis
-
-ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
-INFO = WorkerInfo(engine="fake", dtype="float64", max_tokens=100)
+from tests.support.queues import ANSWER, INFO, eventually, make_job, make_worker, taken
+from tests.support.redis_server import RedisServer
 
 
 class Backend(JobQueue, WorkerQueue, Protocol):
@@ -42,61 +35,37 @@ class Backend(JobQueue, WorkerQueue, Protocol):
 
 
 class RedisBackend:
-    """The HTTP side's object and the worker's, as one."""
+    """The objects of the HTTP side and of the worker as one."""
 
-    def __init__(self, server: RedisServer) -> None:
-        keys = Keys.of(uuid.uuid4().hex, "model")
-        self.jobs = RedisQueue(server.url, keys, 4, 100)
-        self.source = RedisWorkerQueue(server.url, keys, Timing(lease=60), Metrics(), on_stall=lambda: None)
+    def __init__(self, server: RedisServer, keys: Keys) -> None:
+        self.queue = RedisQueue(server.url, keys, 4, 100)
+        self.worker = make_worker(server, keys, lease=60)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.source if hasattr(self.source, name) else self.jobs, name)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    """A Redis for the tests of this file, each of which has keys of its own."""
-    with running_redis() as running:
-        yield running
+        return getattr(self.worker if hasattr(self.worker, name) else self.queue, name)
 
 
 @pytest.fixture(params=["memory", "redis"])
-async def queue(request: pytest.FixtureRequest, server: RedisServer) -> AsyncIterator[Backend]:
+async def queue(request: pytest.FixtureRequest, server: RedisServer, keys: Keys) -> AsyncIterator[Backend]:
     """A queue of 4 jobs and 100 tokens, of each kind."""
-    backend = MemoryQueue(4, 100) if request.param == "memory" else RedisBackend(server)
+    backend = MemoryQueue(4, 100) if request.param == "memory" else RedisBackend(server, keys)
     await backend.open()
     yield backend
     await backend.close()
 
 
-async def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether the condition comes true: a shared queue learns of some things a moment later."""
-    for _ in range(500):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return False
-
-
-def job(name: str, tokens: int = 10, *, deadline: float = 60.0, priority: Priority = Priority.INTERACTIVE) -> Job:
-    now = time.monotonic()
-    return Job(
-        name, ScoreItem(tuple(range(tokens)), (1, 2), (3,)), now + deadline, now, priority, traceparent="00-ab-cd-01"
-    )
-
-
-async def taken(queue: Backend, count: int = 16) -> list[Job]:
-    return await asyncio.to_thread(queue.take, count, 2.0)
+def job(name: str, tokens: int = 10, *, priority: Priority = Priority.INTERACTIVE) -> Job:
+    return make_job(name, range(tokens), priority=priority, traceparent="00-ab-cd-01")
 
 
 async def test_a_submitted_job_is_taken_as_it_was_and_its_reply_arrives(queue: Backend) -> None:
-    """What is taken is what was submitted, times as near as clocks allow; the future gets the very reply."""
+    """Nothing changes but its times, by as little as clocks allow; the future gets the worker's reply."""
     sent = job("a")
     (future,) = await queue.submit([sent])
+    (received,) = await taken(queue)
 
-    (got,) = await taken(queue)
-    assert (got.submitted, got.deadline) == pytest.approx((sent.submitted, sent.deadline), abs=5)
-    assert replace(got, submitted=sent.submitted, deadline=sent.deadline) == sent
+    assert (received.submitted, received.deadline) == pytest.approx((sent.submitted, sent.deadline), abs=5)
+    assert replace(received, submitted=sent.submitted, deadline=sent.deadline) == sent
     queue.reply([Reply("a", ANSWER, queued=0.5, inference=0.25)])
     assert await asyncio.wait_for(future, 2) == Reply("a", ANSWER, queued=0.5, inference=0.25)
 
@@ -106,17 +75,17 @@ async def test_jobs_are_taken_oldest_first_and_only_once(queue: Backend) -> None
     await queue.submit([job("a"), job("b")])
     await queue.submit([job("c")])
 
-    assert [each.id for each in await taken(queue, 2)] == ["a", "b"]
-    assert [each.id for each in await taken(queue, 2)] == ["c"]
+    assert [job.id for job in await taken(queue, count=2)] == ["a", "b"]
+    assert [job.id for job in await taken(queue, count=2)] == ["c"]
 
 
 async def test_take_waits_for_a_job_and_returns_when_it_comes(queue: Backend) -> None:
-    """A worker that waits is woken by a submission long before its time is up."""
+    """A submission wakes a waiting worker long before its timeout."""
     waiting = asyncio.ensure_future(asyncio.to_thread(queue.take, 4, 30.0))
     await asyncio.sleep(0.05)
     await queue.submit([job("a")])
 
-    assert [each.id for each in await asyncio.wait_for(waiting, 10)] == ["a"]
+    assert [job.id for job in await asyncio.wait_for(waiting, 10)] == ["a"]
 
 
 async def test_take_gives_up_after_its_timeout(queue: Backend) -> None:
@@ -134,7 +103,7 @@ async def test_a_failure_is_a_reply_like_any_other(queue: Backend) -> None:
 
 
 async def test_a_second_reply_is_ignored(queue: Backend) -> None:
-    """The first answer stands, also when another arrives later."""
+    """The first answer stands, even if another arrives later."""
     (future,) = await queue.submit([job("a")])
     await taken(queue)
     queue.reply([Reply("a", ANSWER)])
@@ -144,7 +113,7 @@ async def test_a_second_reply_is_ignored(queue: Backend) -> None:
 
 
 async def test_a_full_queue_refuses_by_jobs(queue: Backend) -> None:
-    """The fifth job of four is refused as overload, with a time to come back."""
+    """A fifth job is refused as overload, with a time to come back."""
     await queue.submit([job(name, 1) for name in "abcd"])
 
     with pytest.raises(ServiceError) as refused:
@@ -163,7 +132,7 @@ async def test_a_full_queue_refuses_by_tokens(queue: Backend) -> None:
 
 
 async def test_a_group_of_jobs_is_accepted_whole_or_not_at_all(queue: Backend) -> None:
-    """Of a group that does not fit, no job stays behind."""
+    """If a group does not fit, none of its jobs stays behind."""
     await queue.submit([job("a"), job("b")])
 
     with pytest.raises(ServiceError):
@@ -172,8 +141,8 @@ async def test_a_group_of_jobs_is_accepted_whole_or_not_at_all(queue: Backend) -
 
 
 @pytest.mark.parametrize("sizes", [[1] * 5, [101], [50, 51]])
-async def test_what_is_larger_than_the_whole_queue_is_refused_for_good(queue: Backend, sizes: list[int]) -> None:
-    """Not as overload, which would be told to come back for ever; the queue is left as it was."""
+async def test_a_group_larger_than_the_whole_queue_is_refused_for_good(queue: Backend, sizes: list[int]) -> None:
+    """Not as overload, because coming back would never help. The queue is left as it was."""
     with pytest.raises(ServiceError) as refused:
         await queue.submit([job(str(index), size) for index, size in enumerate(sizes)])
     await queue.submit([job("a", 60)])
@@ -188,7 +157,7 @@ async def test_a_queue_is_filled_to_its_bounds(queue: Backend) -> None:
 
 
 async def test_answered_jobs_make_room(queue: Backend) -> None:
-    """Jobs count until they are answered, not only until they are taken."""
+    """Jobs count until they are answered, not until they are taken."""
     futures = await queue.submit([job(name, 25) for name in "abcd"])
     await taken(queue)
 
@@ -199,18 +168,18 @@ async def test_answered_jobs_make_room(queue: Backend) -> None:
 
 
 async def test_a_cancelled_job_is_not_taken(queue: Backend) -> None:
-    """A job whose caller left while it waited never reaches a worker, and leaves no trace in the bound."""
+    """It never reaches a worker, and its place and tokens are free again."""
     (future, _) = await queue.submit([job("a"), job("b")])
     queue.cancel(["a", "unknown"])
     await asyncio.sleep(0.05)
 
-    assert [each.id for each in await taken(queue)] == ["b"]
+    assert [job.id for job in await taken(queue)] == ["b"]
     assert future.cancelled()
     assert await eventually(lambda: queue.stats() == QueueStats(jobs=1, tokens=10))
 
 
 async def test_a_job_cancelled_after_it_was_taken_is_abandoned(queue: Backend) -> None:
-    """A worker can learn that nobody waits for a job in its hands; a reply to it does no harm."""
+    """A worker can ask whether anybody waits for a job in its hands; a reply to it does no harm."""
     await queue.submit([job("a"), job("b")])
     jobs = await taken(queue)
     queue.cancel(["a"])
@@ -220,26 +189,26 @@ async def test_a_job_cancelled_after_it_was_taken_is_abandoned(queue: Backend) -
     assert queue.waiting() == 1
 
 
-async def test_neither_lane_keeps_the_other_out(queue: Backend) -> None:
-    """When both lanes wait, a take of two brings one of each, whoever came first."""
+async def test_neither_priority_starves_the_other(queue: Backend) -> None:
+    """When jobs of both wait, a take of two brings one of each, whoever came first."""
     await queue.submit([job("b1", priority=Priority.BULK), job("b2", priority=Priority.BULK)])
     await queue.submit([job("i1"), job("i2")])
 
-    assert {"b1", "i1"} <= {each.id for each in await taken(queue, 2)}
+    assert {"b1", "i1"} <= {job.id for job in await taken(queue, count=2)}
 
 
 async def test_released_jobs_are_taken_again(queue: Backend) -> None:
-    """What a stopping worker hands back reaches another one, and its caller is answered."""
+    """A job that a stopping worker hands back reaches another one, and its caller is answered."""
     (future,) = await queue.submit([job("a")])
     queue.release(await taken(queue))
 
-    assert [each.id for each in await taken(queue)] == ["a"]
+    assert [job.id for job in await taken(queue)] == ["a"]
     queue.reply([Reply("a", ANSWER)])
     assert (await asyncio.wait_for(future, 2)).outcome == ANSWER
 
 
 async def test_waiting_counts_this_processes_open_jobs(queue: Backend) -> None:
-    """What a draining process still owes its callers."""
+    """They are what a draining process still owes its callers."""
     futures = await queue.submit([job("a"), job("b")])
     before = queue.waiting()
     await taken(queue)
@@ -249,10 +218,10 @@ async def test_waiting_counts_this_processes_open_jobs(queue: Backend) -> None:
     assert (before, queue.waiting()) == (2, 0)
 
 
-async def test_closing_answers_those_who_wait(queue: Backend) -> None:
-    """Nobody hangs when the queue closes: every open job gets an error, and new ones are refused."""
+async def test_closing_answers_every_waiting_job(queue: Backend) -> None:
+    """Every open job gets an error, and new ones are refused."""
     futures = await queue.submit([job("a"), job("b")])
-    await taken(queue, 1)
+    await taken(queue, count=1)
     await queue.close()
 
     replies = await asyncio.wait_for(asyncio.gather(*futures), 2)
@@ -262,7 +231,7 @@ async def test_closing_answers_those_who_wait(queue: Backend) -> None:
 
 
 async def test_ready_only_while_a_worker_is_attached(queue: Backend) -> None:
-    """Without a worker a job would wait for nobody: the queue says so."""
+    """Without a worker a job would wait in vain, so the queue is not ready."""
     with pytest.raises(ServiceError) as not_yet:
         await queue.ready()
     queue.attach(INFO)
@@ -276,12 +245,12 @@ async def test_ready_only_while_a_worker_is_attached(queue: Backend) -> None:
 
 
 async def test_many_callers_and_workers_lose_and_mix_up_nothing(queue: Backend) -> None:
-    """2,000 jobs through two worker threads: each caller gets the answer to its own job, once."""
+    """Of 2,000 jobs through two worker threads each is answered once, and with its own answer."""
     stop = threading.Event()
 
     def work() -> None:
         while not stop.is_set():
-            queue.reply([Reply(each.id, LabelLogprobs((float(each.id),), 0)) for each in queue.take(3, 0.05)])
+            queue.reply([Reply(job.id, LabelLogprobs((float(job.id),), 0)) for job in queue.take(3, 0.05)])
 
     async def ask(number: int) -> float:
         async with places:
@@ -301,7 +270,7 @@ async def test_many_callers_and_workers_lose_and_mix_up_nothing(queue: Backend) 
 
 
 def test_the_drain_estimate_follows_the_measured_rate() -> None:
-    """1,000 tokens a second leave 30,000 tokens in about 30 s; without a measurement the least wait is told."""
+    """At 1,000 tokens a second 30,000 tokens take about 30 s; without a measurement it is the shortest wait."""
     now = [0.0]
     rate = DrainRate(clock=lambda: now[0])
     unknown = rate.seconds_for(30_000)

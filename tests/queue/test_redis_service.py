@@ -1,4 +1,4 @@
-"""The service as its parts are deployed: API processes and workers of their own, with a real Redis in between."""
+"""The service as it is deployed: API processes and workers, with a real Redis in between."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ API_KEY = "hunter2-of-the-callers"
 
 
 def test_the_service_is_ready_with_its_first_worker(fleet: Fleet) -> None:
-    """/ready says 503 and what is missing while no worker is there, and 200 soon after one is."""
+    """/ready says 503 and what is missing while there is no worker, and 200 soon after one starts."""
     api = fleet.api()
     assert wait_for(lambda: api.status("/health") == 200, seconds=60)
 
@@ -42,7 +42,7 @@ def test_the_service_is_ready_with_its_first_worker(fleet: Fleet) -> None:
 
 
 def test_models_shows_the_workers(fleet: Fleet) -> None:
-    """/v1/models lists each worker with what runs it, and forgets one that has stopped."""
+    """/v1/models lists each worker with its engine, and forgets one that has stopped."""
     api = fleet.api()
     first, _ = fleet.worker(), fleet.worker()
     fleet.wait_ready()
@@ -53,13 +53,13 @@ def test_models_shows_the_workers(fleet: Fleet) -> None:
 
 
 def engines(url: str) -> list[str]:
-    """What runs the model in each worker that /v1/models shows."""
+    """The engine of each worker that /v1/models shows."""
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
     return [worker["engine"] for worker in model["workers"]]
 
 
 def test_two_api_processes_share_two_workers(redis_server: RedisServer, fleet: Fleet) -> None:
-    """Each API process gets the answers to its own callers, whichever worker judged them."""
+    """Each API process gets the answers for its own callers, whichever worker judged them."""
     apis = [fleet.api(), fleet.api()]
     workers = [fleet.worker(), fleet.worker()]
     fleet.wait_ready()
@@ -72,8 +72,8 @@ def test_two_api_processes_share_two_workers(redis_server: RedisServer, fleet: F
     assert all(program.alive for program in [*apis, *workers])
 
 
-def test_an_api_process_that_is_told_to_stop_answers_what_it_accepted(redis_server: RedisServer, fleet: Fleet) -> None:
-    """SIGTERM with two thousand judgements open: all are answered, then the process ends with 0 and leaves no key."""
+def test_a_stopping_api_process_answers_what_it_accepted(redis_server: RedisServer, fleet: Fleet) -> None:
+    """After SIGTERM with two thousand open judgements all are answered; the process exits with 0 and leaves no key."""
     api = fleet.api()
     fleet.worker(*SLOW)
     fleet.wait_ready()
@@ -89,8 +89,8 @@ def test_an_api_process_that_is_told_to_stop_answers_what_it_accepted(redis_serv
     assert keys(redis_server, "*replies*") == []
 
 
-def test_a_worker_that_is_told_to_stop_hands_on_what_it_has_not_begun(redis_server: RedisServer, fleet: Fleet) -> None:
-    """SIGTERM under load: the worker ends with 0, and nothing has to wait for a lease to expire."""
+def test_a_stopping_worker_releases_what_it_has_not_begun(redis_server: RedisServer, fleet: Fleet) -> None:
+    """After SIGTERM under load the worker exits with 0, and no job waits for a lease to expire."""
     api = fleet.api()
     leaving, staying = fleet.worker(*SLOW), fleet.worker(*SLOW)
     fleet.wait_ready()
@@ -107,19 +107,19 @@ def test_a_worker_that_is_told_to_stop_hands_on_what_it_has_not_begun(redis_serv
 
 
 def open_jobs(server: RedisServer) -> int:
-    """Jobs in both lanes."""
+    """The open jobs of both priorities."""
     with server.client() as client:
         return int(client.xlen("judge:{fake}:jobs:bulk")) + int(client.xlen("judge:{fake}:jobs:interactive"))
 
 
 def keys(server: RedisServer, pattern: str) -> list[bytes]:
-    """The names of the keys that match."""
+    """The keys that match."""
     with server.client() as client:
         return list(client.scan_iter(pattern))
 
 
-def test_a_redis_that_is_not_there_is_a_503(tmp_path: Path) -> None:
-    """The API process starts, answers /health, and says to everybody else that the queue cannot be reached."""
+def test_a_redis_that_is_down_is_a_503(tmp_path: Path) -> None:
+    """The API process starts and answers /health, and everything else says that the queue cannot be reached."""
     with Fleet(tmp_path, "--queue-url", f"redis://127.0.0.1:{free_port()}/0") as fleet:
         api = fleet.api()
         assert wait_for(lambda: api.status("/health") == 200, seconds=60)
@@ -133,7 +133,7 @@ def test_a_redis_that_is_not_there_is_a_503(tmp_path: Path) -> None:
 
 
 def test_a_redis_that_comes_later_is_found(tmp_path: Path) -> None:
-    """Neither program needs Redis to be there when it starts."""
+    """Neither program needs Redis to be up when it starts."""
     redis_server = RedisServer()
     with Fleet(tmp_path, "--queue-url", redis_server.url) as fleet:
         api, worker = fleet.api(), fleet.worker()
@@ -157,7 +157,7 @@ def test_a_redis_that_comes_later_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_url_that_cannot_work_ends_the_program(tmp_path: Path, module: str, url: str, status: int, said: str) -> None:
-    """One line that names the flag or the reason, no traceback."""
+    """It prints one line that names the flag or the reason, and no traceback."""
     program = Program([module, "--engine", "fake", "--queue-url", url], tmp_path / "log")
 
     assert program.wait() == status
@@ -166,7 +166,7 @@ def test_a_url_that_cannot_work_ends_the_program(tmp_path: Path, module: str, ur
 
 
 def test_a_password_is_used_and_no_secret_is_logged(tmp_path: Path) -> None:
-    """A Redis with requirepass: the password in the URL opens it; neither it nor a caller's key is in any log."""
+    """The password in the URL opens a Redis with requirepass; neither it nor a caller's key is in any log."""
     with running_redis(password=SECRET) as server, Fleet(tmp_path, "--queue-url", server.url) as fleet:
         api = fleet.api("--api-key", API_KEY, "--log-level", "debug")
         fleet.worker("--log-level", "debug")
@@ -182,8 +182,8 @@ def test_a_password_is_used_and_no_secret_is_logged(tmp_path: Path) -> None:
     assert not {secret for secret in (SECRET, API_KEY, "a-wrong-key") if secret in fleet.output}
 
 
-def test_a_wrong_password_ends_the_start_of_both_without_being_repeated(tmp_path: Path) -> None:
-    """Status 1 and a line that names the setting."""
+def test_a_wrong_password_ends_both_programs_and_is_not_printed(tmp_path: Path) -> None:
+    """They exit with 1 and a line that names the setting."""
     with running_redis(password=SECRET) as server, Fleet(tmp_path) as fleet:
         wrong = ("--queue-url", f"redis://:guessed@127.0.0.1:{server.port}/0")
         api, worker = fleet.api(*wrong), fleet.worker(*wrong)
@@ -195,7 +195,7 @@ def test_a_wrong_password_ends_the_start_of_both_without_being_repeated(tmp_path
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_tls(redis_server: RedisServer, tmp_path: Path) -> None:
-    """rediss:// with a private authority's certificate, which is trusted when the URL names it, and not otherwise."""
+    """With rediss:// a private certificate is trusted if the URL names it, and not otherwise."""
     certificate = self_signed(tmp_path)
     with tls_in_front_of(redis_server, certificate) as port:
         trusting = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
@@ -213,7 +213,7 @@ def test_tls(redis_server: RedisServer, tmp_path: Path) -> None:
 
 
 def self_signed(folder: Path) -> Path:
-    """A file with a fresh certificate for 127.0.0.1 and its key."""
+    """A file with a new certificate for 127.0.0.1 and its key."""
     made = folder / "tls.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject]
@@ -224,7 +224,7 @@ def self_signed(folder: Path) -> Path:
 
 @contextmanager
 def tls_in_front_of(server: RedisServer, certificate: Path) -> Iterator[int]:
-    """A port that ends TLS before the server, whose own build may have none."""
+    """A port that terminates TLS in front of the server, whose own build may lack it."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     loop = asyncio.new_event_loop()

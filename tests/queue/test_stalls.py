@@ -1,4 +1,4 @@
-"""What hangs within the service's own process is noticed, told, and ended, so that a supervisor starts it again."""
+"""A stall within the service's own process is noticed and reported, and ends it, so that a supervisor restarts it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.engine.contract import AnyItem, ScoreItem
-from service.engine.fake import FakeEngine, fake_tokenizer
+from service.engine.contract import LabelLogprobs, ScoreItem
+from service.engine.fake import fake_tokenizer
 from service.prompts.builder import PromptBuilder
-from service.queue.contract import Job, Priority
+from service.queue.contract import Priority
 from service.queue.memory import MemoryQueue
 from service.queue.redis_protocol import GROUP, Keys
 from service.settings import Settings, WorkerSettings
@@ -23,7 +23,9 @@ from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import Scheduler
 from tests.support.fleet import Fleet
 from tests.support.live import live_service, wait_for
+from tests.support.queues import ANSWER, make_job
 from tests.support.redis_server import RedisServer
+from tests.support.scripted_engine import ScriptedEngine
 
 # A character that is in no template, so that a text with it is the only one with its token.
 MARK = "~"
@@ -32,14 +34,14 @@ STALL = 0.5
 
 
 def test_a_model_that_hangs_ends_the_service_with_the_status_of_a_stall(tmp_path: Path) -> None:
-    """Who waits gets an error, /ready says 503 until the end, the log says why, and the status is the worker's."""
+    """Waiting callers get an error, /ready says 503 until the end, the log says why, and the status is the worker's."""
     (token,) = fake_tokenizer().encode(MARK)
     with Fleet(tmp_path) as fleet, ThreadPoolExecutor(2) as pool:
         api = fleet.api("--fake-hang-token", str(token), env={"JUDGE_STALL_TIMEOUT": str(STALL)})
         fleet.wait_ready()
         waiting = [pool.submit(httpx.post, f"{api.url}/score", json=HANGS, timeout=60) for _ in range(2)]
         noticed = wait_for(lambda: api.status("/ready") == 503, seconds=30)
-        answers = [each.result() for each in waiting]
+        answers = [request.result() for request in waiting]
         status = api.wait()
 
     assert noticed
@@ -50,7 +52,7 @@ def test_a_model_that_hangs_ends_the_service_with_the_status_of_a_stall(tmp_path
 
 
 def test_a_model_that_hangs_for_callers_who_have_left_is_noticed_too(tmp_path: Path) -> None:
-    """Every request is a 504 and nothing is left in the queue: still the process ends."""
+    """Every request is a 504 and the queue is empty, and still the process ends."""
     (token,) = fake_tokenizer().encode(MARK)
     with Fleet(tmp_path) as fleet:
         api = fleet.api("--fake-hang-token", str(token), env={"JUDGE_STALL_TIMEOUT": "2"})
@@ -61,8 +63,8 @@ def test_a_model_that_hangs_for_callers_who_have_left_is_noticed_too(tmp_path: P
         assert api.wait() == STALLED_STATUS
 
 
-def test_a_worker_that_is_held_as_a_whole_does_not_stand_still(redis_server: RedisServer, fleet: Fleet) -> None:
-    """SIGSTOP, or a frozen container, for longer than the stall time-out: it goes on, and answers what it holds."""
+def test_a_process_that_is_frozen_has_not_stalled(redis_server: RedisServer, fleet: Fleet) -> None:
+    """After SIGSTOP, or a frozen container, for longer than the stall timeout it goes on and answers what it holds."""
     api = fleet.api()
     worker = fleet.worker("--fake-delay", "1.5", "--stall-timeout", "2", "--lease-seconds", "1.5")
     fleet.wait_ready()
@@ -78,8 +80,8 @@ def test_a_worker_that_is_held_as_a_whole_does_not_stand_still(redis_server: Red
     assert worker.alive
 
 
-def test_a_worker_that_waits_for_jobs_or_loads_does_not_stand_still() -> None:
-    """Only one that has gone off with jobs, and is not heard of, does."""
+def test_a_worker_that_waits_for_jobs_or_loads_has_not_stalled() -> None:
+    """Only one that has taken jobs and gives no sign of life has."""
     loading, idle = MemoryQueue(100, 10_000, 0.01), MemoryQueue(100, 10_000, 0.01)
     waiting = threading.Thread(target=idle.take, args=(1, 1.0))
     waiting.start()
@@ -92,27 +94,26 @@ def test_a_worker_that_waits_for_jobs_or_loads_does_not_stand_still() -> None:
     assert idle.stalled()
 
 
-async def test_items_that_are_tried_one_by_one_are_progress() -> None:
-    """After a failed batch each item has the whole time for itself."""
+async def test_items_tried_one_by_one_count_as_progress() -> None:
+    """After a failed batch each item has the whole timeout for itself."""
 
-    class Slow(FakeEngine):
-        def _read(self, items: Sequence[AnyItem]) -> None:
-            time.sleep(0.3 / len(items))
-            seen.append(queue.stalled())
-            if len(items) > 1:
-                raise RuntimeError("too much at once")
+    def answer(items: Sequence[ScoreItem]) -> list[LabelLogprobs]:
+        time.sleep(0.3 / len(items))
+        seen.append(queue.stalled())
+        if len(items) > 1:
+            raise RuntimeError("too much at once")
+        return [ANSWER]
 
-    queue, seen = MemoryQueue(100, 10_000, 1.0), []
-    now = time.monotonic()
-    await queue.submit([Job(str(n), ScoreItem((n, 5, 6), (1, 2)), now + 60, now) for n in range(5)])
-    Worker(Slow(), queue, Scheduler(1000, 16, 0.0), Metrics()).step()
+    queue, seen = MemoryQueue(100, 10_000, 1.0), list[bool]()
+    await queue.submit([make_job(str(n), (n, 5, 6)) for n in range(5)])
+    Worker(ScriptedEngine(answer), queue, Scheduler(1000, 16, 0.0), Metrics()).step()
 
     assert seen == [False] * 6
 
 
 @pytest.mark.parametrize("cls", [Settings, WorkerSettings])
 def test_the_time_suits_the_engine_unless_it_is_given(cls: type[Settings]) -> None:
-    """Both programs have the flag; texts, vLLM and other servers take longer than a batch of labels."""
+    """Both programs have the flag; text generation, vLLM and upstream servers take longer than a batch of labels."""
     flags = [
         {"engine": "torch"},
         {"engine": "vllm"},
@@ -121,7 +122,7 @@ def test_the_time_suits_the_engine_unless_it_is_given(cls: type[Settings]) -> No
         {"engine": "vllm", "stall_timeout": 3.0},
     ]
 
-    assert [cls(**each).stall_seconds for each in flags] == [120.0, 600.0, 600.0, 400.0, 3.0]
+    assert [cls(**given).stall_seconds for given in flags] == [120.0, 600.0, 600.0, 400.0, 3.0]
 
 
 def test_a_tokenizer_that_hangs_is_a_504_and_then_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The batching policy, on a clock that the tests hold in their hands."""
+"""The batching policy, on a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def job(name: str, tokens: int, *, prefix: int = 0, start: int = 0, **more: Any)
 
 
 def names(jobs: list[Job]) -> list[str]:
-    return [each.id for each in jobs]
+    return [job.id for job in jobs]
 
 
 def test_a_batch_is_bounded_by_tokens() -> None:
@@ -40,7 +40,7 @@ def test_a_batch_is_bounded_by_jobs() -> None:
 
 
 def test_a_job_over_the_budget_goes_alone() -> None:
-    """A job larger than the whole budget is not stuck: it makes a batch of its own."""
+    """A job larger than the whole budget is a batch of its own."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
     scheduler.add([job("big", 500), job("small", 10)], now=0.0)
 
@@ -48,8 +48,8 @@ def test_a_job_over_the_budget_goes_alone() -> None:
     assert names(scheduler.next_batch()) == ["small"]
 
 
-def test_no_job_is_passed_over() -> None:
-    """A later small job does not overtake an older one that did not fit: nothing starves."""
+def test_no_job_is_overtaken() -> None:
+    """A later small job does not overtake an older one that did not fit, so that nothing starves."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
     scheduler.add([job("a", 60), job("b", 60), job("c", 10)], now=0.0)
 
@@ -57,8 +57,8 @@ def test_no_job_is_passed_over() -> None:
     assert names(scheduler.next_batch()) == ["b", "c"]
 
 
-def test_an_idle_worker_lingers_for_company() -> None:
-    """A lone job is due only after the linger time."""
+def test_a_lone_job_waits_for_others() -> None:
+    """It is due only after max_wait."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.5)
     scheduler.add([job("a", 10)], now=10.0)
 
@@ -66,8 +66,8 @@ def test_an_idle_worker_lingers_for_company() -> None:
     assert scheduler.seconds_until_due(now=10.5) == 0.0
 
 
-def test_a_full_batch_does_not_linger() -> None:
-    """When the tokens fill a batch it goes at once, and nothing more is taken meanwhile."""
+def test_a_full_batch_does_not_wait() -> None:
+    """When the tokens fill a batch it goes at once, and no more jobs are taken meanwhile."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=60.0)
     scheduler.add([job("a", 100)], now=0.0)
 
@@ -76,12 +76,12 @@ def test_a_full_batch_does_not_linger() -> None:
 
 
 def test_an_empty_batcher_is_never_due() -> None:
-    """With nothing held there is nothing to wait for."""
+    """Without jobs there is nothing to wait for."""
     assert Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0).seconds_until_due(now=0.0) is None
 
 
 def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
-    """Siblings that arrived apart are put together, groups in the order of their oldest job."""
+    """Siblings that arrived apart are put together, in the order of the oldest job of each group."""
     scheduler = Scheduler(max_tokens=1000, max_jobs=16, max_wait=0.0)
     ones = [job(name, 20, prefix=10, start=1) for name in ("a1", "a2")]
     twos = [job(name, 20, prefix=10, start=2) for name in ("b1", "b2")]
@@ -91,7 +91,7 @@ def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
 
 
 def test_interactive_jobs_go_before_bulk_ones() -> None:
-    """A single request that comes after a benchmark's thousands goes with the next batch."""
+    """A single request behind a benchmark's thousands goes with the next batch."""
     scheduler = Scheduler(max_tokens=40, max_jobs=16, max_wait=0.0)
     scheduler.add([job(f"bulk{n}", 10, priority=Priority.BULK) for n in range(9)], now=0.0)
     scheduler.add([job("single", 10)], now=1.0)
@@ -100,7 +100,7 @@ def test_interactive_jobs_go_before_bulk_ones() -> None:
 
 
 def test_bulk_jobs_keep_a_share_of_each_batch() -> None:
-    """A stream of single requests does not starve a batch: it gets a quarter of the tokens, and of the places."""
+    """However many single requests wait, bulk jobs get a quarter of the tokens and of the places."""
     by_tokens = Scheduler(max_tokens=40, max_jobs=16, max_wait=0.0)
     by_jobs = Scheduler(max_tokens=10_000, max_jobs=4, max_wait=0.0)
     for scheduler in (by_tokens, by_jobs):
@@ -110,8 +110,8 @@ def test_bulk_jobs_keep_a_share_of_each_batch() -> None:
     assert names(by_tokens.next_batch()) == names(by_jobs.next_batch()) == ["single0", "single1", "single2", "bulk0"]
 
 
-def test_a_job_that_is_delivered_again_goes_alone() -> None:
-    """What may have brought its worker down must not take neighbours along a second time."""
+def test_a_redelivered_job_goes_alone() -> None:
+    """It may have killed its last worker, and must not take neighbours along a second time."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=5.0)
     scheduler.add([job("a", 10), job("suspect", 10, attempt=2), job("b", 10)], now=0.0)
 
@@ -131,7 +131,7 @@ def test_room_follows_the_size_of_the_jobs_seen() -> None:
 
 
 def test_everything_can_be_handed_back() -> None:
-    """A worker that stops gives up what it holds, and holds nothing then."""
+    """A stopping worker takes out every job, and none is left."""
     scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=0.0)
     scheduler.add([job("a", 10), job("b", 10, priority=Priority.BULK), job("c", 10, attempt=2)], now=0.0)
 
@@ -139,7 +139,7 @@ def test_everything_can_be_handed_back() -> None:
     assert scheduler.seconds_until_due(now=1.0) is None
 
 
-def test_expired_jobs_are_told_from_live_ones() -> None:
+def test_expired_jobs_are_split_from_live_ones() -> None:
     """A job at or past its deadline has expired."""
     live, late = split_expired([job("a", 1, deadline=5.0), job("b", 1, deadline=5.1)], now=5.0)
 
@@ -149,7 +149,7 @@ def test_expired_jobs_are_told_from_live_ones() -> None:
 
 @given(st.lists(st.integers(min_value=1, max_value=150), max_size=60), st.integers(1, 8))
 def test_every_job_goes_exactly_once_and_in_order(sizes: list[int], max_jobs: int) -> None:
-    """Whatever the sizes: all jobs come out once, oldest first, and only a single job may exceed the budget."""
+    """Whatever the sizes, all jobs come out once, oldest first, and only a single job may exceed the budget."""
     scheduler = Scheduler(max_tokens=100, max_jobs=max_jobs, max_wait=0.0)
     scheduler.add([job(str(index), size) for index, size in enumerate(sizes)], now=0.0)
 
