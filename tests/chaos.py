@@ -16,11 +16,10 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from tests.support.fleet import ROOT, Fleet
 from tests.support.live import wait_for
 from tests.support.load import Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers, running_redis
+from tests.support.tcp_proxy import TcpProxy
 
 WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # Seconds that a call may take with its retries: many times the longest silence.
@@ -46,65 +46,24 @@ KEYS = ("epoch", "seen", "tokens", "done", "workers", "workers:info", "workers:v
 BETWEEN_KILLS = 10.0
 
 
-class FlakyProxy:
-    """A TCP proxy in a thread of its own that delays some of the data and cuts some connections."""
+class FlakyProxy(TcpProxy):
+    """A proxy that delays some of the data and cuts some connections."""
 
-    def __init__(self, port: int, rng: random.Random) -> None:
-        """`port` is the loopback port of the server behind the proxy."""
-        self._behind = port
+    def __init__(self, behind: int, rng: random.Random) -> None:
         self._rng = rng
         self._silent_until = 0.0
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", 0))
-        self.port: int = self._server.sockets[0].getsockname()[1]
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
-    def cut(self) -> None:
-        """Break every connection."""
-        self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in list(self._writers)])
+        super().__init__(behind)
 
     def fall_silent(self, seconds: float) -> None:
         """Pass no data for this long; connections stay open."""
         self._silent_until = time.monotonic() + seconds
 
-    def close(self) -> None:
-        """Stop, and break every connection."""
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    async def _end(self) -> None:
-        self._server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.CancelledError):
-            from_server, to_server = await asyncio.open_connection("127.0.0.1", self._behind)
-            both = {writer, to_server}
-            self._writers |= both
-            await asyncio.gather(self._pump(reader, to_server, both), self._pump(from_server, writer, both))
-            self._writers -= both
-
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, both: set[asyncio.StreamWriter]
-    ) -> None:
-        with suppress(OSError):
-            while chunk := await reader.read(65536):
-                if self._rng.random() < DELAYED:
-                    await asyncio.sleep(self._rng.uniform(0, 0.3))
-                await asyncio.sleep(max(0.0, self._silent_until - time.monotonic()))
-                if self._rng.random() < CUT:
-                    break
-                writer.write(chunk)
-                await writer.drain()
-        for each in both:
-            each.transport.abort()
+    async def passes(self) -> bool:
+        """Wait if the proxy is silent or delays this chunk; False if it cuts the connection."""
+        if self._rng.random() < DELAYED:
+            await asyncio.sleep(self._rng.uniform(0, 0.3))
+        await asyncio.sleep(max(0.0, self._silent_until - time.monotonic()))
+        return self._rng.random() >= CUT
 
 
 class Chaos:
@@ -180,16 +139,6 @@ class Chaos:
         held.resume()
 
 
-@contextmanager
-def flaky(port: int, rng: random.Random) -> Iterator[FlakyProxy]:
-    """A proxy in front of this port, closed at the end."""
-    proxy = FlakyProxy(port, rng)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
-
-
 def gauges_of(url: str) -> dict[str, float]:
     """The gauges of a service that differ from their values at rest. The request for them is itself in flight."""
     text = httpx.get(f"{url}/metrics", timeout=10).text
@@ -202,7 +151,7 @@ def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]
     rng = random.Random(seed)
     with (
         running_redis() as server,
-        flaky(server.port, rng) as proxy,
+        closing(FlakyProxy(server.port, rng)) as proxy,
         Fleet(folder, "--queue-url", f"redis://127.0.0.1:{proxy.port}/0") as fleet,
     ):
         urls = [fleet.api().url for _ in range(2)]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import ssl
 import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -19,6 +16,7 @@ from tests.support.fleet import Fleet, Program
 from tests.support.live import wait_for
 from tests.support.load import Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers, running_redis
+from tests.support.tcp_proxy import TcpProxy
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 BATCHES = Mix(batches=20, batch_size=100, singles=0)
@@ -197,14 +195,17 @@ def test_a_wrong_password_ends_both_programs_and_is_not_printed(tmp_path: Path) 
 def test_tls(redis_server: RedisServer, tmp_path: Path) -> None:
     """With rediss:// a private certificate is trusted if the URL names it, and not otherwise."""
     certificate = self_signed(tmp_path)
-    with tls_in_front_of(redis_server, certificate) as port:
-        trusting = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
-        with Fleet(tmp_path, "--queue-url", trusting) as fleet:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    # The server's own build may lack TLS, so a proxy terminates it.
+    with closing(TcpProxy(redis_server.port, tls=context)) as proxy:
+        address = f"rediss://127.0.0.1:{proxy.port}/0"
+        with Fleet(tmp_path, "--queue-url", f"{address}?ssl_ca_certs={certificate}") as fleet:
             api = fleet.api()
             fleet.worker()
             fleet.wait_ready()
             answer = httpx.post(f"{api.url}/score", json=PAIR, timeout=30)
-            distrusting = fleet.api("--queue-url", f"rediss://127.0.0.1:{port}/0")
+            distrusting = fleet.api("--queue-url", address)
             assert wait_for(lambda: distrusting.status("/health") == 200, seconds=60)
             refused = httpx.post(f"{distrusting.url}/score", json=PAIR, timeout=30)
 
@@ -220,48 +221,3 @@ def self_signed(folder: Path) -> Path:
     subprocess.run([*command, "-keyout", f"{made}.key", "-out", f"{made}.crt"], check=True, capture_output=True)
     made.write_text(Path(f"{made}.key").read_text() + Path(f"{made}.crt").read_text())
     return made
-
-
-@contextmanager
-def tls_in_front_of(server: RedisServer, certificate: Path) -> Iterator[int]:
-    """A port that terminates TLS in front of the server, whose own build may lack it."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", server.port)
-        await asyncio.gather(_pass_on(reader, inner_writer), _pass_on(inner_reader, writer))
-
-    async def listen() -> asyncio.Server:
-        return await asyncio.start_server(connect, "127.0.0.1", 0, ssl=context)
-
-    listening = asyncio.run_coroutine_threadsafe(listen(), loop).result(10)
-    try:
-        yield listening.sockets[0].getsockname()[1]
-    finally:
-        asyncio.run_coroutine_threadsafe(_end_all(listening), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
-
-
-async def _end_all(listening: asyncio.Server) -> None:
-    listening.close()
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
