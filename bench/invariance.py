@@ -128,10 +128,10 @@ def differences(engine: TorchEngine, items: Sequence[ScoreItem | ClassifyItem], 
             count = rng.randint(1, MOST_IN_A_CALL)
             call, order = order[:count], order[count:]
             for index, answer in zip(call, engine.run([items[i] for i in call]), strict=True):
-                found = numbers(answer)
-                if found != alone[index]:
+                together = numbers(answer)
+                if together != alone[index]:
                     changed += 1
-                    largest = max(largest, abs(log_odds(found) - log_odds(alone[index])))
+                    largest = max(largest, abs(log_odds(together) - log_odds(alone[index])))
     return changed, largest
 
 
@@ -140,9 +140,9 @@ def numbers(answer: LabelLogprobs | Classified) -> tuple[float, ...]:
     return answer.logprobs if isinstance(answer, LabelLogprobs) else (answer.logit,)
 
 
-def log_odds(found: Sequence[float]) -> float:
+def log_odds(answer: Sequence[float]) -> float:
     """Of the first label against the second; a reward model's logit is already one."""
-    return found[0] - sum(found[1:2])
+    return answer[0] - sum(answer[1:2])
 
 
 if __name__ == "__main__":

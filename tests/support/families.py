@@ -180,7 +180,7 @@ SINGLE = {
     ),
     # Attention in both directions.
     "gemma3_text in both directions": tiny(head_dim=64, use_bidirectional_attention=True, **MIXED),
-    # Other parts or arithmetic than those that are packed.
+    # Other modules or arithmetic than the packed forward has.
     "falcon": tiny(num_kv_heads=1, new_decoder_architecture=True),
     "mpt": tiny(d_model=64, n_heads=2, n_layers=2),
     "opt": tiny(ffn_dim=96, word_embed_proj_dim=64),
@@ -204,7 +204,7 @@ SINGLE = {
         vocab_size_per_layer_input=VOCABULARY,
         activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
     ),
-    # Experts: what is multiplied together depends on what the neighbours choose.
+    # Experts: which tokens are multiplied together depends on the other tokens' choices.
     "dots1": tiny(**DEEPSEEK_MOE),
     "ernie4_5_moe": tiny(moe_num_experts=4, moe_k=2, moe_intermediate_size=32),
     "exaone_moe": tiny(sliding_window=WINDOW, **MOE),

@@ -194,7 +194,7 @@ def _classified(logits: Tensor, cached: Mapping[int, int]) -> list[Classified]:
 def _label_logprobs(items: Sequence[ScoreItem], logits: Tensor, cached: Mapping[int, int]) -> list[LabelLogprobs]:
     """The labels' log-probabilities for the items whose indices `cached` has, from [items, vocabulary] logits in fp32.
 
-    Log-probabilities are differences of Python floats: of the logits only what is asked for is copied.
+    Only the labels' logits leave the tensor; the subtraction is in Python's floats, which are fp64.
     """
     group = [items[index] for index in cached]
     most = max(len(item.label_ids) for item in group)

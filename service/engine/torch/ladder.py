@@ -27,9 +27,9 @@ from service.engine.torch.families import UnsupportedModelError
 from service.engine.torch.packing import PackablePrompt
 from service.process.child import ChildError, in_child
 
-# Lengths of the check's prompts: three that share prefixes, then some on both sides of a block of 32 tokens. They are
-# short because every start pays for them. One token alone would not do: attention then has nothing else, and 16-bit
-# models are off by a quarter of the spread.
+# Lengths of the check's prompts: three that share prefixes, then others around a block of 32 tokens. They are short
+# because every start pays for them. One token would be too short: attention then sees nothing else, and 16-bit models
+# are off by a quarter of the spread.
 _SHARED_LENGTHS: Final = (12, 24, 12)
 _OTHER_LENGTHS: Final = (2, 33, 70)
 # How often each prompt is in a batch. The compiled output layer takes up to 20 states at once, and this makes more than

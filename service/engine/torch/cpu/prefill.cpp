@@ -119,7 +119,7 @@ struct Memory {
   Memory &operator=(const Memory &) = delete;
 };
 
-// [rows][width], row by row; the padding behind each row keeps rows in different cache sets.
+// [rows][width], row by row; the padding after each row keeps rows in different cache sets.
 template <class T>
 struct Matrix : Memory<T> {
   int64_t stride;
