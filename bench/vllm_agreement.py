@@ -25,8 +25,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from bench.support.calls import in_calls
-from client.benchmarks.progress import shown
-from client.benchmarks.run import Progress
+from client.runs.progress import Progress, progress_bar
 from client.runtime.jsonl import appending, read_lines
 from service.engine.contract import Engine, LabelLogprobs
 from service.engine.torch.engine import TorchEngine
@@ -186,7 +185,7 @@ def side(name: str, load: Load, prompts: Sequence[JudgePrompt], file: Path, call
         progress = Progress(len(prompts))
         progress.known = progress.done = len(prompts) - len(missing)
         try:
-            with appending(file) as append, shown(Console(stderr=True), name) as tell:
+            with appending(file) as append, progress_bar(Console(stderr=True), name) as tell:
                 _judge(missing[:1], engine)  # a warm-up, so that one-time work is not timed
                 for batch in in_calls(missing, call_tokens or engine.info.batch_tokens):
                     for answer in _judge(batch, engine):

@@ -20,10 +20,11 @@ from typing import Any
 import peft  # noqa: F401 (imported before the forks)
 import trl.trainer.dpo_trainer  # noqa: F401
 
-import client.benchmarks.run
-import trainer.labels.labeling
+import client.runs.resumable
 import trainer.policy.sampling
 import trainer.tuning.callbacks
+from client.benchmarks.rows import Row
+from client.runs.resumable import ResumableRun
 from trainer.run.stages import Stage
 from trainer.self_improve import main
 
@@ -87,13 +88,14 @@ def _in_training() -> None:
 
 def _while_comparing() -> None:
     """Kill after a comparison is written."""
-    tell = client.benchmarks.run._stop_where_too_many_failed
+    record = ResumableRun.record
 
-    def dying(progress: Any, limit: float, last: Any) -> None:
-        tell(progress, limit, last)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def dying(self: Any, append: Any, *lines: Any) -> None:
+        record(self, append, *lines)
+        if isinstance(lines[0], Row):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    client.benchmarks.run._stop_where_too_many_failed = dying
+    ResumableRun.record = dying  # type: ignore[method-assign]
 
 
 POINTS: dict[str, Callable[[], None]] = {
@@ -101,7 +103,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "Ctrl-C while sampling": _while_writing(trainer.policy.sampling, signal.SIGINT),
     "while sampling": _while_writing(trainer.policy.sampling, signal.SIGKILL),
     "at the end of samples": _at_the_end_of("samples"),
-    "while labelling": _while_writing(trainer.labels.labeling, signal.SIGKILL),
+    "while labelling": _while_writing(client.runs.resumable, signal.SIGKILL),
     "at the end of scores": _at_the_end_of("scores"),
     "at the end of pairs": _at_the_end_of("pairs"),
     "in training": _in_training,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from client.runs.progress import progress_bar
 from trainer.config import LoopSettings
 from trainer.evaluation.comparison import Evaluation, Referee
 from trainer.evaluation.verdicts import describe_judge
@@ -31,7 +32,6 @@ from trainer.policy.models import release_memory
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.run.adoption import adopt
 from trainer.run.files import read_records, write_json
-from trainer.run.progress import progress_bar
 from trainer.run.rates import ProgressMeter, save_rate
 from trainer.run.records import (
     HELD_OUT_FILE,
@@ -102,9 +102,8 @@ class LoopStages:
         inputs = self.settings.described("instructions")
 
         def work() -> None:
-            from client.benchmarks.progress import shown
 
-            with self._categorising_judge() as judge, shown(self.console, "categories") as report:
+            with self._categorising_judge() as judge, progress_bar(self.console, "categories") as report:
                 prepare_instructions(replace(self.settings.instructions, judge=judge), self.run.path, report)
 
         self._do(Stage(self.run.path, "instructions", INSTRUCTION_OUTPUTS, inputs), work, adoptable=True)
@@ -145,10 +144,9 @@ class LoopStages:
         inputs = {"samples": folder / SAMPLES_FILE, **self.judges.described(policy)}
 
         def work() -> None:
-            from client.benchmarks.progress import shown
 
             samples = read_records(folder / SAMPLES_FILE, Sampled)
-            with self.judges.serving(policy) as judge, shown(self.console, "labelling") as report:
+            with self.judges.serving(policy) as judge, progress_bar(self.console, "labelling") as report:
                 started, meter = time.monotonic(), ProgressMeter(report)
                 options = replace(self.settings.labels, judge=judge)
                 run_labelling(options, self._instructions(), samples, folder / SCORES_FILE, meter)

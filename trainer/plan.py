@@ -42,7 +42,7 @@ class Counts:
 
 
 def write_plan(settings: LoopSettings, out: TextIO) -> None:
-    """Write the plan as plain text. Raises SampleError if the instructions cannot be read."""
+    """Write the plan as plain text. Raises DataError if the instructions cannot be read."""
     counts = _counts(settings)
     work = _work_lines(settings, counts, _known_rates(settings))
     out.write("\n".join([*_settings_lines(settings, counts), "", *work, "", _disk_line(settings), ""]))

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from client.runs.progress import OnProgress, progress_bar
 from client.runtime.cli import fail
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.proxies import exempt_loopback
 from trainer.errors import InputError, RecordError, StageError
 from trainer.policy.models import needs_trainer
-from trainer.run.progress import ReportProgress, ignore_progress, progress_bar
+from trainer.run.progress import ignore_progress
 from trainer.run.stages import Stage, open_run
 from trainer.tuning.settings import is_main
 from trainer.tuning.training import Recipe, TrainingResult
@@ -53,7 +54,7 @@ def stderr_console() -> Console:
 
 
 def perform_stage(
-    stage: Stage, title: str, work: Callable[[ReportProgress], Mapping[str, Any]], *, overwrite: bool
+    stage: Stage, title: str, work: Callable[[OnProgress], Mapping[str, Any]], *, overwrite: bool
 ) -> None:
     """Do the only stage of a command in its run folder, and print the JSON object that `work` returns.
 
@@ -72,7 +73,7 @@ def perform_stage(
 
 
 def perform_training(
-    recipe: Recipe, stage: Stage, train: Callable[[ReportProgress], TrainingResult], *, overwrite: bool
+    recipe: Recipe, stage: Stage, train: Callable[[OnProgress], TrainingResult], *, overwrite: bool
 ) -> None:
     """`perform_stage` in each process of a training: only the main one locks the folder, prints and writes."""
     if is_main():

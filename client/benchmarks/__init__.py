@@ -1,11 +1,13 @@
 """Benchmarks of a judge through its API: RewardBench, RM-Bench, any pairwise file, best-of-N files.
 
-samples.py      what is judged, and reading it from files and the hub
-plan.py         which question is asked of which subset
-records.py      what is written for each sample, and the folder of a run
-run.py          samples -> judge -> records: resumable, with bounded concurrency
-stats.py        intervals, calibration errors, paired tests
-rewardbench.py, rmbench.py, pairs.py    each benchmark's arithmetic and command
-summary.py      records -> summary.json and the terminal's table; report.py -> report.html
-compare.py, search.py                   several runs side by side; choosing among candidate questions
+rewardbench.py, rmbench.py, pairs.py   commands, all by command.py over flags.py and catalog.py
+compare.py, search.py                  finished runs side by side; choosing among candidate questions
+report/                                a summary as an HTML page and on the terminal
+results/                               rows -> summary.json; two runs on the same samples
+scoring/                               each benchmark's own arithmetic
+run.py, outcomes.py                    samples -> judge -> rows, resumable
+questions.py, paper.py                 which question is asked of which subset
+rows.py                                the line written for each sample
+
+Imports go down this list only.
 """

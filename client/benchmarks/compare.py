@@ -1,8 +1,8 @@
 """`python -m client.benchmarks.compare RUN RUN…`: several judges on the same data, side by side and sample by sample.
 
-    folders ── read_runs ──> Run ── paired, each against the first ──> Comparison ──> terminal, compare.json, .html
+    folders ── read_runs ──> FinishedRun ── paired, each against the first ──> Comparison ──> terminal, .json, .html
 
-Two runs are held against each other on the samples that both judged; everything is computed anew from items.jsonl.
+Two runs are compared on the samples that both judged; everything is computed anew from items.jsonl.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ if __name__ == "__main__":  # before the imports that take a while
     program.begin("python -m client.benchmarks.compare", "benchmarks")
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from client.benchmarks.command import NAMES, command_named
-from client.benchmarks.report.html import p_value, render, signed
-from client.benchmarks.results.numbers import Summary
+from client.benchmarks.catalog import BENCHMARKS
+from client.benchmarks.report.formats import p_value, percent, signed
+from client.benchmarks.report.page import render_page
 from client.benchmarks.results.paired import Estimate, Paired, Scoring, paired
-from client.benchmarks.results.records import ITEMS_FILE, SUMMARY_FILE, Row, TiePolicy, read_rows
-from client.benchmarks.results.summary import summarise
-from client.benchmarks.standing import Benchmark
+from client.benchmarks.results.summarise import summarise
+from client.benchmarks.results.summary import SUMMARY_FILE, Summary
+from client.benchmarks.rows import ITEMS_FILE, FrozenModel, Row, TiePolicy, read_rows
+from client.benchmarks.scoring.benchmark import Benchmark
 from client.runtime.cli import fail, stdout_console
-from client.runtime.extras import needs
 from client.runtime.files import write_whole
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
+from client.runtime.validation import first_problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,18 +46,16 @@ class CompareError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A run as read: `name` is its folder's, or the path as given where two folders have one name."""
+class FinishedRun:
+    """A run read from its folder. `name` is the folder's, or its path if two folders have the same name."""
 
     name: str
     summary: Summary
     rows: list[Row]
 
 
-class Comparison(BaseModel):
-    """What compare.json holds. `runs` are whole summaries, by name, the `baseline` first, under its policy of ties."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class Comparison(FrozenModel):
+    """What compare.json holds. `runs` are whole summaries by name, the `baseline` first, all by its policy of ties."""
 
     benchmark: str
     data_digest: str | None
@@ -70,12 +69,12 @@ class Comparison(BaseModel):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 (cannot be written, a package is missing), 2 (runs that cannot be compared) or 130."""
-    args = _parser().parse_args(argv)
+    args = _compare_parser().parse_args(argv)
     try:
         runs = read_runs(args.runs)
-        comparison = compare(runs, seed=args.seed, resamples=args.resamples)
+        comparison = compare_runs(runs, seed=args.seed, resamples=args.resamples)
         if args.out is not None:
-            write(comparison, args.out)
+            write_comparison(comparison, args.out)
         print_comparison(comparison, stdout_console())
     except CompareError as error:
         return fail(error, USAGE)
@@ -87,21 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def benchmark_named(name: str) -> Benchmark:
-    """The benchmark that a summary names. Raises CompareError for one that is not known."""
-    if name not in NAMES:
-        raise CompareError(f"unknown benchmark {name!r}: known are {', '.join(NAMES)}")
-    return command_named(name).benchmark
+    """The benchmark that a summary names. Raises CompareError for an unknown one."""
+    if name not in BENCHMARKS:
+        raise CompareError(f"unknown benchmark {name!r}: known are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name].benchmark
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs, of one benchmark and the same data, or CompareError. The first one's policy of ties is everyone's."""
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """The runs, all scored by the first one's policy of ties.
+
+    Raises CompareError unless they are of one benchmark and the same data.
+    """
     if len(folders) < 2:
         raise CompareError("give two run folders or more")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CompareError("a run folder is given twice")
-    written = [_read(folder / SUMMARY_FILE) for folder in folders]
-    first = written[0]
-    for folder, summary in zip(folders, written, strict=True):
+    summaries = [_read_summary(folder / SUMMARY_FILE) for folder in folders]
+    first = summaries[0]
+    for folder, summary in zip(folders, summaries, strict=True):
         if summary.benchmark != first.benchmark:
             raise CompareError(f"{folder} is a run of {summary.benchmark}, {folders[0]} of {first.benchmark}")
         if summary.config.get("data_digest") != first.config.get("data_digest"):
@@ -110,14 +112,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 "--data, --subsets, --limit and --seed"
             )
     benchmark = benchmark_named(first.benchmark)
-    names = _names(folders)
     return [
-        _run(name, folder, benchmark, summary, first.ties)
-        for name, folder, summary in zip(names, folders, written, strict=True)
+        _read_run(name, folder, benchmark, summary, first.ties)
+        for name, folder, summary in zip(_run_names(folders), folders, summaries, strict=True)
     ]
 
 
-def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
+def compare_runs(runs: Sequence[FinishedRun], *, seed: int = 0, resamples: int = RESAMPLES) -> Comparison:
     """Every run against the first."""
     baseline = runs[0]
     summary = baseline.summary
@@ -135,11 +136,11 @@ def compare(runs: Sequence[Run], *, seed: int = 0, resamples: int = RESAMPLES) -
     )
 
 
-def write(comparison: Comparison, folder: Path) -> None:
-    """compare.json and compare.html, which needs nothing else, into the folder. Raises OSError, ImportError."""
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write compare.json and the self-contained compare.html into the folder. Raises OSError, ImportError."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / JSON_FILE, comparison.model_dump_json(indent=2) + "\n")
-    page = render(
+    page = render_page(
         "compare.html.j2",
         title=f"{comparison.benchmark}: {len(comparison.runs)} runs compared",
         comparison=comparison,
@@ -149,30 +150,34 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 
 def side_by_side(runs: Mapping[str, Summary]) -> list[list[tuple[str, list[str]]]]:
-    """Groups of lines (what, its value in each run): official numbers, subsets, judging."""
-    with needs("benchmarks"):
-        from client.benchmarks.report.table import percent
-    all_of = list(runs.values())
-    sections = dict.fromkeys(name for summary in all_of for name in summary.sections)
-    subsets = dict.fromkeys(name for summary in all_of for name in summary.subsets)
-    official = [("mean", [percent(summary.mean) for summary in all_of])]
-    official += [(name, [percent(summary.sections.get(name)) for summary in all_of]) for name in sections]
-    parts = [
-        (name, [percent(summary.subsets[name].accuracy if name in summary.subsets else None) for summary in all_of])
-        for name in subsets
+    """Groups of lines (name, its value in each run): official numbers, subsets, judging."""
+    summaries = list(runs.values())
+
+    def line(name: str, value: Callable[[Summary], str]) -> tuple[str, list[str]]:
+        return name, [value(summary) for summary in summaries]
+
+    def section(name: str) -> tuple[str, list[str]]:
+        return line(name, lambda summary: percent(summary.sections.get(name)))
+
+    def subset(name: str) -> tuple[str, list[str]]:
+        return line(name, lambda summary: _subset_accuracy(summary, name))
+
+    sections = dict.fromkeys(name for summary in summaries for name in summary.sections)
+    subsets = dict.fromkeys(name for summary in summaries for name in summary.subsets)
+    return [
+        [line("mean", lambda summary: percent(summary.mean)), *map(section, sections)],
+        [*map(subset, subsets)],
+        [
+            line("label mass, mean", _mean_label_mass),
+            line("samples judged", lambda summary: str(summary.counts.judged)),
+            line("samples failed", lambda summary: str(summary.counts.failed)),
+            line("ties", lambda summary: str(summary.counts.ties)),
+        ],
     ]
-    masses = [summary.label_mass for summary in all_of]
-    judging = [
-        ("label mass, mean", ["-" if mass is None else f"{mass.mean:.3f}" for mass in masses]),
-        ("samples judged", [str(summary.counts.judged) for summary in all_of]),
-        ("samples failed", [str(summary.counts.failed) for summary in all_of]),
-        ("ties", [str(summary.counts.ties) for summary in all_of]),
-    ]
-    return [official, parts, judging]
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The same on the terminal."""
+    """The runs side by side, and each one against the baseline."""
     from rich.table import Table
     from rich.text import Text
 
@@ -185,68 +190,73 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for name, values in group:
             table.add_row(Text(name), *values)
     console.print(table)
-    for found in comparison.against_baseline:
-        for line in _sentences(found, comparison.baseline):
-            console.print(line, markup=False, highlight=False)
+    for pair in comparison.against_baseline:
+        for sentence in _sentences(pair, comparison.baseline):
+            console.print(sentence, markup=False, highlight=False)
 
 
-def _sentences(found: Paired, baseline: str) -> list[str]:
+def _sentences(pair: Paired, baseline: str) -> list[str]:
     left_out = (
-        f"{found.left_out} left out: no verdict on {found.left_out_run} here, on {found.left_out_baseline} there"
-        if found.left_out
+        f"{pair.left_out} left out: no verdict on {pair.left_out_run} here, on {pair.left_out_baseline} there"
+        if pair.left_out
         else "none left out"
     )
     return [
-        f"{found.run} against {baseline}, on the {found.samples} samples that both judged ({left_out}):",
-        f"  accuracy       {_words(found.accuracy)}",
-        f"  official mean  {_words(found.official_mean)}",
-        f"  better on {found.better}, worse on {found.worse} samples, McNemar exact p {p_value(found.mcnemar_p)}",
-        *(f"  note: {note}" for note in found.notes),
+        f"{pair.run} against {baseline}, on the {pair.samples} samples that both judged ({left_out}):",
+        f"  accuracy       {_difference(pair.accuracy)}",
+        f"  official mean  {_difference(pair.official_mean)}",
+        f"  better on {pair.better}, worse on {pair.worse} samples, McNemar exact p {p_value(pair.mcnemar_p)}",
+        *(f"  note: {note}" for note in pair.notes),
     ]
 
 
-def _words(found: Estimate | None) -> str:
-    if found is None:
+def _difference(estimate: Estimate | None) -> str:
+    if estimate is None:
         return "-"
-    if found.low is None or found.high is None or found.p is None:
-        return signed(found.value)
-    return f"{signed(found.value)}, 95% interval {signed(found.low)} to {signed(found.high)}, p {p_value(found.p)}"
+    value, low, high, p = estimate.value, estimate.low, estimate.high, estimate.p
+    if low is None or high is None or p is None:
+        return signed(value)
+    return f"{signed(value)}, 95% interval {signed(low)} to {signed(high)}, p {p_value(p)}"
 
 
-def _read(path: Path) -> Summary:
+def _subset_accuracy(summary: Summary, name: str) -> str:
+    return percent(summary.subsets[name].accuracy if name in summary.subsets else None)
+
+
+def _mean_label_mass(summary: Summary) -> str:
+    return "-" if summary.label_mass is None else f"{summary.label_mass.mean:.3f}"
+
+
+def _read_summary(path: Path) -> Summary:
     try:
         return Summary.load(path)
     except FileNotFoundError as error:
-        raise CompareError(f"{path} is not there: the run has not finished; its command goes on with it") from error
+        raise CompareError(f"{path} is missing: the run has not finished; repeat its command to finish it") from error
     except (OSError, ValueError) as error:
-        raise CompareError(f"{path} cannot be read as a summary: {_first_line(error)}") from error
+        raise CompareError(f"{path} cannot be read as a summary: {_problem(error)}") from error
 
 
-def _run(name: str, folder: Path, benchmark: Benchmark, written: Summary, ties: TiePolicy) -> Run:
+def _read_run(name: str, folder: Path, benchmark: Benchmark, summary: Summary, ties: TiePolicy) -> FinishedRun:
     try:
         rows = read_rows(folder / ITEMS_FILE)
-        return Run(name, summarise(benchmark, rows, config=written.config, ties=ties), rows)
+        return FinishedRun(name, summarise(benchmark, rows, config=summary.config, ties=ties), rows)
     except (OSError, ValueError) as error:
-        raise CompareError(f"{folder / ITEMS_FILE} cannot be read: {_first_line(error)}") from error
+        raise CompareError(f"{folder / ITEMS_FILE} cannot be read: {_problem(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
-    return str(error)
+def _problem(error: Exception) -> str:
+    return first_problem(error, "file") if isinstance(error, ValidationError) else str(error)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their paths where two have one name."""
+def _run_names(folders: Sequence[Path]) -> list[str]:
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _compare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m client.benchmarks.compare",
-        description="Hold runs of one benchmark on the same data against the first of them.",
+        description="Compare runs of one benchmark on the same data with the first of them.",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run; the first is the baseline"
@@ -254,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, help=f"folder for {JSON_FILE} and {HTML_FILE} (default: neither is written)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     parser.add_argument(
         "--resamples", type=_positive, default=RESAMPLES, help=f"bootstrap resamples (default: {RESAMPLES})"
     )

@@ -8,26 +8,13 @@ if __name__ == "__main__":  # before the imports that take a while
     program.begin("python -m client.benchmarks.pairs", "benchmarks")
 
 from collections.abc import Sequence
-from typing import Final
 
-from client.benchmarks.best_of import PAIRS, category_of
-from client.benchmarks.command import Command, run_command
-from client.benchmarks.data.samples import load_pairs
-
-COMMAND: Final = Command(
-    benchmark=PAIRS,
-    description=(
-        "Evaluate a judge on any file of {prompt, chosen, rejected, subset?}: JSONL, JSON, CSV or parquet. Lists of "
-        "rejected answers make it best-of-N, as in RewardBench 2 (--data hub:allenai/reward-bench-2)."
-    ),
-    load=load_pairs,
-    category_of=category_of,
-)
+from client.benchmarks.command import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 (too many failures, no judge), 2 (usage, bad input) or 130."""
-    return run_command(COMMAND, argv)
+    return run_command("pairs", argv)
 
 
 if __name__ == "__main__":

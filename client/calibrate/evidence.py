@@ -15,13 +15,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from client.benchmarks.data.tables import SampleError, read_table
-from client.benchmarks.results.records import ITEMS_FILE, JudgedAnswer, Row, RowError, read_rows
+from client.benchmarks.rows import ITEMS_FILE, JudgedAnswer, Row, read_rows
 from client.bulk import in_order, stream_scores
 from client.calibrate.fitting import LabelledSample
 from client.calibration import TEMPLATE_ID
+from client.data.tables import DataError, read_table
 from client.errors import JudgeAPIError
 from client.judge import AsyncJudge
+from client.runs.resumable import RecordedError
 from client.runtime.validation import first_problem
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
 from client.texts import is_blank, messages_in, role_and_text
@@ -176,7 +177,7 @@ def _unusable(row: Row) -> str | None:
 def _pairs_of(file: Path) -> Iterator[Pair]:
     try:
         records = read_table(file)
-    except SampleError as error:
+    except DataError as error:
         raise EvidenceError(str(error).replace(": broken", ": not a pair: broken", 1)) from error
     for record in records:
         try:
@@ -192,7 +193,7 @@ def _pair_row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreRe
     if isinstance(chosen, JudgeAPIError) or isinstance(rejected, JudgeAPIError):
         error = chosen if isinstance(chosen, JudgeAPIError) else rejected
         assert isinstance(error, JudgeAPIError)
-        return Row(id=pair.key(), subset="", error=RowError(code=error.code, message=error.message))
+        return Row(id=pair.key(), subset="", error=RecordedError(code=error.code, message=error.message))
     if (chosen.model, chosen.fingerprint, chosen.template) != (rejected.model, rejected.fingerprint, rejected.template):
         raise EvidenceError("the judge changed between the two answers of a pair: start again")
     return Row(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from client.benchmarks.data.tables import SampleError, read_table
+from client.data.tables import DataError, read_table
 from client.runtime.validation import first_problem
 from client.schema import CompareRequest, ScoreRequest
 from client.texts import messages_in
@@ -37,7 +37,7 @@ def bodies(route: str, data: Path | None) -> BodyOf:
 def _rows(route: str, data: Path) -> list[bytes]:
     try:
         records = read_table(data)
-    except SampleError as exc:
+    except DataError as exc:
         raise UsageError(f"--data {exc}") from exc
     rows = []
     for record in records:

@@ -17,7 +17,10 @@ from bench.support.process import free_port
 from client.__main__ import COMMANDS
 from client.__main__ import main as client_main
 from client.benchmarks import pairs, rewardbench, rmbench
-from client.benchmarks.results.records import CONFIG_FILE, ITEMS_FILE, REPORT_FILE, SUMMARY_FILE
+from client.benchmarks.command import REPORT_FILE
+from client.benchmarks.results.summary import SUMMARY_FILE
+from client.benchmarks.rows import ITEMS_FILE
+from client.benchmarks.run import CONFIG_FILE
 from tests.support.live import live_service, wait_for
 
 SUBSETS = ("alpacaeval-easy", "llmbar-natural", "donotanswer", "hep-go", "math-prm")

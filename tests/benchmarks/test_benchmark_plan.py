@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from client.benchmarks.plan import PaperPrompts, PlanError, Question, by_category, from_map, load_candidates
+from client.benchmarks.paper import PaperPrompts
+from client.benchmarks.questions import PlanError, Question, by_category, from_map, load_candidates
+from client.benchmarks.scoring.rewardbench import WEIGHTS
 from client.schema import InlineTemplate
 
 PAPER = {
@@ -158,7 +160,6 @@ def test_the_published_file_covers_both_benchmarks() -> None:
     file = Path(__file__).parents[2] / "../shared/data/paper_templates.json"
     if not file.exists():
         pytest.skip("the shared data is not here")
-    from client.benchmarks.rewardbench import WEIGHTS
 
     prompts = PaperPrompts.load(file)
 

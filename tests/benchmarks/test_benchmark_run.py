@@ -14,18 +14,15 @@ import httpx
 import pytest
 
 from client import AsyncJudge, Judge
-from client.benchmarks.plan import Plan, Question
-from client.benchmarks.results.records import ITEMS_FILE, Row, Sample
-from client.benchmarks.run import (
-    Asking,
-    JudgeChangedError,
-    Progress,
-    RunError,
-    RunFolder,
-    judge_identity,
-    judge_samples,
-)
+from client.benchmarks.questions import Plan, Question
+from client.benchmarks.rows import ITEMS_FILE, Row
+from client.benchmarks.run import Asking, RunFolder, judge_samples
 from client.bulk import BulkOptions
+from client.data.samples import Sample
+from client.runs.config import judge_identity
+from client.runs.progress import Progress
+from client.runs.resumable import JudgeChangedError, RunError
+from client.runtime.jsonl import appending
 from client.schema import InlineTemplate
 from service.engine.fake import FakeEngine
 from tests.support.fake_judge import SCORE
@@ -206,11 +203,12 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_processes_cannot_write_the_same_run(tmp_path: Path) -> None:
-    """The second one is told so."""
-    folder = RunFolder(tmp_path, {})
+    """The second one is refused."""
+    with live_service() as live:
+        run(live.url, tmp_path, samples(1))
 
-    with folder.writing(), pytest.raises(RunError, match="another process"), folder.writing():
-        pass
+        with appending(tmp_path / ITEMS_FILE), pytest.raises(RunError, match="another process"):
+            run(live.url, tmp_path, samples(2))
 
 
 def test_an_empty_response_is_counted_and_never_sent(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.benchmarks import best_of, rewardbench, rmbench
-from client.benchmarks.best_of import PAIRS, ties_score
-from client.benchmarks.results.records import JudgedAnswer, Row, RowError, TiePolicy
-from client.benchmarks.rewardbench import REWARDBENCH, SECTIONS, WEIGHTS
-from client.benchmarks.rmbench import RMBENCH
-from client.benchmarks.standing import Benchmark
+from client.benchmarks.rows import JudgedAnswer, Row, TiePolicy
+from client.benchmarks.scoring.benchmark import Benchmark
+from client.benchmarks.scoring.best_of import Pairs, ties_score
+from client.benchmarks.scoring.rewardbench import SECTIONS, WEIGHTS, RewardBench, section_scores
+from client.benchmarks.scoring.rmbench import RmBench
+from client.runs.resumable import RecordedError
+
+REWARDBENCH, RMBENCH, PAIRS = RewardBench(), RmBench(), Pairs()
 
 # allenai/reward-bench, README, "Getting Leaderboard Section Scores": PKU-Alignment/beaver-7b-v1.0-cost.
 BEAVER = {
@@ -74,7 +76,7 @@ def flipped(each: Row) -> Row:
 
 def test_rewardbench_sections_are_the_officials() -> None:
     """The official README's accuracies give the official section scores."""
-    sections = rewardbench.section_scores(BEAVER)
+    sections = section_scores(BEAVER)
 
     assert list(sections) == ["Chat", "Chat Hard", "Safety", "Reasoning"]
     assert sections == pytest.approx(BEAVER_SECTIONS, abs=1e-12)
@@ -87,11 +89,11 @@ def test_rewardbench_from_rows_to_the_mean() -> None:
         for subset, accuracy in BEAVER.items()
         for each in pairs_of(subset, round(accuracy * PAIRS_IN[subset]), PAIRS_IN[subset])
     ]
-    standing = REWARDBENCH.standing(rows, "strict")
+    official = REWARDBENCH.scores(rows, "strict")
 
     assert len(rows) == 2985
-    assert standing.sections == pytest.approx(BEAVER_SECTIONS, abs=1e-12)
-    assert standing.mean == pytest.approx(0.5617195675961868, abs=1e-12)
+    assert official.sections == pytest.approx(BEAVER_SECTIONS, abs=1e-12)
+    assert official.mean == pytest.approx(0.5617195675961868, abs=1e-12)
 
 
 def test_the_papers_columns_count_every_pair_alike() -> None:
@@ -103,17 +105,17 @@ def test_the_papers_columns_count_every_pair_alike() -> None:
         *pairs_of("math-prm", 1, 4),
         *pairs_of("donotanswer", 1, 1),
     ]
-    table = REWARDBENCH.standing(rows, "strict").tables["paper"]
+    table = REWARDBENCH.scores(rows, "strict").tables["paper"]
 
     assert table == {"Chat": 0.75, "Code": 0.5, "Math": 0.25, "Safety": 1.0, "mean": 0.625}
 
 
 def test_a_part_of_rewardbench_has_no_mean() -> None:
     """Sections of which nothing was judged are absent, and a mean of fewer than four is not given out as the mean."""
-    standing = REWARDBENCH.standing([*pairs_of("hep-go", 1, 2), *pairs_of("unheard-of", 1, 1)], "strict")
+    official = REWARDBENCH.scores([*pairs_of("hep-go", 1, 2), *pairs_of("unheard-of", 1, 1)], "strict")
 
-    assert (standing.sections, standing.mean, standing.tables) == ({"Reasoning": 0.5}, None, {"paper": {"Code": 0.5}})
-    assert REWARDBENCH.standing([], "strict").tables == {}
+    assert (official.sections, official.mean, official.tables) == ({"Reasoning": 0.5}, None, {"paper": {"Code": 0.5}})
+    assert REWARDBENCH.scores([], "strict").tables == {}
 
 
 def test_every_subset_is_in_one_section() -> None:
@@ -128,7 +130,7 @@ def test_every_subset_is_in_one_section() -> None:
 @pytest.mark.parametrize(("ties", "score"), [("strict", 0.0), ("half", 0.5)])
 def test_a_tie_counts_by_the_policy(ties: TiePolicy, score: float) -> None:
     """A tie is wrong officially; half where asked."""
-    assert REWARDBENCH.standing([row("1", "hep-go", [0.25], [0.25])], ties).sections == {"Reasoning": score}
+    assert REWARDBENCH.scores([row("1", "hep-go", [0.25], [0.25])], ties).sections == {"Reasoning": score}
 
 
 @pytest.mark.parametrize(
@@ -147,13 +149,13 @@ def test_a_tie_counts_by_the_policy(ties: TiePolicy, score: float) -> None:
 )
 def test_rewardbench_categories(subset: str, category: str) -> None:
     """Each subset is asked about in its category's words."""
-    assert rewardbench.category_of(subset) == category
+    assert REWARDBENCH.category_of(subset) == category
 
 
 @given(right=st.dictionaries(st.sampled_from(sorted(WEIGHTS)), st.floats(0, 1), min_size=1))
 def test_a_section_lies_between_its_subsets(right: dict[str, float]) -> None:
     """A weighted mean is never outside of what it averages."""
-    for section, score in rewardbench.section_scores(right).items():
+    for section, score in section_scores(right).items():
         present = [right[subset] for subset in SECTIONS[section] if subset in right]
         assert min(present) - 1e-12 <= score <= max(present) + 1e-12
 
@@ -165,11 +167,11 @@ def test_every_cell_of_rmbench_has_its_place() -> None:
         row("2", "chat", [1, 2, 3], [0.5, 1.5, 2.5]),  # right below the diagonal and on it
         row("3", "chat", [1, 2, 3], [1, 2, 3]),  # right below the diagonal; ties on it
     ]
-    standing = RMBENCH.standing(rows, "strict")
+    official = RMBENCH.scores(rows, "strict")
 
-    assert standing.matrices == {"chat": [[2 / 3, 1 / 3, 1 / 3], [1, 2 / 3, 1 / 3], [1, 1, 2 / 3]]}
-    assert standing.tables["levels"] == pytest.approx({"easy": 1, "normal": 2 / 3, "hard": 1 / 3})
-    assert standing.sections == pytest.approx({"chat": 2 / 3})
+    assert official.matrices == {"chat": [[2 / 3, 1 / 3, 1 / 3], [1, 2 / 3, 1 / 3], [1, 1, 2 / 3]]}
+    assert official.tables["levels"] == pytest.approx({"easy": 1, "normal": 2 / 3, "hard": 1 / 3})
+    assert official.sections == pytest.approx({"chat": 2 / 3})
 
 
 @pytest.mark.parametrize(
@@ -190,10 +192,10 @@ def test_each_cell_of_rmbench_counts_at_its_level(i: int, j: int, level: str) ->
     """A judge that is right in one cell alone is credited there, with a third of that level, and nowhere else."""
     margins = [[1.0 if (i, j) == (a, b) else -1.0 for b in range(3)] for a in range(3)]
     only = row("1", "math", [0, 0, 0], [1, 1, 1]).model_copy(update={"margins": margins})
-    standing = RMBENCH.standing([only], "strict")
+    official = RMBENCH.scores([only], "strict")
 
-    assert standing.matrices["math"] == [[float((i, j) == (a, b)) for b in range(3)] for a in range(3)]
-    assert standing.tables["levels"] == pytest.approx({"easy": 0, "normal": 0, "hard": 0} | {level: 1 / 3})
+    assert official.matrices["math"] == [[float((i, j) == (a, b)) for b in range(3)] for a in range(3)]
+    assert official.tables["levels"] == pytest.approx({"easy": 0, "normal": 0, "hard": 0} | {level: 1 / 3})
     assert RMBENCH.credit(only, "strict") == pytest.approx(1 / 9)
 
 
@@ -202,24 +204,24 @@ def test_rmbench_pools_safety_and_averages_domains() -> None:
     right, wrong = ([1, 1, 1], [0, 0, 0]), ([0, 0, 0], [1, 1, 1])
     refused = [row(f"r{n}", "safety-refuse", *right) for n in range(3)]
     rows = [*refused, row("s", "safety-response", *wrong), row("c", "code", *wrong), row("x", "poetry", *right)]
-    standing = RMBENCH.standing(rows, "strict")
+    official = RMBENCH.scores(rows, "strict")
 
-    assert standing.sections == {"code": 0.0, "safety": 0.75}
-    assert standing.mean == 0.375
-    assert RMBENCH.standing([], "strict").mean is None
+    assert official.sections == {"code": 0.0, "safety": 0.75}
+    assert official.mean == 0.375
+    assert RMBENCH.scores([], "strict").mean is None
 
 
 def test_rmbench_categories() -> None:
     """Both safety subdomains are asked about as safety; what is not known, in general words."""
     names = ["chat", "math", "code", "safety-refuse", "safety-response", "poetry"]
 
-    assert [rmbench.category_of(name) for name in names] == ["chat", "math", "code", "safety", "safety", "general"]
+    assert [RMBENCH.category_of(name) for name in names] == ["chat", "math", "code", "safety", "safety", "general"]
 
 
 def test_a_row_of_another_shape_is_no_rmbench() -> None:
     """Nothing is computed from a table that is not 3 x 3."""
     with pytest.raises(ValueError, match="row 1 has no 3 x 3 margins"):
-        RMBENCH.standing([row("1", "chat", [1], [0])], "strict")
+        RMBENCH.scores([row("1", "chat", [1], [0])], "strict")
 
 
 three = st.lists(st.integers(-3, 3).map(float), min_size=3, max_size=3)
@@ -229,7 +231,7 @@ three = st.lists(st.integers(-3, 3).map(float), min_size=3, max_size=3)
 def test_exchanging_the_sides_exchanges_easy_and_hard(samples: list[tuple[str, list[float], list[float]]]) -> None:
     """With ties at half, the exchanged judge's easy is one minus the hard, and its domains one minus the domains."""
     rows = [row(str(n), *sample) for n, sample in enumerate(samples)]
-    before, after = (RMBENCH.standing(each, "half") for each in (rows, [flipped(each) for each in rows]))
+    before, after = (RMBENCH.scores(each, "half") for each in (rows, [flipped(each) for each in rows]))
     levels = before.tables["levels"]
 
     expected = {"easy": 1 - levels["hard"], "normal": 1 - levels["normal"], "hard": 1 - levels["easy"]}
@@ -243,7 +245,7 @@ def test_a_domain_is_the_mean_credit_of_its_samples(samples: list[tuple[list[flo
     rows = [row(str(n), "chat", *sample) for n, sample in enumerate(samples)]
     credits_ = [RMBENCH.credit(each, "strict") for each in rows]
 
-    assert RMBENCH.standing(rows, "strict").sections["chat"] == pytest.approx(sum(credits_) / len(rows))
+    assert RMBENCH.scores(rows, "strict").sections["chat"] == pytest.approx(sum(credits_) / len(rows))
 
 
 @pytest.mark.parametrize(
@@ -325,11 +327,11 @@ def test_ties_count_accuracy_alone_where_a_partner_is_missing() -> None:
 def test_pairs_have_a_section_for_each_subset() -> None:
     """The mean is over subsets; the accuracy over all samples stands beside it."""
     rows = [*pairs_of("a", 1, 1), *pairs_of("b", 1, 3), row("m", "b", [1], [1, 0, 0])]
-    standing = PAIRS.standing(rows, "strict")
+    official = PAIRS.scores(rows, "strict")
 
-    assert standing.sections == {"a": 1.0, "b": 0.375}
-    assert standing.mean == 0.6875
-    assert standing.tables == {"all": {"accuracy": 0.5}}
+    assert official.sections == {"a": 1.0, "b": 0.375}
+    assert official.mean == 0.6875
+    assert official.tables == {"all": {"accuracy": 0.5}}
 
 
 def test_ties_stand_among_the_other_subsets() -> None:
@@ -337,21 +339,21 @@ def test_ties_stand_among_the_other_subsets() -> None:
     ties = [row("tied:0", "Ties", [5.0, 4.0], [0.0]), row("ref:0", "Ties", [5.0], [0.0])]
     focus = row("Focus/1", "Focus", [1.0], [0.0, 0.0, 0.0])
 
-    assert PAIRS.standing([focus, *ties], "strict").sections["Ties"] == ties_score(ties)
-    assert PAIRS.standing([focus, ties[0]], "strict").sections == {"Focus": 1.0}
+    assert PAIRS.scores([focus, *ties], "strict").sections["Ties"] == ties_score(ties)
+    assert PAIRS.scores([focus, ties[0]], "strict").sections == {"Focus": 1.0}
     assert PAIRS.credit(ties[0], "strict") == 1.0
 
 
 def test_a_subset_of_that_name_without_such_ids_is_an_ordinary_one() -> None:
     """A file's own subset called ties is scored like any other."""
-    assert PAIRS.standing(pairs_of("ties", 1, 2), "strict").sections == {"ties": 0.5}
+    assert PAIRS.scores(pairs_of("ties", 1, 2), "strict").sections == {"ties": 0.5}
 
 
 def test_no_rows_no_standing() -> None:
     """Nothing judged is no score, not a zero."""
-    standing = PAIRS.standing([], "strict")
+    official = PAIRS.scores([], "strict")
 
-    assert (standing.sections, standing.mean, standing.tables) == ({}, None, {})
+    assert (official.sections, official.mean, official.tables) == ({}, None, {})
 
 
 @pytest.mark.parametrize(
@@ -370,16 +372,16 @@ def test_no_rows_no_standing() -> None:
 )
 def test_categories_of_any_file(subset: str, category: str) -> None:
     """Known by their names; anything else is asked about in general words."""
-    assert best_of.category_of(subset) == category
+    assert PAIRS.category_of(subset) == category
 
 
 @pytest.mark.parametrize("benchmark", [REWARDBENCH, RMBENCH, PAIRS])
 def test_a_failed_row_is_never_scored(benchmark: Benchmark) -> None:
     """An error is not a wrong answer: whoever forgets to leave it out is told."""
-    failed = Row(id="1", subset="chat", error=RowError(code="overloaded", message="busy"))
+    failed = Row(id="1", subset="chat", error=RecordedError(code="overloaded", message="busy"))
 
     with pytest.raises(ValueError, match="row 1 was not judged"):
-        benchmark.standing([failed], "strict")
+        benchmark.scores([failed], "strict")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +396,7 @@ def test_a_perfect_judge_has_one_everywhere(
     benchmark: Benchmark, subsets: list[str], chosen: list[float], rejected: list[float]
 ) -> None:
     """All numbers are shares of the same whole."""
-    standing = benchmark.standing([row(name, name, chosen, rejected) for name in subsets], "strict")
-    numbers = [standing.mean, *standing.sections.values(), *(n for t in standing.tables.values() for n in t.values())]
+    official = benchmark.scores([row(name, name, chosen, rejected) for name in subsets], "strict")
+    numbers = [official.mean, *official.sections.values(), *(n for t in official.tables.values() for n in t.values())]
 
     assert set(numbers) == {1.0}

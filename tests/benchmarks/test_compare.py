@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from client.benchmarks import compare
-from client.benchmarks.results.records import ITEMS_FILE, SUMMARY_FILE, Row
-from client.benchmarks.standing import Standing
+from client.benchmarks.results.summary import SUMMARY_FILE
+from client.benchmarks.rows import ITEMS_FILE, Row
+from client.benchmarks.scoring.benchmark import OfficialScores
 from tests.support.rows import answer, failed, pair, write_run
 
 RIGHT, WRONG = (1.0, 0.0), (0.0, 1.0)
@@ -212,4 +213,4 @@ def test_benchmarks_are_found_by_the_name_in_their_summaries(name: str) -> None:
     benchmark = compare.benchmark_named(name)
 
     assert benchmark.name == name
-    assert benchmark.standing([], "strict") == Standing({}, None)
+    assert benchmark.scores([], "strict") == OfficialScores({}, None)

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from client.benchmarks.report.html import MAX_TEXT, WORST, cut, misjudgements, write_report
-from client.benchmarks.results.records import Row, Sample
+from client.benchmarks.report.formats import cut_text
+from client.benchmarks.report.page import MAX_TEXT, WORST, misjudgements, write_report
+from client.benchmarks.rows import Row
+from client.data.samples import Sample
 from client.schema import Message
+from tests.support.html import EVIL, Page
 from tests.support.rows import answer, failed, pair, pairs, summary_of
-
-EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>{{ 7*7 }}"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and whether every one that is opened is closed in turn."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self.open += [] if tag in VOID else [tag]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        """The attributes of every such element."""
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 def report(
@@ -185,8 +163,8 @@ def test_the_worst_pair_of_a_sample_is_shown() -> None:
 
 def test_long_texts_are_cut_where_the_reader_sees_it() -> None:
     """The page stays small, and says how much is missing."""
-    assert cut("x" * MAX_TEXT) == "x" * MAX_TEXT
-    assert cut("x" * (MAX_TEXT + 1500)).endswith("x\n[… 1,500 more characters]")
+    assert cut_text("x" * MAX_TEXT, MAX_TEXT) == "x" * MAX_TEXT
+    assert cut_text("x" * (MAX_TEXT + 1500), MAX_TEXT).endswith("x\n[… 1,500 more characters]")
 
 
 def test_the_command_asks_the_same_of_the_same(tmp_path: Path) -> None:

@@ -14,17 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.benchmarks.data.samples import (
-    SampleError,
-    choose,
-    digest,
-    halves,
-    load_hub,
-    load_pairs,
-    load_rewardbench,
-    load_rmbench,
-)
-from client.benchmarks.results.records import Sample
+from client.data.samples import Sample, choose, digest, halves
+from client.data.sources import load_hub, load_pairs, load_rewardbench, load_rmbench
+from client.data.tables import DataError
 from client.schema import Message
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -227,7 +219,7 @@ def test_a_bad_value_is_named_with_its_line(tmp_path: Path, change: dict[str, ob
     """The error says where and what; the samples before it are not silently used alone."""
     file = jsonl(tmp_path / "bad.jsonl", PAIR, {**PAIR, "id": "x/2", **change})
 
-    with pytest.raises(SampleError) as caught:
+    with pytest.raises(DataError) as caught:
         load_rewardbench(file)
     assert str(caught.value).startswith(f"{file}, {problem}")
 
@@ -243,7 +235,7 @@ def test_a_bad_value_is_named_with_its_line(tmp_path: Path, change: dict[str, ob
 )
 def test_rmbench_needs_three_texts_a_side(tmp_path: Path, change: dict[str, object], problem: str) -> None:
     """The 3 x 3 table has no place for fewer or more."""
-    with pytest.raises(SampleError, match=problem):
+    with pytest.raises(DataError, match=problem):
         read_one(tmp_path, {**STYLED, **change}, load_rmbench)
 
 
@@ -264,7 +256,7 @@ def test_rmbench_needs_three_texts_a_side(tmp_path: Path, change: dict[str, obje
 )
 def test_pairs_that_make_no_sense_are_refused(tmp_path: Path, record: dict[str, object], problem: str) -> None:
     """Above all, answers to different prompts are never compared."""
-    with pytest.raises(SampleError, match=f"line 1: {problem}"):
+    with pytest.raises(DataError, match=f"line 1: {problem}"):
         read_one(tmp_path, record)
 
 
@@ -295,14 +287,14 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, probl
     """Each kind of damage has its own message, with the file and the place in it."""
     (tmp_path / name).write_bytes(content)
 
-    with pytest.raises(SampleError, match=problem) as caught:
+    with pytest.raises(DataError, match=problem) as caught:
         load_pairs(tmp_path / name)
     assert str(caught.value).startswith(str(tmp_path / name))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """So is one that is not there."""
-    with pytest.raises(SampleError, match=r"gone\.jsonl: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read: No such file"):
         load_pairs(tmp_path / "gone.jsonl")
 
 
@@ -333,9 +325,9 @@ def test_a_data_set_of_several_splits_wants_one(offline_hub: Path) -> None:
     """None is chosen in silence; a wrong one is answered with those that exist."""
     jsonl(offline_hub / "train.jsonl", {**PAIR, "chosen": ["4"], "rejected": ["5"]})
 
-    with pytest.raises(SampleError, match=r"several splits: choose one of (train, test|test, train)"):
+    with pytest.raises(DataError, match=r"several splits: choose one of (train, test|test, train)"):
         load_hub(str(offline_hub))
-    with pytest.raises(SampleError, match=r"\(dev\): cannot be loaded from the hub: .*train"):
+    with pytest.raises(DataError, match=r"\(dev\): cannot be loaded from the hub: .*train"):
         load_hub(str(offline_hub), "dev")
     assert load_hub(str(offline_hub), "train")[0].rejected == ("5",)
 
@@ -350,7 +342,7 @@ def test_rmbench_is_known_by_its_columns(offline_hub: Path) -> None:
 def test_a_hub_out_of_reach_is_a_sample_error(offline_hub: Path) -> None:
     """What went wrong stands in the message, whichever library raised it; the official split is known."""
     assert offline_hub.exists()
-    with pytest.raises(SampleError, match=r"allenai/reward-bench \(filtered\): cannot be loaded from the hub: \w+: "):
+    with pytest.raises(DataError, match=r"allenai/reward-bench \(filtered\): cannot be loaded from the hub: \w+: "):
         load_hub("allenai/reward-bench")
 
 
@@ -359,7 +351,7 @@ def test_subsets_are_chosen_by_name_or_pattern() -> None:
     samples = [*made("hep-go", 1), *made("math", 1), *made("hep-cpp", 1)]
 
     assert [each.subset for each in choose(samples, ["hep-*", "hep-go"])] == ["hep-go", "hep-cpp"]
-    with pytest.raises(SampleError, match="no subset chat; there are hep-go, math, hep-cpp"):
+    with pytest.raises(DataError, match="no subset chat; there are hep-go, math, hep-cpp"):
         choose(samples, ["math", "chat"])
 
 
@@ -391,7 +383,7 @@ def test_the_seed_decides_who_is_chosen() -> None:
 
     assert choose(samples, limit=10, seed=1) == choose(samples, limit=10, seed=1)
     assert choose(samples, limit=10, seed=1) != choose(samples, limit=10, seed=2)
-    with pytest.raises(SampleError, match="a limit of 0"):
+    with pytest.raises(DataError, match="a limit of 0"):
         choose(samples, limit=0)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from client.benchmarks.results.numbers import Cost, Summary
-from client.benchmarks.results.records import Row, read_rows
-from client.benchmarks.results.summary import print_table
+from client.benchmarks.report.terminal import print_summary
+from client.benchmarks.results.summary import Cost, Summary
+from client.benchmarks.rows import Row, read_rows
 from client.schema import Usage
 from tests.support.rows import answer, failed, pair, pairs, summary_of
 
@@ -18,7 +18,7 @@ from tests.support.rows import answer, failed, pair, pairs, summary_of
 def printed(summary: Summary, width: int = 100) -> str:
     """What the terminal shows."""
     console = Console(file=io.StringIO(), width=width)
-    print_table(summary, console)
+    print_summary(summary, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -14,11 +14,12 @@ import pytest
 
 from client import Judge
 from client.adapters.trl import JudgeReward, RewardOptions
-from client.benchmarks.data.samples import SampleError, load_pairs, load_rewardbench
-from client.benchmarks.plan import Question
-from client.benchmarks.results.records import Sample
+from client.benchmarks.questions import Question
 from client.benchmarks.run import Asking, RunFolder, judge_samples
 from client.calibrate.evidence import EvidenceError, read_pairs
+from client.data.samples import Sample
+from client.data.sources import load_pairs, load_rewardbench
+from client.data.tables import DataError
 from client.judge import AsyncJudge
 from client.load.bodies import UsageError, bodies
 from client.schema import Message
@@ -172,7 +173,7 @@ def test_messages_that_are_not_json_are_refused(tmp_path: Path, load: Callable[[
     """Python's and numpy's notation, as in CSV files from pandas, is refused, not taken literally."""
     file = write(tmp_path / "a.jsonl", {"prompt": text, "chosen": "a", "rejected": "b", "response": "c"})
 
-    with pytest.raises((SampleError, EvidenceError, UsageError), match=r"line 1: .*prompt.*looks like a list of mess"):
+    with pytest.raises((DataError, EvidenceError, UsageError), match=r"line 1: .*prompt.*looks like a list of mess"):
         load(file)
 
 
@@ -186,7 +187,7 @@ def test_a_benchmark_reads_conversations_that_are_text(tmp_path: Path) -> None:
     (sample,) = load_pairs(tmp_path / "a.csv")
 
     assert (sample.prompt, sample.chosen, sample.rejected) == ("2+2?", ("4",), ("5",))
-    with pytest.raises(SampleError, match="row 1: chosen is a list of objects, not a text"):
+    with pytest.raises(DataError, match="row 1: chosen is a list of objects, not a text"):
         load_rewardbench(tmp_path / "a.csv")
 
 
@@ -265,7 +266,7 @@ def test_a_message_without_text_is_refused(tmp_path: Path, message: dict[str, An
         record = {"prompt": turns, "messages": turns, "chosen": "4", "rejected": "5"}
         file = write(tmp_path / f"{number}.jsonl", record)
         for load in (load_pairs, load_examples, lambda path: read_instructions(str(path))):
-            with pytest.raises(SampleError, match=rf"line 1: .*message.*{said}"):
+            with pytest.raises(DataError, match=rf"line 1: .*message.*{said}"):
                 load(file)
 
 
@@ -319,7 +320,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes, 
     """The message has the place, and what is wrong there."""
     (tmp_path / name).write_bytes(content)
 
-    with pytest.raises(SampleError, match=said):
+    with pytest.raises(DataError, match=said):
         load_pairs(tmp_path / name)
 
 
@@ -331,5 +332,5 @@ def test_parquet_columns_of_structs_are_conversations(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"prompt": None, "chosen": "4", "rejected": "5"}]), tmp_path / "b.parquet")
 
     assert load_pairs(tmp_path / "a.parquet")[0].prompt == "2+2?"
-    with pytest.raises(SampleError, match=r"row 1: .*prompt is null"):
+    with pytest.raises(DataError, match=r"row 1: .*prompt is null"):
         load_pairs(tmp_path / "b.parquet")

@@ -12,11 +12,13 @@ import pytest
 
 from client import AsyncJudge, Judge
 from client.benchmarks import pairs, search
-from client.benchmarks.plan import Question
-from client.benchmarks.results.records import CONFIG_FILE, ITEMS_FILE, Sample
-from client.benchmarks.run import Asking, JudgeChangedError, RunFolder, judge_samples
+from client.benchmarks.questions import Question
+from client.benchmarks.rows import ITEMS_FILE
+from client.benchmarks.run import CONFIG_FILE, Asking, RunFolder, judge_samples
 from client.calibrate.evidence import EvidenceError, from_runs
 from client.calibration import CalibrationError
+from client.data.samples import Sample
+from client.runs.resumable import JudgeChangedError
 from tests.support.live import Live, live_service
 from trainer.errors import StageError
 from trainer.labels.labelers import JudgeOptions, Label, LabelOptions
@@ -294,6 +296,6 @@ async def test_scores_of_two_ways_of_asking_are_never_mixed(tmp_path: Path) -> N
             for index in range(len(texts)):
                 yield index, Label(0.0, 0.5, 1.0, "mine@1", "m", "f", asked_with=f"{index // 2}")
 
-    with pytest.raises(StageError, match="asks otherwise"):
+    with pytest.raises(StageError, match="asks differently"):
         await label_samples(Changing(), Labelling(**labelling(tmp_path, 3)))
     assert (tmp_path / "scores.jsonl").read_bytes().count(b"\n") == 2

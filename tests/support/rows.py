@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from client.benchmarks.compare import benchmark_named
-from client.benchmarks.results.numbers import Summary
-from client.benchmarks.results.records import ITEMS_FILE, SUMMARY_FILE, JudgedAnswer, Row, RowError, TiePolicy
-from client.benchmarks.results.summary import summarise
+from client.benchmarks.results.summarise import summarise
+from client.benchmarks.results.summary import SUMMARY_FILE, Summary
+from client.benchmarks.rows import ITEMS_FILE, JudgedAnswer, Row, TiePolicy
+from client.runs.resumable import RecordedError
 from client.stats import sigmoid
 
 
@@ -31,7 +32,7 @@ def pair(name: str, chosen: float | JudgedAnswer, rejected: float | JudgedAnswer
 
 def failed(name: str, code: str = "context_length_exceeded") -> Row:
     """A sample that failed with this error code."""
-    return Row(id=name, subset=subset(name), error=RowError(code=code, message="too long"))
+    return Row(id=name, subset=subset(name), error=RecordedError(code=code, message="too long"))
 
 
 def subset(name: str) -> str:

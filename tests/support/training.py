@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from client.runs.progress import Progress
 from client.schema import Message
-from trainer.run.progress import StageProgress
 from trainer.tuning.dpo import DPOSettings, preset, train_dpo
 from trainer.tuning.preferences import Preference, Split
 
@@ -60,10 +60,10 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the program catches it."""
 
 
-def kill_at(step: int) -> Callable[[StageProgress], None]:
+def kill_at(step: int) -> Callable[[Progress], None]:
     """A progress function that ends the training after that step."""
 
-    def tell(advance: StageProgress) -> None:
+    def tell(advance: Progress) -> None:
         if advance.done >= step:
             raise Killed
 

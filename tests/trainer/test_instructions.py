@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from client import Judge
-from client.benchmarks.data.tables import SampleError
+from client.data.tables import DataError
 from tests.support.live import live_service
 from trainer.errors import StageError
 from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, classify, question_template
@@ -113,9 +113,9 @@ def test_a_data_set_is_read_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     jsonl(folder / "test.jsonl", {"instruction": "C?"})
 
     assert prompts(f"hub:{folder}@train") == ["A?", "B?"]
-    with pytest.raises(SampleError, match=r"several splits.*@SPLIT, one of"):
+    with pytest.raises(DataError, match=r"several splits.*@SPLIT, one of"):
         prompts(f"hub:{folder}")
-    with pytest.raises(SampleError, match="cannot be loaded from the hub"):
+    with pytest.raises(DataError, match="cannot be loaded from the hub"):
         prompts(f"hub:{tmp_path / 'missing'}")
 
 
@@ -143,7 +143,7 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, row: dict[str, Any] | s
     """An empty or broken line is an error that names it; with --skip-bad it is counted and the others are read."""
     file = jsonl(tmp_path / "a.jsonl", {"id": "first", "prompt": "Why?"}, row, {"prompt": "How?"})
 
-    with pytest.raises(SampleError, match=message + ".*--skip-bad"):
+    with pytest.raises(DataError, match=message + ".*--skip-bad"):
         read_instructions(str(file))
     read = read_instructions(str(file), skip_bad=True)
     assert (read.records, read.bad, len(read.problems)) == (3, 1, 1)
@@ -152,7 +152,7 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, row: dict[str, Any] | s
 
 def test_a_file_of_bad_lines_is_an_error(tmp_path: Path) -> None:
     """If nothing usable is left, the error names the first problem."""
-    with pytest.raises(SampleError, match=r"no usable instructions; the first problem: .*the prompt is empty"):
+    with pytest.raises(DataError, match=r"no usable instructions; the first problem: .*the prompt is empty"):
         read_instructions(str(jsonl(tmp_path / "a.jsonl", {"prompt": ""})), skip_bad=True)
 
 
@@ -201,7 +201,7 @@ def test_a_balanced_choice_takes_equal_parts() -> None:
 
 def test_too_few_instructions_are_an_error() -> None:
     """The error says how many there are and how many are wanted."""
-    with pytest.raises(SampleError, match="10 usable instructions, and 12 are wanted, 4 of them held out"):
+    with pytest.raises(DataError, match="10 usable instructions, and 12 are wanted, 4 of them held out"):
         choose_instructions(many({"math": 10}), options(8, 4))
 
 

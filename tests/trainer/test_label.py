@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from client import Judge
-from client.benchmarks.run import Progress
 from client.bulk import BulkOptions
+from client.runs.progress import Progress
 from service.engine.fake import FakeEngine, fake_tokenizer
 from tests.support.live import Live, live_service
 from trainer.errors import StageError
@@ -280,7 +280,7 @@ def test_another_model_in_mid_run_stops(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match=r"judge changed in mid-run: it began as m \(f\), and 0/1 is by m \(g\)"):
         label(Scripted(LABEL, other), tmp_path / "a.jsonl", samples(1))
-    with pytest.raises(StageError, match=r"template for code changed in mid-run: code@1 has become code@2"):
+    with pytest.raises(StageError, match=r"template changed in mid-run: code@1 has become code@2"):
         label(Scripted(LABEL, newer), tmp_path / "b.jsonl", samples(1))
     assert len(read_records(tmp_path / "a.jsonl", Score)) == 1
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from client.benchmarks.results.records import Row
+from client.benchmarks.report.formats import cut_text
+from client.benchmarks.rows import Row
 from client.schema import Message
-from tests.benchmarks.test_report import EVIL, Page
+from tests.support.html import EVIL, Page
 from tests.support.rows import pair
 from trainer.evaluation.metrics import measure
 from trainer.evaluation.verdicts import make_duels
 from trainer.labels.pairs import PairOptions, make_pairs
-from trainer.report.page import MAX_TEXT, TEXTS, cut, spread, write_run_report
+from trainer.report.page import MAX_TEXT, TEXTS, spread, write_run_report
 from trainer.run.files import write_record, write_records
 from trainer.run.records import Instruction, Pair, Sample, Score
 
@@ -151,8 +152,8 @@ def test_shown_answers_are_spread_from_losses_to_wins() -> None:
 
 def test_long_texts_are_cut_where_it_shows() -> None:
     """The page says how many characters are left out."""
-    assert cut("x" * MAX_TEXT) == "x" * MAX_TEXT
-    assert cut("x" * (MAX_TEXT + 1234)).endswith("x\n[… 1,234 more characters]")
+    assert cut_text("x" * MAX_TEXT, MAX_TEXT) == "x" * MAX_TEXT
+    assert cut_text("x" * (MAX_TEXT + 1234), MAX_TEXT).endswith("x\n[… 1,234 more characters]")
 
 
 def test_pairs_of_conversations_are_measured_by_their_answers(run: Path) -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from client.benchmarks.results.records import Row
+from client.benchmarks.rows import Row
 from tests.support.rows import failed, pair
 from trainer.evaluation.harness import HarnessOptions, choose_items, pooled
 from trainer.evaluation.metrics import Metrics, is_refusal, measure

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from client.benchmarks.results.records import ITEMS_FILE, read_rows
+from client.benchmarks.rows import ITEMS_FILE, read_rows
+from client.runs.progress import progress_bar
 from client.schema import Truncation
 from trainer.evaluation.harness import HarnessOptions, run_harness
 from trainer.evaluation.metrics import Metrics, measure
@@ -29,7 +30,6 @@ from trainer.policy.samplers import SampleSettings
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.run.files import read_records, write_json, write_record
 from trainer.run.model_files import same_weights
-from trainer.run.progress import progress_bar
 from trainer.run.rates import ProgressMeter, save_rate
 from trainer.run.records import METRICS_FILE, Instruction
 from trainer.run.stages import RunFolder, Stage
@@ -125,9 +125,8 @@ class Evaluation:
         }
 
         def work() -> None:
-            from client.benchmarks.progress import shown
 
-            with self.referee.serving() as judge, shown(self.console, "comparing") as report:
+            with self.referee.serving() as judge, progress_bar(self.console, "comparing") as report:
                 started, meter = time.monotonic(), ProgressMeter(report)
                 options = VerdictOptions(judge, self.referee.truncation, self.referee.max_failures)
                 judge_duels(duels, self.folder, options, meter)

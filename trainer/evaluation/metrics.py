@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal
 
-from client.benchmarks.results.records import Mode, Row
+from client.benchmarks.rows import Mode, Row
 from client.stats import mean
 from client.texts import is_blank
 from trainer.evaluation.verdicts import MODES, Duel

@@ -16,24 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from client.benchmarks.plan import Question
-from client.benchmarks.results.records import Mode, Row
-from client.benchmarks.results.records import Sample as Entry
-from client.benchmarks.run import (
-    TEMPLATES,
-    Asking,
-    RunError,
-    RunFolder,
-    judge_identity,
-    judge_samples,
-    template_digests,
-)
+from client.benchmarks.questions import Question
+from client.benchmarks.rows import Mode, Row
+from client.benchmarks.run import Asking, RunFolder, judge_samples
+from client.data.samples import Sample as Entry
 from client.errors import JudgeError
+from client.runs.config import TEMPLATES, judge_identity, template_digests
+from client.runs.progress import OnProgress
+from client.runs.resumable import RunError
 from client.schema import ModelInfo, Truncation
 from client.texts import is_blank
 from trainer.errors import StageError
 from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, connected, lost, shown_url
-from trainer.labels.labeling import OnProgress
 from trainer.run.records import GENERAL, Instruction, Sample
 
 # Pairwise asks in both orders: the winner of a small judge (1.5B) changed with the order in 88% of the comparisons.

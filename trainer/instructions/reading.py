@@ -20,7 +20,7 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks.data.tables import Record, SampleError, each_record
+from client.data.tables import DataError, TableRow, iter_table
 from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.records import CATEGORIES, GENERAL, Instruction
 
@@ -51,7 +51,7 @@ class InstructionSource:
 def read_instructions(source: str, *, skip_bad: bool = False) -> InstructionSource:
     """The instructions of a file, or of `hub:NAME` or `hub:NAME@SPLIT`, with distinct prompts and ids, in their order.
 
-    Raises SampleError, which names file and line, for an empty or broken record; with `skip_bad` such records are
+    Raises DataError, which names file and line, for an empty or broken record; with `skip_bad` such records are
     counted and left out. A CSV or JSON file that cannot be parsed as a whole is an error in any case.
     """
     reader = _Reader(skip_bad)
@@ -60,7 +60,7 @@ def read_instructions(source: str, *, skip_bad: bool = False) -> InstructionSour
     result = reader.result
     if not result.instructions:
         first = f"; the first problem: {result.problems[0]}" if result.problems else ""
-        raise SampleError(f"{source}: holds no usable instructions{first}")
+        raise DataError(f"{source}: holds no usable instructions{first}")
     return result
 
 
@@ -73,21 +73,21 @@ class _Reader:
         self._prompts: set[str] = set()
         self._place_of_id: dict[str, str] = {}
 
-    def read(self, record: Record | SampleError) -> None:
-        """Take the next record. Raises SampleError for a bad one, unless these are skipped."""
+    def read(self, record: TableRow | DataError) -> None:
+        """Take the next record. Raises DataError for a bad one, unless these are skipped."""
         self.result.records += 1
         try:
-            if isinstance(record, SampleError):
+            if isinstance(record, DataError):
                 raise record
             self._add(record)
-        except SampleError as error:
+        except DataError as error:
             if not self._skip_bad:
-                raise SampleError(f"{error} (--skip-bad leaves such records out)") from error
+                raise DataError(f"{error} (--skip-bad leaves such records out)") from error
             self.result.bad += 1
             if len(self.result.problems) < _MAX_PROBLEMS:
                 self.result.problems.append(str(error))
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: TableRow) -> None:
         given = _source_instruction(record)
         # Ignoring white space, in which copies of the same prompt differ between data sets.
         prompt = " ".join(given.instruction.prompt.split())
@@ -101,33 +101,33 @@ class _Reader:
         self.result.instructions.append(given)
 
 
-def _records(source: str) -> Iterable[Record | SampleError]:
+def _records(source: str) -> Iterable[TableRow | DataError]:
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition("@")
         return _hub_records(name, split or None)
-    return each_record(Path(source))
+    return iter_table(Path(source))
 
 
-def _hub_records(name: str, split: str | None) -> Iterator[Record]:
+def _hub_records(name: str, split: str | None) -> Iterator[TableRow]:
     try:
         # By name: the package is untyped, and need not be installed for the type check.
         datasets = import_module("datasets")
     except ImportError as error:
-        raise SampleError("data sets of the hub need more packages: pip install 'judge-as-api[hub]'") from error
+        raise DataError("data sets of the hub need more packages: pip install 'judge-as-api[hub]'") from error
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's, its HTTP client's, fsspec's and pyarrow's errors have no common base
         where = f"{name} ({split})" if split else name
-        raise SampleError(f"{where}: cannot be loaded from the hub: {type(error).__name__}: {error}") from error
+        raise DataError(f"{where}: cannot be loaded from the hub: {type(error).__name__}: {error}") from error
     if isinstance(rows, Mapping):
         if len(rows) != 1:
-            raise SampleError(f"{name} has several splits: give {HUB}{name}@SPLIT, one of {', '.join(rows)}")
+            raise DataError(f"{name} has several splits: give {HUB}{name}@SPLIT, one of {', '.join(rows)}")
         split, rows = next(iter(rows.items()))
     for number, row in enumerate(rows, start=1):
-        yield Record(f"{name} ({split})", "row", number, dict(row))
+        yield TableRow(f"{name} ({split})", "row", number, dict(row))
 
 
-def _source_instruction(record: Record) -> SourceInstruction:
+def _source_instruction(record: TableRow) -> SourceInstruction:
     prompt = _prompt(record)
     try:
         prompt.encode()
@@ -144,7 +144,7 @@ def _source_instruction(record: Record) -> SourceInstruction:
     return SourceInstruction(instruction, categorised=bool(known))
 
 
-def _id(record: Record, prompt: str) -> str:
+def _id(record: TableRow, prompt: str) -> str:
     value = record.fields.get("id")
     if value is None or value == "":
         return sha256(prompt.encode()).hexdigest()[:_ID_DIGITS]
@@ -153,7 +153,7 @@ def _id(record: Record, prompt: str) -> str:
     return str(value)
 
 
-def _prompt(record: Record) -> str:
+def _prompt(record: TableRow) -> str:
     fields = record.fields
     column = next((name for name in ("prompt", "instruction", "messages") if name in fields), None)
     if column is None:
@@ -170,7 +170,7 @@ def _prompt(record: Record) -> str:
     return _with_input(record, value or "") if column == "instruction" else value or ""
 
 
-def _with_input(record: Record, instruction: str) -> str:
+def _with_input(record: TableRow, instruction: str) -> str:
     """The instruction followed by its input, as in Alpaca's and Dolly's data sets."""
     more = next((record.fields[name] for name in ("input", "context") if record.fields.get(name)), "")
     if not instruction.strip():
@@ -180,7 +180,7 @@ def _with_input(record: Record, instruction: str) -> str:
     return f"{instruction}\n\n{more}" if more.strip() else instruction
 
 
-def _first_turn(record: Record, turns: list[Any]) -> str:
+def _first_turn(record: TableRow, turns: list[Any]) -> str:
     """The user's first message, after the system's if there is one that is not empty."""
     before: list[str] = []
     for turn in turns:

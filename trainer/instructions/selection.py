@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from client.benchmarks.data.samples import SampleError, choose
-from client.benchmarks.results.records import Sample as BenchmarkSample
+from client.data.samples import Sample as BenchmarkSample
+from client.data.samples import choose
+from client.data.tables import DataError
+from client.runs.progress import OnProgress
 from trainer.errors import StageError
 from trainer.instructions.categories import CategoryOptions, CategoryResult, categorise
 from trainer.instructions.reading import InstructionSource, read_instructions
 from trainer.labels.labelers import JudgeOptions
-from trainer.labels.labeling import OnProgress
 from trainer.run.files import write_record, write_records
 from trainer.run.records import (
     GENERAL,
@@ -99,7 +100,7 @@ def prepare_instructions(
 ) -> InstructionStats:
     """Write INSTRUCTION_OUTPUTS into `folder`: instructions.jsonl, held_out.jsonl, statistics, the judge's answers.
 
-    Raises SampleError for a source that cannot be read or is too small, and StageError as `categorise` does.
+    Raises DataError for a source that cannot be read or is too small, and StageError as `categorise` does.
     """
     source = read_instructions(options.source, skip_bad=options.skip_bad)
     given, asked, passed_over = _split_by_category(source, options)
@@ -131,12 +132,12 @@ def prepare_instructions(
 def choose_instructions(
     instructions: Sequence[Instruction], options: InstructionOptions
 ) -> tuple[list[Instruction], list[Instruction]]:
-    """Those to train on and those to hold out, each in the order of `instructions`. Raises SampleError for too few."""
+    """Those to train on and those to hold out, each in the order of `instructions`. Raises DataError for too few."""
     if options.held_out < 0 or (options.limit is not None and options.limit < 1):
-        raise SampleError("give 1 or more instructions to train on, and 0 or more to hold out")
+        raise DataError("give 1 or more instructions to train on, and 0 or more to hold out")
     needed = options.held_out + (1 if options.limit is None else options.limit)
     if needed > len(instructions):
-        raise SampleError(
+        raise DataError(
             f"{options.source}: {len(instructions)} usable instructions, and {needed} are wanted, {options.held_out} "
             "of them held out for evaluation: give more, or ask for fewer"
         )

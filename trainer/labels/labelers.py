@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final, Literal, Protocol, TypeAlias
 
-from client.benchmarks.run import TEMPLATES, judge_identity, template_digests
 from client.bulk import BulkOptions, stream_scores
 from client.errors import JudgeAPIError, JudgeError
 from client.judge import AsyncJudge
+from client.runs.config import TEMPLATES, judge_identity, template_digests
 from client.runtime.cli import CALL_TIMEOUT
 from client.schema import InlineTemplate, ModelInfo, ScoreRequest, TemplatesResult, Truncation
 from trainer.errors import StageError

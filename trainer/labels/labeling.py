@@ -1,28 +1,30 @@
-"""Samples to scores: each response is put to a labeler once, and what it says is written as it comes.
+"""Samples to scores: each distinct response is put to a labeler once, and its answer is written as it comes.
 
-    samples ── distinct texts ──> Labeler (trainer/labels/labelers.py) ──> scores.jsonl
+    samples ── distinct texts ──> Labeler (trainer/labels/labelers.py) ──> scores.jsonl (client/runs/resumable.py)
 
-What could not be judged has an error in its line and no number. A rerun asks for what is missing, and again for what
-failed by the service's fault. All that stops the stage is a StageError, and what is written stays.
+A response that could not be judged has an error in its line and no number. Whatever stops the stage is a StageError,
+and everything written stays: a rerun goes on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final
 
-from client.benchmarks.run import Progress, is_final
+from client.runs.progress import OnProgress
+from client.runs.resumable import ResumableRun, RunError, RunTerms, appending_lines
 from client.texts import EMPTY_RESPONSE, is_blank
 from trainer.errors import StageError
 from trainer.labels.labelers import Label, Labeler, LabelOptions, Text, open_labeler
-from trainer.run.files import appending, read_records, write_records
+from trainer.run.files import read_records, write_records
 from trainer.run.records import Instruction, Sample, SampleKey, Score, ScoreError
 
-OnProgress: TypeAlias = Callable[[Progress], None]
+_START_OVER: Final = "give another --output, or --overwrite"
 
 
 def describe_labeler(options: LabelOptions) -> dict[str, object]:
@@ -54,7 +56,7 @@ def run_labelling(
 
 @dataclass(frozen=True, slots=True)
 class Labelling:
-    """What is to be labelled, and the file that the scores go to; `max_failures` as in LabelOptions."""
+    """What is to be labelled, and the file for the scores; `max_failures` is as in LabelOptions."""
 
     instructions: Sequence[Instruction]
     samples: Sequence[Sample]
@@ -63,116 +65,74 @@ class Labelling:
 
 
 async def label_samples(labeler: Labeler, task: Labelling, on_progress: OnProgress | None = None) -> list[Score]:
-    """One score for each sample, in the order of the samples; at the end the file holds just that.
+    """One score for each sample, in the order of the samples; at the end the file holds exactly these.
 
-    What the file knows is not asked again, and texts that several samples share are asked once. Raises StageError where
-    the judge stays out of reach or is no longer the same, and where more than `max_failures` of the samples failed.
+    What the file knows is not asked again, and texts that several samples share are asked once. Raises StageError if
+    the judge stays out of reach or has changed, and if more than `max_failures` of the samples failed.
     """
-    book = _Book(labeler, task, on_progress or (lambda _: None))
-    with appending(task.path) as append:
-        for text, outcome in book.already_clear():
-            book.enter(text, outcome, append)
-        pending = list(book.owners)
-        async with aclosing(labeler.labels(pending)) as outcomes:
-            async for index, outcome in outcomes:
-                book.enter(pending[index], outcome, append)
-    scores = [book.known[sample.key] for sample in task.samples]
+    texts = _texts_of(task)
+    known = read_records(task.path, Score) if task.path.exists() else []
+    try:
+        run = ResumableRun(
+            _terms_of(labeler, texts, task.max_failures),
+            len(task.samples),
+            [score for score in known if score.key in texts],
+            on_progress,
+        )
+        run.stop_if_too_many_failed()
+        await _label_missing(labeler, run, texts, task.path)
+    except RunError as error:
+        raise StageError(str(error)) from error
+    scores = [run.lines[sample.key] for sample in task.samples]
+    # Answers come in any order: the finished file is in that of the samples.
     write_records(task.path, scores)
     return scores
 
 
-class _Book:
-    """What is known of each sample, and whose the texts are that are not known: `owners`."""
-
-    def __init__(self, labeler: Labeler, task: Labelling, tell: OnProgress) -> None:
-        self._same = _SameJudge(labeler)
-        self._task, self._tell = task, tell
-        self._texts = _texts_of(task)
-        self.known = self._standing()
-        self.owners: dict[Text, list[SampleKey]] = {}
-        for key, text in self._texts.items():
-            if key not in self.known:
-                self.owners.setdefault(text, []).append(key)
-        count = len(self.known)
-        self._progress = Progress(len(task.samples), known=count, done=count, failed=_failed(self.known.values()))
-        self._report()
-
-    def already_clear(self) -> list[tuple[Text, Label | ScoreError]]:
-        """What needs no judge: empty responses, and texts of which another sample's score stands."""
-        judged = {self._texts[key]: _outcome(score) for key, score in self.known.items()}
-        empty = ScoreError(code=EMPTY_RESPONSE, message="the response is empty")
-        outcomes = [(text, judged.get(text) if not is_blank(text.response) else empty) for text in self.owners]
-        return [(text, outcome) for text, outcome in outcomes if outcome is not None]
-
-    def enter(self, text: Text, outcome: Label | ScoreError, append: Callable[[Score], None]) -> None:
-        """Write the outcome for each sample of this text. Raises StageError where the run cannot go on."""
-        for key in self.owners.pop(text):
-            score = _score(key, outcome)
-            self._same.check(score, text.category)
-            append(score)
-            self.known[key] = score
-            self._progress.done += 1
-            self._progress.failed += _failed([score])
-        self._report()
-
-    def _standing(self) -> dict[SampleKey, Score]:
-        """The scores of the file, less what is worth asking again."""
-        lines = read_records(self._task.path, Score) if self._task.path.exists() else []
-        final = [line for line in lines if line.key in self._texts and (line.error is None or is_final(line.error))]
-        for score in final:
-            self._same.check(score, self._texts[score.key].category)
-        return {score.key: score for score in final}
-
-    def _report(self) -> None:
-        """Tell of the progress, and stop where too many failed: going on would cost time and not change the end."""
-        self._tell(self._progress)
-        failed, total, limit = self._progress.failed, self._progress.total, self._task.max_failures
-        if failed > limit * total:
-            last = [score for score in self.known.values() if _failed([score])][-1]
-            assert last.error is not None
-            raise StageError(
-                f"{failed} of {total} samples could not be labelled, more than the {limit:.1%} that --max-failures "
-                f"allows; the last one, {last.id}/{last.sample}: {last.error.code}: {last.error.message}"
-            )
+def _terms_of(labeler: Labeler, texts: Mapping[SampleKey, Text], max_failures: float) -> RunTerms[SampleKey, Score]:
+    return RunTerms(
+        model=labeler.model,
+        fingerprint=labeler.fingerprint,
+        key_of=attrgetter("key"),
+        question_of=lambda score: texts[score.key].category,
+        max_failures=max_failures,
+        start_over=_START_OVER,
+        # An empty response is the policy's failure, not the labeler's.
+        is_failure=lambda score: score.error is not None and score.error.code != EMPTY_RESPONSE,
+    )
 
 
-class _SameJudge:
-    """Sees to it that one model, and for each category one version of its template, gave all scores."""
+async def _label_missing(
+    labeler: Labeler, run: ResumableRun[SampleKey, Score], texts: Mapping[SampleKey, Text], path: Path
+) -> None:
+    """Record a score for every sample that has none."""
+    judged = {texts[key]: _outcome_of(score) for key, score in run.lines.items()}
+    owners: dict[Text, list[SampleKey]] = {}
+    for key, text in texts.items():
+        if key not in run.lines:
+            owners.setdefault(text, []).append(key)
+    empty = ScoreError(code=EMPTY_RESPONSE, message="the response is empty")
+    with appending_lines(path, _START_OVER) as append:
 
-    def __init__(self, labeler: Labeler) -> None:
-        self._labeler = labeler
-        self._templates: dict[str, str] = {}
-        self._asked_with: dict[str, str] = {}
+        def record(text: Text, outcome: Label | ScoreError) -> None:
+            run.record(append, *(_score(key, outcome) for key in owners.pop(text)))
 
-    def check(self, score: Score, category: str) -> None:
-        """Raises StageError where the score is another judge's."""
-        if score.error is not None:
-            return
-        began, now = self._labeler, score
-        same = now.model == began.model if now.fingerprint is None else now.fingerprint == began.fingerprint
-        if not same:
-            raise StageError(
-                f"the judge changed in mid-run: it began as {began.model} ({began.fingerprint}), and {now.id}/"
-                f"{now.sample} is by {now.model} ({now.fingerprint}). Serve one model and rerun; for another one, "
-                "give another --output, or --overwrite"
-            )
-        if now.template is not None and self._templates.setdefault(category, now.template) != now.template:
-            raise StageError(
-                f"the service's template for {category} changed in mid-run: {self._templates[category]} has become "
-                f"{now.template}. Give another --output, or --overwrite"
-            )
-        if now.asked_with is not None and self._asked_with.setdefault(category, now.asked_with) != now.asked_with:
-            raise StageError(
-                f"the service asks otherwise than when the labels began: the text of {now.template}, or a setting of "
-                "its judge, has changed. Start the service as it was, or give another --output, or --overwrite"
-            )
+        for text in list(owners):
+            if is_blank(text.response):
+                record(text, empty)
+            elif text in judged:  # by a process that was killed between the lines of two samples with this text
+                record(text, judged[text])
+        pending = list(owners)
+        async with aclosing(labeler.labels(pending)) as outcomes:
+            async for index, outcome in outcomes:
+                record(pending[index], outcome)
 
 
 def _texts_of(task: Labelling) -> dict[SampleKey, Text]:
-    by_id = {instruction.id: instruction for instruction in task.instructions}
+    instructions = {instruction.id: instruction for instruction in task.instructions}
     texts: dict[SampleKey, Text] = {}
     for sample in task.samples:
-        instruction = by_id.get(sample.id)
+        instruction = instructions.get(sample.id)
         if instruction is None:
             raise StageError(f"sample {sample.id}/{sample.sample} belongs to no instruction of this run")
         texts[sample.key] = Text(instruction.category, instruction.prompt, sample.response)
@@ -185,12 +145,7 @@ def _score(key: SampleKey, outcome: Label | ScoreError) -> Score:
     return Score(id=key[0], sample=key[1], **asdict(outcome))
 
 
-def _outcome(score: Score) -> Label | ScoreError:
+def _outcome_of(score: Score) -> Label | ScoreError:
     if score.error is not None:
         return score.error
     return Label(**score.model_dump(exclude={"id", "sample", "error"}))
-
-
-def _failed(scores: Iterable[Score]) -> int:
-    """How many the labeler failed at; an empty response is the policy's failure."""
-    return sum(score.error is not None and score.error.code != EMPTY_RESPONSE for score in scores)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from client.chat import own_turn, turn_end
+from client.runs.progress import OnProgress, Progress
 from client.schema import Message
 from client.texts import is_blank
 from trainer.errors import InputError, ModelError
@@ -26,7 +27,7 @@ from trainer.policy.models import context_length, release_memory, resolve_model
 from trainer.policy.samplers import Generated, Sampler, SampleSettings, SamplingRequest, make_sampler, response_seed
 from trainer.policy.tokenizers import BASE_STOPS, chat_ids, has_base_template, load_tokenizer
 from trainer.run.files import appending, read_records, write_records
-from trainer.run.progress import ReportProgress, StageProgress, ignore_progress
+from trainer.run.progress import ignore_progress
 from trainer.run.records import Instruction, Sample
 
 
@@ -56,7 +57,7 @@ def sample_responses(
     instructions: Sequence[Instruction],
     output: Path,
     settings: SampleSettings | None = None,
-    on_progress: ReportProgress = ignore_progress,
+    on_progress: OnProgress = ignore_progress,
 ) -> SampleStats:
     """Complete `output` (samples.jsonl): all samples of all instructions, keeping those it holds already.
 
@@ -161,13 +162,13 @@ def _sample_batches(
     sampler: Sampler,
     tokenizer: Any,
     output: Path,
-    on_progress: ReportProgress,
+    on_progress: OnProgress,
 ) -> int:
     """Append the samples of all instructions that are not `done`; the number of tokens generated.
 
     A batch with anything missing is generated whole, because its shape decides the rounding, and so the texts.
     """
-    progress = StageProgress(sum(map(len, batches)), len(done), len(done))
+    progress = Progress(sum(map(len, batches)), len(done), len(done))
     started, tokens = time.monotonic(), 0
     on_progress(progress)
     with appending(output) as append:

@@ -1,4 +1,4 @@
-"""The figures of a run's report, in the manner of client/benchmarks/report/figures.py. Needs matplotlib."""
+"""The figures of a run's report, drawn like those of client/benchmarks/report. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from client.benchmarks.report import figures as base
-from client.stats import mean, quantile
+from client.benchmarks.report.svg import BAD, GOOD, INK, inner_range, short_name, svg_figure
+from client.stats import mean
 from trainer.evaluation.winrate import WinRate
 from trainer.run.records import Histogram
-
-# The drawing itself, ids, colours and fonts included, is the client's: the pages are to look alike.
-_svg, _INK, _GOOD, _BAD = base._svg, base._INK, base._GOOD, base._BAD
 
 LENGTH_BINS = 30
 
@@ -33,16 +30,16 @@ def win_rates(name: str, rates: Mapping[str, WinRate]) -> str:
         places = range(len(known))
         below = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
         above = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
-        axes.errorbar(values, places, xerr=[below, above], fmt="o", color=_GOOD, ecolor=_GOOD, markersize=5, capsize=3)
-        axes.axvline(50, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(places, [base._short(title) for title in titles])
+        axes.errorbar(values, places, xerr=[below, above], fmt="o", color=GOOD, ecolor=GOOD, markersize=5, capsize=3)
+        axes.axvline(50, color=INK, linewidth=0.8, linestyle="--")
+        axes.set_yticks(places, [short_name(title) for title in titles])
         axes.set_ylim(len(known) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xlabel("win rate over the base, %")
         axes.grid(visible=False, axis="y")
 
     description = ", ".join(f"{title} {value:.1f}%" for title, value, _, _ in known)
-    return _svg(name, f"Win rates: {description}", draw, height=1.0 + 0.32 * len(known))
+    return svg_figure(name, f"Win rates: {description}", draw, height=1.0 + 0.32 * len(known))
 
 
 def margins(name: str, histogram: Histogram) -> str:
@@ -51,28 +48,26 @@ def margins(name: str, histogram: Histogram) -> str:
         return ""
 
     def draw(axes: Axes) -> None:
-        axes.stairs(histogram.counts, histogram.edges, fill=True, color=_GOOD)
+        axes.stairs(histogram.counts, histogram.edges, fill=True, color=GOOD)
         axes.set_xlabel("margin, log-odds")
         axes.set_ylabel("pairs")
 
-    return _svg(name, f"{sum(histogram.counts)} pairs by margin, up to {histogram.edges[-1]:.2f} log-odds", draw)
+    return svg_figure(name, f"{sum(histogram.counts)} pairs by margin, up to {histogram.edges[-1]:.2f} log-odds", draw)
 
 
 def length_differences(name: str, differences: Sequence[int]) -> str:
     """Pairs by how many characters longer the chosen response is; the outermost 1% join the outer bars."""
     if not differences:
         return ""
-    low, high = quantile(differences, 0.005), quantile(differences, 0.995)
-    if low == high:
-        low, high = low - 1, high + 1
+    low, high = inner_range(differences)
 
     def draw(axes: Axes) -> None:
-        axes.hist([min(max(d, low), high) for d in differences], LENGTH_BINS, range=(low, high), color=_GOOD)
-        axes.axvline(0, color=_INK, linewidth=0.8)
+        axes.hist([min(max(d, low), high) for d in differences], LENGTH_BINS, range=(low, high), color=GOOD)
+        axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("characters that the chosen response is longer by")
         axes.set_ylabel("pairs")
 
-    return _svg(name, f"Length differences, {mean(differences):+.0f} characters on average", draw)
+    return svg_figure(name, f"Length differences, {mean(differences):+.0f} characters on average", draw)
 
 
 def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -85,20 +80,21 @@ def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> 
     def draw(axes: Axes) -> None:
         axes.plot(
             *zip(*trained, strict=True),
-            color=_GOOD,
+            color=GOOD,
             linewidth=1.4,
             marker="." if len(trained) < 20 else "",
             label="training",
         )
         if held_out:
             axes.plot(
-                *zip(*held_out, strict=True), color=_BAD, linewidth=1.4, marker="o", markersize=4, label="held out"
+                *zip(*held_out, strict=True), color=BAD, linewidth=1.4, marker="o", markersize=4, label="held out"
             )
             axes.legend()
         axes.set_xlabel("step")
         axes.set_ylabel(what)
 
-    return _svg(name, f"{what} over {trained[-1][0]} steps: from {trained[0][1]:.3f} to {trained[-1][1]:.3f}", draw)
+    (_, first), (steps, last) = trained[0], trained[-1]
+    return svg_figure(name, f"{what} over {steps} steps: from {first:.3f} to {last:.3f}", draw)
 
 
 def _points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks.report.html import p_value, signed
-from client.benchmarks.results.records import ITEMS_FILE, Row, read_rows
+from client.benchmarks.report.formats import cut_text
+from client.benchmarks.report.page import render_page
+from client.benchmarks.rows import ITEMS_FILE, Row, read_rows
 from trainer.evaluation.metrics import Metrics, preference
 from trainer.evaluation.verdicts import Duel, make_duels
 from trainer.evaluation.winrate import WinRate
@@ -75,7 +76,9 @@ def write_run_report(folder: Path) -> Path:
         from trainer.report import figures
     config = _json(folder / CONFIG_FILE) or {}
     rates = {f"round {view.number}": view.metrics.pairwise for view in rounds if view.metrics and view.metrics.pairwise}
-    page = _render(
+    page = render_page(
+        "report.html.j2",
+        package="trainer.report",
         title=f"Self-improvement of {config.get('model', 'a model')}",
         rounds=rounds,
         instructions=_json(folder / INSTRUCTIONS_STATS_FILE),
@@ -129,12 +132,6 @@ def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[A
     return [judged[round(index * (len(judged) - 1) / (count - 1))] for index in range(count)]
 
 
-def cut(text: str) -> str:
-    """The text, or its first MAX_TEXT characters and how many are left out."""
-    left = len(text) - MAX_TEXT
-    return text if left <= 0 else f"{text[:MAX_TEXT]}\n[… {left:,} more characters]"
-
-
 def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> dict[str, Any]:
     """SVG by name, safe in HTML; empty if there is nothing to show."""
     with needs_trainer():
@@ -171,9 +168,9 @@ def _answer_pair(duel: Duel, row: Row | None) -> AnswerPair:
     return AnswerPair(
         id=duel.instruction.id,
         category=duel.instruction.category,
-        prompt=cut(duel.instruction.prompt),
-        base=cut(duel.base.response),
-        new=cut(duel.new.response),
+        prompt=cut_text(duel.instruction.prompt, MAX_TEXT),
+        base=cut_text(duel.base.response, MAX_TEXT),
+        new=cut_text(duel.new.response, MAX_TEXT),
         log_odds=preference(duel, row),
     )
 
@@ -204,23 +201,6 @@ def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: M
             ("held-out instructions without an answer", metrics.missing),
         ]
     return [(what, count) for what, count in counts if count]
-
-
-def _render(**context: Any) -> str:
-    with needs_trainer():
-        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-        from client.benchmarks.report.table import percent
-    environment = Environment(
-        # The page's frame is that of the benchmarks' report.
-        loader=ChoiceLoader([PackageLoader("trainer.report", ""), PackageLoader("client.benchmarks", "report")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, signed=signed, p_value=p_value)
-    return environment.get_template("report.html.j2").render(**context)
 
 
 def _safe(svg: str) -> Any:

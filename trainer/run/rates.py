@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from client.benchmarks.run import Progress
+from client.runs.progress import Progress
 from trainer.run.files import write_json
 
 RATES_FILE: Final = "rates.json"

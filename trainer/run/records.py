@@ -15,7 +15,7 @@ from typing import Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, field_validator, model_validator
 
-from client.benchmarks.results.records import RowError
+from client.runs.resumable import RecordedError
 from client.schema import Message
 from client.texts import messages_in
 
@@ -81,7 +81,7 @@ class Sample(Record):
         return self.id, self.sample
 
 
-class ScoreError(RowError):
+class ScoreError(RecordedError):
     """Why a sample has no score: the service's wire code, or one of the client's own (`empty_response`)."""
 
 

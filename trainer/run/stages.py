@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks import run
+from client.runs import config as run_config
 from client.runtime.files import sync_all
 from trainer.errors import StageError
 from trainer.run.files import file_digest, lock, unwritable, write_json
@@ -174,8 +174,8 @@ class Stage:
 
 
 def differing_keys(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """See `client.benchmarks.run.differing_keys`; models are equal if their files are, wherever they lie."""
-    return run.differing_keys(recorded, wanted, _same_input)
+    """See `client.runs.config.differing_keys`; models are equal if their files are, wherever they lie."""
+    return run_config.differing_keys(recorded, wanted, _same_input)
 
 
 def _same_input(recorded: object, wanted: object) -> bool:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from client.runs.progress import OnProgress, Progress
 from client.runtime.files import write_whole
-from trainer.run.progress import ReportProgress, StageProgress
 from trainer.tuning.checkpoints import TrainingError
 from trainer.tuning.settings import rate_factor
 
@@ -61,16 +61,16 @@ class LogCallback(TrainerCallback):
     The log is rewritten at each start, because steps after the resumed checkpoint are computed again.
     """
 
-    def __init__(self, log: Path, on_progress: ReportProgress) -> None:
+    def __init__(self, log: Path, on_progress: OnProgress) -> None:
         self._log = log
         self._report = on_progress
-        self._advance = StageProgress(0)
+        self._advance = Progress(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Start the log from what the checkpoint holds."""
         if state.is_world_process_zero:
             write_whole(self._log, "".join(map(_line, state.log_history)).encode())
-            self._advance = StageProgress(state.max_steps, state.global_step, state.global_step)
+            self._advance = Progress(state.max_steps, state.global_step, state.global_step)
             self._report(self._advance)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002

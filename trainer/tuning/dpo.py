@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from trainer.run.progress import ReportProgress, ignore_progress
+from client.runs.progress import OnProgress
+from trainer.run.progress import ignore_progress
 from trainer.tuning.preferences import Split
 from trainer.tuning.settings import TuneSettings
 from trainer.tuning.training import Recipe, Training, TrainingResult
@@ -76,7 +77,7 @@ def train_dpo(
     data: Split,
     folder: Path,
     settings: DPOSettings | None = None,
-    on_progress: ReportProgress = ignore_progress,
+    on_progress: OnProgress = ignore_progress,
 ) -> TrainingResult:
     """Train on `data.train` and evaluate on `data.held_out`; files and errors as in `Training.run`."""
     settings = settings or preset()

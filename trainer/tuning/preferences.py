@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from client.benchmarks.data.samples import load_hub, load_pairs
-from client.benchmarks.results.records import Sample
+from client.data.samples import Sample
+from client.data.sources import load_hub, load_pairs
 from client.schema import Message
 from client.texts import is_blank
 from trainer.instructions.reading import HUB
@@ -38,7 +38,7 @@ def load_preferences(source: str) -> tuple[list[Preference], int]:
 
     Columns are `chosen`, `rejected` and optionally `prompt`: texts, or conversations that end with the answer. If a
     record has several answers on a side, the first one counts. A record is unusable if its prompt or an answer is
-    empty, or both answers are equal. Raises SampleError for a record that cannot be read.
+    empty, or both answers are equal. Raises DataError for a record that cannot be read.
     """
     if source.startswith(HUB):
         name, _, split = source.removeprefix(HUB).partition("@")

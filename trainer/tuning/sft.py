@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from client.benchmarks.data.tables import Record as TableRow
-from client.benchmarks.data.tables import read_table
+from client.data.tables import TableRow, read_table
+from client.runs.progress import OnProgress
 from client.schema import Message
 from client.texts import is_blank, messages_in, role_and_text
-from trainer.run.progress import ReportProgress, ignore_progress
+from trainer.run.progress import ignore_progress
 from trainer.run.records import Record
 from trainer.tuning.settings import TuneSettings
 from trainer.tuning.training import Recipe, Training, TrainingResult
@@ -52,7 +52,7 @@ def train_sft(
     examples: Sequence[Example],
     folder: Path,
     settings: SFTSettings | None = None,
-    on_progress: ReportProgress = ignore_progress,
+    on_progress: OnProgress = ignore_progress,
 ) -> TrainingResult:
     """Train on the examples; files and errors as in `Training.run`."""
     return Training(SFT, str(model), folder, settings or sft_settings()).run(examples, None, on_progress)
@@ -62,7 +62,7 @@ def load_examples(path: Path) -> list[Example]:
     """The examples in a file (.jsonl, .json, .csv, .parquet), at least one.
 
     A record has a column `messages` with a conversation, or texts: `prompt` or `instruction`, optionally `context` or
-    `input`, which is appended to it, and `response`, `completion` or `output`. Raises SampleError, which names the
+    `input`, which is appended to it, and `response`, `completion` or `output`. Raises DataError, which names the
     record.
     """
     return [example for row in read_table(path) for example in _examples(row)]

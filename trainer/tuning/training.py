@@ -17,12 +17,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from client.runs.progress import OnProgress
 from trainer.errors import InputError
 from trainer.policy.models import needs_trainer, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.files import put_in_place, write_json, write_whole
 from trainer.run.model_files import TensorFiles, model_digest, same_weights
-from trainer.run.progress import ReportProgress, echo
+from trainer.run.progress import echo
 from trainer.run.records import Record
 from trainer.run.stages import Stage
 from trainer.tuning.card import CARD_FILE, model_card
@@ -100,7 +101,7 @@ class Training:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(
-        self, records: Sequence[Record], held_out: Sequence[Record] | None, on_progress: ReportProgress
+        self, records: Sequence[Record], held_out: Sequence[Record] | None, on_progress: OnProgress
     ) -> TrainingResult:
         """Train on `records`, evaluate on `held_out`, and write the files listed above; the base stays as it is.
 
@@ -169,7 +170,7 @@ class Training:
             peft_config=base.peft_config,
         )
 
-    def _train(self, trainer: Any, made_from: Mapping[str, Any], on_progress: ReportProgress) -> dict[str, Any]:
+    def _train(self, trainer: Any, made_from: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         """Resume the newest complete checkpoint, or start. TRL's metrics."""
         from transformers import PrinterCallback
 

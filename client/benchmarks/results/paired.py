@@ -7,35 +7,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
-
 from client import stats
-from client.benchmarks.results.records import Row, TiePolicy
-from client.benchmarks.results.summary import by_subset
-from client.benchmarks.standing import Benchmark
+from client.benchmarks.rows import FrozenModel, Row, TiePolicy, judged_rows
+from client.benchmarks.scoring.benchmark import Benchmark, by_subset
 
-# An official mean further than this from the weighted mean of its subsets is none.
+# How far rounding may put an official mean from the weighted mean of its subsets.
 _ROUNDING: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """What verdicts count, and how intervals are drawn."""
+    """How verdicts are credited and intervals drawn."""
 
     benchmark: Benchmark
     ties: TiePolicy
     seed: int
     resamples: int
 
+    def credit(self, row: Row) -> float:
+        """How much one row counts in its subset."""
+        return self.benchmark.credit(row, self.ties)
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    def official_mean(self, rows: Sequence[Row]) -> float | None:
+        """The benchmark's own single number; None if these rows leave a part of it empty."""
+        return self.benchmark.scores(rows, self.ties).mean
 
 
-class Estimate(_Part):
-    """A difference of shares, positive where the run is better than the baseline, its 95% interval and p-value.
+class Estimate(FrozenModel):
+    """A difference of shares, positive if the run is better than the baseline, with its 95% interval and p-value.
 
-    `low`, `high` and `p` are None where no interval can be given; a note says why.
+    `low`, `high` and `p` are None if no interval can be given; a note says why.
     """
 
     value: float
@@ -44,12 +45,12 @@ class Estimate(_Part):
     p: float | None = None
 
 
-class Paired(_Part):
+class Paired(FrozenModel):
     """A run against the baseline on the `samples` that both judged. `better` and `worse` count samples by credit.
 
-    `left_out` samples have no verdict in at least one of both: `left_out_run` of them in the run, `left_out_baseline`
-    in the baseline. `accuracy` is the mean credit over all samples alike; None where no sample was judged by both.
-    `mcnemar_p` is the exact test on `better` and `worse` (a sign test where credits are shares, as in RM-Bench).
+    `left_out` samples lack a verdict in at least one of the two: `left_out_run` in the run, `left_out_baseline` in the
+    baseline. `accuracy` is the mean credit over all samples alike; None if no sample was judged by both. `mcnemar_p` is
+    the exact test on `better` and `worse` (a sign test where credits are shares, as in RM-Bench).
     """
 
     run: str
@@ -66,30 +67,30 @@ class Paired(_Part):
 
 
 @dataclass(frozen=True, slots=True)
-class _Common:
-    """The rows of both on the samples that both judged, in one order; `gains` are differences of credit by subset."""
+class _CommonRows:
+    """Both runs' rows on the samples that both judged, in one order; `gains` are differences of credit by subset."""
 
-    ours: list[Row]
-    theirs: list[Row]
+    run: list[Row]
+    baseline: list[Row]
     gains: dict[str, list[float]]
 
 
 def paired(name: str, run: Sequence[Row], baseline: Sequence[Row], scoring: Scoring) -> Paired:
     """The run called `name` against the baseline. Intervals resample the samples within subsets."""
-    ours, theirs = _judged(run), _judged(baseline)
+    run_rows, baseline_rows = ({row.id: row for row in judged_rows(rows)} for rows in (run, baseline))
     known = {row.id for row in (*run, *baseline)}
-    ids = sorted(ours.keys() & theirs.keys())
-    common = _common([ours[sample] for sample in ids], [theirs[sample] for sample in ids], scoring)
-    better = sum(gain > 0 for gains in common.gains.values() for gain in gains)
-    worse = sum(gain < 0 for gains in common.gains.values() for gain in gains)
-    shares = {subset: len(gains) / len(ids) for subset, gains in common.gains.items()}
-    official, notes = _official(common, scoring)
+    ids = sorted(run_rows.keys() & baseline_rows.keys())
+    common = _common_rows([run_rows[id_] for id_ in ids], [baseline_rows[id_] for id_ in ids], scoring)
+    gains = [gain for subset_gains in common.gains.values() for gain in subset_gains]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    shares = {subset: len(subset_gains) / len(ids) for subset, subset_gains in common.gains.items()}
+    official, notes = _official_difference(common, scoring)
     return Paired(
         run=name,
         samples=len(ids),
         left_out=len(known) - len(ids),
-        left_out_run=len(known - ours.keys()),
-        left_out_baseline=len(known - theirs.keys()),
+        left_out_run=len(known - run_rows.keys()),
+        left_out_baseline=len(known - baseline_rows.keys()),
         accuracy=_estimate(common.gains, shares, scoring) if ids else None,
         official_mean=official,
         better=better,
@@ -99,60 +100,54 @@ def paired(name: str, run: Sequence[Row], baseline: Sequence[Row], scoring: Scor
     )
 
 
-def _judged(rows: Sequence[Row]) -> dict[str, Row]:
-    return {row.id: row for row in rows if row.error is None}
+def _common_rows(run: list[Row], baseline: list[Row], scoring: Scoring) -> _CommonRows:
+    gains: dict[str, list[float]] = {subset: [] for subset in by_subset(run)}
+    for row, base in zip(run, baseline, strict=True):
+        gains[row.subset].append(scoring.credit(row) - scoring.credit(base))
+    return _CommonRows(run, baseline, gains)
 
 
-def _common(ours: list[Row], theirs: list[Row], scoring: Scoring) -> _Common:
-    gains: dict[str, list[float]] = {subset: [] for subset in by_subset(ours)}
-    for mine, base in zip(ours, theirs, strict=True):
-        gain = scoring.benchmark.credit(mine, scoring.ties) - scoring.benchmark.credit(base, scoring.ties)
-        gains[mine.subset].append(gain)
-    return _Common(ours, theirs, gains)
-
-
-def _official(common: _Common, scoring: Scoring) -> tuple[Estimate | None, list[str]]:
-    """The difference of the official means and, where they are weighted means of subsets, its interval."""
-    if not common.ours:
+def _official_difference(common: _CommonRows, scoring: Scoring) -> tuple[Estimate | None, list[str]]:
+    """The difference of the official means, with its interval if they are weighted means of subsets; and notes."""
+    if not common.run:
         return None, ["the two runs have no judged sample in common"]
-    means = [scoring.benchmark.standing(rows, scoring.ties).mean for rows in (common.ours, common.theirs)]
-    ours, theirs = means
-    if ours is None or theirs is None:
-        return None, ["no official mean: the samples that both judged leave a part of the benchmark without any"]
-    weights = _weights(common.ours, scoring)
+    run_mean, baseline_mean = scoring.official_mean(common.run), scoring.official_mean(common.baseline)
+    if run_mean is None or baseline_mean is None:
+        return None, ["no official mean: a part of the benchmark has no sample that both judged"]
+    weights = _subset_weights(common.run, scoring)
     if not (
-        _is_weighted(ours, common.ours, weights, scoring) and _is_weighted(theirs, common.theirs, weights, scoring)
+        _is_weighted_mean(run_mean, common.run, weights, scoring)
+        and _is_weighted_mean(baseline_mean, common.baseline, weights, scoring)
     ):
-        note = "no interval for the official mean: it is no weighted mean of the samples' credits in this benchmark"
-        return Estimate(value=ours - theirs), [note]
+        note = "no interval for the official mean: in this benchmark it is not a weighted mean of the samples' credits"
+        return Estimate(value=run_mean - baseline_mean), [note]
     return _estimate(common.gains, weights, scoring), []
 
 
-def _weights(rows: Sequence[Row], scoring: Scoring) -> dict[str, float]:
-    """What each subset's accuracy weighs in the official mean, found by asking: one subset all right, all else wrong.
+def _subset_weights(rows: Sequence[Row], scoring: Scoring) -> dict[str, float]:
+    """Each subset's weight in the official mean, found by asking: that subset all right, everything else wrong.
 
-    So this holds for any benchmark, and resampling needs sums of credits alone, not the benchmark's own arithmetic
-    thousands of times.
+    So this works for any benchmark, and resampling needs only sums of credits instead of the benchmark's own
+    arithmetic thousands of times.
     """
-    wrong = {row.id: _decided(row, -1.0) for row in rows}
+    wrong = {row.id: _with_margins(row, -1.0) for row in rows}
     weights = {}
     for subset, members in by_subset(rows).items():
-        right = {row.id: _decided(row, 1.0) for row in members}
-        weights[subset] = scoring.benchmark.standing([*{**wrong, **right}.values()], scoring.ties).mean or 0.0
+        right = {row.id: _with_margins(row, 1.0) for row in members}
+        weights[subset] = scoring.official_mean([*{**wrong, **right}.values()]) or 0.0
     return weights
 
 
-def _decided(row: Row, margin: float) -> Row:
+def _with_margins(row: Row, margin: float) -> Row:
     return row.model_copy(update={"margins": [[margin] * len(line) for line in row.margins or []]})
 
 
-def _is_weighted(official: float, rows: Sequence[Row], weights: Mapping[str, float], scoring: Scoring) -> bool:
-    accuracies = {
-        subset: stats.mean([scoring.benchmark.credit(row, scoring.ties) for row in members])
+def _is_weighted_mean(official: float, rows: Sequence[Row], weights: Mapping[str, float], scoring: Scoring) -> bool:
+    weighted = [
+        weights[subset] * stats.mean([scoring.credit(row) for row in members])
         for subset, members in by_subset(rows).items()
-    }
-    total = math.fsum(weights[subset] * accuracy for subset, accuracy in accuracies.items())
-    return abs(total - official) < _ROUNDING
+    ]
+    return abs(math.fsum(weighted) - official) < _ROUNDING
 
 
 def _estimate(gains: Mapping[str, Sequence[float]], weights: Mapping[str, float], scoring: Scoring) -> Estimate:
@@ -162,5 +157,5 @@ def _estimate(gains: Mapping[str, Sequence[float]], weights: Mapping[str, float]
     def difference(strata: Mapping[str, Sequence[float]]) -> float:
         return math.fsum(factors[subset] * math.fsum(values) for subset, values in strata.items())
 
-    found = stats.stratified_bootstrap(gains, difference, seed=scoring.seed, resamples=scoring.resamples)
-    return Estimate(value=found.value, low=found.low, high=found.high, p=found.p)
+    result = stats.stratified_bootstrap(gains, difference, seed=scoring.seed, resamples=scoring.resamples)
+    return Estimate(value=result.value, low=result.low, high=result.high, p=result.p)

@@ -1,268 +1,148 @@
-"""Records to numbers: summary.json, and the same as a table on the terminal.
-
-    rows ── without the failed ones ──> Benchmark.credit, Benchmark.standing ──> Summary
-
-The order of the rows makes no difference: the same verdicts give the same file.
-"""
+"""What summary.json holds: all numbers of one run."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any, Final
 
-from client import stats
-from client.benchmarks.results import records
-from client.benchmarks.results.numbers import (
-    AnswerCalibration,
-    Calibration,
-    CalibrationFit,
-    Cost,
-    Counts,
-    JudgeName,
-    LabelMass,
-    Length,
-    Position,
-    SubsetScore,
-    Summary,
-)
-from client.benchmarks.results.records import JudgedAnswer, Row, TiePolicy
-from client.benchmarks.standing import Benchmark
-from client.runtime.extras import needs
+from client.benchmarks.rows import FrozenModel, TiePolicy
 
-if TYPE_CHECKING:
-    from rich.console import Console
+SUMMARY_FILE: Final = "summary.json"
 
 
-def summarise(benchmark: Benchmark, rows: Sequence[Row], *, config: Mapping[str, object], ties: TiePolicy) -> Summary:
-    """What the rows come to. `config` is kept as it is: values that JSON can hold."""
-    rows = sorted(rows, key=lambda row: row.id)
-    judged = [row for row in rows if row.error is None]
-    standing = benchmark.standing(judged, ties)
-    return Summary(
-        benchmark=benchmark.name,
-        mean=standing.mean,
-        sections=standing.sections,
-        tables=standing.tables,
-        matrices=standing.matrices,
-        subsets=_subsets(benchmark, rows, ties, list(standing.sections)),
-        counts=_counts(rows, judged),
-        cost=_cost(rows),
-        label_mass=_label_mass(judged),
-        calibration=Calibration(pairs=_pair_calibration(judged), answers=_answer_calibration(judged)),
-        position=_position(judged),
-        length=_length(judged, ties),
-        judge=_judge(judged, config),
-        ties=ties,
-        config=dict(config),
-    )
+class SubsetScore(FrozenModel):
+    """One subset. `accuracy` is the mean credit of its judged samples, `low` and `high` its 95% Wilson interval.
+
+    These and `label_mass` (the mean over its answers) are None if every sample failed. `ties` counts samples with a
+    margin of exactly 0. `section` is the part of the official score that the subset belongs to, if any.
+    """
+
+    section: str | None
+    samples: int
+    judged: int
+    failed: int
+    ties: int
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    label_mass: float | None
 
 
-def margins_of(row: Row) -> list[float]:
-    """Every margin of a row, row by row of its table; none for a failed one."""
-    return [margin for line in row.margins or [] for margin in line]
+class Counts(FrozenModel):
+    """Numbers of samples: `truncated` counts judged ones with a cut text, `failures` the failed ones by error code."""
+
+    samples: int
+    judged: int
+    failed: int
+    ties: int
+    truncated: int
+    failures: dict[str, int]
 
 
-def confidences(rows: Iterable[Row]) -> tuple[list[float], list[float]]:
-    """For every verdict the probability of the answer that the judge prefers, and 1 where that is the chosen one."""
-    margins = [margin for row in rows for margin in margins_of(row)]
-    return [stats.sigmoid(abs(margin)) for margin in margins], [records.credit(margin, "half") for margin in margins]
+class Cost(FrozenModel):
+    """The run's tokens, as the service counts them over answered judgements, and wall-clock seconds.
+
+    `cached_tokens` are the prompt tokens that came from a cache, `completion_tokens` were written by a judge that
+    answers in text. For `without_tokens` samples some judgement was not answered, so their tokens are not all known.
+    `seconds` adds up the parts of an interrupted run, and is None if the rows have no times.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    without_tokens: int
+    seconds: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerProbabilities:
-    """That an answer is good, for every answer; the outcome is 1 for a chosen one. `calibrated` says which they are."""
+class LabelMass(FrozenModel):
+    """P(Yes) + P(No) over all judged answers: mean, 5th percentile, share of answers below one half."""
 
-    probabilities: list[float]
-    outcomes: list[float]
+    mean: float
+    p05: float
+    share_below_half: float
+
+
+class CalibrationFit(FrozenModel):
+    """How far `n` probabilities are from the truth: ECE over 10 equal-width bins, Brier score from 0 to 1."""
+
+    ece: float
+    brier: float
+    n: int
+
+
+class AnswerCalibration(CalibrationFit):
+    """`calibrated` says whether these are the service's calibrated probabilities or its raw scores."""
+
     calibrated: bool
 
 
-def answer_probabilities(judged: Sequence[Row]) -> AnswerProbabilities | None:
-    """Calibrated probabilities where every answer has one, else raw scores: a mixture would say nothing of either.
+class CalibrationErrors(FrozenModel):
+    """`pairs`: the probability p = sigmoid(margin) that the chosen answer is better. `answers` (pointwise only): the
+    probability that an answer is good, against 1 for chosen and 0 for rejected ones. None if nothing was judged.
 
-    None in pairwise mode, where no answer is judged by itself, and where nothing was judged.
+    The ECE of pairs takes the confidence max(p, 1-p) in whichever answer the judge prefers, with a tie half right:
+    against p itself every outcome would be 1. The Brier score is the mean of (1-p)².
     """
-    if not judged or any(_is_pairwise(row) for row in judged):
-        return None
-    answers = [(answer, 1.0) for row in judged for answer in row.chosen_answers]
-    answers += [(answer, 0.0) for row in judged for answer in row.rejected_answers]
-    known = [answer.calibrated for answer, _ in answers if answer.calibrated is not None]
-    whole = len(known) == len(answers)
-    scores = known if whole else [answer.score for answer, _ in answers]
-    return AnswerProbabilities(scores, [outcome for _, outcome in answers], calibrated=whole)
+
+    pairs: CalibrationFit | None
+    answers: AnswerCalibration | None
 
 
-def length_differences(rows: Iterable[Row], ties: TiePolicy) -> list[tuple[int, float]]:
-    """For every verdict by how many characters the chosen answer is longer, and the verdict's credit."""
-    return [
-        (good.length - bad.length, records.credit(margin, ties))
-        for row in rows
-        for good, line in zip(row.chosen_answers, row.margins or [], strict=True)
-        for bad, margin in zip(row.rejected_answers, line, strict=True)
-    ]
+class Position(FrozenModel):
+    """Pairwise mode: how many comparisons change their winner with the order in which the answers are shown.
+
+    `first_log_odds` is the mean log-odds for whichever answer is shown first: 0 without position bias.
+    """
+
+    comparisons: int
+    flips: int
+    flip_rate: float
+    first_log_odds: float
 
 
-def print_table(summary: Summary, console: Console) -> None:
-    """The run on the terminal, in at most 100 columns. Needs the extra `benchmarks`."""
-    with needs("benchmarks"):
-        from client.benchmarks.report.table import render
+class Length(FrozenModel):
+    """Whether the judge goes by length, over all verdicts on answers of different length in characters.
 
-    render(summary, console)
+    `chosen_longer` is the share where the chosen answer is the longer one, which is also the accuracy of always
+    preferring the longer. The accuracies are None without such a verdict.
+    """
 
-
-def _subsets(
-    benchmark: Benchmark, rows: Sequence[Row], ties: TiePolicy, sections: Sequence[str]
-) -> dict[str, SubsetScore]:
-    """By name, in the order of their sections."""
-    scores = {name: _subset(benchmark, members, ties) for name, members in by_subset(rows).items()}
-    places = {section: place for place, section in enumerate(sections)}
-
-    def place(item: tuple[str, SubsetScore]) -> tuple[int, str]:
-        return places.get(item[1].section or "", len(places)), item[0]
-
-    return dict(sorted(scores.items(), key=place))
+    chosen_longer: float
+    accuracy_when_chosen_longer: float | None
+    accuracy_when_chosen_shorter: float | None
 
 
-def by_subset(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each subset, subsets by name."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.subset, []).append(row)
-    return dict(sorted(found.items()))
+class JudgeName(FrozenModel):
+    """Who judged, by which templates; None if nothing was judged and the configuration does not say either."""
+
+    model: str | None
+    fingerprint: str | None
+    templates: list[str]
 
 
-def _subset(benchmark: Benchmark, rows: Sequence[Row], ties: TiePolicy) -> SubsetScore:
-    judged = [row for row in rows if row.error is None]
-    earned = [benchmark.credit(row, ties) for row in judged]
-    interval = stats.wilson(min(math.fsum(earned), len(judged)), len(judged)) if judged else (None, None)
-    return SubsetScore(
-        section=_section(benchmark, judged, ties),
-        samples=len(rows),
-        judged=len(judged),
-        failed=len(rows) - len(judged),
-        ties=sum(_tied(row) for row in judged),
-        accuracy=stats.mean(earned) if judged else None,
-        low=interval[0],
-        high=interval[1],
-        label_mass=stats.mean([answer.label_mass for answer in _answers(judged)]) if judged else None,
-    )
+class Summary(FrozenModel):
+    """All numbers of a run. Shares are from 0 to 1, and failed samples enter no accuracy.
 
+    `sections`, `mean`, `tables` and `matrices` are the benchmark's own: see OfficialScores.
+    """
 
-def _section(benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy) -> str | None:
-    """A standing leaves out sections without samples, so that of one subset alone names the subset's."""
-    sections = list(benchmark.standing(judged, ties).sections) if judged else []
-    return sections[0] if len(sections) == 1 else None
+    benchmark: str
+    mean: float | None
+    sections: dict[str, float]
+    tables: dict[str, dict[str, float]]
+    matrices: dict[str, list[list[float]]]
+    subsets: dict[str, SubsetScore]
+    counts: Counts
+    cost: Cost | None = None
+    label_mass: LabelMass | None
+    calibration: CalibrationErrors
+    position: Position | None
+    length: Length | None
+    judge: JudgeName
+    ties: TiePolicy
+    config: dict[str, Any]
 
-
-def _counts(rows: Sequence[Row], judged: Sequence[Row]) -> Counts:
-    codes = Counter(row.error.code for row in rows if row.error is not None)
-    return Counts(
-        samples=len(rows),
-        judged=len(judged),
-        failed=len(rows) - len(judged),
-        ties=sum(_tied(row) for row in judged),
-        truncated=sum(any(answer.truncated for answer in _answers([row])) for row in judged),
-        failures=dict(sorted(codes.items())),
-    )
-
-
-def _cost(rows: Sequence[Row]) -> Cost | None:
-    """None for rows of before these numbers were kept."""
-    used = [row.usage for row in rows if row.usage is not None]
-    seconds = [row.seconds for row in rows if row.seconds is not None]
-    if not used and not seconds:
-        return None
-    return Cost(
-        prompt_tokens=sum(usage.prompt_tokens for usage in used),
-        cached_tokens=sum(usage.cached_tokens for usage in used),
-        completion_tokens=sum(usage.completion_tokens for usage in used),
-        without_tokens=sum(row.usage is None or row.error is not None for row in rows),
-        seconds=math.fsum(seconds) if seconds else None,
-    )
-
-
-def _label_mass(judged: Sequence[Row]) -> LabelMass | None:
-    masses = [answer.label_mass for answer in _answers(judged)]
-    if not masses:
-        return None
-    below = sum(mass < 0.5 for mass in masses) / len(masses)
-    return LabelMass(mean=stats.mean(masses), p05=stats.quantile(masses, 0.05), share_below_half=below)
-
-
-def _pair_calibration(judged: Sequence[Row]) -> CalibrationFit | None:
-    confidence, right = confidences(judged)
-    if not confidence:
-        return None
-    chosen = [stats.sigmoid(margin) for row in judged for margin in margins_of(row)]
-    return CalibrationFit(
-        ece=stats.ece(confidence, right), brier=stats.brier(chosen, [1.0] * len(chosen)), n=len(chosen)
-    )
-
-
-def _answer_calibration(judged: Sequence[Row]) -> AnswerCalibration | None:
-    found = answer_probabilities(judged)
-    if found is None:
-        return None
-    return AnswerCalibration(
-        ece=stats.ece(found.probabilities, found.outcomes),
-        brier=stats.brier(found.probabilities, found.outcomes),
-        n=len(found.outcomes),
-        calibrated=found.calibrated,
-    )
-
-
-def _position(judged: Sequence[Row]) -> Position | None:
-    seen = [(len(margins_of(row)), row.flips, row.first_log_odds) for row in judged]
-    known = [(cells, flips, first) for cells, flips, first in seen if flips is not None and first is not None]
-    comparisons = sum(cells for cells, _, _ in known)
-    if not comparisons:
-        return None
-    flips = sum(flips for _, flips, _ in known)
-    return Position(
-        comparisons=comparisons,
-        flips=flips,
-        flip_rate=flips / comparisons,
-        first_log_odds=math.fsum(cells * first for cells, _, first in known) / comparisons,
-    )
-
-
-def _length(judged: Sequence[Row], ties: TiePolicy) -> Length | None:
-    unequal = [pair for pair in length_differences(judged, ties) if pair[0] != 0]
-    if not unequal:
-        return None
-    longer = [value for difference, value in unequal if difference > 0]
-    shorter = [value for difference, value in unequal if difference < 0]
-    return Length(
-        chosen_longer=len(longer) / len(unequal),
-        accuracy_when_chosen_longer=stats.mean(longer) if longer else None,
-        accuracy_when_chosen_shorter=stats.mean(shorter) if shorter else None,
-    )
-
-
-def _judge(judged: Sequence[Row], config: Mapping[str, object]) -> JudgeName:
-    told = config.get("judge")
-    named = told if isinstance(told, dict) else {}
-    return JudgeName(
-        model=_names(row.model for row in judged) or named.get("model"),
-        fingerprint=_names(row.fingerprint for row in judged) or named.get("fingerprint"),
-        templates=sorted({row.template for row in judged if row.template is not None}),
-    )
-
-
-def _names(values: Iterable[str | None]) -> str | None:
-    return ", ".join(sorted({value for value in values if value is not None})) or None
-
-
-def _answers(rows: Iterable[Row]) -> list[JudgedAnswer]:
-    return [answer for row in rows for answer in (*row.chosen_answers, *row.rejected_answers)]
-
-
-def _tied(row: Row) -> bool:
-    return any(margin == 0 for margin in margins_of(row))
-
-
-def _is_pairwise(row: Row) -> bool:
-    return row.flips is not None or row.first_log_odds is not None
+    @classmethod
+    def load(cls, path: Path) -> Summary:
+        """Read a summary.json. Raises OSError, and pydantic.ValidationError (a ValueError) for anything else."""
+        return cls.model_validate_json(path.read_bytes())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from client.benchmarks.data.samples import SampleError
+from client.data.tables import DataError
 from tests.support.tiny import make_tiny_model
 from tests.support.training import TOY, TOY_FLAGS, Killed, kill_at, logged, said, same_adapter
 from trainer.errors import InputError
@@ -104,7 +104,7 @@ def test_every_turn_of_the_assistant_is_learnt(tmp_path: Path) -> None:
 )
 def test_a_broken_record_is_named(row: dict[str, Any], tmp_path: Path) -> None:
     """A record that cannot be learnt from is an error that names its line."""
-    with pytest.raises(SampleError, match="line 2"):
+    with pytest.raises(DataError, match="line 2"):
         load_examples(write_lines(tmp_path / "data.jsonl", {"prompt": "Q", "response": "A"}, row))
 
 

@@ -1,0 +1,83 @@
+"""Samples from a file, from a data set of the Hugging Face hub, or from a local folder laid out like one (extra `hub`).
+
+Files are read by client.data.tables. All functions raise DataError, which names the source and the line or row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from client.data import layouts
+from client.data.samples import Sample
+from client.data.tables import DataError, TableRow, read_table
+
+# The split of each official data set that its leaderboard is computed on.
+OFFICIAL_SPLITS: Final[dict[str, str]] = {
+    "allenai/reward-bench": "filtered",
+    "allenai/reward-bench-2": "test",
+    "THU-KEG/RM-Bench": "train",
+}
+
+
+def load_rewardbench(path: Path) -> list[Sample]:
+    """RewardBench pairs: columns `prompt`, `chosen`, `rejected`, `subset` and `id`."""
+    return layouts.collect(read_table(path), layouts.rewardbench)
+
+
+def load_rmbench(path: Path) -> list[Sample]:
+    """RM-Bench samples: columns `prompt`, `chosen` (3), `rejected` (3), `domain` and `id`.
+
+    The official per-domain files have no `domain` column: their name says it, `<domain>_filtered.json`.
+    """
+    rows = read_table(path)
+    domain, marker, _ = path.name.partition("_filtered.")
+    if marker:
+        rows = [replace(row, fields={"domain": domain, **row.fields}) for row in rows]
+    return layouts.collect(rows, layouts.rmbench)
+
+
+def load_pairs(path: Path) -> list[Sample]:
+    """Preference data: `chosen` and `rejected`, and optionally `prompt`, `subset` ("all") and `id` (the line number).
+
+    Both sides may be texts, lists of texts (best of N, RewardBench 2), or conversations that end with the answer, as
+    in preference data for training.
+    """
+    return layouts.collect(read_table(path), layouts.pairs)
+
+
+def load_hub(name: str, split: str | None = None) -> list[Sample]:
+    """The samples of the data set `name`, in its order; RM-Bench's layout if it has `domain` and no `subset`.
+
+    Without a `split`, an official data set's leaderboard split, else the only split of the data set. Downloads are
+    cached under HF_HOME. Errors of the hub are raised as DataError too.
+    """
+    data = _dataset(name, split or OFFICIAL_SPLITS.get(name))
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            raise DataError(f"{name} has several splits: choose one of {', '.join(data)}")
+        split, data = next(iter(data.items()))
+    source = f"{name} ({split or OFFICIAL_SPLITS.get(name)})"
+    rows = [TableRow(source, "row", number, dict(fields)) for number, fields in enumerate(data, start=1)]
+    if not rows:
+        raise DataError(f"{source}: holds no samples")
+    columns = rows[0].fields
+    layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
+    return layouts.collect(rows, layout)
+
+
+def _dataset(name: str, split: str | None) -> Mapping[str, Iterable[Any]] | Iterable[Any]:
+    try:
+        # Imported by name: `datasets` has no types and may be missing where mypy runs.
+        datasets = import_module("datasets")
+    except ImportError as error:
+        raise DataError("the hub needs more packages: pip install 'judge-as-api[hub]'") from error
+    try:
+        data: Mapping[str, Iterable[Any]] | Iterable[Any] = datasets.load_dataset(name, split=split)
+    except Exception as error:  # of four libraries: huggingface_hub, its HTTP client, fsspec and pyarrow
+        what = f"{name} ({split})" if split else name
+        raise DataError(f"{what}: cannot be loaded from the hub: {type(error).__name__}: {error}") from error
+    return data
