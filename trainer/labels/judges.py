@@ -108,6 +108,7 @@ class FollowingJudge:
         with Judge(options.url, api_key=options.api_key, timeout=5, max_retries=0) as judge:
             while process.poll() is None and time.monotonic() < deadline:
                 try:
+                    # 503 while the model loads, and refused connections before that, are JudgeErrors alike.
                     judge.ready()
                 except JudgeError:
                     time.sleep(0.2)

@@ -122,6 +122,7 @@ def _vllm_sampler(folder: Path, stops: tuple[int, ...], settings: SampleSettings
         vllm = import_module("vllm")
     except ImportError as error:
         raise ModelError("--sampler vllm needs vLLM: pip install vllm, or take --sampler transformers") from error
+    # numpy takes seeds of 32 bits only; the draws depend on the requests' own seeds.
     engine = vllm.LLM(model=str(folder), dtype=settings.dtype, seed=settings.seed % 2**31, enable_prefix_caching=True)
     common = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
 

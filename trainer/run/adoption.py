@@ -27,6 +27,7 @@ def adopt(stage: Stage, source: Path, overwrite: bool = False, *, required: bool
         return
     stage.begin(overwrite=overwrite)
     for name in stage.outputs:
+        # An interrupted copy may have left a part: it is overwritten.
         if (source / name).is_dir():
             shutil.copytree(source / name, stage.folder / name, dirs_exist_ok=True)
         else:

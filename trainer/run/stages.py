@@ -123,6 +123,7 @@ class Stage:
         missing = [name for name in self.outputs if not (self.folder / name).exists()]
         if missing:
             raise StageError(f"the stage {self.name} ended without {', '.join(missing)} in {self.folder}")
+        # On disk before the marker says so: after a power cut, renamed files whose contents were not synced are empty.
         for name in self.outputs:
             sync_all(self.folder / name)
         self._marker_file("begun").replace(self._marker_file("done"))
