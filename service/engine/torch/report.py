@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Unpack
 
 import torch
 
@@ -16,25 +16,10 @@ from service.engine.contract import Task
 from service.engine.torch.engine import check_all
 from service.engine.torch.ladder import Verdict
 from service.engine.torch.loading import LoadOptions, choose_device, choose_dtype, dtype_name, instruction_sets
+from service.models.resolve import ModelFiles
 
 
-class LocalModel(Protocol):
-    """A model on this machine; see `service.models.resolve.ModelFiles`."""
-
-    @property
-    def id(self) -> str:
-        """Its public name."""
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of its files."""
-
-
-def of(model: LocalModel, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[str], bool]:
+def of(model: ModelFiles, task: Task, **options: Unpack[LoadOptions]) -> tuple[list[str], bool]:
     """The report's lines, and whether a rung with stable bits holds. Raises EngineLoadError."""
     started = time.monotonic()
     verdicts = check_all(model.path, task, **options)
@@ -49,7 +34,7 @@ def of(model: LocalModel, task: Task, **options: Unpack[LoadOptions]) -> tuple[l
     ], bool(stable)
 
 
-def _machine(model: LocalModel, task: Task, options: LoadOptions) -> Sequence[str]:
+def _machine(model: ModelFiles, task: Task, options: LoadOptions) -> Sequence[str]:
     device = choose_device(options.get("device", "auto"))
     dtype = dtype_name(choose_dtype(options.get("dtype", "auto"), device))
     return (
