@@ -102,7 +102,6 @@ class LoopStages:
         inputs = self.settings.described("instructions")
 
         def work() -> None:
-
             with self._categorising_judge() as judge, progress_bar(self.console, "categories") as report:
                 prepare_instructions(replace(self.settings.instructions, judge=judge), self.run.path, report)
 
@@ -144,7 +143,6 @@ class LoopStages:
         inputs = {"samples": folder / SAMPLES_FILE, **self.judges.described(policy)}
 
         def work() -> None:
-
             samples = read_records(folder / SAMPLES_FILE, Sampled)
             with self.judges.serving(policy) as judge, progress_bar(self.console, "labelling") as report:
                 started, meter = time.monotonic(), ProgressMeter(report)

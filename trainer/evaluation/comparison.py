@@ -125,7 +125,6 @@ class Evaluation:
         }
 
         def work() -> None:
-
             with self.referee.serving() as judge, progress_bar(self.console, "comparing") as report:
                 started, meter = time.monotonic(), ProgressMeter(report)
                 options = VerdictOptions(judge, self.referee.truncation, self.referee.max_failures)

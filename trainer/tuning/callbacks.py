@@ -64,14 +64,14 @@ class LogCallback(TrainerCallback):
     def __init__(self, log: Path, on_progress: OnProgress) -> None:
         self._log = log
         self._report = on_progress
-        self._advance = Progress(0)
+        self._progress = Progress(0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Start the log from what the checkpoint holds."""
         if state.is_world_process_zero:
             write_whole(self._log, "".join(map(_line, state.log_history)).encode())
-            self._advance = Progress(state.max_steps, state.global_step, state.global_step)
-            self._report(self._advance)
+            self._progress = Progress(state.max_steps, state.global_step, state.global_step)
+            self._report(self._progress)
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Append the latest entry, with null for NaN and infinity. Raises TrainingError if the loss is one of them."""
@@ -83,7 +83,7 @@ class LogCallback(TrainerCallback):
         if state.is_world_process_zero:
             with self._log.open("a", encoding="utf-8") as file:
                 file.write(_line(numbers))
-            self._advance.note = _note(numbers) or self._advance.note
+            self._progress.note = _note(numbers) or self._progress.note
         if broken:
             raise _not_finite(", ".join(broken))
 
@@ -92,8 +92,8 @@ class LogCallback(TrainerCallback):
         if not all(weights.isfinite().all() for weights in more["model"].parameters() if weights.requires_grad):
             raise _not_finite(f"step {state.global_step} made weights NaN or infinite")
         if state.is_world_process_zero:
-            self._advance.done = state.global_step
-            self._report(self._advance)
+            self._progress.done = state.global_step
+            self._report(self._progress)
 
 
 def _not_finite(what: str) -> TrainingError:
