@@ -13,9 +13,11 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,17 @@ COMPOSE = {
 # By what template the subsets of the test data are asked.
 CATEGORIES = ("chat", "chat", "safety", "code", "math")
 STYLES = ["short", "longer", "in markdown"]
+# Programs that take minutes or hours.
+MEASURING = (
+    "bench.amx",
+    "bench.engine",
+    "bench.generation",
+    "bench.invariance",
+    "bench.startup",
+    "bench.trainer",
+    "bench.vllm_agreement",
+    "tests.chaos",
+)
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,16 @@ def known_to_pip(words: list[str], _: Site) -> None:
     assert words == ["freeze"]
 
 
+def explained(module: str, words: list[str], _: Site) -> None:
+    """A program that measures for minutes: it is there, and its --help names the flags."""
+    shown = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert {word.strip("[]") for word in words if word.strip("[]").startswith("--")} <= set(
+        re.findall(r"--[\w-]+", shown)
+    )
+
+
 HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("curl", asked),
     ("python -m client", measured),
@@ -278,6 +301,7 @@ HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("python -m service.models", looked_up),
     ("python -m service.worker", configured(WorkerSettings)),
     ("python -m service", configured(Settings)),
+    *((f"python -m {module}", partial(explained, module)) for module in MEASURING),
     ("make help", made_really),
     ("make", made),
     ("pip install", installed),
