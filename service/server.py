@@ -63,7 +63,7 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
     with ExitStack() as ending:
         tracing = ending.enter_context(closing(start_tracing(settings.otel_endpoint, "judge-api")))
         executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
-        # Do not wait for its threads: one of them may hang for ever.
+        # Do not wait for its threads: one of them may hang forever.
         ending.callback(executor.shutdown, wait=False, cancel_futures=True)
         if settings.queue_url == MEMORY_URL:
             jobs = MemoryQueue(settings.max_queue_jobs, settings.max_queue_tokens, settings.stall_seconds)

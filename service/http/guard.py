@@ -69,7 +69,7 @@ class GuardedHttp(HttpToolsProtocol):
         """Continue with the next request."""
         super().on_response_complete()
         if not self._request_complete:
-            # Refused before its body was read. Neither a trickling body nor an idle connection may go on for ever.
+            # Refused before its body was read. Neither a trickling body nor an idle connection may go on forever.
             self._await_head()
         self._parse()
 

@@ -64,7 +64,7 @@ def leave_after_sending(live: Live, body: object) -> None:
 
 
 def test_a_body_that_never_arrives_is_408() -> None:
-    """A caller who declares a body and stalls does not hold the connection for ever."""
+    """A caller who declares a body and stalls does not hold the connection forever."""
     with live_service(body_timeout=0.2) as live, connected(live) as connection:
         connection.sendall(b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         answer = connection.recv(65536)

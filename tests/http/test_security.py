@@ -42,7 +42,7 @@ HEADS = {
     "folded header": (b"X-A: b\r\n Content-Length: 3", BODY),
     "NUL in a header": (b"X-A: b\0c\r\nContent-Length: %s" % SIZE, BODY),
     "bare CR in a header": (b"X-Request-Id: a\rSet-Cookie: b\r\nContent-Length: %s" % SIZE, BODY),
-    "chunk size that is none": (b"Transfer-Encoding: chunked", b"zz\r\n%s\r\n0\r\n\r\n" % BODY),
+    "chunk size that is not a number": (b"Transfer-Encoding: chunked", b"zz\r\n%s\r\n0\r\n\r\n" % BODY),
     "negative chunk": (b"Transfer-Encoding: chunked", b"-1\r\n%s\r\n0\r\n\r\n" % BODY),
     "chunk size with 0x": (b"Transfer-Encoding: chunked", b"0x1f\r\n%s\r\n0\r\n\r\n" % BODY),
     "chunk size over 64 bits": (b"Transfer-Encoding: chunked", b"10000000000000001\r\n%s\r\n0\r\n\r\n" % BODY),
@@ -147,7 +147,7 @@ def trickled(connection: socket.socket, byte: bytes) -> bool:
 
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nX-A: b"])
 def test_an_incomplete_head_ends_the_connection(live: Live, begun: bytes) -> None:
-    """A connection that sends nothing, or half of its headers, does not stay open for ever."""
+    """A connection that sends nothing, or half of its headers, does not stay open forever."""
     with connected(live) as connection:
         connection.sendall(begun)
 

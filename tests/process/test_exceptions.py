@@ -95,7 +95,7 @@ def fail(number: int) -> None:
 
 @pytest.mark.parametrize("number", range(4))
 def test_a_pool_raises_its_workers_error(number: int) -> None:
-    """Pool.map hangs for ever on an exception that cannot be unpickled."""
+    """Pool.map hangs forever on an exception that cannot be unpickled."""
     kind = (RateLimitError, RefusalError, ServiceError, JudgeConnectionError)[number]
 
     with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(kind) as caught:

@@ -1,4 +1,4 @@
-"""`make audit`: what pip-audit says, and what it does not say."""
+"""`make audit`: what pip-audit reports, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ UNKNOWN = {"name": "good", "skip_reason": "not found on PyPI"}
 
 
 def answering(dependencies: object) -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
-    """A pip-audit that has found this."""
+    """A pip-audit with this report."""
     return lambda command: subprocess.CompletedProcess(command, 0, json.dumps({"dependencies": dependencies}), "")
 
 
 @pytest.fixture
 def pins(tmp_path: Path) -> Path:
-    """Two pins."""
+    """A constraint file with two pins."""
     file = tmp_path / "base.txt"
     file.write_text("# ours\ngood==1.0\nbad==2.0\n")
     return file
 
 
 @pytest.mark.parametrize(
-    ("dependencies", "code", "said"),
+    ("dependencies", "code", "line"),
     [
         ([GOOD, {**BAD, "vulns": []}], 0, "2 packages looked up, 0 known"),
         ([GOOD, BAD], 1, "bad 2.0: CVE-1, fixed in 2.1"),
@@ -39,18 +39,18 @@ def pins(tmp_path: Path) -> Path:
         ([GOOD], 3, "2 packages are pinned, but 1 were looked up"),
     ],
 )
-def test_what_was_not_looked_up_is_not_called_safe(
-    pins: Path, dependencies: list[object], code: int, said: str, capsys: pytest.CaptureFixture[str]
+def test_a_package_without_data_is_not_reported_as_safe(
+    pins: Path, dependencies: list[object], code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Vulnerabilities are 1, missing data is 3, and both are told."""
+    """Vulnerabilities give code 1, missing data 3; both are printed."""
     ended = audit.main([str(pins)], answering(dependencies))
 
     assert ended == code
-    assert said in capsys.readouterr().out
+    assert line in capsys.readouterr().out
 
 
-def test_a_source_that_is_away_is_told(pins: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """pip-audit's last word is passed on."""
+def test_an_unreachable_source_is_reported(pins: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the last line of pip-audit's output."""
 
     def failing(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nConnectionError: api.osv.dev\n")
@@ -60,7 +60,7 @@ def test_a_source_that_is_away_is_told(pins: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_missing_file_is_wrong_usage(tmp_path: Path) -> None:
-    """It is not an audit of nothing."""
+    """It does not pass as an audit of nothing."""
     with pytest.raises(SystemExit) as ended:
         audit.main([str(tmp_path / "gone.txt")], answering([]))
 
