@@ -60,11 +60,11 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
         check_engine(settings)
     model = find_model(settings)
     metrics = Metrics()
-    with ExitStack() as ending:
-        tracing = ending.enter_context(closing(start_tracing(settings.otel_endpoint, "judge-api")))
+    with ExitStack() as stack:
+        tracing = stack.enter_context(closing(start_tracing(settings.otel_endpoint, "judge-api")))
         executor = ThreadPoolExecutor(settings.tokenizer_threads, thread_name_prefix="tokenize")
         # Do not wait for its threads: one of them may hang forever.
-        ending.callback(executor.shutdown, wait=False, cancel_futures=True)
+        stack.callback(executor.shutdown, wait=False, cancel_futures=True)
         if settings.queue_url == MEMORY_URL:
             jobs = MemoryQueue(settings.max_queue_jobs, settings.max_queue_tokens, settings.stall_seconds)
             service = compose(settings, model, jobs, metrics, executor, tracing)

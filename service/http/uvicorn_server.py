@@ -90,27 +90,27 @@ class Server(uvicorn.Server):
             await asyncio.to_thread(thread.join, 1.0)
 
     async def _watch(self) -> None:
-        """End the process when a thread that every request needs hangs: a thread cannot be killed."""
-        # Polled: a hung thread sets no event.
-        trusted = -math.inf
-        while not (stuck := self._stuck()) or time.monotonic() < trusted:
+        """End the process if a thread that every request needs hangs, as threads cannot be killed. Polled."""
+        grace_until = -math.inf
+        while not (hung := self._hung()) or time.monotonic() < grace_until:
             checked = time.monotonic()
             await asyncio.sleep(min(WATCH_SECONDS, self._stall_seconds))
             if time.monotonic() - checked > WATCH_SECONDS + HELD_SECONDS:
                 # The whole process was suspended (SIGSTOP, a frozen container): grant the work its full time again.
-                trusted = time.monotonic() + self._stall_seconds
-        log.error(stuck, seconds=self._stall_seconds, waiting=self._service.queue.waiting())
+                grace_until = time.monotonic() + self._stall_seconds
+        log.error(hung, seconds=self._stall_seconds, waiting=self._service.queue.waiting())
         self.stalled = True
         await self._service.queue.close()
         # Time for /ready to say why, before the process is gone.
         await asyncio.sleep(WATCH_SECONDS)
         self._end_now()
 
-    def _stuck(self) -> str | None:
+    def _hung(self) -> str | None:
         if self._service.queue.stalled():
             return "the model hangs"
-        all_stuck = self._service.pipeline.stuck(self._stall_seconds) >= self._tokenizer_threads
-        return "the tokenizer threads hang" if all_stuck else None
+        if self._service.pipeline.stuck(self._stall_seconds) >= self._tokenizer_threads:
+            return "the tokenizer threads hang"
+        return None
 
     def _run_worker(self) -> None:
         if self._work is not None:
@@ -130,17 +130,16 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening and log the addresses."""
         await super().startup(sockets)
-        for server in self.servers:
-            for bound in server.sockets:
-                log.info("listening", url=url_of(bound), docs=f"{url_of(bound)}/docs")
-                host, port = bound.getsockname()[:2]
-                if not self._service.api_keys and not is_loopback(host):
-                    # Critical: no --log-level hides it.
-                    log.critical(
-                        "ANYBODY WHO REACHES THIS ADDRESS CAN USE THIS SERVICE: it has no keys. Set JUDGE_API_KEY, or "
-                        "listen on 127.0.0.1",
-                        address=f"{host}:{port}",
-                    )
+        for bound in (bound for server in self.servers for bound in server.sockets):
+            log.info("listening", url=url_of(bound), docs=f"{url_of(bound)}/docs")
+            host, port = bound.getsockname()[:2]
+            if not self._service.api_keys and not is_loopback(host):
+                # Critical: no --log-level hides it.
+                log.critical(
+                    "ANYBODY WHO REACHES THIS ADDRESS CAN USE THIS SERVICE: it has no keys. Set JUDGE_API_KEY, or "
+                    "listen on 127.0.0.1",
+                    address=f"{host}:{port}",
+                )
         self.on_listening()
 
     def drain(self) -> None:
