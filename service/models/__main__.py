@@ -86,7 +86,8 @@ def _check_rungs(arguments: argparse.Namespace) -> int:
     return 0 if holds else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m service.models`."""
     parser = argparse.ArgumentParser(
         prog="python -m service.models",
         description="Manage the judge's models. A model is a folder, a hub id (org/name), or a known name.",
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command. 0 for success, 1 with a line on stderr for a failure, 130 after Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    arguments = argument_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ModelError as exc:

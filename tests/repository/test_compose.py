@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped]
 
 from client import __main__ as client_main
 from deploy.compose import COMPOSE_FILE, DOCKERFILE, ROOT, Service, instructions, interpolated, load, seconds, stages
-from service.models.__main__ import _parser as models_parser
+from service.models.__main__ import argument_parser as models_parser
 from service.settings import Settings, UpstreamKey, WorkerSettings
 from trainer.self_improve import argument_parser as loop_parser
 
