@@ -18,14 +18,15 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from client.benchmarks.catalog import BENCHMARKS, CatalogEntry
 from client.benchmarks.command import exit_code_of, ready_model, run_config
 from client.benchmarks.flags import DataOptions, JudgeOptions, add_asking_flags, add_data_flags
 from client.benchmarks.paper import PaperPrompts
 from client.benchmarks.questions import PlanError, Question, load_candidates, one_for_all
-from client.benchmarks.rows import FrozenModel, Row, judged_rows
+from client.benchmarks.results.search import SEARCH_FILE, Accuracy, CandidateResult, GroupResult, SearchResult
+from client.benchmarks.rows import Row, judged_rows
 from client.benchmarks.run import RunFolder, judge_samples
 from client.data.samples import Sample, halves
 from client.judge import AsyncJudge
@@ -37,8 +38,6 @@ from client.stats import mcnemar_exact, wilson
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-SEARCH_FILE: Final = "search.json"
 
 Grouping: TypeAlias = Literal["category", "subset"]
 
@@ -60,46 +59,6 @@ class SearchOptions:
         """Raises ValueError for numbers that cannot work."""
         data, judge = DataOptions.of(args), JudgeOptions.of(args)
         return cls(data, judge, args.out, args.per, args.paper, args.paper_format, args.candidates)
-
-
-class Accuracy(FrozenModel):
-    """Share of judged pairs that are right, with its 95% Wilson interval; `failed` pairs are in no share."""
-
-    accuracy: float | None
-    low: float
-    high: float
-    judged: int
-    failed: int
-
-
-class CandidateResult(FrozenModel):
-    """One question and how it did on the training half."""
-
-    name: str
-    question: dict[str, object]
-    train: Accuracy
-
-
-class GroupResult(FrozenModel):
-    """What the search found for one group. `p` is McNemar's exact, chosen against baseline, on the held-out half."""
-
-    group: str
-    candidates: list[CandidateResult]
-    chosen: str
-    held_out: Accuracy
-    baseline: CandidateResult
-    baseline_held_out: Accuracy
-    p: float
-
-
-class SearchResult(FrozenModel):
-    """search.json. `official` are the benchmark's own numbers on the held-out half, for chosen and baseline."""
-
-    benchmark: str
-    judge: str
-    seed: int
-    groups: list[GroupResult]
-    official: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)

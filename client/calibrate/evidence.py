@@ -15,14 +15,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from client.benchmarks.outcomes import row_of
 from client.benchmarks.rows import ITEMS_FILE, JudgedAnswer, Row, read_rows
 from client.bulk import in_order, stream_scores
 from client.calibrate.fitting import LabelledSample
 from client.calibration import TEMPLATE_ID
+from client.data.samples import Sample
 from client.data.tables import DataError, read_table
 from client.errors import JudgeAPIError
 from client.judge import AsyncJudge
-from client.runs.resumable import RecordedError
 from client.runtime.validation import first_problem
 from client.schema import Message, Name, ScoreRequest, ScoreResult, Text
 from client.texts import is_blank, messages_in, role_and_text
@@ -190,30 +191,10 @@ def _pairs_of(file: Path) -> Iterator[Pair]:
 
 def _pair_row(pair: Pair, chosen: ScoreResult | JudgeAPIError, rejected: ScoreResult | JudgeAPIError) -> Row:
     """The pair as a benchmark run would have recorded it."""
-    if isinstance(chosen, JudgeAPIError) or isinstance(rejected, JudgeAPIError):
-        error = chosen if isinstance(chosen, JudgeAPIError) else rejected
-        assert isinstance(error, JudgeAPIError)
-        return Row(id=pair.key(), subset="", error=RecordedError(code=error.code, message=error.message))
-    if (chosen.model, chosen.fingerprint, chosen.template) != (rejected.model, rejected.fingerprint, rejected.template):
-        raise EvidenceError("the judge changed between the two answers of a pair: start again")
-    return Row(
-        id=pair.key(),
-        subset="",
-        chosen=_judged_answer(chosen, pair.chosen),
-        rejected=_judged_answer(rejected, pair.rejected),
-        margins=[[chosen.log_odds - rejected.log_odds]],
-        template=chosen.template,
-        asked_with=chosen.asked_with,
-        model=chosen.model,
-        fingerprint=chosen.fingerprint,
-    )
-
-
-def _judged_answer(result: ScoreResult, text: str) -> JudgedAnswer:
-    return JudgedAnswer(
-        log_odds=result.log_odds,
-        score=result.score,
-        label_mass=result.label_mass,
-        length=len(text),
-        truncated=result.truncated,
-    )
+    if isinstance(chosen, ScoreResult) and isinstance(rejected, ScoreResult):
+        first, second = ((result.model, result.fingerprint, result.template) for result in (chosen, rejected))
+        if first != second:
+            raise EvidenceError("the judge changed between the two answers of a pair: start again")
+    # A row holds no prompt, and nothing here asks for the subset.
+    sample = Sample(pair.key(), "", "", (pair.chosen,), (pair.rejected,))
+    return row_of(sample, [chosen, rejected], "pointwise", template=None)

@@ -21,27 +21,8 @@ from client.benchmarks.command import REPORT_FILE
 from client.benchmarks.results.summary import SUMMARY_FILE
 from client.benchmarks.rows import ITEMS_FILE
 from client.benchmarks.run import CONFIG_FILE
+from tests.benchmarks.makers import pairs_file
 from tests.support.live import live_service, wait_for
-
-SUBSETS = ("alpacaeval-easy", "llmbar-natural", "donotanswer", "hep-go", "math-prm")
-
-
-def pairs_file(folder: Path, count: int = 20, **changes: Any) -> Path:
-    """A file of so many pairs over five subsets; `changes` go into the last line."""
-    rows = [
-        {
-            "id": f"{n}",
-            "subset": SUBSETS[n % 5],
-            "prompt": f"Question {n}?",
-            "chosen": f"Good {n}",
-            "rejected": f"Bad {n}",
-        }
-        for n in range(count)
-    ]
-    rows[-1].update(changes)
-    file = folder / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -110,7 +91,7 @@ def test_best_of_n_files_are_pairs_with_more_answers(tmp_path: Path) -> None:
     assert summary_of(tmp_path / "run")["counts"]["judged"] == 1
 
 
-def test_the_judge_out_of_reach_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_judge_is_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, with the URL and the reason."""
     url = f"http://127.0.0.1:{free_port()}"
 
@@ -121,7 +102,7 @@ def test_the_judge_out_of_reach_is_said_at_once(tmp_path: Path, capsys: pytest.C
 
 
 def test_bad_data_is_named_before_anything_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, with file and line; no judge is needed to find out."""
+    """Exit code 2, with file and line, without contacting a judge."""
     file = pairs_file(tmp_path)
     file.write_text(file.read_text() + '{"prompt": \n')
 
@@ -132,7 +113,7 @@ def test_bad_data_is_named_before_anything_is_asked(tmp_path: Path, capsys: pyte
 
 
 def test_too_many_failures_are_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One empty response in 20 is over 2%; with the limit raised it is counted, and the run is fine."""
+    """One empty response in 20 is over 2%; with a higher limit it is counted and the run succeeds."""
     file = pairs_file(tmp_path, rejected="")
     with live_service() as live:
         command = ["--judge-url", live.url, "--data", str(file), "--out", str(tmp_path / "run")]
@@ -190,7 +171,7 @@ def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str])
 
 @contextmanager
 def process(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m …`, killed in the end where it still lives."""
+    """`python -m …`, killed at the end if it still runs."""
     running = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         yield running
@@ -205,8 +186,8 @@ def lines(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def has(folder: Path, count: int) -> Callable[[], bool]:
-    """Whether the run has written so many rows."""
+def has_written(folder: Path, count: int) -> Callable[[], bool]:
+    """A check whether the run has written `count` rows."""
     return lambda: lines(folder) >= count
 
 
@@ -222,11 +203,11 @@ def test_kills_on_both_sides_change_nothing(tmp_path: Path) -> None:
     with process(*service) as first:
         assert wait_for(lambda: serves(port), 60)
         with process(*client) as interrupted:
-            assert wait_for(has(out, 40), 60)
+            assert wait_for(has_written(out, 40), 60)
             first.kill()
             first.wait()
             with process(*service):
-                assert wait_for(has(out, 120), 60)
+                assert wait_for(has_written(out, 120), 60)
                 interrupted.send_signal(signal.SIGKILL)
                 interrupted.wait()
                 stopped_at = lines(out)
@@ -259,7 +240,7 @@ def serves(port: int) -> bool:
     ],
 )
 def test_every_judge_can_be_benchmarked_without_a_flag(tmp_path: Path, judge: str, mode: str, template: str) -> None:
-    """The same command asks each kind of judge in the way that it has."""
+    """The same command asks each kind of judge in that judge's own way."""
     out = tmp_path / "run"
     with live_service(judge=judge) as live:
         code = rewardbench.main(["--judge-url", live.url, "--data", str(pairs_file(tmp_path)), "--out", str(out)])
@@ -279,10 +260,10 @@ def test_every_judge_can_be_benchmarked_without_a_flag(tmp_path: Path, judge: st
         ("pairwise", ["--mode", "pointwise"], "judges pairwise: leave --mode out"),
     ],
 )
-def test_what_a_judge_cannot_follow_is_said_before_it_is_asked(
+def test_flags_a_judge_cannot_follow_are_refused_before_it_is_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], judge: str, flags: list[str], said: str
 ) -> None:
-    """Exit code 2, and no item is asked for."""
+    """Exit code 2, and no item is judged."""
     with live_service(judge=judge) as live:
         command = ["--judge-url", live.url, "--data", str(pairs_file(tmp_path)), *flags]
         code = rewardbench.main(command)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,23 +11,7 @@ from client.benchmarks.paper import PaperPrompts
 from client.benchmarks.questions import PlanError, Question, by_category, from_map, load_candidates
 from client.benchmarks.scoring.rewardbench import WEIGHTS
 from client.schema import InlineTemplate
-
-PAPER = {
-    "labels": {"yes": " Yes", "no": " No"},
-    "rewardbench": {
-        "layout": "{instruction}\n    User : {prompt}\n    Response : {response}\n    ",
-        "instructions": {"one": "Is one fine?", "two": "Is two fine?", "three": "Is three fine?"},
-    },
-    "rmbench": {"layout": "{prompt} {response} {instruction}", "instructions": {"RM-Bench-chat": "Is it right?"}},
-    "candidates": {"default": "Is it fine?", "one": ["a", "b"], "two": ["b", "c"]},
-}
-
-
-def paper_file(folder: Path, **changes: Any) -> Path:
-    """The authors' file in miniature."""
-    file = folder / "paper.json"
-    file.write_text(json.dumps({**PAPER, **changes}))
-    return file
+from tests.benchmarks.makers import PAPER, paper_file
 
 
 def inline(question: Question) -> InlineTemplate:

@@ -1,4 +1,4 @@
-"""Samples to records: nothing asked twice, nothing lost, nothing made up."""
+"""Samples to rows: nothing asked twice, nothing lost, nothing made up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASKING = Asking(PLAN, bulk=BulkOptions(batch_items=4, patience=5), max_failures=
 
 
 def samples(count: int, *, sides: int = 1) -> list[Sample]:
-    """Samples of two subsets with so many answers on each side."""
+    """`count` samples of two subsets, with `sides` answers on each side."""
     return [
         Sample(
             id=f"{n}",
@@ -69,7 +69,7 @@ def run(
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """Without what they cost, which is another thing each time."""
+    """The rows without their cost, which differs from run to run."""
     return [row.model_copy(update={"usage": None, "seconds": None}) for row in rows]
 
 
@@ -108,7 +108,7 @@ def test_rows_say_what_they_cost(tmp_path: Path) -> None:
 
 
 def test_texts_without_a_grade_are_failures_of_their_samples(tmp_path: Path) -> None:
-    """They are counted as such, cost tokens where the other answer was graded, and are not asked for again."""
+    """They are counted, have the tokens of the answer that was graded, and are not asked for again."""
     asking = replace(ASKING, plan={"a": Question(), "b": Question()})
     with live_service(FakeEngine(unparseable=0.5), judge="self-reward", self_reward_mode="parsed") as live:
         first = run(live.url, tmp_path, samples(20), asking)
@@ -223,7 +223,7 @@ def test_an_empty_response_is_counted_and_never_sent(tmp_path: Path) -> None:
 
 
 def test_an_item_over_the_models_length_is_counted_as_such(tmp_path: Path) -> None:
-    """With truncation left at `error` it fails by its own code, is final, and nobody else fails."""
+    """With truncation left at `error` it fails with its own code for good, and no other sample fails."""
     mixed = [*samples(2), Sample("long", "a", "Why?", ("Because. " * 200,), ("No.",))]
     with live_service(max_tokens=200) as live:
         rows = run(live.url, tmp_path, mixed)
@@ -236,7 +236,7 @@ def test_an_item_over_the_models_length_is_counted_as_such(tmp_path: Path) -> No
 
 
 def test_a_passing_failure_is_asked_again_by_a_rerun(tmp_path: Path) -> None:
-    """What the service failed at may work the next time; what is wrong with the sample will not."""
+    """A failure of the service may pass; a fault of the sample will not."""
     failed = {"id": "0", "subset": "a", "error": {"code": "inference_failed", "message": "it broke"}}
     with live_service() as live:
         RunFolder(tmp_path, config_of(live.url))
@@ -247,7 +247,7 @@ def test_a_passing_failure_is_asked_again_by_a_rerun(tmp_path: Path) -> None:
 
 
 def test_too_many_failures_end_the_run(tmp_path: Path) -> None:
-    """More than the allowed share stops it with the last failure's reason; what is judged stays."""
+    """More than the allowed share stops it with the last failure's reason; what was judged stays."""
     broken = [Sample(f"{n}", "a", "Why?", ("",), ("No.",)) for n in range(3)]
     with live_service() as live, pytest.raises(RunError, match=r"3 of 5 samples.*40\.0%.*empty_response"):
         run(live.url, tmp_path, [*broken, *samples(8)[6:]], replace(ASKING, max_failures=0.4))
@@ -286,7 +286,7 @@ async def test_a_judge_that_changes_in_mid_run_stops_it(tmp_path: Path, change: 
 
 
 def test_a_question_of_ones_own_is_recorded_by_its_name(tmp_path: Path) -> None:
-    """The service calls every template that comes with a request `inline`; the record says which."""
+    """The service calls every template sent with a request `inline`; the row says which one it was."""
     template = InlineTemplate(layout="{prompt} {response} Good?")
     asking = Asking(dict.fromkeys("ab", Question(template=template, name="short")))
     with live_service() as live:

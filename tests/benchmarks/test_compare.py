@@ -1,4 +1,4 @@
-"""Runs held against each other on what both judged."""
+"""Runs compared on the samples that both judged."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_mean_that_is_not_one_of_samples_has_no_interval(tmp_path: Path) -> No
 
 
 def test_runs_without_a_common_sample_are_compared_as_such(tmp_path: Path) -> None:
-    """No difference, no invention."""
+    """There is no difference to report, and none is made up."""
     found = compared(tmp_path, verdicts("a", "rx"), verdicts("a", "xr"))["against_baseline"][0]
 
     assert (found["samples"], found["accuracy"], found["official_mean"], found["mcnemar_p"]) == (0, None, None, 1.0)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from client.benchmarks import search
-from client.benchmarks.search import SEARCH_FILE, SearchResult
-from tests.benchmarks.test_benchmark_command import pairs_file
-from tests.benchmarks.test_benchmark_plan import paper_file
+from client.benchmarks.results.search import SEARCH_FILE, SearchResult
+from tests.benchmarks.makers import pairs_file, paper_file
 from tests.support.live import live_service
 
 CODE = ["code@1", {"name": "short", "template": {"layout": "{prompt} {response} Good?"}}]

@@ -1,4 +1,4 @@
-"""Records to numbers: accuracies without failures, calibration, position, length; the table; rows read back."""
+"""Rows to numbers: accuracies without failures, calibration, position, length; the table; rows read back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_failures_are_counted_and_in_no_accuracy() -> None:
 
 
 def test_a_run_says_what_it_cost() -> None:
-    """Tokens and seconds of all rows; of failed ones the tokens are known in part, which is said."""
+    """Tokens and seconds of all rows, and a note that the tokens of failed samples are known only in part."""
     usage = Usage(prompt_tokens=1000, cached_tokens=30, completion_tokens=7)
     rows = [
         pair("a/0", 1, 0, usage=usage, seconds=2.5),
@@ -206,8 +206,8 @@ def test_accuracy_by_length() -> None:
     assert (length.accuracy_when_chosen_longer, length.accuracy_when_chosen_shorter) == (1.0, 0.0)
 
 
-def test_a_side_that_no_pair_is_on_is_not_told() -> None:
-    """Where every chosen answer is the longer one, there is no accuracy where it is the shorter."""
+def test_a_side_without_pairs_is_left_out() -> None:
+    """If every chosen answer is the longer one, no accuracy is given for shorter ones."""
     told = printed(summary_of("pairs", [pair("a/0", answer(1, length=20), 0)]), width=200)
 
     assert "length: accuracy 100.0% where the chosen answer is longer\n" in told
@@ -286,8 +286,8 @@ def test_the_last_line_of_an_id_counts(tmp_path: Path) -> None:
     assert read_rows(path) == [pair("a/0", 1, 0), pair("a/1", 1, 0)]
 
 
-def test_a_line_broken_off_at_the_end_is_passed_over(tmp_path: Path) -> None:
-    """In the middle of a character, as a killed process leaves it."""
+def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
+    """A killed process may leave it in the middle of a character."""
     path = tmp_path / "items.jsonl"
     path.write_bytes(lines_of(pair("a/0", 1, 0), '{"id": "a/é').encode()[:-1])
 
@@ -295,7 +295,7 @@ def test_a_line_broken_off_at_the_end_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_broken_line_elsewhere_is_named(tmp_path: Path) -> None:
-    """Not passed over: something else wrote to the file."""
+    """It is not ignored: something else wrote to the file."""
     path = tmp_path / "items.jsonl"
     path.write_text(lines_of(pair("a/0", 1, 0), '{"id": "a/1"\n', pair("a/2", 1, 0)), encoding="utf-8")
 

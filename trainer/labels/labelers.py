@@ -1,9 +1,9 @@
-"""Who gives the scores: the arms of an experiment, alike in everything else, and the way to the judge.
+"""Who gives the scores: the arms of an experiment, which differ in nothing else, and the connection to the judge.
 
-ipo            P(Yes)/(P(Yes)+P(No)) by the template of the instruction's category, from the service
-self-reward    the same route of a service whose --judge is self-reward
-reward-model   the same route of a service whose --judge is reward-model
-random         no judge: numbers drawn by a hash of seed and text, the control
+ipo            P(Yes)/(P(Yes)+P(No)) from /score, by the template of the instruction's category
+self-reward    /score of a service whose --judge is self-reward
+reward-model   /score of a service whose --judge is reward-model
+random         the control: no judge, numbers from a hash of seed and text
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from client.errors import JudgeAPIError, JudgeError
 from client.judge import AsyncJudge
 from client.runs.config import TEMPLATES, judge_identity, template_digests
 from client.runtime.cli import CALL_TIMEOUT
-from client.schema import InlineTemplate, ModelInfo, ScoreRequest, TemplatesResult, Truncation
+from client.schema import InlineTemplate, ModelInfo, ScoreRequest, ScoreResult, TemplatesResult, Truncation
 from trainer.errors import StageError
 from trainer.run.records import GENERAL, ScoreError
 
 Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random"]
 
 RANDOM: Final = "random"
-# What GET /v1/models must say of the judge for each arm.
+# The kind of judge that GET /v1/models must report for each arm.
 JUDGE_OF_ARM: Final[Mapping[Arm, str]] = {
     "ipo": "yes-no",
     "self-reward": "self-reward",
     "reward-model": "reward-model",
 }
-# Of the templates that judge one response.
-_MODES: Final = ("pointwise", "graded", "rubric")
-# Half the width of the random numbers, in log-odds: wide, so that a minimum margin costs this arm few pairs.
+# Modes of the templates that judge a single response.
+_SINGLE_RESPONSE_MODES: Final = ("pointwise", "graded", "rubric")
+# Half the width of the random numbers, in log-odds. Wide, so that a minimum margin costs this arm few pairs.
 RANDOM_SPREAD: Final = 5.0
 
 
@@ -54,17 +54,18 @@ class JudgeOptions:
 class LabelOptions:
     """How samples are labelled. `judge` may be None for the random arm only.
 
-    `template` names one template for all instructions in the place of their categories' (ipo only). `max_failures` is
-    the share of samples that may fail; empty responses, which are the policy's fault, do not count.
+    `template` is one template for all instructions instead of their categories' (ipo only). `max_failures` is the
+    share of samples that may fail; empty responses do not count, since they are the policy's fault.
     """
 
     labeler: Arm = field(default="ipo", metadata={"help": "who says which response is better"})
     judge: JudgeOptions | None = None
     template: str | InlineTemplate | None = field(
-        default=None, metadata={"help": "one template of the service for all instructions, not their categories'"}
+        default=None,
+        metadata={"help": "one template for all instructions, instead of their categories'"},
     )
     truncation: Truncation = field(
-        default="error", metadata={"help": "what becomes of texts over the judge's length: a counted failure, or cut"}
+        default="error", metadata={"help": "texts over the judge's length are a counted failure (error), or cut"}
     )
     max_failures: float = 0.02
     seed: int = 0
@@ -72,7 +73,7 @@ class LabelOptions:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What is judged: a response to a prompt, by the rules of a category."""
+    """A response to a prompt, to be judged by the template of a category."""
 
     category: str
     prompt: str
@@ -93,7 +94,7 @@ class Label:
 
 
 class Labeler(Protocol):
-    """What gives the labels. `model` and `fingerprint` are what all of its labels must carry."""
+    """Gives the labels, all of which carry this `model` and `fingerprint`."""
 
     model: str
     fingerprint: str | None
@@ -102,11 +103,11 @@ class Labeler(Protocol):
         """The part of a run's configuration that decides the labels."""
 
     def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
-        """(index in `texts`, label or error) for each text once, as they become known. Raises StageError."""
+        """Yield (index in `texts`, label or error) once for each text, as they become known. Raises StageError."""
 
 
 class RandomLabeler:
-    """Log-odds drawn uniformly from ±RANDOM_SPREAD: for one seed, the same text always gets the same number."""
+    """Log-odds drawn uniformly from ±RANDOM_SPREAD. With one seed, the same text always gets the same number."""
 
     def __init__(self, seed: int) -> None:
         self.model = RANDOM
@@ -130,14 +131,14 @@ class RandomLabeler:
 
 
 class ServiceLabeler:
-    """Labels by /score of a judge-as-api service, by the templates and for the categories that are `offered`."""
+    """Labels from /score of a judge-as-api service, by its `offered` templates and categories."""
 
     def __init__(self, judge: AsyncJudge, info: ModelInfo, offered: TemplatesResult, options: LabelOptions) -> None:
         assert options.judge is not None
         self.model = info.id
         self.fingerprint: str | None = info.fingerprint
         self._judge, self._info, self._categories = judge, info, frozenset(offered.categories)
-        self._templates = template_digests([one for one in offered.templates if one.mode in _MODES])
+        self._templates = template_digests([one for one in offered.templates if one.mode in _SINGLE_RESPONSE_MODES])
         self._options, self._address = options, options.judge
 
     def described(self) -> dict[str, object]:
@@ -157,21 +158,7 @@ class ServiceLabeler:
         try:
             async with aclosing(stream_scores(self._judge, requests, self._address.bulk)) as outcomes:
                 async for index, outcome in outcomes:
-                    if isinstance(outcome, JudgeAPIError):
-                        yield index, ScoreError(code=outcome.code, message=outcome.message)
-                        continue
-                    yield (
-                        index,
-                        Label(
-                            log_odds=outcome.log_odds,
-                            score=outcome.score,
-                            label_mass=outcome.label_mass,
-                            template=outcome.template,
-                            model=outcome.model,
-                            fingerprint=outcome.fingerprint,
-                            asked_with=outcome.asked_with,
-                        ),
-                    )
+                    yield index, _label_of(outcome)
         except JudgeError as error:
             raise lost(self._address, error) from error
 
@@ -190,9 +177,23 @@ class ServiceLabeler:
         )
 
 
+def _label_of(outcome: ScoreResult | JudgeAPIError) -> Label | ScoreError:
+    if isinstance(outcome, JudgeAPIError):
+        return ScoreError(code=outcome.code, message=outcome.message)
+    return Label(
+        log_odds=outcome.log_odds,
+        score=outcome.score,
+        label_mass=outcome.label_mass,
+        template=outcome.template,
+        model=outcome.model,
+        fingerprint=outcome.fingerprint,
+        asked_with=outcome.asked_with,
+    )
+
+
 @asynccontextmanager
 async def connected(options: JudgeOptions) -> AsyncIterator[tuple[AsyncJudge, ModelInfo]]:
-    """The judge and its model. Raises StageError within `start_timeout` seconds where it cannot judge now."""
+    """The judge and its model. Raises StageError within `start_timeout` seconds if it cannot judge now."""
     try:
         async with AsyncJudge(options.url, api_key=options.api_key, timeout=options.start_timeout) as judge:
             await judge.ready()
@@ -207,7 +208,7 @@ async def connected(options: JudgeOptions) -> AsyncIterator[tuple[AsyncJudge, Mo
 
 @asynccontextmanager
 async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
-    """The labeler of `options`. Raises StageError at once where its judge is out of reach or of another kind."""
+    """The labeler of `options`. Raises StageError at once if its judge is unreachable or of another kind."""
     if options.labeler == RANDOM:
         yield RandomLabeler(options.seed)
         return
@@ -218,16 +219,16 @@ async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
         if info.judge != wanted:
             raise StageError(
                 f"the labeler {options.labeler} needs a service whose judge is {wanted}, and "
-                f"{shown_url(options.judge)} runs {info.judge}: start it with --judge {wanted} where it has that, "
-                "or give another --labeler"
+                f"{shown_url(options.judge)} runs {info.judge}: start it with --judge {wanted}, or give another "
+                "--labeler"
             )
         yield ServiceLabeler(judge, info, await _offered(judge, options.judge), options)
 
 
 def lost(options: JudgeOptions, error: JudgeError) -> StageError:
-    """The error for a judge that failed after it had answered."""
+    """The error for a judge that failed after it had been reachable."""
     return StageError(
-        f"the judge at {shown_url(options)} gives no more answers: {error}. What it said is kept: when it "
+        f"the judge at {shown_url(options)} gives no more answers: {error}. Its answers so far are kept: once it "
         "is back, the same command goes on from there"
     )
 
@@ -240,5 +241,5 @@ async def _offered(judge: AsyncJudge, options: JudgeOptions) -> TemplatesResult:
 
 
 def shown_url(options: JudgeOptions) -> str:
-    """The address for messages, without a password in it."""
+    """The address for messages, without its password."""
     return re.sub(r"//[^/@]*@", "//", options.url)
