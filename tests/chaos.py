@@ -143,7 +143,9 @@ def gauges_of(url: str) -> dict[str, float]:
     """The gauges of a service that differ from their values at rest. The request for them is itself in flight."""
     text = httpx.get(f"{url}/metrics", timeout=10).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return {f"{url} {each.name}": each.value for each in samples if each.value != AT_REST.get(each.name, each.value)}
+    return {
+        f"{url} {gauge.name}": gauge.value for gauge in samples if gauge.value != AT_REST.get(gauge.name, gauge.value)
+    }
 
 
 def run(rounds: int, seed: int, folder: Path) -> tuple[Tally, dict[str, object]]:

@@ -24,6 +24,7 @@ from service.errors import ServiceError
 class Priority(StrEnum):
     """How urgent a job is: somebody waits for a single request, and a batch of thousands must not delay it."""
 
+    # Two priorities instead of fair shares per caller: they need no state per caller, and work without API keys.
     INTERACTIVE = "interactive"
     BULK = "bulk"
 

@@ -21,7 +21,7 @@ from service.queue import redis_scripts as scripts
 from service.queue.contract import Bounds, Job, JobFailure, QueueStats, Reply, WorkerInfo
 from service.queue.redis_connection import REDIS_FAILURES
 from service.queue.redis_messages import decode_replies, decode_variant
-from service.queue.redis_protocol import GROUP, PAYLOAD, VARIANT, Fields, Keys, by_stream, position
+from service.queue.redis_protocol import GROUP, PAYLOAD, VARIANT, Fields, Keys, by_stream
 from service.queue.redis_status import QueueStatus
 from service.queue.redis_submit import OpenJob, Submitter
 
@@ -98,16 +98,16 @@ class RedisQueue:
             for job_id in opened:
                 self._open.pop(job_id, None)
             raise
-        return [each.reply for each in opened.values()]
+        return [waiting.reply for waiting in opened.values()]
 
     def _withdraw(self, accepted: asyncio.Future[None], ids: Iterable[str]) -> None:
         accepted.exception()  # Retrieved, because asyncio reports exceptions that nobody retrieves.
         self.cancel(ids)
 
     def cancel(self, ids: Iterable[str]) -> None:
-        cancelled = [each for job_id in ids if (each := self._open.pop(job_id, None)) is not None]
-        for each in cancelled:
-            each.reply.cancel()
+        cancelled = [waiting for job_id in ids if (waiting := self._open.pop(job_id, None)) is not None]
+        for waiting in cancelled:
+            waiting.reply.cancel()
         if cancelled:
             self._delete_soon(cancelled)
 
@@ -116,13 +116,11 @@ class RedisQueue:
 
     async def _delete(self, jobs: Sequence[OpenJob]) -> None:
         """Delete jobs that nobody waits for from their streams, before a worker takes them."""
-        entries = [
-            (position(each.job.priority), each.entry, each.job.tokens) for each in jobs if each.entry is not None
-        ]
+        places = [part for waiting in jobs if waiting.entry for part in (*waiting.place, waiting.job.tokens)]
         # If Redis is unreachable, the worker sees the deadline, or its reply finds nobody.
         with suppress(*REDIS_FAILURES):
-            if entries:
-                args = [GROUP, 0, "", "", *(part for entry in entries for part in entry)]
+            if places:
+                args: list[Any] = [GROUP, 0, "", "", *places]
                 await self._finish(keys=self._keys.finish(self._api), args=args)
 
     def waiting(self) -> int:
@@ -248,14 +246,14 @@ class RedisQueue:
             self._fail(_LOST, lost)
 
     async def _gone_among(self, ids: Iterable[str]) -> list[str]:
-        placed = [each for job_id in ids if (each := self._open.get(job_id)) and each.entry is not None]
-        args: list[Any] = [part for each in placed for part in (position(each.job.priority), each.entry)]
+        placed = [waiting for job_id in ids if (waiting := self._open.get(job_id)) and waiting.entry]
+        args: list[Any] = [part for waiting in placed for part in waiting.place]
         gone = await self._gone(keys=self._keys.streams, args=args)
         return [placed[index].job.id for index in gone]
 
     def _redis_lost_jobs(self) -> None:
         # A job without an entry is just being submitted, and hears of the loss from that.
-        lost = {job_id: each for job_id, each in self._open.items() if each.entry is not None}
+        lost = {job_id: waiting for job_id, waiting in self._open.items() if waiting.entry}
         log.error("redis has lost the queue", jobs=len(lost))
         self._fail(_LOST, lost)
         # If only the mark is gone, workers would still judge these jobs, which nobody waits for, beside the new ones.

@@ -160,7 +160,7 @@ class Heartbeat:
             # Renewed first, whatever else Redis refuses: a job whose lease runs out is taken for a lost one.
             with suppress(*REDIS_FAILURES):
                 if held:
-                    places = [part for each in held for part in each.place]
+                    places = [part for taken in held for part in taken.place]
                     self._renew(keys=self._consumer.keys.streams, args=[GROUP, self._consumer.name, *places])
             with suppress(*REDIS_FAILURES):
                 self.beat(info)

@@ -81,7 +81,8 @@ class Redelivery:
         return []
 
     def _expired(self, priority: Priority) -> list[dict[str, Any]]:
-        # After a pause in which no lease could be renewed, this worker's own jobs look lost too.
+        # After a pause in which no lease could be renewed, this worker's own jobs look lost too. XPENDING and XCLAIM
+        # instead of XAUTOCLAIM, because the number of deliveries decides, and only XPENDING tells it.
         mine = {held.entry for held in self._held.all()}
         pending: Any = self._consumer.redis.xpending_range(
             self._consumer.keys.jobs(priority), GROUP, "-", "+", CLAIM_CANDIDATES, idle=self._lease_ms

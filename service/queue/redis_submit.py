@@ -35,6 +35,11 @@ class OpenJob:
     reply: asyncio.Future[Reply]
     entry: bytes | None = None
 
+    @property
+    def place(self) -> tuple[int, bytes | None]:
+        """Where the job is, as scripts take it: the index of its stream, and its entry."""
+        return position(self.job.priority), self.entry
+
 
 @dataclass(slots=True)
 class _Submission:
@@ -87,9 +92,9 @@ class Submitter:
     def _command(self, jobs: Sequence[OpenJob]) -> list[Any]:
         bounds, first = self._bounds, jobs[0].job
         script_keys = [*self._fixed_keys, self._keys.seen(first.id)]
-        tokens = sum(each.job.tokens for each in jobs)
+        tokens = sum(waiting.job.tokens for waiting in jobs)
         args = [position(first.priority), bounds.jobs, bounds.tokens, tokens, SEEN_TTL_MS]
-        payloads = [encode_job(each.job, self._api, self._status.clock.offset) for each in jobs]
+        payloads = [encode_job(waiting.job, self._api, self._status.clock.offset) for waiting in jobs]
         return ["EVALSHA", self._script.sha, len(script_keys), *script_keys, self._status.epoch, *args, *payloads]
 
     async def _send(self, priority: Priority) -> None:
@@ -122,7 +127,7 @@ class Submitter:
             await self._redis.script_load(scripts.SUBMIT)
             # Including those that were accepted: a submission sent twice counts once.
             answers = await self._execute(submissions)
-        return [each for each, answer in zip(submissions, answers, strict=True) if not self._settled(each, answer)]
+        return [sent for sent, answer in zip(submissions, answers, strict=True) if not self._settled(sent, answer)]
 
     async def _execute(self, submissions: Sequence[_Submission]) -> list[Any]:
         pipe = self._redis.pipeline(transaction=False)

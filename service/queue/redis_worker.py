@@ -175,9 +175,9 @@ class RedisWorkerQueue:
         self._held.progress = time.monotonic()
         held = self._held.among(jobs)
         # A job delivered here twice, around a pause of Redis, may have been answered the first time.
-        answered = {job.id for job in jobs} - {each.job.id for each in held}
+        answered = {job.id for job in jobs} - {taken.job.id for taken in held}
         try:
-            gone = self._gone(keys=self._keys.streams, args=[part for each in held for part in each.place])
+            gone = self._gone(keys=self._keys.streams, args=[part for taken in held for part in taken.place])
         except REDIS_FAILURES:
             return answered
         ids = {held[index].job.id for index in gone}
@@ -215,7 +215,7 @@ class RedisWorkerQueue:
         held = self._held.among(jobs)
         with suppress(*REDIS_FAILURES):
             if held:
-                places = [part for each in held for part in (*each.place, each.job.attempt)]
+                places = [part for taken in held for part in (*taken.place, taken.job.attempt)]
                 args: list[Any] = [GROUP, self._consumer.name, scripts.RELEASED, *places]
                 self._release(keys=self._keys.streams, args=args)
-        self._held.drop(each.job.id for each in held)
+        self._held.drop(taken.job.id for taken in held)

@@ -21,8 +21,8 @@ from service.queue.redis_messages import decode_job
 from service.queue.redis_protocol import PAYLOAD, Keys
 from service.queue.redis_worker import RedisWorkerQueue
 from service.telemetry.metrics import Metrics
+from tests.queue.malformed_entries import MALFORMED_ENTRIES
 from tests.support.live import live_service
-from tests.support.malformed_entries import MALFORMED_ENTRIES
 from tests.support.queues import ANSWER, INFO, failure_code, make_job, make_worker, outcome_of, round_trip, taken
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_engine import ScriptedEngine

@@ -19,7 +19,7 @@ from service.engine.contract import (
 )
 from service.queue.contract import Job, JobFailure, Priority, Reply
 from service.queue.redis_messages import UnreadableJobError, decode_job, decode_replies, encode_job, encode_replies
-from tests.support.malformed_entries import MALFORMED_ENTRIES
+from tests.queue.malformed_entries import MALFORMED_ENTRIES
 
 ITEMS = [
     ScoreItem((0, 5, 2**32 - 1), (7, 9), (1, 2)),

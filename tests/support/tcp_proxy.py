@@ -59,5 +59,5 @@ class TcpProxy:
             while (chunk := await reader.read(65536)) and await self.passes():
                 writer.write(chunk)
                 await writer.drain()
-        for each in both:
-            each.transport.abort()
+        for end in both:
+            end.transport.abort()

@@ -44,7 +44,7 @@ async def test_each_job_gets_its_own_answer() -> None:
     replies = await replies_to(FakeEngine(), jobs)
 
     assert [reply.id for reply in replies] == ["a", "b", "c"]
-    assert [reply.outcome for reply in replies] == [FakeEngine().run([each.item])[0] for each in jobs]
+    assert [reply.outcome for reply in replies] == [FakeEngine().run([job.item])[0] for job in jobs]
 
 
 async def test_an_item_that_breaks_the_batch_fails_alone() -> None:

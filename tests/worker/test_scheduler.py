@@ -157,6 +157,6 @@ def test_every_job_goes_exactly_once_and_in_order(sizes: list[int], max_jobs: in
     while scheduler.seconds_until_due(now=1.0) == 0.0:
         batches.append(scheduler.next_batch())
 
-    assert [each for batch in batches for each in names(batch)] == [str(index) for index in range(len(sizes))]
+    assert [name for batch in batches for name in names(batch)] == [str(index) for index in range(len(sizes))]
     assert all(len(batch) <= max_jobs for batch in batches)
-    assert all(len(batch) == 1 or sum(each.tokens for each in batch) <= 100 for batch in batches)
+    assert all(len(batch) == 1 or sum(job.tokens for job in batch) <= 100 for batch in batches)
