@@ -33,7 +33,7 @@ from service.cli import settings_from
 from service.models.__main__ import main as models_main
 from service.models.manifest import known_models
 from service.settings import Settings, UpstreamKey, WorkerSettings
-from tests.benchmarks.test_benchmark_command import SUBSETS
+from tests.benchmarks.makers import SUBSETS
 from tests.repository.documents import ROOT, Block, Command, blocks, commands, is_command, lines
 from tests.support.live import Live, live_service
 from trainer.__main__ import main as trainer_main
