@@ -26,11 +26,11 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.queue.tcp_proxy import TcpProxy
 from tests.support.fleet import ROOT, Fleet
 from tests.support.live import wait_for
 from tests.support.load import Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers, running_redis
-from tests.support.tcp_proxy import TcpProxy
 
 WORKER = ("--fake-delay", "0.05", "--batch-jobs", "32", "--lease-seconds", "1.5")
 # Seconds that a call may take with its retries: many times the longest silence.

@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.engine.torch.engine import TorchEngine
 from service.engine.upstream.engine import UpstreamEngine
+from tests.engine.upstream.makers import chat, completions, spread, words
+from tests.engine.vllm import SHAPE, VOCABULARY
 from tests.support.openai_server import Upstream, openai_server
 from tests.support.tiny import tiny_tokenizer
-from tests.support.upstream import chat, completions, spread, words
-from tests.support.vllm import SHAPE, VOCABULARY
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from service.engine.torch.generate import TorchGenerator
 from service.engine.vllm.config import Lora, VllmOptions, VllmStartError
 from service.engine.vllm.engine import VllmEngine
 from service.models.resolve import resolve
+from tests.engine.vllm import SHAPE, VLLM_MARKS, VOCABULARY
 from tests.support.reference import rewardbench_pairs
-from tests.support.vllm import SHAPE, VLLM_MARKS, VOCABULARY
 
 pytestmark = VLLM_MARKS
 

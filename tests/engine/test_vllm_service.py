@@ -21,10 +21,10 @@ from service.engine.torch.engine import TorchEngine
 from service.judge.readers import LabelReader
 from service.questions import Predicate
 from service.worker.loop import STALLED_STATUS
+from tests.engine.vllm import START_SECONDS, VLLM_MARKS
 from tests.support.fleet import Api, Program
 from tests.support.live import wait_for
 from tests.support.redis_server import RedisServer
-from tests.support.vllm import START_SECONDS, VLLM_MARKS
 
 pytestmark = VLLM_MARKS
 

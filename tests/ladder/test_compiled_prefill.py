@@ -23,6 +23,7 @@ from service.engine.torch.cpu import library
 from service.engine.torch.cpu.kernel import CompiledOutputLayer
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.loading import Loaded, free_memory
+from tests.ladder.saboteur import write_program
 from tests.support.causal import (
     CONFIGS,
     SMALL,
@@ -36,7 +37,6 @@ from tests.support.causal import (
     write_model,
     write_with_broken_embedding,
 )
-from tests.support.saboteur import write_program
 
 pytestmark = pytest.mark.usefixtures("own_threads")
 needs_bf16 = pytest.mark.skipif(

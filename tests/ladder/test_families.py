@@ -15,8 +15,8 @@ from service.engine.torch.cpu.library import library_forms
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.generate import TorchGenerator
 from service.engine.torch.loading import EngineLoadError, Loaded
+from tests.ladder.families import COMPILED, PACKED, SINGLE, build, build_classifier
 from tests.support.causal import logprobs, near, own_logprobs, prefix_items
-from tests.support.families import COMPILED, PACKED, SINGLE, build, build_classifier
 
 # Up to 170 tokens: beyond every window, chunk and original length of these models.
 ITEMS = prefix_items(2, 3)

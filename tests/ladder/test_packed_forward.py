@@ -18,6 +18,7 @@ from service.engine.contract import DType, ScoreItem
 from service.engine.torch.engine import TorchEngine
 from service.engine.torch.executors import PackedExecutor
 from service.engine.torch.packing import PackedBatch
+from tests.ladder.families import VOCABULARY, config_of
 from tests.support.causal import (
     SMALL,
     every_kind,
@@ -30,7 +31,6 @@ from tests.support.causal import (
     write_model,
     write_with_broken_embedding,
 )
-from tests.support.families import VOCABULARY, config_of
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from service.engine.torch import ladder
 from service.engine.torch.cpu import build
 from service.engine.torch.cpu.library import library_forms
 from service.engine.torch.engine import TorchEngine
+from tests.ladder.saboteur import compiler, write_program
 from tests.support.causal import logprobs, near, own_logprobs
 from tests.support.fleet import START_SECONDS, Api
 from tests.support.live import wait_for
-from tests.support.saboteur import compiler, write_program
 from tests.support.tiny import make_tiny_model
 
 COMPILED = [f"compiled-{form}" for form in library_forms()]

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from service.models.converted import write_provenance
 from service.models.manifest import known_models
+from tests.models.sandbox import HUB_ID, Sandbox
 from tests.support.model_sources import Hub, PackageIndex, split_into_wheels, write_gguf
-from tests.support.sandbox import HUB_ID, Sandbox
 
 
 @pytest.fixture(scope="session")

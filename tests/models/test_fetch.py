@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from service.models.converted import differences, write_provenance
 from service.models.manifest import known_models
 from service.models.resolve import DEFAULT_MODEL
+from tests.models.sandbox import HUB_ID, Sandbox, damage
 from tests.support.live import wait_for
 from tests.support.model_sources import manifest_entry
-from tests.support.sandbox import HUB_ID, Sandbox, damage
 
 PART = "tiny-model-part2==1.0"
 DOWNLOAD_SECONDS = 300.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.models.resolve import fingerprint
-from tests.support.sandbox import HUB_ID, Sandbox, damage
+from tests.models.sandbox import HUB_ID, Sandbox, damage
 
 
 def test_hub_id_is_fetched_from_the_hub(sandbox: Sandbox, tiny_model: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from service.models.manifest import known_models
 from service.models.resolve import DEFAULT_MODEL, ModelError, ModelFiles, fingerprint, resolve
-from tests.support.sandbox import ROOT, damage
+from tests.models.sandbox import ROOT, damage
 
 FACTS = ROOT.parent / "shared" / "data" / "model_sources.json"
 

@@ -14,7 +14,7 @@ from service.errors import ServiceError
 from service.prompts.builder import JudgePrompt, PromptBuilder
 from service.prompts.chat_template import ConversationFrame
 from service.prompts.truncation import CUT_MARK, kept_behind
-from tests.support.prompts import LONG, TEXTS, llama_tokenizer
+from tests.prompts.makers import LONG, TEXTS, llama_tokenizer
 from tests.support.tiny import tiny_tokenizer
 
 TURNS = (

@@ -19,8 +19,8 @@ from service.errors import ServiceError
 from service.judge.grades import parse_grade
 from service.prompts.builder import PromptBuilder
 from service.prompts.length_bound import least_composed
+from tests.prompts.makers import composing_tokenizer, inline, tokenizer_named
 from tests.support.live import Live, live_service
-from tests.support.prompts import composing_tokenizer, inline, tokenizer_named
 
 # What was quadratic took minutes for these sizes; what is linear takes a fraction of a second.
 BOUND = 10.0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from client.errors import ErrorCode
 from service.errors import ServiceError
 from service.judge.templates import TemplateLibrary
-from tests.support.prompts import CHAT, RAW, builder, inline, tokenizer_named
+from tests.prompts.makers import CHAT, RAW, builder, inline, tokenizer_named
 
 
 @pytest.mark.parametrize(("name", "library"), [("tiny", CHAT), ("tiny", RAW), ("bare", RAW)])

@@ -18,7 +18,7 @@ from service.models.tokenizers import load_tokenizer
 from service.prompts.builder import JudgePrompt, PromptBuilder
 from service.prompts.rendering import flatten
 from service.questions import PromptSpec
-from tests.support.prompts import (
+from tests.prompts.makers import (
     CHAT,
     CONTROL,
     FORGED,

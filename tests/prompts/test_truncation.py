@@ -12,7 +12,7 @@ from client.errors import ErrorCode
 from service.errors import ServiceError
 from service.prompts.tokenizer import Codec
 from service.prompts.truncation import CUT_MARK
-from tests.support.prompts import FORGED, LONG, RAW, TEXTS, builder, decoded, inline, tokenizer_named
+from tests.prompts.makers import FORGED, LONG, RAW, TEXTS, builder, decoded, inline, tokenizer_named
 
 
 def test_a_text_that_just_fits_is_not_touched() -> None:

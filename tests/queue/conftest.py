@@ -10,7 +10,7 @@ import pytest
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
 from service.queue.redis_worker import RedisWorkerQueue
-from tests.support.queues import make_worker, open_queue
+from tests.queue.makers import make_worker, open_queue
 from tests.support.redis_server import RedisServer, running_redis
 
 

@@ -26,7 +26,7 @@ from service.queue.contract import (
 from service.queue.memory import MemoryQueue
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
-from tests.support.queues import ANSWER, INFO, eventually, make_job, make_worker, taken
+from tests.queue.makers import ANSWER, INFO, eventually, make_job, make_worker, taken
 from tests.support.redis_server import RedisServer
 
 

@@ -16,7 +16,7 @@ from service.queue.contract import Priority, Reply
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import GROUP, PAYLOAD, Keys
 from service.queue.redis_worker import RedisWorkerQueue
-from tests.support.queues import (
+from tests.queue.makers import (
     ANSWER,
     LEASE,
     eventually,

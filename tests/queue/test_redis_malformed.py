@@ -21,11 +21,11 @@ from service.queue.redis_messages import decode_job
 from service.queue.redis_protocol import PAYLOAD, Keys
 from service.queue.redis_worker import RedisWorkerQueue
 from service.telemetry.metrics import Metrics
+from tests.queue.makers import ANSWER, INFO, failure_code, make_job, make_worker, outcome_of, round_trip, taken
 from tests.queue.malformed_entries import MALFORMED_ENTRIES
+from tests.queue.scripted_engine import ScriptedEngine
 from tests.support.live import live_service
-from tests.support.queues import ANSWER, INFO, failure_code, make_job, make_worker, outcome_of, round_trip, taken
 from tests.support.redis_server import RedisServer
-from tests.support.scripted_engine import ScriptedEngine
 
 
 async def test_no_entry_ends_a_worker(server: RedisServer, keys: Keys, queue: RedisQueue) -> None:

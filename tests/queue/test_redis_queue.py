@@ -16,7 +16,7 @@ from service.queue.redis_messages import decode_job, encode_replies
 from service.queue.redis_protocol import PAYLOAD, Keys
 from service.queue.redis_worker import RedisWorkerQueue
 from service.telemetry.metrics import Metrics
-from tests.support.queues import (
+from tests.queue.makers import (
     ANSWER,
     INFO,
     LEASE,

@@ -7,7 +7,7 @@ import asyncio
 from service.queue.contract import Priority, Reply
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
-from tests.support.queues import ANSWER, make_job, make_worker, open_queue, outcome_of, taken
+from tests.queue.makers import ANSWER, make_job, make_worker, open_queue, outcome_of, taken
 from tests.support.redis_server import RedisServer
 
 

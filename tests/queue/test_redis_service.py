@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from bench.support.process import free_port
+from tests.queue.tcp_proxy import TcpProxy
 from tests.support.fleet import Fleet, Program
 from tests.support.live import wait_for
 from tests.support.load import Mix, RunningLoad, Tally
 from tests.support.redis_server import RedisServer, leftovers, running_redis
-from tests.support.tcp_proxy import TcpProxy
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}
 BATCHES = Mix(batches=20, batch_size=100, singles=0)

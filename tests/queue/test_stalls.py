@@ -21,11 +21,11 @@ from service.settings import Settings, WorkerSettings
 from service.telemetry.metrics import Metrics
 from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import Scheduler
+from tests.queue.makers import ANSWER, make_job
+from tests.queue.scripted_engine import ScriptedEngine
 from tests.support.fleet import Fleet
 from tests.support.live import live_service, wait_for
-from tests.support.queues import ANSWER, make_job
 from tests.support.redis_server import RedisServer
-from tests.support.scripted_engine import ScriptedEngine
 
 # A character that is in no template, so that a text with it is the only one with its token.
 MARK = "~"

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from service.engine.contract import LabelLogprobs, ScoreItem
-from tests.support.families import BASE, VOCABULARY
+from tests.ladder.families import BASE, VOCABULARY
 
 SMALL: Final = {**BASE, "num_hidden_layers": 3}
 CONFIGS: Final[dict[str, Callable[[], Any]]] = {

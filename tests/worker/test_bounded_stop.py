@@ -13,9 +13,9 @@ from service.engine.contract import LabelLogprobs
 from service.judge.score_cache import redis_cache
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
+from tests.queue.makers import failure_code, make_job
 from tests.support.fleet import Fleet
 from tests.support.live import wait_for
-from tests.support.queues import failure_code, make_job
 from tests.support.redis_server import RedisServer, running_redis
 
 PAIR = {"prompt": "What is 2+2?", "response": "4"}

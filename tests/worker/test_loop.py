@@ -17,8 +17,8 @@ from service.queue.memory import MemoryQueue
 from service.telemetry.metrics import Metrics
 from service.worker.loop import Worker
 from service.worker.scheduler import Scheduler
-from tests.support.queues import make_job
-from tests.support.scripted_engine import ScriptedEngine
+from tests.queue.makers import make_job
+from tests.queue.scripted_engine import ScriptedEngine
 
 
 def job(name: str, *, seconds: float = 60.0, first: int = 0) -> Job:

@@ -1,0 +1,1 @@
+"""What the policy is asked: read, deduplicated, categorised, chosen. Door: `selection.prepare_instructions`."""

@@ -24,9 +24,9 @@ from service.engine.contract import (
     TextScoreItem,
 )
 from service.engine.upstream.engine import UpstreamEngine
+from tests.engine.upstream.makers import NO, YES, chat, completions, failed, item, message, spread, words
 from tests.support.openai_server import MODEL, Reply, Style, Upstream, error, openai_server
 from tests.support.tiny import tiny_tokenizer
-from tests.support.upstream import NO, YES, chat, completions, failed, item, message, spread, words
 
 
 @pytest.mark.parametrize("task", ["labels", "generate"])

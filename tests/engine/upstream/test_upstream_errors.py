@@ -13,8 +13,8 @@ from client.errors import ErrorCode
 from service.engine.contract import AnyAnswer, ItemFailure, LabelLogprobs
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.errors import UpstreamError
+from tests.engine.upstream.makers import KEY, chat, completions, failed, item, message, spread
 from tests.support.openai_server import Reply, Seen, Upstream, columns_answer, error, ids_answer, openai_server
-from tests.support.upstream import KEY, chat, completions, failed, item, message, spread
 
 
 def answer_of(engine: UpstreamEngine, *token_ids: int) -> AnyAnswer | ItemFailure:

@@ -11,8 +11,8 @@ from client.errors import ErrorCode
 from service.engine.contract import ItemFailure, LabelLogprobs
 from service.engine.upstream.errors import UpstreamError
 from service.engine.upstream.logprobs import ZERO_LOGPROB, Token, TopLogprobs, by_id, by_word, parse_logprobs
+from tests.engine.upstream.makers import chat, failed, message
 from tests.support.openai_server import Upstream, chat_answer, columns_answer, openai_server
-from tests.support.upstream import chat, failed, message
 
 
 def tokens(**logprobs: float) -> list[Token]:

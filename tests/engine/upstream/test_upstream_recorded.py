@@ -11,8 +11,8 @@ import pytest
 
 from client.errors import ErrorCode
 from service.engine.contract import LabelLogprobs, ScoreItem
+from tests.engine.upstream.makers import CONVERSATION, chat, completions, failed, message, torch_logprobs
 from tests.support.openai_server import Reply, Upstream, openai_server
-from tests.support.upstream import CONVERSATION, chat, completions, failed, message, torch_logprobs
 
 
 @contextmanager

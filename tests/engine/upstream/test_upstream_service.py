@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.engine.contract import ScoreItem
 from service.engine.torch.engine import TorchEngine
+from tests.engine.upstream.makers import CONVERSATION, KEY, served, torch_logprobs, words
 from tests.support.openai_server import MODEL, Reply, Seen, Upstream, error, openai_server
 from tests.support.reference import paper_file, paper_text
-from tests.support.upstream import CONVERSATION, KEY, served, torch_logprobs, words
 
 
 class TinyModel:

@@ -24,12 +24,12 @@ from service.models.resolve import resolve
 from service.prompts.builder import PromptBuilder
 from service.prompts.text_builder import Prompt
 from service.settings import Settings
+from tests.engine.upstream.makers import CONVERSATION, failed, served
+from tests.engine.upstream.openai_recording import prompts_of, recorded
+from tests.engine.vllm import START_SECONDS, VLLM_MARKS
 from tests.support.fleet import Program
 from tests.support.live import wait_for
-from tests.support.openai_recording import prompts_of, recorded
 from tests.support.openai_server import Upstream
-from tests.support.upstream import CONVERSATION, failed, served
-from tests.support.vllm import START_SECONDS, VLLM_MARKS
 
 pytestmark = VLLM_MARKS
 

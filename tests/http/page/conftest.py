@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from bench.screenshots import open_browser
+from tests.http.page.playground import PATIENCE, opened
 from tests.support.live import Live, live_service
-from tests.support.playground import PATIENCE, opened
 
 
 @pytest.fixture(scope="module")

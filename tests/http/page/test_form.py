@@ -11,8 +11,8 @@ import re
 import pytest
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
+from tests.http.page.playground import fill, opened, run
 from tests.support.live import Live, live_service, wait_for
-from tests.support.playground import fill, opened, run
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 

@@ -7,8 +7,8 @@ import re
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
+from tests.http.page.playground import fill, link, opened, run
 from tests.support.live import Live
-from tests.support.playground import fill, link, opened, run
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 

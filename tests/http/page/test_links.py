@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
 
+from tests.http.page.playground import OWN, fill, inputs, link, opened, run
 from tests.support.live import Live, live_service
-from tests.support.playground import OWN, fill, inputs, link, opened, run
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 

@@ -32,8 +32,8 @@ from service.worker.scheduler import make_scheduler
 from tests.support.openai_server import MODEL, Upstream
 from tests.support.tiny import tiny_tokenizer
 
-CONVERSATION: Final = json.loads((Path(__file__).parents[1] / "data" / "openai_conversation.json").read_text("utf-8"))
-"""What vLLM's server really answered, by way of asking; see tests/support/openai_recording.py."""
+CONVERSATION: Final = json.loads((Path(__file__).parents[2] / "data" / "openai_conversation.json").read_text("utf-8"))
+"""What vLLM's server really answered, by way of asking; see tests/engine/upstream/openai_recording.py."""
 KEY: Final = "sk-very-secret-123"
 YES, NO = 40, 41
 

