@@ -354,7 +354,7 @@ async def test_an_answer_is_kept_under_what_computed_it_whoever_was_there() -> N
 
 
 async def test_of_several_workers_scores_one_is_always_taken() -> None:
-    """Two kinds of worker are there and both have judged the prompt: the same one's score is taken, whatever is asked with it."""
+    """Two kinds of worker have judged the prompt: the same one's score is always taken, whatever is asked with it."""
     desk = Desk()
     desk.queue.attach(OTHER)
     found = []
