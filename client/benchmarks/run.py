@@ -113,6 +113,7 @@ async def judge_samples(
     judge stays out of reach. Whatever is raised, and on cancellation, everything judged is on disk.
     """
     run = _run_of(samples, asking, folder, on_progress)
+    run.stop_if_too_many_failed()
     pending = [sample for sample in samples if sample.id not in run.lines]
     with appending_lines(folder.items, _START_OVER) as append:
         last = time.monotonic()
