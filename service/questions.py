@@ -122,9 +122,10 @@ class Layout:
 
     def check(self) -> None:
         """Raise ServiceError(BAD_TEMPLATE) for a layout that came with a request and has a problem."""
-        if self.inline and (problem := self.problem()):
-            raise ServiceError(ErrorCode.BAD_TEMPLATE, f"the template's {problem}", param="template")
+        if self.inline and self.problem:
+            raise ServiceError(ErrorCode.BAD_TEMPLATE, f"the template's {self.problem}", param="template")
 
+    @cached_property  # a comparison asks once for each of its prompts
     def problem(self) -> str | None:
         """What is wrong with the text, in words that do not quote it; None if nothing is."""
         counts = Counter(self.parts[1::2])

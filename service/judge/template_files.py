@@ -203,8 +203,8 @@ def _read(source: str, data: Any, default_format: Format) -> Iterator[tuple[str,
         raise _bad_file(source, _name_at(data, first["loc"]), f"{where}: {first['msg']}") from error
     for entry in entries:
         template = _template(entry, default_format)
-        if problem := template.problem():
-            raise _bad_file(source, template.id, problem)
+        if template.problem:
+            raise _bad_file(source, template.id, template.problem)
         yield source, template, entry.category
 
 

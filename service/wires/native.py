@@ -110,7 +110,6 @@ class NativeWire:
         else:
             template = self.templates.default(template_mode)
         if template.mode != template_mode:
-            template.check()
             raise ServiceError(
                 ErrorCode.BAD_TEMPLATE,
                 f"this template is {template.mode}, and this service's judge, {self._judge.name}, needs one that is "
