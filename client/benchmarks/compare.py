@@ -71,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, 1 (cannot be written, a package is missing), 2 (runs that cannot be compared) or 130."""
     args = _compare_parser().parse_args(argv)
     try:
+        console = stdout_console()  # first: a missing package is reported before minutes of work
         runs = read_runs(args.runs)
         comparison = compare_runs(runs, seed=args.seed, resamples=args.resamples)
         if args.out is not None:
             write_comparison(comparison, args.out)
-        print_comparison(comparison, stdout_console())
+        print_comparison(comparison, console)
     except CompareError as error:
         return fail(error, USAGE)
     except (ImportError, OSError) as error:
