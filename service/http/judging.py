@@ -75,56 +75,66 @@ def add_judging_routes(app: FastAPI, service: Service) -> None:
     """Add the four routes."""
     wire = service.wire
 
-    async def single(
-        body: AnyItemRequest, judge: Answering[AnyItemRequest, AnyResult], request: Request, call: Call
-    ) -> Response:
-        service.admit(request.state.caller, [body])
-        (answer,) = await judge([body], call)
-        if isinstance(answer, ServiceError):
-            raise answer
-        return as_json(answer)
-
-    async def batch(
-        kind: type[AnyItemRequest],
-        sent: Sequence[object],
-        judge: Answering[AnyItemRequest, AnyResult],
-        request: Request,
-        call: Call,
-    ) -> list[AnyResult | ServiceError]:
-        service.admit_items(len(sent))
-        items = [_each_alone(kind, item) for item in sent]
-        good = [item for item in items if not isinstance(item, ServiceError)]
-        service.admit(request.state.caller, good)
-        answers = iter(await judge(good, call))
-        merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
-        for answer in merged:
-            if isinstance(answer, ServiceError):
-                service.metrics.error(answer.code)
-        return merged
-
     @app.post("/score", response_model=ScoreResult, responses=documented(*_SINGLE), tags=["judging"])
     async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
-        return await single(body, wire.score, request, call)
+        return await _single(service, body, wire.score, request, call)
 
     @app.post("/compare", response_model=CompareResult, responses=documented(*_SINGLE), tags=["judging"])
     async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
-        return await single(body, wire.compare, request, call)
+        return await _single(service, body, wire.compare, request, call)
 
     @app.post("/score/batch", response_model=ScoreBatchResult, responses=documented(*_BATCH), tags=["judging"])
     async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
         """Many score requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await batch(ScoreRequest, body.items, wire.score, request, call)
+        answers = await _batch(service, _items(service, ScoreRequest, body.items), wire.score, request, call)
         entries = [ScoreBatchItem(index=n, **_entry(answer)) for n, answer in enumerate(answers)]
         return as_json(ScoreBatchResult(results=entries))
 
     @app.post("/compare/batch", response_model=CompareBatchResult, responses=documented(*_BATCH), tags=["judging"])
     async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
         """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
-        answers = await batch(CompareRequest, body.items, wire.compare, request, call)
+        answers = await _batch(service, _items(service, CompareRequest, body.items), wire.compare, request, call)
         entries = [CompareBatchItem(index=n, **_entry(answer)) for n, answer in enumerate(answers)]
         return as_json(CompareBatchResult(results=entries))
+
+
+async def _single(
+    service: Service,
+    body: AnyItemRequest,
+    judge: Answering[AnyItemRequest, AnyResult],
+    request: Request,
+    call: Call,
+) -> Response:
+    service.admit(request.state.caller, [body])
+    (answer,) = await judge([body], call)
+    if isinstance(answer, ServiceError):
+        raise answer
+    return as_json(answer)
+
+
+async def _batch(
+    service: Service,
+    items: Sequence[AnyItemRequest | ServiceError],
+    judge: Answering[AnyItemRequest, AnyResult],
+    request: Request,
+    call: Call,
+) -> list[AnyResult | ServiceError]:
+    good = [item for item in items if not isinstance(item, ServiceError)]
+    service.admit(request.state.caller, good)
+    answers = iter(await judge(good, call))
+    merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
+    for answer in merged:
+        if isinstance(answer, ServiceError):
+            service.metrics.error(answer.code)
+    return merged
+
+
+def _items(service: Service, kind: type[AnyItemRequest], sent: Sequence[object]) -> list[AnyItemRequest | ServiceError]:
+    """The items of a batch, each validated by itself, once their number is known to be allowed."""
+    service.admit_items(len(sent))
+    return [_each_alone(kind, item) for item in sent]
 
 
 def _entry(answer: ScoreResult | CompareResult | ServiceError) -> dict[str, object]:
