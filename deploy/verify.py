@@ -193,9 +193,7 @@ def judge_something(deployment: Deployment, report: Report) -> None:
         raise CheckError("a request without a key was not refused")
     # A worker's metrics are there before its model is: on a busy machine the second one loads for some seconds more.
     deadline = time.monotonic() + WORKERS_SECONDS
-    while len(workers := json.loads(get(f"{url}/v1/models"))["data"][0]["workers"]) < 2:
-        if time.monotonic() > deadline:
-            break
+    while len(workers := json.loads(get(f"{url}/v1/models"))["data"][0]["workers"]) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     if len(workers) != 2 or {worker["engine"] for worker in workers} != {"torch"}:
         raise CheckError(f"/v1/models shows these workers: {workers}")

@@ -34,8 +34,6 @@ INLINE_PROMPTS = 8
 Result = TypeVar("Result")
 Group: TypeAlias = Sequence[PromptSpec] | ServiceError
 """The prompts of one request, which is judged as a whole or not at all; or why the request has none."""
-
-
 _Numbered: TypeAlias = tuple[int, PromptSpec]
 """A spec and the number of its group."""
 

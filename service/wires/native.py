@@ -157,7 +157,7 @@ class NativeWire:
         mode = self._mode(request)
         name = template.id if template else REWARD_TEMPLATE
         shown_in = _shown(request, mode)
-        comparison, effect = _compared(request, mode, judged)
+        comparison, effect = _compared(request, shown_in, judged)
         by_response = [
             [judgement for shown, judgement in zip(shown_in, judged, strict=True) if index in shown]
             for index in range(len(request.responses))
@@ -203,14 +203,14 @@ def _shown(request: AnyRequest, mode: CompareMode) -> list[tuple[int, ...]]:
 
 
 def _compared(
-    request: CompareRequest, mode: CompareMode, judged: Sequence[Judgement]
+    request: CompareRequest, shown_in: Sequence[tuple[int, ...]], judged: Sequence[Judgement]
 ) -> tuple[Comparison, OrderEffect | None]:
     log_odds = [judgement.log_odds for judgement in judged]
-    if mode == "pointwise":
+    if len(shown_in[0]) == 1:
         return compare_pointwise(log_odds, request.tie_margin), None
     n = len(request.responses)
     first_wins = [[0.0] * n for _ in range(n)]
-    for (i, j), value in zip(_shown(request, mode), log_odds, strict=True):
+    for (i, j), value in zip(shown_in, log_odds, strict=True):
         first_wins[i][j] = value
     return compare_pairwise(first_wins, request.tie_margin)
 
