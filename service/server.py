@@ -18,6 +18,7 @@ from service.errors import ServiceError
 from service.http.routing import Limits, Service
 from service.http.uvicorn_server import Server
 from service.judge import calibration as calibrations
+from service.judge.decisions import Decider
 from service.judge.dispatch import Dispatcher, Scores
 from service.judge.judges import Judge, judge_of
 from service.judge.pipeline import Pipeline
@@ -131,7 +132,12 @@ def compose(
     keys = [key.get_secret_value() for key in settings.api_key]
     hosts = AllowedHosts(settings.host, settings.allowed_hosts, has_keys=bool(keys))
     wire = NativeWire(pipeline, templates, provenance)
-    return Service(wire, pipeline, queue, metrics, info, limits, hosts, keys, tracing=tracing)
+    decider = Decider(pipeline, templates, judge, settings.choice_rotations)
+    try:
+        decider.prepare()
+    except ServiceError as error:
+        log.warning("choice and scale are unusable with this model", reason=error.message)
+    return Service(wire, decider, pipeline, queue, metrics, info, limits, hosts, keys, tracing=tracing)
 
 
 def _prompts(settings: Settings, model: Model) -> Prompts:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from client.errors import ErrorCode
 from client.schema import ErrorResult
@@ -35,34 +34,51 @@ _PATH_SEPARATOR = re.compile(r"[.\[]")
 _UNION_BRANCHES = frozenset({"str"})
 
 
-def error_response(metrics: Metrics, error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
-    """Count the error and return its response: status, body, and the headers that the status requires."""
+ErrorForm: TypeAlias = Callable[[ServiceError], tuple[int, Mapping[str, Any]]]
+"""How a protocol writes errors: status and body."""
+
+
+def native_form(error: ServiceError) -> tuple[int, Mapping[str, Any]]:
+    """An ErrorResult, which is OpenAI's form as well."""
+    return error.status, ErrorResult(error=error.body()).model_dump(mode="json")
+
+
+# The forms of routes that speak somebody else's protocol, by path: errors of the middleware have theirs too.
+FORMS: Final[Mapping[str, ErrorForm]] = {}
+
+
+def error_response(
+    metrics: Metrics, error: ServiceError, path: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Count the error and return its response in the form of the path's protocol, with the headers that go with it."""
     metrics.error(error.code)
+    status, body = FORMS.get(path, native_form)(error)
     extra = dict(headers or {})
-    if error.status == 401:
+    if status == 401:
         extra["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         extra["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    body = ErrorResult(error=error.body()).model_dump_json()
-    return Response(body, error.status, extra, media_type="application/json")
+    return JSONResponse(body, status, extra)
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Make the app answer exceptions of routes and router with an ErrorResult."""
-    answer = partial(error_response, metrics)
+
+    def answer(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> Response:
+        return error_response(metrics, error, request.url.path, headers)
 
     @app.exception_handler(ServiceError)
-    async def service_error(_: Request, exc: ServiceError) -> Response:
-        return answer(exc)
+    async def service_error(request: Request, exc: ServiceError) -> Response:
+        return answer(request, exc)
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, exc: RequestValidationError) -> Response:
-        return answer(await _body_error(request) or from_validation_errors(exc.errors(), skip=1))
+        return answer(request, await _body_error(request) or from_validation_errors(exc.errors(), skip=1))
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: Request, exc: HTTPException) -> Response:
         unreadable = await _body_error(request) if exc.status_code == 400 else None
-        return answer(unreadable or _from_http_exception(exc), exc.headers)
+        return answer(request, unreadable or _from_http_exception(exc), exc.headers)
 
 
 async def check_body(request: Request) -> None:

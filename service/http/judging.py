@@ -107,7 +107,8 @@ async def _single(
     request: Request,
     call: Call,
 ) -> Response:
-    service.admit(request.state.caller, [body])
+    service.check_draining()
+    service.spend(request.state.caller, service.wire.admit([body]))
     (answer,) = await judge([body], call)
     if isinstance(answer, ServiceError):
         raise answer
@@ -122,7 +123,7 @@ async def _batch(
     call: Call,
 ) -> list[AnyResult | ServiceError]:
     good = [item for item in items if not isinstance(item, ServiceError)]
-    service.admit(request.state.caller, good)
+    service.spend(request.state.caller, service.wire.admit(good))
     answers = iter(await judge(good, call))
     merged = [item if isinstance(item, ServiceError) else next(answers) for item in items]
     for answer in merged:

@@ -76,12 +76,12 @@ class RequestContext:
                 # The drain timed out and uvicorn cancels the rest. Unless answered here, it sends a 500 of its own.
                 if status == CLIENT_CLOSED_REQUEST:
                     stopped = ServiceError(ErrorCode.DRAINING, "the service has stopped", retry_after=1.0)
-                    await error_response(self._metrics, stopped)(scope, receive, send_with_id)
+                    await error_response(self._metrics, stopped, scope["path"])(scope, receive, send_with_id)
             except Exception as exc:
                 # Its message may hold the caller's text, so only its type and place are logged.
                 log.error("unhandled", error=type(exc).__name__, at=traceback.format_tb(exc.__traceback__)[-1].strip())
                 if status == CLIENT_CLOSED_REQUEST:
-                    await error_response(self._metrics, internal_error())(scope, receive, send_with_id)
+                    await error_response(self._metrics, internal_error(), scope["path"])(scope, receive, send_with_id)
             finally:
                 self._finish(scope, span, status, time.perf_counter() - started)
 
@@ -114,7 +114,7 @@ class KnownHost:
             await self._app(scope, receive, send)
             return
         error = ServiceError(ErrorCode.INVALID_HEADER, refusal, param="Host")
-        await error_response(self._metrics, error)(scope, receive, send)
+        await error_response(self._metrics, error, scope["path"])(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
         sent = Headers(scope=scope).getlist("host")
@@ -152,7 +152,7 @@ class Authentication:
             allowed = not self._digests or (known and scheme.lower() == "bearer")
             if not allowed and scope["path"] not in OPEN_PATHS:
                 error = ServiceError(ErrorCode.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
-                await error_response(self._metrics, error)(scope, receive, send)
+                await error_response(self._metrics, error, scope["path"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = digest.hex() if known else ""
         await self._app(scope, receive, send)
@@ -178,7 +178,7 @@ class WholeBody:
             body = await self._read(scope, receive)
         except ServiceError as error:
             # The rest of the body is still arriving: the connection cannot be used again.
-            await error_response(self._metrics, error, {"Connection": "close"})(scope, receive, send)
+            await error_response(self._metrics, error, scope["path"], {"Connection": "close"})(scope, receive, send)
             return
         if body is not None:
             await self._run(body, scope, receive, send)

@@ -16,13 +16,14 @@ from client.schema import ErrorResult, ModelInfo, Result
 from service.errors import ServiceError
 from service.http import errors as http_errors
 from service.http.rate_limit import RateLimiter
+from service.judge.decisions import Decider
 from service.judge.dispatch import Call
 from service.judge.pipeline import Pipeline
 from service.process.hosts import AllowedHosts
 from service.queue.contract import JobQueue, Priority
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
-from service.wires.native import AnyRequest, NativeWire
+from service.wires.native import NativeWire
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -48,6 +49,7 @@ class Service:
     """Everything that the routes use, put together once at start. `draining` turns new work away."""
 
     wire: NativeWire
+    decider: Decider
     pipeline: Pipeline
     queue: JobQueue
     metrics: Metrics
@@ -67,17 +69,18 @@ class Service:
         if self.draining:
             raise ServiceError(ErrorCode.DRAINING, "the service is stopping", retry_after=1.0)
 
-    def admit_items(self, items: int) -> None:
-        """The part of `admit` that is known before the items have been looked at."""
+    def admit_items(self, items: int, field: str = "items") -> None:
+        """Refuse a request before its items, the entries of this field, have been looked at.
+
+        Raises ServiceError: DRAINING while the service stops, PAYLOAD_TOO_LARGE for too many.
+        """
         self.check_draining()
         if items > self.limits.max_batch_items:
-            message = f"{items} items are over the limit of {self.limits.max_batch_items}: send several batches"
-            raise ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="items")
+            message = f"{items} {field} are over the limit of {self.limits.max_batch_items}: send several requests"
+            raise ServiceError(ErrorCode.PAYLOAD_TOO_LARGE, message, param=field)
 
-    def admit(self, caller: str, requests: Sequence[AnyRequest]) -> None:
-        """Refuse work before it is begun; raises ServiceError."""
-        self.admit_items(len(requests))
-        judgements = self.wire.admit(requests)
+    def spend(self, caller: str, judgements: int) -> None:
+        """Count judgements against the caller's rate; raises ServiceError(RATE_LIMITED)."""
         if self.limiter:
             self.limiter.spend(caller, judgements)
 

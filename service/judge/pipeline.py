@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from service.judge.dispatch import Call, Dispatcher, TokenMeter
 from service.judge.readers import Reader
 from service.judge.scoring import Cost, Judgement
 from service.prompts.text_builder import Prompt, Prompts
-from service.questions import PromptSpec
+from service.questions import Layout, PromptSpec
 from service.queue.contract import JobFailure, Reply
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
@@ -102,6 +102,13 @@ class Pipeline:
     def admit(self, prompts: int) -> None:
         """Raise ServiceError(PAYLOAD_TOO_LARGE) for more prompts than an empty queue holds."""
         self._dispatcher.bounds.check(prompts * self._reader.samples, 0)
+
+    def single_tokens(self, layout: Layout, texts: Iterable[str]) -> Iterator[str]:
+        """Those of the texts that can be labels of this layout, in order: one token each, all distinct.
+
+        Raises ServiceError(BAD_TEMPLATE) for a chat layout where the model has no chat template.
+        """
+        return self._prompts.single_tokens(layout, texts)
 
     def stuck(self, seconds: float) -> int:
         """How many of the threads that tokenize have been busy with one piece of work for longer than that."""

@@ -5,13 +5,15 @@ A file (TOML or JSON) holds a list `templates`, each with
     name         "law"; with a version it is asked for as "law@1", without one the newest version is meant
     version      1, 2, …
     mode         "pointwise" (default) or "pairwise"; for self-rewarding judges "graded", answered by a digit from 0 to
-                 5, or "rubric", answered by a text that ends in "Score: n"
+                 5, or "rubric", answered by a text that ends in "Score: n"; for typed decisions "choice" or "scale",
+                 whose options come with the request
     category     optional: requests for this category get the newest version of this template
     instruction  what to judge by
     question     what is asked after the answer, in the frame "instruction-first" of a pointwise template; default: the
                  frame's
     format       "chat" or "raw"; default: chat where the model has a chat template
-    frame        "instruction-first" (default) or, pointwise, "question-last": the built-in layout and labels to use
+    frame        "instruction-first" (default) or, pointwise, "question-last": the built-in layout and labels to use;
+                 "input-first" for typed decisions: pointwise for yes or no, choice and scale
     layout       one's own in its place; needs `format` too
     labels       {yes = [...], no = [...]}; default: those of the frame
     grades       graded: the labels of the grades from 0 to 5; default: those of the frame
@@ -69,7 +71,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Frame = Literal["instruction-first", "question-last"]
+Frame = Literal["instruction-first", "question-last", "input-first"]
+_MODES_OF: Final[dict[Frame, tuple[Mode, ...]]] = {
+    "instruction-first": ("pointwise", "pairwise", "graded", "rubric"),
+    "question-last": ("pointwise",),
+    "input-first": ("pointwise", "choice", "scale"),
+}
 Grades = Annotated[list[Text], Field(min_length=TOP_GRADE + 1, max_length=TOP_GRADE + 1)]
 
 
@@ -107,8 +114,8 @@ class _Entry(_Part):
 
     @model_validator(mode="after")
     def _names_and_formats(self) -> Self:
-        if self.frame == "question-last" and self.mode != "pointwise":
-            raise ValueError("frame question-last is for pointwise templates")
+        if self.layout is None and self.mode not in _MODES_OF[self.frame]:
+            raise ValueError(f"frame {self.frame} is for {', '.join(_MODES_OF[self.frame])} templates")
         own_place = self.layout is None and self.frame == "instruction-first" and self.mode == "pointwise"
         if self.question is not None and not own_place:
             raise ValueError("question is for pointwise templates in the frame instruction-first")

@@ -14,7 +14,7 @@ from client.schema import InlineTemplate
 from service.errors import ServiceError
 from service.questions import Choice, Layout, Predicate, Question, Scale
 
-Mode = Literal["pointwise", "pairwise", "graded", "rubric"]
+Mode = Literal["pointwise", "pairwise", "graded", "rubric", "choice", "scale"]
 
 INLINE: Final = "inline"
 GENERAL: Final = "general"
@@ -24,6 +24,8 @@ SLOTS: Final[dict[Mode, tuple[str, ...]]] = {
     "pairwise": ("prompt", "response_a", "response_b"),
     "graded": ("prompt", "response"),
     "rubric": ("prompt", "response"),
+    "choice": ("prompt", "question", "options"),
+    "scale": ("prompt", "question", "options"),
 }
 DEFAULT_MODES: Final[tuple[Mode, ...]] = ("pointwise", "pairwise")
 """The modes of templates that the judge `yes-no` can use."""
@@ -78,10 +80,10 @@ class Template(Layout):
 
 
 def question_of(mode: Mode, yes: Sequence[str], no: Sequence[str], grades: Sequence[str] = ()) -> Question | None:
-    """What a template of this mode asks, by the labels that it has."""
+    """What a template of this mode asks, by its labels. None where the request says, or the answer is a text."""
     if mode == "graded":
         return Scale.of(grades, "grade")
-    if mode == "rubric":
+    if mode in ("rubric", "choice", "scale"):
         return None
     predicate = Predicate.of(yes, no)
     return Choice(predicate.options) if mode == "pairwise" else predicate

@@ -6,8 +6,8 @@ rendering.py) is it done again, guarded, by a copy of the tokenizer that splits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Final
 
@@ -133,6 +133,16 @@ class PromptBuilder:
     def text_of(self, token_ids: Sequence[int]) -> str:
         """What a model generated, as text, without control tokens."""
         return self._codec.decode(token_ids)
+
+    def single_tokens(self, layout: Layout, texts: Iterable[str]) -> Iterator[str]:
+        """Those of the texts that are one token each behind the layout's prompts, all distinct, in order.
+
+        Raises ServiceError(BAD_TEMPLATE) for a chat layout where there is no chat template.
+        """
+        probe = replace(layout, question=None)
+        pieces = self._renderer.pieces_of(probe)
+        tokenized = self._tokenize(pieces, ["A probe."] * len(layout.slots))
+        return self._labels.single_tokens(texts, tokenized.rendered.text, tokenized.guarded)
 
     def check(self, layout: Layout | None) -> None:
         """Build a probe, so that a layout that cannot work with this model is found at start-up.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -49,6 +49,20 @@ class LabelFinder:
         except ServiceError:
             pass
         return self._find(text, guarded, options).by_option
+
+    def single_tokens(self, labels: Iterable[str], text: str, guarded: bool) -> Iterator[str]:
+        """Those of the labels that are one token each behind the text's last characters, all distinct, in order.
+
+        A hint: `find` has the last word, as it knows the whole prompt.
+        """
+        context = text[-_CONTEXT_CHARS:]
+        before = self._codec.ids(context, guarded)
+        seen: set[int] = set()
+        for label in labels:
+            tokens = self._codec.ids(context + label, guarded)
+            if tokens[:-1] == before and tokens[-1] not in seen:
+                seen.add(tokens[-1])
+                yield label
 
     def _find(self, text: str, guarded: bool, options: tuple[Option, ...]) -> _LabelIds:
         before = self._codec.ids(text, guarded)

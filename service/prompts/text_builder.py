@@ -7,7 +7,7 @@ so itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -75,6 +75,10 @@ class TextPrompts:
     def fewest_tokens(self, texts: Sequence[str]) -> int:
         """A lower bound of the number of tokens of a prompt of these texts, by the same estimate."""
         return estimate_tokens("".join(texts))
+
+    def single_tokens(self, _layout: Layout, texts: Iterable[str]) -> Iterator[str]:
+        """The distinct words among the texts, in order: what is one token only the server knows."""
+        return iter({word_of(text): text for text in texts if len(word_of(text).split()) == 1}.values())
 
     def check(self, layout: Layout | None) -> None:
         """Build a probe, so that a layout that cannot work is found at start-up. Raises ServiceError as `build`."""

@@ -111,6 +111,13 @@ class PromptSettings(SettingsGroup, title="prompts and scores"):
         description="date that chat templates give as today's, YYYY-MM-DD; unset: 2024-07-26, the default of Llama's "
         "templates, so that scores do not change from day to day",
     )
+    choice_rotations: int = Field(
+        1,
+        ge=1,
+        le=255,
+        description="ask a choice of /v1/decisions or /v1/systemone this many times, its options in other places each "
+        "time, and average: less bias towards a place, for as many times the work; 1: once, in the order given",
+    )
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenize prompts")
     calibration_file: CommaSeparated[Path] = Field(
         [], description="calibration files for this model (from `python -m client.calibrate`), comma-separated"
