@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
-import torch
 
 from client.errors import ErrorCode
-from service.engine.contract import Engine
-from service.engine.torch.engine import TorchEngine
 from service.errors import ServiceError
-from service.judge.dispatch import Call, Dispatcher
+from service.judge.dispatch import Call
 from service.judge.pipeline import Pipeline
-from service.judge.readers import LabelReader
 from service.judge.scoring import Judgement
-from service.models.tokenizers import load_tokenizer
-from service.prompts.builder import PromptBuilder
 from service.questions import Choice, Layout, Option, Predicate, PromptSpec, Question, Scale
-from service.queue.memory import MemoryQueue
-from service.telemetry.metrics import Metrics
-from service.worker.loop import Worker
-from service.worker.scheduler import Scheduler
+from tests.judge.makers import logprobs
 from tests.support.reference import Reference
 
 INPUT = "The quick brown fox jumps over the lazy dog."
@@ -45,12 +31,6 @@ def layout(question: Question, instruction: str = "Which?") -> Layout:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: Path) -> Reference:
-    """The model's own forward."""
-    return Reference(tiny_model)
-
-
-@pytest.fixture(scope="module")
 def words(reference: Reference) -> list[str]:
     """Texts that are one token behind the layouts' end, 300 of them."""
     before = reference.tokenizer("\nAnswer:").input_ids
@@ -59,43 +39,12 @@ def words(reference: Reference) -> list[str]:
     return list(dict.fromkeys(single))[:300]
 
 
-@contextmanager
-def running(engine: Engine, tiny_model: Path) -> Iterator[Pipeline]:
-    """A pipeline over a queue that a worker with this engine empties."""
-    queue, metrics, stop = MemoryQueue(1000, 1_000_000), Metrics(), threading.Event()
-    worker = Worker(engine, queue, Scheduler(4096, 64, 0.001), metrics)
-    thread = threading.Thread(target=worker.run, args=(stop,))
-    thread.start()
-    prompts = PromptBuilder(load_tokenizer(tiny_model), engine.info.max_tokens)
-    with ThreadPoolExecutor(1) as executor:
-        yield Pipeline(prompts, LabelReader(), Dispatcher(queue, metrics), executor, metrics)
-    stop.set()
-    thread.join()
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_model: Path) -> Iterator[Pipeline]:
-    """Over the torch engine."""
-    with (
-        closing(TorchEngine.load(tiny_model, dtype="float32", device="cpu", threads=2)) as engine,
-        running(engine, tiny_model) as made,
-    ):
-        yield made
-
-
 async def judge(pipeline: Pipeline, *specs: PromptSpec) -> list[Judgement]:
     """The judgements of one group."""
     (group,) = await pipeline.judge([specs], Call(time.monotonic() + 60))
     if isinstance(group, ServiceError):
         raise group
     return group
-
-
-@torch.no_grad()
-def logprobs(reference: Reference, text: str, labels: list[str]) -> list[float]:
-    """The labels' log-probabilities behind the text, by the model's own forward."""
-    row = reference.model(**reference.tokenizer(text, return_tensors="pt")).logits[0, -1].log_softmax(-1)
-    return [float(row[reference.tokenizer(text + label).input_ids[-1]]) for label in labels]
 
 
 async def test_a_choice_of_255_options(pipeline: Pipeline, reference: Reference, words: list[str]) -> None:
