@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "rmbench": ("client.benchmarks.rmbench", "evaluate a judge on RM-Bench"),
     "pairs": ("client.benchmarks.pairs", "evaluate a judge on any pairwise or best-of-N file"),
     "compare": ("client.benchmarks.compare", "compare finished runs, with paired tests"),
+    "export": ("client.benchmarks.export", "write a finished run as RewardBench's own result files"),
     "search": ("client.benchmarks.search", "choose among candidate questions on half of the data, report on the rest"),
     "calibrate": ("client.calibrate.__main__", "fit temperature and bias for the service's answers"),
     "load": ("client.load.__main__", "measure a service under a seeded load"),

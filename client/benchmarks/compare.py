@@ -18,20 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pydantic import ValidationError
-
 from client.benchmarks.catalog import BENCHMARKS
 from client.benchmarks.report.formats import p_value, percent, signed
 from client.benchmarks.report.page import render_page
+from client.benchmarks.results.finished import RunFolderError, read_items, read_summary, unreadable_items
 from client.benchmarks.results.paired import Estimate, Paired, Scoring, paired
 from client.benchmarks.results.summarise import summarise
-from client.benchmarks.results.summary import SUMMARY_FILE, Summary
-from client.benchmarks.rows import ITEMS_FILE, FrozenModel, Row, TiePolicy, read_rows
+from client.benchmarks.results.summary import Summary
+from client.benchmarks.rows import FrozenModel, Row, TiePolicy
 from client.benchmarks.scoring.benchmark import Benchmark
 from client.runtime.cli import fail, stdout_console
 from client.runtime.files import write_whole
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
-from client.runtime.validation import first_problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is not None:
             write_comparison(comparison, args.out)
         print_comparison(comparison, console)
-    except CompareError as error:
+    except (CompareError, RunFolderError) as error:
         return fail(error, USAGE)
     except (ImportError, OSError) as error:
         return fail(error, FAILED)
@@ -96,13 +94,13 @@ def benchmark_named(name: str) -> Benchmark:
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     """The runs, all scored by the first one's policy of ties.
 
-    Raises CompareError unless they are of one benchmark and the same data.
+    Raises CompareError unless they are of one benchmark and the same data, and RunFolderError.
     """
     if len(folders) < 2:
         raise CompareError("give two run folders or more")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise CompareError("a run folder is given twice")
-    summaries = [_read_summary(folder / SUMMARY_FILE) for folder in folders]
+    summaries = [read_summary(folder) for folder in folders]
     first = summaries[0]
     for folder, summary in zip(folders, summaries, strict=True):
         if summary.benchmark != first.benchmark:
@@ -228,25 +226,12 @@ def _mean_label_mass(summary: Summary) -> str:
     return "-" if summary.label_mass is None else f"{summary.label_mass.mean:.3f}"
 
 
-def _read_summary(path: Path) -> Summary:
-    try:
-        return Summary.load(path)
-    except FileNotFoundError as error:
-        raise CompareError(f"{path} is missing: the run has not finished; repeat its command to finish it") from error
-    except (OSError, ValueError) as error:
-        raise CompareError(f"{path} cannot be read as a summary: {_problem(error)}") from error
-
-
 def _read_run(name: str, folder: Path, benchmark: Benchmark, summary: Summary, ties: TiePolicy) -> FinishedRun:
+    rows = read_items(folder)
     try:
-        rows = read_rows(folder / ITEMS_FILE)
         return FinishedRun(name, summarise(benchmark, rows, config=summary.config, ties=ties), rows)
-    except (OSError, ValueError) as error:
-        raise CompareError(f"{folder / ITEMS_FILE} cannot be read: {_problem(error)}") from error
-
-
-def _problem(error: Exception) -> str:
-    return first_problem(error, "file") if isinstance(error, ValidationError) else str(error)
+    except ValueError as error:
+        raise unreadable_items(folder, error) from error
 
 
 def _run_names(folders: Sequence[Path]) -> list[str]:

@@ -43,3 +43,27 @@ def paper_file(folder: Path, **changes: Any) -> Path:
     file = folder / "paper.json"
     file.write_text(json.dumps({**PAPER, **changes}))
     return file
+
+
+# How many good answers a sample of RewardBench 2 has, by its subset and id; there are three bad ones.
+BEST_OF_FOUR = [
+    (subset, str(n), 1) for subset in ("Factuality", "Precise IF", "Math", "Safety", "Focus") for n in range(3)
+]
+TIES = [("Ties", f"{kind}:{n}", goods) for n in range(3) for kind, goods in (("ref", 1), ("tied", 3))]
+
+
+def best_of_four_file(folder: Path) -> Path:
+    """RewardBench 2 in miniature."""
+    rows = [
+        {
+            "id": name,
+            "subset": subset,
+            "prompt": f"Question {name} of {subset}?",
+            "chosen": [f"Good {good} of {name}" for good in range(goods)],
+            "rejected": [f"Bad {bad} of {name}" for bad in range(3)],
+        }
+        for subset, name, goods in (*BEST_OF_FOUR, *TIES)
+    ]
+    file = folder / "best_of_four.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

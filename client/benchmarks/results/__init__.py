@@ -1,1 +1,1 @@
-"""What follows from a run's rows: summary.json, two runs on the same samples, a search's outcome."""
+"""What follows from a run's rows: summary.json, two runs on the same samples, a search's outcome, leaderboard files."""

@@ -52,7 +52,7 @@ class Pairs(Benchmark):
         its good answers are above all bad ones.
         """
         margins = row.margin_table
-        if _is_of_ties(row):
+        if is_of_ties(row):
             return credit(min(map(min, margins)), ties)
         if len(margins) == len(margins[0]) == 1:
             return credit(margins[0][0], ties)
@@ -74,7 +74,7 @@ class Pairs(Benchmark):
         return OfficialScores(sections, overall, {"all": table} if table else {})
 
     def _subset_score(self, rows: Sequence[Row], ties: TiePolicy) -> float | None:
-        if all(map(_is_of_ties, rows)):
+        if all(map(is_of_ties, rows)):
             return ties_score(rows, ties)
         return mean([self.credit(row, ties) for row in rows])
 
@@ -121,7 +121,8 @@ def ties_score(rows: Sequence[Row], ties: TiePolicy = "strict") -> float | None:
     return 0.3 * accuracy["tied"] + 0.3 * accuracy["ref"] + 0.2 * preference + 0.2 * hard + 0.01 * margin
 
 
-def _is_of_ties(row: Row) -> bool:
+def is_of_ties(row: Row) -> bool:
+    """Whether it is a sample of RewardBench 2's subset `Ties`, by its subset and its id."""
     return row.subset.lower() == _TIES and _TIES_ID.fullmatch(row.id) is not None
 
 
