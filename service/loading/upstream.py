@@ -1,12 +1,13 @@
-"""From settings to the upstream engine: which model the server runs, tokens or text, and a probe at start-up."""
+"""From settings to the upstream engine: which model the server runs, how to ask it, and a probe at start-up."""
 
 from __future__ import annotations
 
 import json
 from hashlib import sha256
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from service.engine.contract import AnyItem, Engine, GenerateItem, ScoreItem, Task, TextGenerateItem, TextScoreItem
+from service.engine.upstream.decisions import INSTRUCTIONS, Decisions, SystemOne
 from service.engine.upstream.dialects import Chat, Completions, Dialect, GenerateT, RequestOptions, ScoreT
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import Access, Served, find_served
@@ -23,6 +24,12 @@ ASSUMED_MAX_TOKENS: Final = 131_072
 PROBE: Final = "Is 2+2 equal to 4? Answer Yes or No."
 PROBE_LABELS: Final = ("Yes", "No")
 PROBE_TOKENS: Final = 16
+Api: TypeAlias = Literal["completions", "chat", "decisions", "systemone"]
+DECIDED: Final = (
+    "asked over /{api}: the server puts its own words around the prompt; label_mass is what it reports, and 1 if it "
+    "reports none"
+)
+"""The remark that users see on a model that is asked for decisions."""
 
 
 def find_upstream(settings: UpstreamSettings) -> Model:
@@ -33,10 +40,12 @@ def find_upstream(settings: UpstreamSettings) -> Model:
     """
     if settings.task == "classify":
         raise ValueError("--judge reward-model needs an engine that runs a classification head: torch or vllm")
+    api = _api(settings)
+    if settings.task == "generate" and api in {"decisions", "systemone"}:
+        raise ValueError(f"parsed grades are read from text, which --upstream-api {api} does not return: use chat")
     served = find_served(_access(settings), settings.upstream_model)
-    if _api(settings) == "chat":
-        limit = ESTIMATE_FACTOR * (served.max_tokens or ASSUMED_MAX_TOKENS)
-        return Model(served.id, _upstream_fingerprint(settings, served, "text"), None, settings.max_tokens or limit)
+    if api != "completions":
+        return _text_model(settings, served, api)
     if settings.model is None:
         raise ValueError("--upstream-api completions needs --model: the folder or hub id of the model's tokenizer")
     files = models.resolve(settings.model)
@@ -48,12 +57,25 @@ def find_upstream(settings: UpstreamSettings) -> Model:
     return Model(served.id, fingerprint, tokenizer, max_tokens, files.path, files.note)
 
 
+def _text_model(settings: UpstreamSettings, served: Served, api: Api) -> Model:
+    limit = ESTIMATE_FACTOR * (served.max_tokens or ASSUMED_MAX_TOKENS)
+    sent, note = ("text", None) if api == "chat" else (f"text, {INSTRUCTIONS}", DECIDED.format(api=api))
+    fingerprint = _upstream_fingerprint(settings, served, sent)
+    return Model(served.id, fingerprint, None, settings.max_tokens or limit, note=note)
+
+
 def load_upstream(settings: UpstreamSettings, model: Model) -> Engine:
     """The engine, once the server has answered a probe. Raises UpstreamError."""
     options = RequestOptions(model=model.id, top_logprobs=settings.upstream_top_logprobs, extra=settings.upstream_body)
-    if model.tokenizer is None:
-        return _probed(settings, model, Chat(options))
-    return _probed(settings, model, Completions(options, model.tokenizer))
+    if model.tokenizer is not None:
+        return _probed(settings, model, Completions(options, model.tokenizer))
+    match _api(settings):
+        case "decisions":
+            return _probed(settings, model, Decisions(options))
+        case "systemone":
+            return _probed(settings, model, SystemOne(options))
+        case _:
+            return _probed(settings, model, Chat(options))
 
 
 def _probed(settings: UpstreamSettings, model: Model, dialect: Dialect[ScoreT, GenerateT]) -> Engine:
@@ -81,7 +103,7 @@ def _access(settings: UpstreamSettings) -> Access:
     return Access(url=settings.upstream_url, key=key, timeout=timeout, retries=retries)
 
 
-def _api(settings: UpstreamSettings) -> Literal["completions", "chat"]:
+def _api(settings: UpstreamSettings) -> Api:
     if settings.upstream_api != "auto":
         return settings.upstream_api
     return "completions" if settings.model is not None else "chat"
@@ -90,7 +112,7 @@ def _api(settings: UpstreamSettings) -> Literal["completions", "chat"]:
 def _upstream_fingerprint(settings: UpstreamSettings, served: Served, sent: str) -> str:
     """A digest of everything the scores depend on, so that queues and caches of different set-ups never mix.
 
-    `sent` is the fingerprint of the tokenizer's files, or "text".
+    `sent` is the fingerprint of the tokenizer's files, or "text" with what is sent beside it.
     """
     parts = [
         settings.upstream_url,

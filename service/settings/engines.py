@@ -134,10 +134,11 @@ class UpstreamSettings(EngineSettings, title="upstream engine"):
     upstream_model: OptionalName = Field(
         None, description="name of the model on the server; unset: the only model that it serves"
     )
-    upstream_api: Literal["auto", "completions", "chat"] = Field(
+    upstream_api: Literal["auto", "completions", "chat", "decisions", "systemone"] = Field(
         "auto",
         description="completions: send token ids from the tokenizer of --model (folder or hub id); chat: send text and "
-        "match labels by spelling; auto: completions if --model is given, else chat",
+        "match labels by spelling; decisions (OpenAI's) and systemone (TypeSafe's): send text and have the server "
+        "choose among the labels, which needs no log-probabilities; auto: completions if --model is given, else chat",
     )
     upstream_top_logprobs: int = Field(20, ge=1, description="number of most likely tokens to request")
     upstream_body: JsonObject = Field(
@@ -148,8 +149,8 @@ class UpstreamSettings(EngineSettings, title="upstream engine"):
     floor: float | None = Field(
         None,
         lt=0,
-        description="log-probability, such as -20, to assume for a label that the server did not return although it "
-        "returned another; unset: such an answer is an error",
+        description="log-probability, such as -20, to assume for a label that the server did not return, or gave the "
+        "probability 0, although it returned another; unset: such an answer is an error",
     )
     upstream_concurrency: int = Field(32, ge=1, description="maximum concurrent requests to the server")
     upstream_timeout: float = Field(

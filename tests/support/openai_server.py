@@ -1,4 +1,4 @@
-"""A small HTTP server with OpenAI's API on loopback, whose probabilities come from a rule that tests can check."""
+"""A small HTTP server with OpenAI's API and System One on loopback, whose answers come from rules of the test's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+from tests.support.decision_answers import decisions_answer, options_of, systemone_answer
+
 MODEL = "tiny"
 # vllm: the ids asked for (at most 128), as `token_id:N`. sglang: text, no ids. llamacpp: lists with ids. strict:
 # refuses vLLM's extensions.
@@ -21,6 +23,8 @@ Ids = Callable[[Sequence[int]], Sequence[float]]
 """From a prompt's ids to the log-probabilities of the next token, over the vocabulary."""
 Words = Callable[[str], Sequence[tuple[str, float]]]
 """From a message to the first tokens that its reply may have, with their log-probabilities."""
+Shares = Callable[[str, Sequence[str]], Sequence[float]]
+"""From a text and the options of a choice to the options' probabilities."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,15 @@ class Upstream:
     """The server: its rules, the requests it has seen, and replies that take precedence over the rules.
 
     Each question uses up one of `scripts`; `always` is asked about every request. Both may return None, for the rules
-    to decide. `name` gives a token's text, for styles that send text.
+    to decide. `name` gives a token's text, for styles that send text; `mass` is the label mass that decisions report.
     """
 
     ids: Ids | None = None
     words: Words | None = None
     style: Style = "vllm"
     name: Callable[[int], str] = str
+    shares: Shares | None = None
+    mass: float | None = None
     url: str = ""
     key: str | None = None
     seen: list[Seen] = field(default_factory=list)
@@ -95,6 +101,12 @@ class Upstream:
         if seen.path == "/v1/chat/completions" and self.words is not None:
             (message,) = seen.body["messages"]
             return Reply(body=chat_answer(self.words(message["content"]), seen.body["top_logprobs"]))
+        if seen.path == "/v1/decisions" and self.shares is not None:
+            shares = self.shares(seen.body["input"], options_of(seen.body))
+            return Reply(body=decisions_answer(seen.body, shares, self.mass))
+        if seen.path == "/v1/systemone" and self.shares is not None:
+            shares = self.shares(seen.body["state"], options_of(seen.body))
+            return Reply(body=systemone_answer(seen.body, shares, self.mass))
         return error(404, "no such route")
 
 
@@ -183,10 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def openai_server(
-    *, ids: Ids | None = None, words: Words | None = None, style: Style = "vllm", name: Callable[[int], str] = str
+    *,
+    ids: Ids | None = None,
+    words: Words | None = None,
+    shares: Shares | None = None,
+    style: Style = "vllm",
+    name: Callable[[int], str] = str,
 ) -> Iterator[Upstream]:
     """Serve by these rules."""
-    upstream = Upstream(ids, words, style, name)
+    upstream = Upstream(ids, words, style, name, shares)
     with _Server(upstream) as server:
         upstream.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

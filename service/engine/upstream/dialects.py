@@ -1,8 +1,10 @@
-"""The two ways in which the upstream engine asks: request bodies, and where an answer has the labels."""
+"""Two of the ways in which the upstream engine asks: request bodies, and where an answer has the labels.
+
+The other two are in decisions.py."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -17,7 +19,16 @@ from service.engine.contract import (
     split_labels,
 )
 from service.engine.upstream.errors import RefusalError, UpstreamError
-from service.engine.upstream.logprobs import TopLogprobs, by_id, by_text, by_word, label_index
+from service.engine.upstream.logprobs import (
+    TopLogprobs,
+    by_id,
+    by_text,
+    by_word,
+    label_index,
+    merge_answers,
+    parse_logprobs,
+)
+from service.engine.upstream.returned import Returned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +40,8 @@ GenerateT = TypeVar("GenerateT", bound=GenerateItem | TextGenerateItem)
 _MOST_LABEL_IDS: Final = 128
 # OpenAI's API refuses more stop strings.
 _MOST_STOPS: Final = 4
+# Not LABEL_NOT_RETURNED: this says nothing about the label's probability, and a retry may help.
+_NO_LIST: Final = "the upstream server returned its chosen token alone, without the likeliest ones that were asked for"
 # Some servers take seeds of 31 bits only.
 _SEEDS: Final = 1 << 31
 
@@ -56,8 +69,8 @@ class Dialect(Protocol[ScoreT, GenerateT]):
     def score_body(self, item: ScoreT) -> dict[str, Any]:
         """The body of a request for labels."""
 
-    def label_logprobs(self, answer: TopLogprobs, item: ScoreT) -> tuple[list[float | None], int]:
-        """The labels' log-probabilities, None for a label that was not returned; and `LabelLogprobs.argmax_id`."""
+    def returned(self, contents: Sequence[bytes], item: ScoreT) -> Returned:
+        """What the response bodies, one for each part, say of the item's labels. Raises UpstreamError."""
 
     def generate_body(self, item: GenerateT) -> dict[str, Any]:
         """The body of a request for generated text."""
@@ -103,8 +116,11 @@ class Completions:
             **self._options.extra,
         }
 
-    def label_logprobs(self, answer: TopLogprobs, item: ScoreItem) -> tuple[list[float | None], int]:
+    def returned(self, contents: Sequence[bytes], item: ScoreItem) -> Returned:
         """By id, or by text if the server names tokens by text."""
+        return _among_tokens(contents, lambda answer: self._labels(answer, item))
+
+    def _labels(self, answer: TopLogprobs, item: ScoreItem) -> tuple[list[float | None], int]:
         argmax = answer.argmax
         if argmax.id is not None:
             return by_id(answer.tokens, item.label_ids), argmax.id
@@ -189,10 +205,14 @@ class Chat:
             **self._options.extra,
         }
 
-    def label_logprobs(self, answer: TopLogprobs, item: TextScoreItem) -> tuple[list[float | None], int]:
+    def returned(self, contents: Sequence[bytes], item: TextScoreItem) -> Returned:
         """By word: see `by_word`."""
-        index = label_index(answer.argmax.text, item.labels)
-        return by_word(answer.tokens, item.labels), len(item.labels) if index is None else index
+
+        def labels(answer: TopLogprobs) -> tuple[list[float | None], int]:
+            index = label_index(answer.argmax.text, item.labels)
+            return by_word(answer.tokens, item.labels), len(item.labels) if index is None else index
+
+        return _among_tokens(contents, labels)
 
     def generate_body(self, item: TextGenerateItem) -> dict[str, Any]:
         """Only fields of OpenAI's API, since strict servers refuse others.
@@ -218,6 +238,19 @@ class Chat:
             return False
         self._limit_field = "max_completion_tokens"
         return True
+
+
+def _among_tokens(
+    contents: Sequence[bytes], labels: Callable[[TopLogprobs], tuple[list[float | None], int]]
+) -> Returned:
+    """The labels among the tokens of all these responses; `labels` gives their log-probabilities and the argmax."""
+    answers = [parse_logprobs(content) for content in contents]
+    answer = merge_answers(answers)
+    logprobs, argmax_id = labels(answer)
+    if None in logprobs and any(answer.collapsed for answer in answers):
+        raise UpstreamError(ErrorCode.INFERENCE_FAILED, _NO_LIST)
+    listed = f"among the {len(answer.tokens)} tokens that the upstream server returned"
+    return Returned(logprobs, argmax_id, answer.cached_tokens, answer.lowest, listed)
 
 
 def _sampling_fields(item: GenerateItem | TextGenerateItem) -> dict[str, Any]:

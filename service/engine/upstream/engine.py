@@ -2,10 +2,10 @@
 
     items -> one request each, up to `concurrency` at a time, with retries -> label probabilities, or text
 
-There are two dialects. `Completions` sends token ids, so the model's tokenizer is needed here; it asks for exactly the
+There are four dialects. `Completions` sends token ids, so the model's tokenizer is needed here; it asks for exactly the
 labels' ids if the server can do that (vLLM's `logprob_token_ids`, seen in 0.32), else for the most likely tokens.
 `Chat` sends text and looks for the labels among the most likely first tokens of the reply, by spelling; no tokenizer is
-needed.
+needed. `Decisions` and `SystemOne` send text and have the server choose among the labels: see decisions.py.
 
 A request holds one prompt, because servers batch across requests themselves, and so an item that is refused or times
 out fails alone. It is not faster for it: `run` returns when the slowest item of the batch is answered or given up.
@@ -42,7 +42,7 @@ from service.engine.contract import (
 )
 from service.engine.upstream.dialects import Dialect, GenerateT, ScoreT
 from service.engine.upstream.errors import RefusalError, UpstreamError
-from service.engine.upstream.logprobs import ZERO_LOGPROB, TopLogprobs, merge_answers, parse_logprobs, parse_text
+from service.engine.upstream.logprobs import parse_text
 from service.engine.upstream.openai_client import Access, OpenAIServer
 
 AskItem: TypeAlias = Callable[[float], Awaitable[AnyAnswer]]
@@ -54,8 +54,6 @@ log = structlog.get_logger(__name__)
 MAX_TURNS: Final = 3
 # High, because here it is --upstream-concurrency that limits a batch.
 _MOST_BATCH_TOKENS: Final = 1 << 20
-# Not LABEL_NOT_RETURNED: this says nothing about the label's probability, and a retry may help.
-_NO_LIST: Final = "the upstream server returned its chosen token alone, without the likeliest ones that were asked for"
 _FIELD_REFUSED: Final = frozenset({400, 422})
 
 
@@ -154,16 +152,9 @@ class UpstreamEngine(Generic[ScoreT, GenerateT]):
 
     async def _score(self, item: ScoreT, deadline: float) -> LabelLogprobs:
         # One after the other, so that a later part finds the prompt in the server's prefix cache.
-        answers = [await self._top_logprobs(part, deadline) for part in self._dialect.parts(item)]
-        answer = merge_answers(answers)
-        returned, argmax_id = self._dialect.label_logprobs(answer, item)
-        if None in returned and any(answer.collapsed for answer in answers):
-            raise UpstreamError(ErrorCode.INFERENCE_FAILED, _NO_LIST)
-        logprobs, floored = _with_floor(returned, answer, self._floor)
-        return LabelLogprobs(logprobs, argmax_id, min(answer.cached_tokens, prompt_tokens(item)), floored)
-
-    async def _top_logprobs(self, item: ScoreT, deadline: float) -> TopLogprobs:
-        return parse_logprobs(await self._server.post(self._dialect.path, self._dialect.score_body(item), deadline))
+        bodies = [self._dialect.score_body(part) for part in self._dialect.parts(item)]
+        contents = [await self._server.post(self._dialect.path, body, deadline) for body in bodies]
+        return self._dialect.returned(contents, item).answer(self._floor, prompt_tokens(item))
 
     async def _probe(self, ask: AskItem) -> None:
         while True:
@@ -172,7 +163,7 @@ class UpstreamEngine(Generic[ScoreT, GenerateT]):
             except RefusalError as refusal:
                 if refusal.status in _FIELD_REFUSED and self._dialect.adapt(refusal):
                     continue
-                raise _with_server_message(refusal, self._access) from refusal
+                raise _with_server_message(refusal, f"{self._access.url}{self._dialect.path}") from refusal
             except UpstreamError as exc:
                 if exc.code is not ErrorCode.LABEL_NOT_RETURNED:
                     raise
@@ -183,31 +174,6 @@ class UpstreamEngine(Generic[ScoreT, GenerateT]):
             return
 
 
-def _with_floor(
-    returned: Sequence[float | None], answer: TopLogprobs, floor: float | None
-) -> tuple[tuple[float, ...], bool]:
-    """The log-probabilities, the floor standing in for missing ones, and whether any was missing.
-
-    Raises UpstreamError(LABEL_NOT_RETURNED) if all are missing, or one is and there is no floor.
-    """
-    missing = [index for index, value in enumerate(returned) if value is None]
-    if all(value is None or value <= ZERO_LOGPROB for value in returned):
-        missing = list(range(len(returned)))
-    if not missing:
-        return tuple(value for value in returned if value is not None), False
-    count = len(answer.tokens)
-    if len(missing) == len(returned):
-        problem = f"none of the labels is among the {count} tokens that the upstream server returned"
-        raise UpstreamError(ErrorCode.LABEL_NOT_RETURNED, problem)
-    if floor is None:
-        problem = (
-            f"label {missing[0] + 1} of {len(returned)} is not among the {count} tokens that the upstream server "
-            "returned, so its probability is not known; the service's --floor sets one for such cases"
-        )
-        raise UpstreamError(ErrorCode.LABEL_NOT_RETURNED, problem)
-    return tuple(min(floor, answer.lowest) if value is None else value for value in returned), True
-
-
-def _with_server_message(refusal: RefusalError, access: Access) -> UpstreamError:
+def _with_server_message(refusal: RefusalError, asked: str) -> UpstreamError:
     said = f" and says: {refusal.said}" if refusal.said else ""
-    return UpstreamError(refusal.code, f"{access.url}: {refusal.message}{said}")
+    return UpstreamError(refusal.code, f"{asked}: {refusal.message}{said}")

@@ -26,7 +26,10 @@ _TOO_LONG: Final = re.compile(
     r"context|(prompt|input|request) is too (long|large)|too many (input )?tokens|longer than the (model|maximum)",
     re.IGNORECASE,
 )
-_LENGTH_STATUSES: Final = frozenset({400, 413, 422})
+_TOO_MANY_OPTIONS: Final = re.compile(r"at most \d+ (choices|options|labels)|too many (choices|options)", re.IGNORECASE)
+_INPUT_STATUSES: Final = frozenset({400, 413, 422})
+# OpenAI's `code` and TypeSafe's `error_type`, which comes without a message.
+_LENGTH_NAMES: Final = ("context_length_exceeded", "max_tokens_exceeded")
 _BUSY_STATUSES: Final = frozenset({429, 503, 529})
 _KEY_STATUSES: Final = frozenset({401, 403})
 # How servers name an error without its number, in `code`, `type`, `status` or the message. The first match counts.
@@ -125,8 +128,8 @@ def _meaning(
         problem = f"{'refused the key' if has_key else 'wants a key'} ({status})"
         advice = f"set {KEY_VARIABLE} to one that may use this model"
         return ErrorCode.INFERENCE_FAILED, f"the upstream server {problem}: {advice}"
-    if status in _LENGTH_STATUSES and _is_too_long(error):
-        return ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
+    if status in _INPUT_STATUSES and (refused := _input_problem(error)):
+        return refused
     if response.has_redirect_location:
         advice = "give the final address as --upstream-url"
         return ErrorCode.INFERENCE_FAILED, f"the upstream server redirects ({status}): {advice}"
@@ -138,10 +141,15 @@ def _is_out_of_quota(status: int, error: Mapping[str, Any]) -> bool:
     return status == 402 or (status == 429 and error.get("code") == "insufficient_quota")
 
 
-def _is_too_long(error: Mapping[str, Any]) -> bool:
-    if error.get("code") == "context_length_exceeded":
-        return True
-    return _TOO_LONG.search(str(error.get("message") or "")) is not None
+def _input_problem(error: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
+    """The code and the message if the server refused what is particular to this item."""
+    said = str(error.get("message") or "")
+    named = error.get("code") in _LENGTH_NAMES or error.get("error_type") in _LENGTH_NAMES
+    if named or _TOO_LONG.search(said):
+        return ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
+    if _TOO_MANY_OPTIONS.search(said):
+        return ErrorCode.BAD_LABEL, "the question has more labels than the upstream server takes options"
+    return None
 
 
 def _json_or_none(response: httpx.Response) -> Any:
@@ -157,12 +165,23 @@ def _unlisted(body: Any) -> Any:
 
 
 def _error_in(body: Any) -> Mapping[str, Any]:
-    """The `error` object of OpenAI's form, or the whole body if the server omits that level; {} if it is neither."""
+    """The `error` object of OpenAI's form or the `detail` of FastAPI's, or the whole body if the server omits that
+    level; {} if it is none of these."""
     body = _unlisted(body)
-    inner = body.get("error", body) if isinstance(body, dict) else {}
+    if not isinstance(body, dict):
+        return {}
+    inner = body.get("error", body.get("detail", body))
     if inner is True:
         return dict(body)
-    return inner if isinstance(inner, dict) else {"message": inner}
+    return inner if isinstance(inner, dict) else {"message": _joined(inner)}
+
+
+def _joined(detail: Any) -> Any:
+    """FastAPI's list of what is wrong with a body, as one message; it quotes none of the body's values."""
+    if not isinstance(detail, list):
+        return detail
+    problems = [problem for problem in detail if isinstance(problem, dict)]
+    return "; ".join(f"{problem.get('loc')}: {problem.get('msg')}" for problem in problems)
 
 
 def _error_in_success(body: Any) -> Mapping[str, Any] | None:

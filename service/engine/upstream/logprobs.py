@@ -11,16 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field
 
-from client.errors import ErrorCode
 from client.stats import logsumexp
 from service.engine.contract import GeneratedText, estimate_tokens
-from service.engine.upstream.errors import UpstreamError
-
-ZERO_LOGPROB: Final = -9999.0
-"""Stands for probability 0: servers send it for that, and it is what a label's spelling gets that was not returned
-although another spelling was."""
+from service.engine.upstream.bodies import parse_body, unreadable
+from service.engine.upstream.returned import ZERO_LOGPROB
 
 _TOKEN_ID: Final = "token_id:"
 
@@ -122,7 +118,8 @@ def parse_logprobs(content: bytes) -> TopLogprobs:
     body = _parse_body(content)
     logprobs = body.choices[0].logprobs
     if logprobs is None:
-        raise _unreadable("holds no logprobs: it, or this model of it, does not give them")
+        advice = "if it makes decisions, --upstream-api decisions or systemone needs none"
+        raise unreadable(f"holds no logprobs: it, or this model of it, does not give them; {advice}")
     sampled, listed = _from_content(logprobs) if isinstance(logprobs, _Content) else _from_columns(logprobs)
     if not any(_is_same(sampled, token) for token in listed):
         listed = [sampled, *listed]
@@ -138,7 +135,7 @@ def parse_text(content: bytes) -> GeneratedText:
     choice = body.choices[0]
     text = choice.message.content if choice.message else choice.text
     if text is None or choice.finish_reason not in {"stop", "length"}:
-        raise _unreadable("holds no text that was written to its end or to the limit")
+        raise unreadable("holds no text that was written to its end or to the limit")
     count = body.usage.completion_tokens if body.usage else None
     # A token has at least one byte, but for the one that ends the text.
     new_tokens = count if count is not None and 0 <= count <= len(text.encode()) + 1 else estimate_tokens(text)
@@ -146,16 +143,9 @@ def parse_text(content: bytes) -> GeneratedText:
 
 
 def _parse_body(content: bytes) -> _Body:
-    try:
-        body = _Body.model_validate_json(content)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise _unreadable("is not JSON: does a proxy answer, or is --upstream-url another server's?") from exc
-        where = ".".join(str(step) for step in first["loc"])
-        raise _unreadable(f"is not in the form of OpenAI's API ({where}: {first['msg']})") from exc
+    body = parse_body(_Body, content, "OpenAI's API")
     if body.choices[0].finish_reason == "content_filter":
-        raise _unreadable("was withheld by its content filter")
+        raise unreadable("was withheld by its content filter")
     return body
 
 
@@ -178,7 +168,7 @@ def _from_content(logprobs: _Content) -> tuple[Token, list[Token]]:
 def _from_columns(logprobs: _Columns) -> tuple[Token, list[Token]]:
     logprob = logprobs.token_logprobs[0]
     if logprob is None:
-        raise _unreadable("holds no probability of its first token")
+        raise unreadable("holds no probability of its first token")
     top = (logprobs.top_logprobs or [None])[0] or {}
     return _token_named(logprobs.tokens[0], logprob), [_token_named(name, value) for name, value in top.items()]
 
@@ -199,10 +189,6 @@ def _token_named(name: str, logprob: float) -> Token:
 
 def _is_same(one: Token, other: Token) -> bool:
     return one.text == other.text if one.id is None or other.id is None else one.id == other.id
-
-
-def _unreadable(what: str) -> UpstreamError:
-    return UpstreamError(ErrorCode.INFERENCE_FAILED, f"the upstream server's answer {what}")
 
 
 def by_id(tokens: Iterable[Token], label_ids: Sequence[int]) -> list[float | None]:

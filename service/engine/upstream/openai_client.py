@@ -132,7 +132,8 @@ def _listed(access: Access) -> list[Served]:
         return []
     check_response(response, access.key)
     try:
-        return [_served(entry) for entry in response.json()["data"]]
+        body = response.json()
+        return [_served(entry) for entry in (body["data"] if "data" in body else body["models"])]
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         message = f"{access.url}/models does not answer in the form of OpenAI's API: is this its base URL?"
         raise UpstreamError(ErrorCode.NOT_READY, message) from exc
@@ -140,8 +141,10 @@ def _listed(access: Access) -> list[Served]:
 
 def _served(entry: Mapping[str, Any]) -> Served:
     lengths = (entry.get(name) for name in ("max_model_len", "context_length", "context_window"))
+    # TypeSafe's list has names instead of ids.
     return Served(
-        str(entry["id"]), next((length for length in lengths if isinstance(length, int) and length > 0), None)
+        str(entry["id"] if "id" in entry else entry["name"]),
+        next((length for length in lengths if isinstance(length, int) and length > 0), None),
     )
 
 

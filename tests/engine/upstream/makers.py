@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from client.errors import ErrorCode
 from service.engine.contract import ItemFailure, ScoreItem, TextScoreItem
+from service.engine.upstream.decisions import Decisions, SystemOne
 from service.engine.upstream.dialects import Chat, Completions, RequestOptions
 from service.engine.upstream.engine import UpstreamEngine
 from service.engine.upstream.openai_client import Access
@@ -53,6 +54,13 @@ def words(message: str) -> list[tuple[str, float]]:
     return [(word, -rng.uniform(0.1, 9)) for word in ("Yes", "No", " Yes", "Well", "The")]
 
 
+def shares(text: str, options: Sequence[str]) -> list[float]:
+    """Probabilities of the options that depend on the text."""
+    rng = random.Random(text)
+    weights = [rng.uniform(0.1, 9) for _ in options]
+    return [weight / sum(weights) for weight in weights]
+
+
 @contextmanager
 def completions(upstream: Upstream, *, model: str = MODEL, top: int = 20, **options: Any) -> Iterator[UpstreamEngine]:
     """An engine that sends ids."""
@@ -69,8 +77,27 @@ def chat(upstream: Upstream, *, model: str = MODEL, top: int = 20, **options: An
 
 
 @contextmanager
+def decisions(upstream: Upstream, *, model: str = MODEL, **options: Any) -> Iterator[UpstreamEngine]:
+    """An engine that asks for decisions by OpenAI's protocol."""
+    with _engine(upstream, Decisions(RequestOptions(model=model)), **options) as engine:
+        yield engine
+
+
+@contextmanager
+def systemone(upstream: Upstream, *, model: str = MODEL, **options: Any) -> Iterator[UpstreamEngine]:
+    """An engine that asks for decisions by TypeSafe's protocol."""
+    with _engine(upstream, SystemOne(RequestOptions(model=model)), **options) as engine:
+        yield engine
+
+
+@contextmanager
 def _engine(
-    upstream: Upstream, dialect: Chat | Completions, *, timeout: float = 20.0, key: str | None = None, **options: Any
+    upstream: Upstream,
+    dialect: Chat | Completions | Decisions | SystemOne,
+    *,
+    timeout: float = 20.0,
+    key: str | None = None,
+    **options: Any,
 ) -> Iterator[UpstreamEngine]:
     secret = None if key is None else SecretStr(key)
     access = Access(url=upstream.url, key=secret, timeout=timeout, backoff=0.01)

@@ -62,6 +62,8 @@ def test_what_changes_the_numbers_changes_the_fingerprint(upstream: Upstream, ti
         {"upstream_model": "a", "upstream_top_logprobs": 5},
         {"upstream_model": "a", "upstream_body": {"reasoning_effort": "none"}},
         {"upstream_model": "a", "model": str(tiny_model)},
+        {"upstream_model": "a", "upstream_api": "decisions"},
+        {"upstream_model": "a", "upstream_api": "systemone"},
     ]
     found = [
         find_upstream(Settings(engine="upstream", upstream_url=upstream.url, **variant)).fingerprint
