@@ -25,7 +25,7 @@ from service.judge.pipeline import Pipeline
 from service.judge.provenance import Provenance, settings_digest
 from service.judge.score_cache import MemoryCache, redis_cache
 from service.judge.template_files import load_library
-from service.judge.templates import TemplateLibrary
+from service.judge.templates import Template, TemplateLibrary
 from service.loading.engines import check_engine, find_model, load_engine
 from service.loading.model import Model
 from service.process.hosts import AllowedHosts
@@ -42,6 +42,7 @@ from service.settings import MEMORY_URL, Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing, start_tracing
 from service.wires.native import NativeWire
+from service.wires.rerank import RerankWire, rerank_template
 from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import make_scheduler
 
@@ -137,7 +138,8 @@ def compose(
         decider.prepare()
     except ServiceError as error:
         log.warning("choice and scale are unusable with this model", reason=error.message)
-    return Service(wire, decider, pipeline, queue, metrics, info, limits, hosts, keys, tracing=tracing)
+    reranking = RerankWire(wire, judge, _rerank_template(settings, prompts, templates))
+    return Service(wire, decider, reranking, pipeline, queue, metrics, info, limits, hosts, keys, tracing=tracing)
 
 
 def _prompts(settings: Settings, model: Model) -> Prompts:
@@ -179,6 +181,14 @@ def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) 
             prompts.check(template)
         except ServiceError as error:
             log.warning("template unusable with this model", template=template.id, reason=error.message)
+
+
+def _rerank_template(settings: Settings, prompts: Prompts, templates: TemplateLibrary) -> Template:
+    """The template for reranking; raises ServiceError if the operator chose one that does not fit the model."""
+    template = rerank_template(settings.rerank_template, templates)
+    if "rerank_template" in settings.model_fields_set:
+        prompts.check(template)
+    return template
 
 
 def _scores(settings: Settings, model: Model) -> Scores | None:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from service.http import documentation, information, judging, playground
+from service.http import documentation, information, judging, playground, reranking
 from service.http import errors as http_errors
 from service.http.middleware import Authentication, KnownHost, RequestContext, WholeBody
 from service.http.routing import Service
@@ -32,6 +32,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
     app.state.service = service
     http_errors.add_error_handlers(app, service.metrics)
     judging.add_judging_routes(app, service)
+    reranking.add_rerank_routes(app, service)
     information.add_information_routes(app, service)
     documentation.add_docs(app, documentation.swagger_files())
     if page:

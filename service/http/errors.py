@@ -17,6 +17,7 @@ from client.errors import ErrorCode
 from client.schema import ErrorResult
 from service.errors import ServiceError
 from service.telemetry.metrics import Metrics
+from service.wires.rerank import rerank_error
 
 # Problems listed in the message of a validation error.
 MAX_REPORTED = 3
@@ -44,7 +45,11 @@ def native_form(error: ServiceError) -> tuple[int, Mapping[str, Any]]:
 
 
 # The forms of routes that speak somebody else's protocol, by path: errors of the middleware have theirs too.
-FORMS: Final[Mapping[str, ErrorForm]] = {}
+FORMS: Final[Mapping[str, ErrorForm]] = {
+    "/rerank": rerank_error,
+    "/v1/rerank": rerank_error,
+    "/v2/rerank": rerank_error,
+}
 
 
 def error_response(

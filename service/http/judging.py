@@ -44,7 +44,7 @@ _BATCH: Final = (
     ErrorCode.NOT_READY,
     ErrorCode.DRAINING,
 )
-_SINGLE: Final = (
+SINGLE: Final = (
     *_BATCH,
     ErrorCode.CONTEXT_LENGTH_EXCEEDED,
     ErrorCode.BAD_LABEL,
@@ -56,6 +56,7 @@ _SINGLE: Final = (
     ErrorCode.LABEL_NOT_RETURNED,
     ErrorCode.DEADLINE_EXCEEDED,
 )
+"""Errors of a route that is answered as a whole or not at all."""
 
 
 class ScoreBatch(ScoreBatchRequest):
@@ -75,12 +76,12 @@ def add_judging_routes(app: FastAPI, service: Service) -> None:
     """Add the four routes."""
     wire = service.wire
 
-    @app.post("/score", response_model=ScoreResult, responses=documented(*_SINGLE), tags=["judging"])
+    @app.post("/score", response_model=ScoreResult, responses=documented(*SINGLE), tags=["judging"])
     async def score(body: ScoreRequest, call: Caller, request: Request) -> Response:
         """P(Yes) for one response: is it a good answer to the prompt?"""
         return await _single(service, body, wire.score, request, call)
 
-    @app.post("/compare", response_model=CompareResult, responses=documented(*_SINGLE), tags=["judging"])
+    @app.post("/compare", response_model=CompareResult, responses=documented(*SINGLE), tags=["judging"])
     async def compare(body: CompareRequest, call: Caller, request: Request) -> Response:
         """Rank 2 to 16 responses to one prompt."""
         return await _single(service, body, wire.compare, request, call)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Header, Request, Response
+from pydantic import BaseModel
 
 from client.errors import STATUS, ErrorCode
 from client.schema import ErrorResult, ModelInfo, Result
@@ -24,6 +25,7 @@ from service.queue.contract import JobQueue, Priority
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing
 from service.wires.native import NativeWire
+from service.wires.rerank import RerankWire
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -50,6 +52,7 @@ class Service:
 
     wire: NativeWire
     decider: Decider
+    reranking: RerankWire
     pipeline: Pipeline
     queue: JobQueue
     metrics: Metrics
@@ -122,13 +125,13 @@ Caller = Annotated[Call, Depends(_call)]
 """A route's parameter: the caller's deadline and trace, once the body is known to be good."""
 
 
-def documented(*codes: ErrorCode) -> dict[int | str, dict[str, Any]]:
-    """The error answers of a route for its documentation."""
+def documented(*codes: ErrorCode, model: type[BaseModel] = ErrorResult) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route for its documentation, in the form of `model`."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(STATUS[code], []).append(code)
     return {
-        status: {"model": ErrorResult, "description": " or ".join(f"`{code}`" for code in names)}
+        status: {"model": model, "description": " or ".join(f"`{code}`" for code in names)}
         for status, names in sorted(by_status.items())
     }
 

@@ -13,7 +13,8 @@ A file (TOML or JSON) holds a list `templates`, each with
                  frame's
     format       "chat" or "raw"; default: chat where the model has a chat template
     frame        "instruction-first" (default) or, pointwise, "question-last": the built-in layout and labels to use;
-                 "input-first" for typed decisions: pointwise for yes or no, choice and scale
+                 "input-first" for typed decisions: pointwise for yes or no, choice and scale; "query-document" for
+                 reranking, pointwise
     layout       one's own in its place; needs `format` too
     labels       {yes = [...], no = [...]}; default: those of the frame
     grades       graded: the labels of the grades from 0 to 5; default: those of the frame
@@ -71,11 +72,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Frame = Literal["instruction-first", "question-last", "input-first"]
+Frame = Literal["instruction-first", "question-last", "input-first", "query-document"]
 _MODES_OF: Final[dict[Frame, tuple[Mode, ...]]] = {
     "instruction-first": ("pointwise", "pairwise", "graded", "rubric"),
     "question-last": ("pointwise",),
     "input-first": ("pointwise", "choice", "scale"),
+    "query-document": ("pointwise",),
 }
 Grades = Annotated[list[Text], Field(min_length=TOP_GRADE + 1, max_length=TOP_GRADE + 1)]
 

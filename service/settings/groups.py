@@ -118,6 +118,13 @@ class PromptSettings(SettingsGroup, title="prompts and scores"):
         description="ask a choice of /v1/decisions or /v1/systemone this many times, its options in other places each "
         "time, and average: less bias towards a place, for as many times the work; 1: once, in the order given",
     )
+    rerank_template: str = Field(
+        "rerank",
+        min_length=1,
+        max_length=128,
+        description="template that /rerank, /v1/rerank and /v2/rerank ask about each document with; rerank-qwen3 for "
+        "models of the family Qwen3-Reranker",
+    )
     tokenizer_threads: int = Field(2, ge=1, description="threads that render and tokenize prompts")
     calibration_file: CommaSeparated[Path] = Field(
         [], description="calibration files for this model (from `python -m client.calibrate`), comma-separated"

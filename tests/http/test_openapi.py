@@ -25,7 +25,7 @@ PROMISES = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch"]
+JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch", "/rerank", "/v1/rerank", "/v2/rerank"]
 READING = ["/templates", "/v1/models", "/health", "/ready", "/metrics"]
 VALID, INVALID = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 TRIALS = [

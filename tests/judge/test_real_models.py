@@ -12,9 +12,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from service.judge.template_files import load_library
 from service.models.__main__ import main
 from service.models.manifest import known_models
 from service.models.resolve import resolve
+from service.prompts.builder import PromptBuilder
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(1800)]
 
@@ -109,3 +111,36 @@ def test_stored_model_verifies(name: str, folder: Callable[[str], Path]) -> None
     folder(name)
 
     assert main(["verify", name]) == 0
+
+
+RERANKER_SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    'Note that the answer can only be "yes" or "no".'
+)
+RERANKER_TASK = "Given a web search query, retrieve relevant passages that answer the query"
+PASSAGES = [
+    ("What is the capital of China?", "The capital of China is Beijing."),
+    ("2024?", "  leading and trailing spaces\n\n"),
+    ("<Document>: what", "}{response} <think> é 你好"),
+]
+
+
+@pytest.mark.parametrize(("query", "document"), PASSAGES)
+def test_the_reranker_template_makes_the_published_tokens(
+    query: str, document: str, folder: Callable[[str], Path]
+) -> None:
+    """Qwen3-Reranker's own code tokenizes what is before, in and behind the pair separately; the labels are its two."""
+    tokenizer = tokenizer_of(folder(QWEN))
+    pieces = [
+        f"<|im_start|>system\n{RERANKER_SYSTEM}<|im_end|>\n<|im_start|>user\n",
+        f"<Instruct>: {RERANKER_TASK}\n<Query>: {query}\n<Document>: {document}",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ]
+    published = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False)]
+
+    prompt = PromptBuilder(tokenizer, 8192).build(
+        load_library("chat").get("rerank-qwen3@1"), query, [document], "error"
+    )
+
+    assert list(prompt.token_ids) == published
+    assert list(prompt.label_ids) == tokenizer.convert_tokens_to_ids(["yes", "no"])

@@ -86,6 +86,7 @@ OF_HTTP: dict[str, tuple[object, str]] = {
     "rate_limit": (None, "60"),
     "chat_date": (None, "2025-01-31"),
     "choice_rotations": (1, "4"),
+    "rerank_template": ("rerank", "rerank-qwen3"),
     "tokenizer_threads": (2, "4"),
     "calibration_file": ([], "a.json,b.json"),
     "cache_entries": (100_000, "0"),
