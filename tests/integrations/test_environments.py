@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations.environments import Environment, InstallationError, ProgramError, environments
+from tests.integrations.environments import ROOT, Environment, InstallationError, ProgramError, environments
 
 PINNED = re.compile(r"[\w.-]+(\[[\w,-]+\])?==[\w.+]+")
 NPM_PINNED = re.compile(r"(@[\w-]+/)?[\w-]+@\d+\.\d+\.\d+")
@@ -67,3 +67,12 @@ def test_a_programs_last_line_is_its_answer(tmp_path: Path, monkeypatch: pytest.
     program.write_text("raise SystemExit('refused')")
     with pytest.raises(ProgramError, match="ended with 1:\nrefused"):
         environment.run(program)
+
+
+def test_every_program_and_recipe_is_run_by_a_test() -> None:
+    """Each one's name is in a test file."""
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    programs = (Path(__file__).parent / "programs").iterdir()
+    recipes = (ROOT / "docs/recipes").iterdir()
+
+    assert [path.name for path in [*programs, *recipes] if f'{path.name}"' not in tests] == []
