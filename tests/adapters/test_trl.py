@@ -1,28 +1,19 @@
-"""Adapters against the real libraries and a real service."""
+"""TRL's reward functions against a real service: which completions get which rewards."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
 
-from client import Judge, JudgeError
-from client.adapters.trl import JudgeReward, RewardOptions, TooManyFailuresError
+from client import AsyncJudge, Judge, JudgeError
+from client.adapters.trl import AsyncJudgeReward, JudgeReward, RewardOptions, TooManyFailuresError
 from tests.support.fake_judge import Service, batch_answer
-from tests.support.live import live_service
+from tests.support.live import Live
 
 LONG = "far too long " * 3000
-
-
-@pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    """A client of a real service with the fake engine."""
-    with live_service() as live, Judge(live.url) as client:
-        yield client
 
 
 def test_the_reward_is_the_judges_log_odds(judge: Judge) -> None:
@@ -93,6 +84,15 @@ def test_empty_completions_do_not_stop_the_training(judge: Judge) -> None:
     assert JudgeReward(judge, RewardOptions(max_failures=0.0))(prompts=["p"], completions=[""]) == [None]
 
 
+def test_unjudged_can_stop_the_training_at_the_first(judge: Judge) -> None:
+    """`unjudged="raise"` allows not even an empty completion."""
+    reward = JudgeReward(judge, RewardOptions(unjudged="raise", max_failures=1.0))
+
+    with pytest.raises(TooManyFailuresError, match=r"1 of 2 completions .*empty_response.*unjudged"):
+        reward(prompts=["p"] * 2, completions=["a", ""])
+    assert reward(prompts=["p"], completions=["a"]) == [judge.score("p", "a").log_odds]
+
+
 def test_a_prompt_that_makes_no_valid_request_is_a_failure(judge: Judge) -> None:
     """A conversation that does not end with the user's turn cannot be judged."""
     reward = JudgeReward(judge, RewardOptions(max_failures=1.0))
@@ -118,59 +118,41 @@ def test_a_calibrated_reward() -> None:
     assert rewards == [0.6]
 
 
-@pytest.mark.parametrize("numbers", [{"value": "usage"}, {"max_failures": 2.0}])
+@pytest.mark.parametrize("numbers", [{"value": "usage"}, {"max_failures": 2.0}, {"unjudged": "skip"}])
 def test_options_that_cannot_work_are_refused(numbers: dict[str, Any]) -> None:
     """A wrong name or share raises a ValueError when the options are made."""
     with pytest.raises(ValueError, match=next(iter(numbers))):
         RewardOptions(**numbers)
 
 
-@pytest.mark.parametrize("prompt", ["Name a prime.", [{"role": "user", "content": "Name a prime."}]])
-def test_a_grpo_step_is_driven_by_the_judge(judge: Judge, tiny_model: Path, tmp_path: Path, prompt: Any) -> None:
-    """A step of a real GRPOTrainer logs the mean of the judge's rewards for the generated completions."""
-    generated: list[Any] = []
+async def test_an_async_reward_gives_the_same_rewards(live: Live, judge: Judge) -> None:
+    """Awaited, it returns what `JudgeReward` returns, and counts and logs the same."""
+    completions, logged = ["a", LONG, ""], {}
+    asynchronous = AsyncJudgeReward(live.url, RewardOptions(max_failures=0.5))
+    synchronous = JudgeReward(judge, RewardOptions(max_failures=0.5))
 
-    def keep(completions: list[Any], **_: Any) -> list[float]:
-        generated.extend(completions)
-        return [0.0] * len(completions)
+    rewards = await asynchronous(["p"] * 3, completions, category=["math"] * 3, log_metric=logged.__setitem__)
 
-    log = one_step(tiny_model, tmp_path, prompt, [JudgeReward(judge), keep])
-
-    texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in generated]
-    rewards = [judge.score(prompt, text, category="math").log_odds for text in texts]
-    assert log["rewards/judge_log_odds/mean"] == pytest.approx(sum(rewards) / 2, abs=1e-5)
-    assert log["judge_log_odds/unjudged"] == 0
+    assert rewards == synchronous(["p"] * 3, completions, category=["math"] * 3)
+    assert (asynchronous.failures, asynchronous.__name__) == (synchronous.failures, synchronous.__name__)
+    assert logged == {"judge_log_odds/unjudged": 2 / 3}
 
 
-def one_step(model: Path, folder: Path, prompt: Any, reward_funcs: list[Any]) -> dict[str, float]:
-    """The log of one training step with two completions to this prompt."""
-    with warnings.catch_warnings():
-        # The libraries warn about each other's versions.
-        warnings.simplefilter("ignore")
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-        from trl import GRPOConfig, GRPOTrainer
+async def test_an_async_reward_asks_through_the_callers_client(live: Live) -> None:
+    """A given AsyncJudge stays open: its caller closes it."""
+    async with AsyncJudge(live.url) as judge:
+        reward = AsyncJudgeReward(judge)
+        rewards = [await reward(["p"], ["a"]) for _ in range(2)]
+        assert rewards == [[(await judge.score("p", "a")).log_odds]] * 2
 
-        config = GRPOConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            num_generations=2,
-            max_completion_length=8,
-            max_steps=1,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            str(model),
-            reward_funcs=reward_funcs,
-            args=config,
-            train_dataset=Dataset.from_dict({"prompt": [prompt] * 2, "category": ["math"] * 2}),
-            processing_class=AutoTokenizer.from_pretrained(model),
-        )
-        trainer.train()
-    log: dict[str, float] = trainer.state.log_history[0]
-    return log
+
+def test_an_async_reward_works_in_one_event_loop_after_another(live: Live, judge: Judge) -> None:
+    """Trainers start and end loops as they like; no connection stays behind in one."""
+    reward = AsyncJudgeReward(live.url)
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+
+    rewards = [loop.run_until_complete(reward(["p"], ["a"])) for loop in loops]
+    for loop in loops:
+        loop.close()
+
+    assert rewards == [[judge.score("p", "a").log_odds]] * 2

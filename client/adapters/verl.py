@@ -1,0 +1,98 @@
+"""The judge as a reward function for verl (verl 0.9). `client.adapters.verl_manager` has a reward manager beside it.
+
+    reward.custom_reward_function.path=pkg://client.adapters.verl
+    +reward.custom_reward_function.reward_kwargs.url=http://judge:8000
+    +reward.custom_reward_function.reward_kwargs.unjudged=-20
+
+A reward function of verl does not see the prompt, only the dataset's `extra_info`, so that must hold it: as "question",
+or under the name in `prompt_key`. The manager sees it.
+
+verl needs a number for every completion: without `unjudged`, the first that cannot be judged stops the training. With
+it, "unjudged" beside the score says for which it stands, and no more than the share `max_failures` may fail, of all
+completions so far in the process, but at least of 100.
+
+The key is JUDGE_API_KEY of verl's workers: in verl's settings it would be printed and logged with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Final
+
+from client.adapters.dialogues import Dialogue
+from client.adapters.rewards import AsyncRewardFunction, RewardOptions, default_url, raise_unless_given
+from client.judge import AsyncJudge
+from client.schema import ScoreResult
+
+# verl adds these for functions that ask the reward model which verl runs itself.
+_VERLS_OWN: Final = ("reward_router_address", "reward_model_tokenizer")
+# Completions on which the share of failures is first taken: one failure among the first few is not "too many".
+_FEWEST: Final = 100
+
+
+class SingleReward(AsyncRewardFunction):
+    """Judges one completion a call, as verl asks. Raises as `client.adapters.trl.JudgeReward` does."""
+
+    def __init__(self, judge: AsyncJudge | str | None = None, options: RewardOptions | None = None) -> None:
+        super().__init__(judge, raise_unless_given(options))
+        self._seen = 0
+
+    async def score(self, prompt: Dialogue, response: str, extra_info: Mapping[str, Any] | None) -> dict[str, float]:
+        """The reward as `score`, and `unjudged`: 1 if it stands for a completion that could not be judged, else 0.
+
+        Every answer has the same entries, as verl makes columns of them.
+        """
+        columns = {name: [value] for name, value in (extra_info or {}).items()}
+        self._seen += 1
+        (outcome,) = await self._ask(self._requests([(prompt, response)], columns))
+        (reward,) = self._rewards([outcome])
+        assert reward is not None
+        return {"score": float(reward), "unjudged": float(not isinstance(outcome, ScoreResult))}
+
+    def _broken_bound(self, failed: Counter[str], total: int) -> str | None:
+        if self.options.unjudged == "raise":
+            return super()._broken_bound(failed, total)
+        return super()._broken_bound(self.failures, max(self._seen, _FEWEST))
+
+
+async def compute_score(
+    data_source: str,  # noqa: ARG001 (verl passes it)
+    solution_str: str,
+    ground_truth: object,  # noqa: ARG001 (verl passes it)
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    prompt_key: str = "question",
+    url: str | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """The answer of `SingleReward.score`, as verl's reward managers want it.
+
+    Args:
+        data_source: Not used.
+        solution_str: The completion.
+        ground_truth: Not used.
+        extra_info: The dataset's column of this name, with the prompt (a text or messages) and perhaps a category.
+        prompt_key: The prompt's name there.
+        url: The service's address; None takes JUDGE_URL from the environment, or http://127.0.0.1:8000.
+        **options: Those of `RewardOptions`, a template by its name.
+
+    Raises ValueError if there is no prompt, and as `client.adapters.trl.JudgeReward` does.
+    """
+    if extra_info is None or prompt_key not in extra_info:
+        raise ValueError(f"extra_info has no {prompt_key}: name the entry with the prompt in prompt_key")
+    settings = {name: value for name, value in options.items() if name not in _VERLS_OWN}
+    reward = single_reward(url, tuple(sorted(settings.items())))
+    return await reward.score(as_dialogue(extra_info[prompt_key]), solution_str, extra_info)
+
+
+@cache
+def single_reward(url: str | None, settings: tuple[tuple[str, Any], ...]) -> SingleReward:
+    """The process's reward function for these options; it keeps its connections, and counts failures over all calls."""
+    return SingleReward(AsyncJudge(url or default_url()), RewardOptions(**dict(settings)))
+
+
+def as_dialogue(prompt: Any) -> Dialogue:
+    """A prompt from verl's columns, where messages may be an array."""
+    return prompt if isinstance(prompt, str) else list(prompt)
