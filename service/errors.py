@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from client.errors import STATUS, TYPE, ErrorCode, PicklableError
 from client.schema import ErrorBody
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one value of a request: `loc` leads to it from `"body"`, `kind` is pydantic's type."""
+
+    loc: tuple[str | int, ...]
+    message: str
+    kind: str
 
 
 class ServiceError(PicklableError):
     """An error with its wire code. `message` is written for the caller and never repeats the caller's text.
 
-    `param` names the request field at fault; `retry_after` is in seconds.
+    `param` names the request field at fault; `retry_after` is in seconds. An invalid body's `problems` say the same as
+    the message, one by one, for protocols that list them.
     """
 
     def __init__(
-        self, code: ErrorCode, message: str, *, param: str | None = None, retry_after: float | None = None
+        self,
+        code: ErrorCode,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: float | None = None,
+        problems: Sequence[Problem] = (),
     ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.problems = problems
 
     @property
     def status(self) -> int:

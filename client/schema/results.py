@@ -240,6 +240,8 @@ class ModelInfo(Result):
 
     id: str
     object: Literal["model"] = "model"
+    created: int = 0
+    """For OpenAI's clients; when the model was made is not known."""
     owned_by: str = "judge-as-api"
     fingerprint: str
     """Changes with the model's weights, tokenizer and configuration."""
@@ -255,11 +257,22 @@ class ModelInfo(Result):
     workers: list[WorkerStatus] = []
 
 
+class ModelName(Result):
+    """A model as TypeSafe's clients read it."""
+
+    name: str
+    description: str
+    release_date: str = "1970-01-01"
+    """When the model was made is not known."""
+
+
 class ModelsResult(Result):
-    """The models that this service judges with: one."""
+    """The models that this service judges with: one, in the forms of OpenAI and of TypeSafe."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
+    models: list[ModelName] = []
+    """Older services leave it out."""
 
 
 class HealthResult(Result):

@@ -15,14 +15,20 @@ from starlette.responses import JSONResponse, Response
 
 from client.errors import ErrorCode
 from client.schema import ErrorResult
-from service.errors import ServiceError
+from service.errors import Problem, ServiceError
 from service.telemetry.metrics import Metrics
+from service.wires.decisions import decisions_error
 from service.wires.rerank import rerank_error
+from service.wires.systemone import systemone_error
 
 # Problems listed in the message of a validation error.
 MAX_REPORTED = 3
 
+# Characters of a name in the location of a problem.
+_LONGEST_NAME = 128
+
 _FIELD = re.compile(r"[a-z][a-z_]{0,31}")
+_UNION_MEMBER = re.compile(r"<([a-z_]+)>")
 _CODING_HEADERS = ("content-encoding", "transfer-encoding")
 _PLAIN_CODINGS = frozenset({"", "identity", "chunked"})
 _COMPRESSIONS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd"})
@@ -32,7 +38,7 @@ _JSON = re.compile(r"application/(json|[^/]+\+json)")
 _UTF_8 = frozenset({"utf-8", "utf8", "utf-8-sig", "us-ascii", "ascii"})
 _PATH_SEPARATOR = re.compile(r"[.\[]")
 # Pydantic adds the union branch that it tried to an error's location.
-_UNION_BRANCHES = frozenset({"str"})
+_UNION_BRANCHES = frozenset({"str", "bool"})
 
 
 ErrorForm: TypeAlias = Callable[[ServiceError], tuple[int, Mapping[str, Any]]]
@@ -46,6 +52,8 @@ def native_form(error: ServiceError) -> tuple[int, Mapping[str, Any]]:
 
 # The forms of routes that speak somebody else's protocol, by path: errors of the middleware have theirs too.
 FORMS: Final[Mapping[str, ErrorForm]] = {
+    "/v1/decisions": decisions_error,
+    "/v1/systemone": systemone_error,
     "/rerank": rerank_error,
     "/v1/rerank": rerank_error,
     "/v2/rerank": rerank_error,
@@ -129,13 +137,24 @@ def from_validation_errors(errors: Sequence[Mapping[str, Any]], skip: int = 0) -
     """Pydantic's errors as one. The first `skip` parts of each location are not the caller's, such as `body`."""
     if any(error["type"] == "json_invalid" for error in errors):
         return ServiceError(ErrorCode.INVALID_JSON, "the body is not valid JSON")
+    listed = [
+        Problem(tuple(map(_sendable, error["loc"])), error["msg"], error["type"]) for error in errors[:MAX_REPORTED]
+    ]
     reported = list(dict.fromkeys((_field_path(error["loc"][skip:]), str(error["msg"])) for error in errors))
     # Pydantic reports a value that fits no branch of a union once per branch. The deepest path was probably meant.
     outer = {path[: end.start()] for path, _ in reported for end in _PATH_SEPARATOR.finditer(path)} - {""}
     problems = [problem for problem in reported if problem[0] not in outer]
     summary = "; ".join(f"{path}: {message}" if path else message for path, message in problems[:MAX_REPORTED])
     more = f" (and {len(problems) - MAX_REPORTED} more)" if len(problems) > MAX_REPORTED else ""
-    return ServiceError(ErrorCode.INVALID_REQUEST, summary + more, param=problems[0][0] or None)
+    return ServiceError(ErrorCode.INVALID_REQUEST, summary + more, param=problems[0][0] or None, problems=listed)
+
+
+def _sendable(part: str | int) -> str | int:
+    """A step of a location: perhaps a name that the caller made up, or a member of a union (`wires.bodies.tag`)."""
+    if isinstance(part, int):
+        return part
+    member = _UNION_MEMBER.fullmatch(part)
+    return member[1] if member else part[:_LONGEST_NAME].encode("utf-8", "replace").decode()
 
 
 def internal_error() -> ServiceError:

@@ -9,6 +9,7 @@ from client.errors import ErrorCode
 from client.schema import (
     HealthResult,
     Labels,
+    ModelName,
     ModelsResult,
     ReadyResult,
     TemplateInfo,
@@ -33,7 +34,9 @@ def add_information_routes(app: FastAPI, service: Service) -> None:
     async def models() -> ModelsResult:
         """The model behind this service, and the workers that run it now."""
         workers = [_status(worker) for worker in service.queue.workers()]
-        return ModelsResult(data=[service.model.model_copy(update={"workers": workers})])
+        model = service.model
+        name = ModelName(name=model.id, description=f"Judge {model.judge}, engine {model.engine}")
+        return ModelsResult(data=[model.model_copy(update={"workers": workers})], models=[name])
 
     @app.get("/health", responses=documented(*EVERYWHERE), tags=["operation"])
     async def health() -> HealthResult:

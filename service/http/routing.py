@@ -12,10 +12,11 @@ from typing import Annotated, Any, Final
 from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 
-from client.errors import STATUS, ErrorCode
+from client.errors import ErrorCode
 from client.schema import ErrorResult, ModelInfo, Result
 from service.errors import ServiceError
 from service.http import errors as http_errors
+from service.http.errors import ErrorForm, native_form
 from service.http.rate_limit import RateLimiter
 from service.judge.decisions import Decider
 from service.judge.dispatch import Call
@@ -125,11 +126,14 @@ Caller = Annotated[Call, Depends(_call)]
 """A route's parameter: the caller's deadline and trace, once the body is known to be good."""
 
 
-def documented(*codes: ErrorCode, model: type[BaseModel] = ErrorResult) -> dict[int | str, dict[str, Any]]:
-    """The error answers of a route for its documentation, in the form of `model`."""
+def documented(
+    *codes: ErrorCode, form: ErrorForm = native_form, model: type[BaseModel] = ErrorResult
+) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route for its documentation, in the form and with the model of its protocol."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
-        by_status.setdefault(STATUS[code], []).append(code)
+        status, _ = form(ServiceError(code, ""))
+        by_status.setdefault(status, []).append(code)
     return {
         status: {"model": model, "description": " or ".join(f"`{code}`" for code in names)}
         for status, names in sorted(by_status.items())

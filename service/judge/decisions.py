@@ -33,6 +33,8 @@ DecisionKind: TypeAlias = Literal["predicate", "choice", "scale"]
 
 MOST_OPTIONS: Final = 255
 """Of a choice."""
+MOST_LEVELS: Final = 10
+"""Of a scale."""
 
 _UPPER: Final = string.ascii_uppercase
 _PAIRS: Final = tuple(a + b for second in (_UPPER, string.ascii_lowercase) for a in _UPPER for b in second)
@@ -61,13 +63,14 @@ class Alternative:
 class Decision:
     """A typed question about an input. A scale's `alternatives` are its levels, the worst first; a predicate has none.
 
-    `field` is what the request calls it, for error messages.
+    `field` is what the request calls it, and `options_field` its alternatives within it, for error messages.
     """
 
     kind: DecisionKind
     question: str
     alternatives: tuple[Alternative, ...] = ()
     field: str = ""
+    options_field: str = "options"
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,12 @@ class Decided:
     """The answer to a decision.
 
     `probabilities` are those of its alternatives among themselves, in order, summing to 1; a predicate's are those of
-    yes and no. `judgements` are what they were read from: one, or one for each rotation of a choice's options.
+    yes and no. `judgements` are what they were read from: one, or one for each rotation of a choice's options. Where
+    there is only one alternative nothing is asked, and log-odds and label mass are None.
     """
 
     probabilities: tuple[float, ...]
-    log_odds: float
+    log_odds: float | None
     judgements: tuple[Judgement, ...]
 
     @cached_property
@@ -89,12 +93,15 @@ class Decided:
 
     @property
     def expected(self) -> float:
-        """The mean of the alternatives' numbers, from 0: the expected level of a scale."""
-        return math.fsum(number * p for number, p in enumerate(self.probabilities))
+        """The mean of the alternatives' numbers, from 0: the expected level of a scale, at most the top one."""
+        # The probabilities may add up to a rounding error more than 1.
+        return min(math.fsum(number * p for number, p in enumerate(self.probabilities)), len(self.probabilities) - 1.0)
 
     @property
-    def label_mass(self) -> float:
+    def label_mass(self) -> float | None:
         """The probability that the next token is any of the labels, on average over the rotations."""
+        if not self.judgements:
+            return None
         return math.fsum(judgement.label_mass for judgement in self.judgements) / len(self.judgements)
 
 
@@ -151,10 +158,14 @@ class Decider:
             self._usable(self._templates.get(mode))
 
     def _asked(self, decision: Decision) -> int:
+        if len(decision.alternatives) == 1:
+            return 0
         return min(self._rotations, len(decision.alternatives)) if decision.kind == "choice" else 1
 
     def _group(self, state: str | Sequence[Message], decision: Decision) -> Group:
         template = self._templates.get(decision.kind)
+        if len(decision.alternatives) == 1:
+            return []
         if decision.kind == "predicate":
             return [PromptSpec(template, state, [decision.question], fields=(f"{decision.field}.instructions",))]
         try:
@@ -163,7 +174,7 @@ class Decider:
             return error
         options = tuple(Option(f"option {number}", (mark,)) for number, mark in enumerate(marks))
         layout = replace(template, question=Choice(options) if decision.kind == "choice" else Scale(options))
-        fields = (f"{decision.field}.instructions", f"{decision.field}.options")
+        fields = (f"{decision.field}.instructions", f"{decision.field}.{decision.options_field}")
         return [
             PromptSpec(layout, state, [decision.question, _listed(rotated, marks)], fields=fields)
             for rotated in _rotations(decision.alternatives, self._asked(decision))
@@ -179,7 +190,7 @@ class Decider:
             ErrorCode.BAD_LABEL,
             f"{wanted} options are more than the {max(map(len, usable))} marks that are one token each in this model's "
             "vocabulary: split the question",
-            param=decision.field,
+            param=f"{decision.field}.{decision.options_field}",
         )
 
     def _usable(self, template: Template) -> list[list[str]]:
@@ -212,6 +223,8 @@ def _listed(alternatives: Sequence[Alternative], marks: Sequence[str]) -> str:
 
 
 def _decided(decision: Decision, judged: Sequence[Judgement]) -> Decided:
+    if not judged:
+        return Decided((1.0,), None, ())
     if decision.kind == "predicate":
         (judgement,) = judged
         return Decided((judgement.score, 1 - judgement.score), judgement.log_odds, (judgement,))

@@ -16,7 +16,7 @@ PAIR = {"prompt": "What is 2+2?", "response": "Vier, na klar: \u00e4\u00f6\u00fc
 TEXT = json.dumps(PAIR, ensure_ascii=False)
 BODY = TEXT.encode()
 JSON = "application/json"
-JUDGING = ["/score", "/compare", "/score/batch", "/compare/batch"]
+JUDGING = ["/score", "/compare", "/score/batch", "/compare/batch", "/v1/decisions"]
 KINDS = [JSON, "Application/JSON; Charset=UTF-8", 'application/json;charset="utf8"', "application/x+json"]
 OTHER_KINDS = [
     None,

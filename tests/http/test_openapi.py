@@ -25,11 +25,12 @@ PROMISES = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+DECIDING = ["/v1/decisions", "/v1/systemone"]
 JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch", "/rerank", "/v1/rerank", "/v2/rerank"]
 READING = ["/templates", "/v1/models", "/health", "/ready", "/metrics"]
 VALID, INVALID = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 TRIALS = [
-    *(("post", path, mode) for path in JUDGING for mode in (VALID, INVALID)),
+    *(("post", path, mode) for path in (*JUDGING, *DECIDING) for mode in (VALID, INVALID)),
     *(("get", path, VALID) for path in READING),
 ]
 

@@ -112,6 +112,7 @@ ERROR = {
 MODEL = {
     "id": "a-model",
     "object": "model",
+    "created": 0,
     "owned_by": "judge-as-api",
     "fingerprint": "0123abcd",
     "engine": "torch",
@@ -158,7 +159,14 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
             "categories": ["general", "math"],
         },
     ),
-    (ModelsResult, {"object": "list", "data": [MODEL]}),
+    (
+        ModelsResult,
+        {
+            "object": "list",
+            "data": [MODEL],
+            "models": [{"name": "a-model", "description": "a judge", "release_date": "1970-01-01"}],
+        },
+    ),
     (HealthResult, {"status": "ok", "version": "0.1.0"}),
     (ReadyResult, {"status": "ready", "model": "a-model"}),
     (ErrorResult, {"error": ERROR}),

@@ -144,7 +144,7 @@ async def test_more_options_than_marks_are_refused(pipeline: Pipeline) -> None:
 
     assert isinstance(good, Decided)
     assert isinstance(bad, ServiceError)
-    assert (bad.code, bad.param) == (ErrorCode.BAD_LABEL, "questions[0]")
+    assert (bad.code, bad.param) == (ErrorCode.BAD_LABEL, "questions[0].options")
     assert "255 options are more than the " in bad.message
 
 
