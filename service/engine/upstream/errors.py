@@ -147,7 +147,8 @@ def _input_problem(error: Mapping[str, Any]) -> tuple[ErrorCode, str] | None:
     named = error.get("code") in _LENGTH_NAMES or error.get("error_type") in _LENGTH_NAMES
     if named or _TOO_LONG.search(said):
         return ErrorCode.CONTEXT_LENGTH_EXCEEDED, "the prompt is longer than the upstream server's model reads"
-    if _TOO_MANY_OPTIONS.search(said):
+    # This service's own code, if it is the upstream.
+    if error.get("code") == ErrorCode.BAD_LABEL or _TOO_MANY_OPTIONS.search(said):
         return ErrorCode.BAD_LABEL, "the question has more labels than the upstream server takes options"
     return None
 
@@ -165,22 +166,22 @@ def _unlisted(body: Any) -> Any:
 
 
 def _error_in(body: Any) -> Mapping[str, Any]:
-    """The `error` object of OpenAI's form or the `detail` of FastAPI's, or the whole body if the server omits that
-    level; {} if it is none of these."""
+    """The `error` object of OpenAI's form, TypeSafe's `detail`, or the whole body if the server omits that level; {} if
+    it is none of these."""
     body = _unlisted(body)
     if not isinstance(body, dict):
         return {}
-    inner = body.get("error", body.get("detail", body))
-    if inner is True:
-        return dict(body)
-    return inner if isinstance(inner, dict) else {"message": _joined(inner)}
+    inner = body.get("error") or body.get("detail") or body
+    if isinstance(inner, dict):
+        return inner
+    return body if inner is True else {**body, "message": _joined(inner)}
 
 
-def _joined(detail: Any) -> Any:
-    """FastAPI's list of what is wrong with a body, as one message; it quotes none of the body's values."""
-    if not isinstance(detail, list):
-        return detail
-    problems = [problem for problem in detail if isinstance(problem, dict)]
+def _joined(said: Any) -> Any:
+    """A message. FastAPI's list of what is wrong with a body is joined to one, which quotes none of its values."""
+    if not isinstance(said, list):
+        return said
+    problems = [problem for problem in said if isinstance(problem, dict)]
     return "; ".join(f"{problem.get('loc')}: {problem.get('msg')}" for problem in problems)
 
 

@@ -319,6 +319,8 @@ def test_more_options_than_the_server_takes_are_the_callers_error(upstream: Upst
         Reply(400, {"detail": {"error_type": "max_tokens_exceeded"}}),
         Reply(422, {"detail": {"error_type": "max_tokens_exceeded", "message": None}}),
         Reply(422, {"detail": "The prompt is too long: 40000 tokens"}),
+        Reply(413, {"detail": "no", "code": "context_length_exceeded"}),
+        Reply(400, {"detail": None, "message": "The prompt is too long: 40000 tokens"}),
         error(400, "anything", code="context_length_exceeded"),
         error(400, "This model's maximum context length is 4096 tokens. However, your request has 5000"),
     ],
