@@ -1,8 +1,8 @@
 """The ways of asking that need no log-probabilities: the server is to choose one of the item's labels, and says how
 probable each is.
 
-    Decisions   POST /v1/decisions   OpenAI, vLLM from 0.33, LiteLLM
-    SystemOne   POST /v1/systemone   TypeSafe, vLLM from 0.32, SGLang, Ollama
+    Decisions   POST /v1/decisions   OpenAI, vLLM from 0.33, LiteLLM, this service
+    SystemOne   POST /v1/systemone   TypeSafe, vLLM from 0.32, SGLang, Ollama, this service
 
 The question put to the server is a `choice` among the labels whatever they are, never a predicate: a predicate takes
 the statement to be judged, but here the question is the prompt's own, in the template's words. So the prompt goes in as
