@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.http import deciding, documentation, information, judging, playground, reranking
+from service.http import deciding, documentation, information, judging, playground, reranking, rewarding
 from service.http import errors as http_errors
 from service.http.middleware import Authentication, KnownHost, RequestContext, WholeBody
 from service.http.routing import Service
@@ -49,6 +49,7 @@ def create_app(service: Service, lifespan: Lifespan | None = None, *, page: bool
     judging.add_judging_routes(app, service)
     deciding.add_deciding_routes(app, service)
     reranking.add_rerank_routes(app, service)
+    rewarding.add_reward_routes(app, service)
     information.add_information_routes(app, service)
     documentation.add_docs(app, documentation.swagger_files())
     if page:

@@ -19,6 +19,7 @@ from service.errors import Problem, ServiceError
 from service.telemetry.metrics import Metrics
 from service.wires.decisions import decisions_error
 from service.wires.rerank import rerank_error
+from service.wires.rewards import reward_error
 from service.wires.systemone import systemone_error
 
 # Problems listed in the message of a validation error.
@@ -57,6 +58,9 @@ FORMS: Final[Mapping[str, ErrorForm]] = {
     "/rerank": rerank_error,
     "/v1/rerank": rerank_error,
     "/v2/rerank": rerank_error,
+    "/get_reward": reward_error,
+    "/remote_rm": reward_error,
+    "/v1/score/evaluation": reward_error,
 }
 
 

@@ -6,6 +6,7 @@ Not on Starlette's BaseHTTPMiddleware, which hides the caller's disconnect from 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import random
@@ -132,6 +133,9 @@ class KnownHost:
 class Authentication:
     """Admits requests that carry a valid key, and all requests to OPEN_PATHS.
 
+    The key comes as `Bearer KEY`, or as the password of `Basic`: that is what HTTP libraries make of a key in a URL
+    (`http://:KEY@host`), and a URL is all that trainers let one set. A key in a path would end up in proxies' logs.
+
     Every key is compared every time, as a digest and in constant time, so timing reveals nothing about a key. The
     valid key's digest becomes `scope["state"]["caller"]`, by which rate limits are counted.
     """
@@ -143,15 +147,14 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
-            key = sent.strip()
+            key = _sent_key(Headers(scope=scope).get("authorization", ""))
             digest = _key_digest(key)
             equal = [hmac.compare_digest(digest, valid) for valid in self._digests]
             # An empty key is never valid, even if one was configured.
             known = any(equal) and key != ""
-            allowed = not self._digests or (known and scheme.lower() == "bearer")
-            if not allowed and scope["path"] not in OPEN_PATHS:
-                error = ServiceError(ErrorCode.UNAUTHORIZED, "send a valid key as `Authorization: Bearer KEY`")
+            if self._digests and not known and scope["path"] not in OPEN_PATHS:
+                message = "send a valid key as `Authorization: Bearer KEY`, or in the URL: http://:KEY@host/…"
+                error = ServiceError(ErrorCode.UNAUTHORIZED, message)
                 await error_response(self._metrics, error, scope["path"])(scope, receive, send)
                 return
             scope.setdefault("state", {})["caller"] = digest.hex() if known else ""
@@ -267,6 +270,19 @@ class _Caller:
 def _log_context(request_id: str, span: TraceSpan) -> dict[str, str]:
     """The fields of all log lines of a request."""
     return {"request_id": request_id} | ({"trace_id": span.trace_id} if span.trace_id else {})
+
+
+def _sent_key(authorization: str) -> str:
+    """The key in the header; "" if there is none that can be read."""
+    scheme, _, credentials = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return credentials.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _key_digest(key: str) -> bytes:

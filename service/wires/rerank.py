@@ -20,20 +20,21 @@ from service.errors import ServiceError
 from service.judge.dispatch import Call
 from service.judge.judges import Judge
 from service.judge.templates import Template, TemplateLibrary
-from service.wires.foreign import ForeignRequest, as_text, invalid, renamed
+from service.wires.bodies import WireRequest
+from service.wires.names import as_text, invalid, renamed
 from service.wires.native import NativeWire
 
 # What Cohere counts as one search: a query and so many documents.
 _DOCUMENTS_PER_SEARCH: Final = 100
 
 
-class TextDocument(ForeignRequest):
+class TextDocument(WireRequest):
     """A document as an object."""
 
     text: Text
 
 
-class RerankRequest(ForeignRequest):
+class RerankRequest(WireRequest):
     """Rank documents by how well they answer a query: the body of Cohere, Jina and vLLM.
 
     Other fields that their clients send are ignored: `model`, `max_tokens_per_doc`, `priority`, ….
@@ -86,7 +87,7 @@ class RerankRequest(ForeignRequest):
         return "error" if self.truncate is False else "response_middle"
 
 
-class TextsRequest(ForeignRequest):
+class TextsRequest(WireRequest):
     """The same, the body of Hugging Face's Text Embeddings Inference (TEI); the answer is a bare list."""
 
     field: ClassVar = "texts"

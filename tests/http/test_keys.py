@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+
 import httpx
 import pytest
+import requests
 from pydantic import SecretStr, ValidationError
 from starlette.responses import PlainTextResponse
 
@@ -146,6 +149,58 @@ def test_without_a_valid_key_nothing_is_judged() -> None:
     assert {outcome(answer)[:2] for answer in (wrong, basic)} == {(401, "unauthorized")}
     assert {answer.headers["www-authenticate"] for answer in bare} == {"Bearer"}
     assert [answer.status_code for answer in (*right, health)] == [200, 200, 200]
+
+
+def basic(credentials: str) -> str:
+    """The header that HTTP libraries send for these credentials in a URL."""
+    return f"Basic {base64.b64encode(credentials.encode()).decode()}"
+
+
+@pytest.mark.parametrize("header", [basic(":secret"), basic("anyone:secret"), basic(":secret").replace("B", "b", 1)])
+def test_a_key_may_be_the_password_of_basic_authentication(header: str) -> None:
+    """Whatever the user is called."""
+    with live_service(api_key="other,secret") as live:
+        assert live.http.post("/score", json=PAIR, headers={"Authorization": header}).status_code == 200
+
+
+BAD_BASIC = [
+    "Basic",
+    "Basic :secret",
+    "Basic secret",
+    "Basic \u00e9",
+    basic("secret"),
+    basic("secret:"),
+    basic(":"),
+    basic(":secret "),
+    basic(":secret:"),
+    basic(":secrets"),
+    basic(":secret")[:-1],
+    basic(":secret").replace("Basic", "Digest"),
+]
+
+
+@pytest.mark.parametrize("header", BAD_BASIC)
+def test_other_credentials_are_refused(header: str) -> None:
+    """Not base64, no password, another one, or another scheme. The refusal does not repeat them."""
+    with live_service(api_key="secret") as live:
+        answer = live.http.post("/score", json=PAIR, headers=[(b"Authorization", header.encode("latin-1"))])
+
+    assert outcome(answer)[:2] == (401, "unauthorized")
+    assert "secret" not in answer.text
+
+
+def test_a_key_in_the_url_reaches_the_service_and_no_log_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """httpx and requests make Basic authentication of it, on every route; it counts against its rate."""
+    with live_service(api_key="a-secret", rate_limit=2, log_level="debug") as live:
+        base = live.url.replace("http://", "http://:a-secret@")
+        sample = {"prompt": "What is 2+2?", "response": "4", "label": None}
+        with httpx.Client() as http:
+            answers = [http.post(f"{base}/remote_rm?value=score", json=sample)]
+        with requests.Session() as session:
+            answers += [session.post(f"{base}/remote_rm", json=sample), session.post(f"{base}/score", json=PAIR)]
+
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert "a-secret" not in "".join(capfd.readouterr())
 
 
 def test_a_key_over_its_rate_is_429() -> None:

@@ -26,11 +26,13 @@ PROMISES = [
     response_schema_conformance,
 ]
 DECIDING = ["/v1/decisions", "/v1/systemone"]
-JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch", "/rerank", "/v1/rerank", "/v2/rerank"]
+JUDGING = ["/score", "/score/batch", "/compare", "/compare/batch"]
+RERANKING = ["/rerank", "/v1/rerank", "/v2/rerank"]
+REWARDING = ["/get_reward", "/remote_rm", "/v1/score/evaluation"]
 READING = ["/templates", "/v1/models", "/health", "/ready", "/metrics"]
 VALID, INVALID = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 TRIALS = [
-    *(("post", path, mode) for path in (*JUDGING, *DECIDING) for mode in (VALID, INVALID)),
+    *(("post", path, mode) for path in (*JUDGING, *DECIDING, *RERANKING, *REWARDING) for mode in (VALID, INVALID)),
     *(("get", path, VALID) for path in READING),
 ]
 

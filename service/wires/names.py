@@ -1,23 +1,17 @@
-"""What the wires of other protocols share: bodies that take unknown fields, errors in the names of those bodies."""
+"""A protocol's own names for the fields of a score request, in errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from client.errors import ErrorCode
 from client.schema import Text
 from service.errors import ServiceError
 
 _TEXT: Final = TypeAdapter(Text)
-
-
-class ForeignRequest(BaseModel):
-    """A body of another protocol: its clients send fields that mean nothing here, and those are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 def as_text(value: object, field: str) -> str:
