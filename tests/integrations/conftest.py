@@ -47,10 +47,3 @@ def service() -> Iterator[Served]:
     """A service that wants a key."""
     with served(key="a-key-of-the-tests") as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def open_service() -> Iterator[Served]:
-    """A service without a key, for clients that cannot send one."""
-    with served() as running:
-        yield running
