@@ -175,6 +175,8 @@ class EngineInfo:
 
     `engine`: its kind (`torch`, `vllm`, …). `dtype`: the weights' number format. `max_tokens`: the longest item, prompt
     and new tokens together. `batch_tokens`: how many tokens make a full batch; the scheduler aims for that.
+    `shares_prefixes`: whether tokens before an item's last boundary are computed once for all items of a batch that
+    begin with them.
     """
 
     engine: str
@@ -183,6 +185,7 @@ class EngineInfo:
     max_tokens: int
     batch_tokens: int
     executor: Executor
+    shares_prefixes: bool = False
 
     @property
     def variant(self) -> str:

@@ -1,6 +1,7 @@
 """The batching policy: which jobs go to the engine together, and when. Pure: no clock, no thread, no engine.
 
-A batch is bounded by tokens first and jobs second, never by count alone, because a prefill's cost is its tokens.
+A batch is bounded by tokens first and jobs second, never by count alone, because a prefill's cost is its tokens: those
+that are computed, so a prefix that several jobs share counts once where the engine computes it once.
 Interactive jobs go before bulk jobs, which keep a share of each batch, so that neither priority starves. Within a
 priority the oldest job goes first and is never overtaken. Jobs that share a prefix stand side by side, for engines that
 compute it once.
@@ -34,14 +35,18 @@ class Scheduler:
     `max_wait` seconds, the time that an idle worker waits for more jobs to join.
     """
 
-    def __init__(self, max_tokens: int, max_jobs: int, max_wait: float) -> None:
+    def __init__(self, max_tokens: int, max_jobs: int, max_wait: float, *, shares_prefixes: bool = False) -> None:
+        """`shares_prefixes` as in EngineInfo."""
         self._max_tokens = max_tokens
         self._max_jobs = max_jobs
         self._max_wait = max_wait
+        self._shares_prefixes = shares_prefixes
         self._waiting: dict[Priority, deque[Job]] = {priority: deque() for priority in Priority}
         # Jobs delivered again: each goes alone, because it may be what killed its last worker.
         self._suspects: deque[Job] = deque()
+        # What the held jobs would cost in one batch, and the prefixes that they begin with.
         self._tokens = 0
+        self._prefixes: set[Hashable] = set()
         self._count = 0
         self._mean_tokens = 1.0
         self._oldest = math.inf
@@ -58,8 +63,9 @@ class Scheduler:
         """Hold jobs that arrived at `now`."""
         for job in jobs:
             (self._suspects if job.attempt > 1 else self._waiting[job.priority]).append(job)
-            self._tokens += job.tokens
-            self._mean_tokens += MEAN_WEIGHT * (job.tokens - self._mean_tokens)
+            cost = self._cost(job, self._prefixes)
+            self._tokens += cost
+            self._mean_tokens += MEAN_WEIGHT * (cost - self._mean_tokens)
         self._count += len(jobs)
         if jobs:
             self._oldest = min(self._oldest, now)
@@ -79,18 +85,35 @@ class Scheduler:
         """
         batch = [self._suspects.popleft()] if self._suspects else self._mixed_batch()
         self._count -= len(batch)
-        self._tokens -= sum(job.tokens for job in batch)
+        self._prefixes = set()
+        self._tokens = self._cost_of(self._held(), self._prefixes)
         self._oldest = -math.inf if self._count else math.inf
         return _by_shared_prefix(batch)
 
     def take_all(self) -> list[Job]:
         """Remove and return every job, to be handed back."""
-        held = [*self._suspects, *self._waiting[Priority.INTERACTIVE], *self._waiting[Priority.BULK]]
+        held = self._held()
         for waiting in (self._suspects, *self._waiting.values()):
             waiting.clear()
         self._tokens = self._count = 0
+        self._prefixes = set()
         self._oldest = math.inf
         return held
+
+    def _held(self) -> list[Job]:
+        return [*self._suspects, *self._waiting[Priority.INTERACTIVE], *self._waiting[Priority.BULK]]
+
+    def _cost(self, job: Job, prefixes: set[Hashable]) -> int:
+        """The tokens that a job adds to a batch that has these prefixes, to which its own is added."""
+        prefix = _shared_prefix(job.item) if self._shares_prefixes else ()
+        if not prefix:
+            return job.tokens
+        known = prefix in prefixes
+        prefixes.add(prefix)
+        return job.tokens - (len(prefix) if known else 0)
+
+    def _cost_of(self, jobs: Sequence[Job], prefixes: set[Hashable]) -> int:
+        return sum(self._cost(job, prefixes) for job in jobs)
 
     def _mixed_batch(self) -> list[Job]:
         interactive, bulk = self._waiting[Priority.INTERACTIVE], self._waiting[Priority.BULK]
@@ -104,11 +127,12 @@ class Scheduler:
         return batch
 
     def _fill(self, batch: list[Job], waiting: deque[Job], max_tokens: float, max_jobs: int) -> None:
-        tokens = sum(job.tokens for job in batch)
+        prefixes: set[Hashable] = set()
+        tokens = self._cost_of(batch, prefixes)
         while waiting and len(batch) < max_jobs:
-            if batch and tokens + waiting[0].tokens > max_tokens:
+            tokens += self._cost(waiting[0], prefixes)
+            if batch and tokens > max_tokens:
                 return
-            tokens += waiting[0].tokens
             batch.append(waiting.popleft())
 
 
@@ -126,7 +150,7 @@ def _by_shared_prefix(jobs: Sequence[Job]) -> list[Job]:
     return [job for group in groups.values() for job in group]
 
 
-def _shared_prefix(item: AnyItem) -> Hashable:
+def _shared_prefix(item: AnyItem) -> tuple[int, ...]:
     """The tokens whose work an engine may share between items; only an upstream server knows those of text."""
     if isinstance(item, TextItem) or not item.boundaries:
         return ()
@@ -139,4 +163,5 @@ def make_scheduler(settings: CommonSettings, engine: Engine) -> Scheduler:
     if settings.engine == "upstream":
         jobs = min(jobs, UPSTREAM_WAVES * settings.upstream_concurrency)
     tokens = engine.info.batch_tokens * (GENERATION_FACTOR if settings.task == "generate" else 1)
-    return Scheduler(settings.batch_tokens or tokens, jobs, settings.linger_ms / 1e3)
+    shares = engine.info.shares_prefixes
+    return Scheduler(settings.batch_tokens or tokens, jobs, settings.linger_ms / 1e3, shares_prefixes=shares)

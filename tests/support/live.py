@@ -53,7 +53,12 @@ def live_service(engine: Engine | None = None, *, worker: bool = True, **setting
 
     def work(stop: threading.Event) -> None:
         if worker:
-            Worker(engine, queue, Scheduler(engine.info.batch_tokens, 256, 0.002), metrics).run(stop)
+            Worker(
+                engine,
+                queue,
+                Scheduler(engine.info.batch_tokens, 256, 0.002, shares_prefixes=engine.info.shares_prefixes),
+                metrics,
+            ).run(stop)
 
     with ThreadPoolExecutor(2) as executor:
         service = compose(config, find_model(config), queue, metrics, executor)

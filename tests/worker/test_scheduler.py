@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,6 +89,28 @@ def test_jobs_that_share_a_prefix_stand_side_by_side() -> None:
     scheduler.add([ones[0], twos[0], ones[1], twos[1]], now=0.0)
 
     assert names(scheduler.next_batch()) == ["a1", "a2", "b1", "b2"]
+
+
+@pytest.mark.parametrize(("shares", "batches"), [(True, ["abc", "d"]), (False, ["a", "b", "c", "d"])])
+def test_a_shared_prefix_counts_once_where_the_engine_computes_it_once(shares: bool, batches: list[str]) -> None:
+    """Three jobs of 60 tokens that share 50 fit a budget of 80; a fourth with another beginning does not."""
+    scheduler = Scheduler(max_tokens=80, max_jobs=16, max_wait=0.0, shares_prefixes=shares)
+    scheduler.add([job(name, 60, prefix=50, start=1) for name in "abc"], now=0.0)
+    scheduler.add([job("d", 60, prefix=50, start=2)], now=0.0)
+
+    assert ["".join(names(scheduler.next_batch())) for _ in batches] == batches
+    assert scheduler.seconds_until_due(now=0.0) is None
+
+
+def test_a_shared_prefix_leaves_room_for_more_jobs() -> None:
+    """A batch is not full while only the prompts, and not what is computed of them, reach the budget."""
+    scheduler = Scheduler(max_tokens=100, max_jobs=16, max_wait=60.0, shares_prefixes=True)
+    scheduler.add([job(name, 60, prefix=50) for name in "abc"], now=0.0)
+
+    assert scheduler.room > 0
+    assert scheduler.seconds_until_due(now=0.0) == 60.0
+    scheduler.add([job(name, 60, prefix=50) for name in "de"], now=0.0)
+    assert scheduler.seconds_until_due(now=0.0) == 0.0
 
 
 def test_interactive_jobs_go_before_bulk_ones() -> None:

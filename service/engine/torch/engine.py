@@ -83,7 +83,13 @@ class TorchEngine:
         except CheckError as problem:
             raise EngineLoadError(f"{type(model).__name__} cannot be run here: its own forward {problem}") from problem
         self.info = EngineInfo(
-            "torch", task, dtype_name(model.dtype), loaded.max_tokens, loaded.batch_tokens, description
+            "torch",
+            task,
+            dtype_name(model.dtype),
+            loaded.max_tokens,
+            loaded.batch_tokens,
+            description,
+            shares_prefixes=self._executor.batches,
         )
 
     @classmethod
