@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticSerializationError, to_json
 
 MOST_QUESTIONS: Final = 400
 """In one request, in either protocol of typed decisions."""
-_MOST_LEVELS: Final = 32
 
 _Kind = TypeVar("_Kind")
 
@@ -27,11 +26,14 @@ def json_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _showable(value: _Kind) -> _Kind:
-    """A value that `json_text` makes valid text of, in bounded depth."""
-    if _too_deep(value, _MOST_LEVELS):
-        raise PydanticCustomError("too_deep", "objects and lists may be nested {levels} deep", {"levels": _MOST_LEVELS})
-    _unicode(json_text(value))
+def showable(value: _Kind) -> _Kind:
+    """A value that can be written as JSON: of valid Unicode, and not too deeply nested for an answer to repeat it."""
+    try:
+        to_json([[[[[[[[value]]]]]]]])  # an answer wraps less around it
+    except PydanticSerializationError:
+        raise PydanticCustomError(
+            "not_json", "must be valid Unicode, without lone surrogates, and nested at most 240 deep"
+        ) from None
     return value
 
 
@@ -44,13 +46,6 @@ def _unicode(text: str) -> str:
     return text
 
 
-def _too_deep(value: object, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_too_deep(each, levels - 1) for each in inner)
-
-
 def not_blank(text: str) -> str:
     """The text; raises PydanticCustomError for one that shows nothing, or is not Unicode."""
     if not text.strip():
@@ -58,7 +53,7 @@ def not_blank(text: str) -> str:
     return _unicode(text)
 
 
-JsonContent: TypeAlias = Annotated[str | dict[str, Any] | list[Any], AfterValidator(_showable)]
+JsonContent: TypeAlias = Annotated[str | dict[str, Any] | list[Any], AfterValidator(showable)]
 """A text, or a JSON object or list that the model is shown as JSON."""
 PlainText: TypeAlias = Annotated[str, AfterValidator(_unicode)]
 VisibleText: TypeAlias = Annotated[str, AfterValidator(not_blank)]

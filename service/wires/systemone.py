@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from client.errors import ErrorCode
@@ -20,12 +20,12 @@ from service.wires.bodies import (
     MOST_QUESTIONS,
     JsonContent,
     PlainText,
-    VisibleText,
     WireRequest,
     at_most,
     by_type,
     json_text,
     not_blank,
+    showable,
     tag,
 )
 
@@ -103,12 +103,29 @@ class NoulQuestion(NamedQuestion):
         return Decision("predicate", "\n".join([self.asked, *self._described]), field=field)
 
 
+def _options(criteria: dict[str, Any]) -> dict[str, Any]:
+    for name, meaning in criteria.items():
+        not_blank(name)
+        if not isinstance(meaning, str | dict | list | None):
+            raise PydanticCustomError("content_type", "must have texts, objects, lists or null as values")
+    return showable(criteria)
+
+
+_Meaning: TypeAlias = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": kind} for kind in ("string", "object", "array", "null")]})
+]
+
+
 class OptionQuestion(NamedQuestion):
     """One of several options."""
 
     type: Literal["choice"]
     criteria: Annotated[
-        dict[VisibleText, JsonContent | None], at_most(MOST_OPTIONS), Field(min_length=1, max_length=MOST_OPTIONS)
+        dict[str, _Meaning],
+        at_most(MOST_OPTIONS),
+        Field(min_length=1, max_length=MOST_OPTIONS),
+        # All options at once: a bad body could have an error for each of a hundred thousand.
+        AfterValidator(_options),
     ]
     """The options, with what each means or null. Of a single one nothing is asked: its probability is 1."""
 

@@ -191,9 +191,10 @@ def test_unknown_fields_and_empty_assets_are_ignored(live: Live) -> None:
         ({"questions": {"c": {"type": "choice"}}}, ["questions", "c", "choice", "criteria"]),
         ({"questions": {"c": {**CHOICE, "criteria": {}}}}, ["questions", "c", "choice", "criteria"]),
         ({"questions": {"c": {**CHOICE, "criteria": ["a", "b"]}}}, ["questions", "c", "choice", "criteria"]),
+        ({"questions": {"c": {**CHOICE, "criteria": {"a": 1}}}}, ["questions", "c", "choice", "criteria"]),
         (
             {"questions": {"c": {**CHOICE, "criteria": {" ": None}}}},
-            ["questions", "c", "choice", "criteria", " ", "[key]"],
+            ["questions", "c", "choice", "criteria"],
         ),
         (
             {"questions": {"c": {**CHOICE, "criteria": dict.fromkeys(map(str, range(256)))}}},
@@ -230,6 +231,17 @@ def test_a_name_that_is_not_text_is_422(live: Live) -> None:
     answer = live.http.post("/v1/systemone", content=body, headers={"content-type": "application/json"})
 
     assert answer.status_code == 422
+
+
+@pytest.mark.parametrize(("depth", "status"), [(240, 200), (260, 422)])
+def test_a_level_may_be_nested_as_deeply_as_an_answer_can_repeat_it(live: Live, depth: int, status: int) -> None:
+    """What is deeper is refused, and breaks nothing."""
+    level = "[" * depth + "]" * depth
+    body = f'{{"state": "x", "questions": {{"s": {{"type": "score", "criteria": ["a", {level}]}}}}}}'
+
+    answer = live.http.post("/v1/systemone", content=body, headers={"content-type": "application/json"})
+
+    assert answer.status_code == status
 
 
 def test_a_name_is_repeated_within_bounds(live: Live) -> None:
