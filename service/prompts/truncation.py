@@ -92,7 +92,7 @@ def cut_roughly(text: str, left: bool, window: int) -> str:
 def too_long(turns: int, texts: Sequence[str], tokens: str, most: int, truncation: Truncation) -> ServiceError:
     """The error for a prompt of so many `tokens`, where `most` are read and it may not be cut, or not far enough."""
     advice = (
-        "shorten it, or allow truncation"
+        "shorten it, or allow truncation where the route has that option"
         if truncation == "error"
         else f"truncation {truncation} cannot cut enough: shorten the rest"
     )

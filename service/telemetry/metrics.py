@@ -38,6 +38,7 @@ class Metrics:
         self._hits = counter("judge_cache_hits", "Judgements found in the score cache")
         self._misses = counter("judge_cache_misses", "Judgements not found in the score cache")
         self._tokens = counter("judge_tokens", "Tokens judged")
+        self._cached_tokens = counter("judge_cached_tokens", "Tokens judged that the engine did not compute again")
         self._dropped = counter("judge_jobs_dropped", "Jobs taken from the queue but not judged", ["reason"])
         self._redelivered = counter("judge_jobs_redelivered", "Jobs taken over from lost workers")
         self._dead = counter("judge_dead_letters", "Jobs given up: unreadable, or taken by too many lost workers")
@@ -114,9 +115,11 @@ class Metrics:
         """Count a job that was given up."""
         self._dead.inc()
 
-    def batch(self, tokens: Sequence[int], seconds: float) -> None:
-        """Record a batch: the tokens of each of its jobs, and the engine's seconds for all."""
+    def batch(self, tokens: Sequence[int], cached_tokens: int, seconds: float) -> None:
+        """Record a batch: the tokens of each of its jobs; of all jobs together those that a prefix cache or another job
+        of the batch had already, and the engine's seconds."""
         self._tokens.inc(sum(tokens))
+        self._cached_tokens.inc(cached_tokens)
         self._batch_jobs.observe(len(tokens))
         self._batch_tokens.observe(sum(tokens))
         self._inference.observe(seconds)

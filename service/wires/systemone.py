@@ -39,6 +39,8 @@ _ERROR_TYPES: Final = {
     ErrorCode.RATE_LIMITED: "rate_limit_exceeded",
 }
 
+_AnyJson: TypeAlias = str | dict[str, Any] | list[Any]
+
 
 def _not_empty_state(state: _AnyJson) -> _AnyJson:
     if state == "":
@@ -55,9 +57,6 @@ def _no_assets(assets: dict[str, Any] | None) -> dict[str, Any] | None:
 def _visible_level(level: _AnyJson) -> _AnyJson:
     not_blank(json_text(level))
     return level
-
-
-_AnyJson: TypeAlias = str | dict[str, Any] | list[Any]
 
 
 class NamedQuestion(WireRequest):

@@ -116,7 +116,8 @@ class Worker:
         with self._tracing.batch(jobs, started) as span, self._in_batch():
             outcomes = self._outcomes(jobs)
         took = self._clock() - started
-        self._metrics.batch([prompt_tokens(job.item) for job in jobs], took)
+        cached = sum(outcome.cached_tokens for outcome in outcomes if not isinstance(outcome, JobFailure))
+        self._metrics.batch([prompt_tokens(job.item) for job in jobs], cached, took)
         replies = [
             Reply(job.id, outcome, _waited(job, started), took, self._info.variant)
             for job, outcome in zip(jobs, outcomes, strict=True)

@@ -31,6 +31,7 @@ SCORE = {
     "instructions": "How long is it?",
     "levels": [{"label": "short"}, {"label": "long", "description": "more than a line"}],
 }
+METRICS = ("judge_batch_jobs_count", "judge_tokens_total", "judge_cached_tokens_total")
 EIGHT = [*PREDICATES, CHOICE, SCORE, {**CHOICE, "instructions": "And not?"}, {**SCORE, "instructions": "How good?"}]
 
 
@@ -65,7 +66,7 @@ def test_eight_questions_are_eight_requests_and_read_their_input_once(live: Live
     """All numbers are the same to the last bit. Seven of the eight prompts find the input there, although together they
     are more tokens than a batch may have."""
     alone = [decide(live, STATE, question) for question in EIGHT]
-    batches = live.value("judge_batch_jobs_count")
+    before = [live.value(name) for name in METRICS]
 
     together = decide(live, STATE, *EIGHT)
 
@@ -76,7 +77,8 @@ def test_eight_questions_are_eight_requests_and_read_their_input_once(live: Live
     assert [result["usage"]["input_tokens_details"]["cached_tokens"] for result in alone] == [0] * 8
     cached = usage["input_tokens_details"]["cached_tokens"]
     assert 7 * length < cached < 7 * (length + 20)
-    assert live.value("judge_batch_jobs_count") == batches + 1
+    after = [live.value(name) for name in METRICS]
+    assert [late - early for early, late in zip(before, after, strict=True)] == [1, usage["input_tokens"], cached]
 
 
 def shown(state: str, question: str, options: list[str]) -> str:
