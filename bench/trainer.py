@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from client.chat import stop_ids
+from client.labels.pairs import PairOptions
+from client.labels.records import Score
 from client.runtime.cli import add_judge_flags
 from service.judge.template_files import load_library
 from service.models import resolve as models
@@ -33,12 +35,12 @@ from service.models.tokenizers import load_tokenizer as load_judge_tokenizer
 from service.prompts.builder import PromptBuilder
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
-from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.labels.pairs import make_pairs
 from trainer.policy.models import choose_device, choose_dtype, load_model, quiet_libraries
 from trainer.policy.samplers import SampleSettings, make_sampler, response_seed
 from trainer.policy.sampling import distinct_samples, sampling_request
 from trainer.policy.tokenizers import load_tokenizer
-from trainer.run.records import Instruction, Sample, Score
+from trainer.run.records import Instruction, Sample
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "instructions.jsonl"
 LONGEST_PROMPT = 1500

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.bulk import BulkOptions
+from client.labels.pairs import PairOptions
 from client.runtime.cli import add_judge_flags
 from trainer.evaluation.comparison import OneResponse
 from trainer.evaluation.harness import HarnessOptions, add_harness_flags
@@ -17,7 +18,6 @@ from trainer.instructions.reading import HUB
 from trainer.instructions.selection import InstructionOptions
 from trainer.labels.judges import DEFAULT_COMMAND
 from trainer.labels.labelers import JudgeOptions, LabelOptions
-from trainer.labels.pairs import PairOptions
 from trainer.policy.models import DTYPES, DType
 from trainer.policy.samplers import SampleSettings
 from trainer.run.stages import content_digest

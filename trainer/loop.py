@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from client.labels.records import Score
 from client.runs.progress import progress_bar
 from trainer.config import LoopSettings
 from trainer.evaluation.comparison import Evaluation, Referee
@@ -42,7 +43,6 @@ from trainer.run.records import (
     SAMPLES_FILE,
     SCORES_FILE,
     Instruction,
-    Score,
 )
 from trainer.run.stages import RunFolder, Stage
 from trainer.tuning.dpo import DPO, train_dpo

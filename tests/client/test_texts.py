@@ -21,6 +21,8 @@ from client.data.samples import Sample
 from client.data.sources import load_pairs, load_rewardbench
 from client.data.tables import DataError
 from client.judge import AsyncJudge
+from client.labels.pairs import PairOptions
+from client.labels.records import Score
 from client.load.bodies import UsageError, bodies
 from client.schema import Message
 from client.texts import is_blank, messages_in
@@ -30,9 +32,9 @@ from trainer.errors import RecordError
 from trainer.instructions.reading import read_instructions
 from trainer.labels.labelers import RandomLabeler
 from trainer.labels.labeling import Labelling, label_samples
-from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.labels.pairs import make_pairs
 from trainer.run.files import read_records
-from trainer.run.records import Instruction, Score
+from trainer.run.records import Instruction
 from trainer.run.records import Sample as Sampled
 from trainer.tuning.preferences import load_preferences
 from trainer.tuning.sft import load_examples

@@ -18,12 +18,14 @@ from client.benchmarks.run import CONFIG_FILE, Asking, RunFolder, judge_samples
 from client.calibrate.evidence import EvidenceError, from_runs
 from client.calibration import CalibrationError
 from client.data.samples import Sample
+from client.labels.labelling import Label
+from client.labels.records import ScoreError
 from client.runs.resumable import JudgeChangedError
 from tests.support.live import Live, live_service
 from trainer.errors import StageError
-from trainer.labels.labelers import JudgeOptions, Label, LabelOptions
+from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import Labelling, describe_labeler, label_samples, run_labelling
-from trainer.run.records import Instruction, ScoreError
+from trainer.run.records import Instruction
 from trainer.run.records import Sample as Sampled
 from trainer.run.stages import open_run
 

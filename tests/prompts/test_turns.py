@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from client.chat import own_turn, stop_ids, turn_end
+from client.labels.pairs import PairOptions
+from client.labels.records import Score
 from client.schema import Message
 from service.engine.contract import Generated
 from service.judge.readers import Sampling, TextReader
@@ -19,12 +21,12 @@ from service.prompts.chat_template import ChatFrame
 from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
 from tests.support.training import TOY, said, toy_preferences, toy_settings
 from trainer.errors import InputError
-from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.labels.pairs import make_pairs
 from trainer.policy.samplers import SampleSettings
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
-from trainer.run.records import Instruction, Sample, Score
+from trainer.run.records import Instruction, Sample
 from trainer.tuning.dpo import train_dpo
 from trainer.tuning.merging import merge
 from trainer.tuning.preferences import Preference, Split

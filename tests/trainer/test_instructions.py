@@ -16,6 +16,7 @@ import pytest
 
 from client import Judge
 from client.data.tables import DataError
+from client.labels.records import Score, ScoreError
 from tests.support.live import live_service
 from trainer.errors import StageError
 from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES, classify, question_template
@@ -30,7 +31,7 @@ from trainer.instructions.selection import (
 )
 from trainer.labels.labelers import JudgeOptions
 from trainer.run.files import read_records
-from trainer.run.records import HELD_OUT_FILE, INSTRUCTIONS_FILE, Instruction, Score, ScoreError
+from trainer.run.records import HELD_OUT_FILE, INSTRUCTIONS_FILE, Instruction
 
 DATA = Path(__file__).parents[2] / "../shared/data/instructions.jsonl"
 

@@ -14,22 +14,16 @@ import pytest
 
 from client import Judge
 from client.bulk import BulkOptions
+from client.labels.labelling import Label, Text
+from client.labels.records import Score, ScoreError
 from client.runs.progress import Progress
 from service.engine.fake import FakeEngine, fake_tokenizer
 from tests.support.live import Live, live_service
 from trainer.errors import StageError
-from trainer.labels.labelers import (
-    RANDOM_SPREAD,
-    Arm,
-    JudgeOptions,
-    Label,
-    LabelOptions,
-    RandomLabeler,
-    Text,
-)
+from trainer.labels.labelers import RANDOM_SPREAD, Arm, JudgeOptions, LabelOptions, RandomLabeler
 from trainer.labels.labeling import Labelling, describe_labeler, label_samples, run_labelling
 from trainer.run.files import read_records
-from trainer.run.records import Instruction, Sample, Score, ScoreError
+from trainer.run.records import Instruction, Sample
 
 QUICK = BulkOptions(batch_items=4, patience=0.5)
 

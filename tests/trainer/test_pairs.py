@@ -14,12 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.data_utils import is_conversational, maybe_apply_chat_template
 
+from client.labels.candidates import KEPT_MARGIN, CandidatePair, ScoredSample, balance_lengths
+from client.labels.pairs import PairOptions
+from client.labels.records import FinishReason, Pair, PairStats, Score, ScoreError
 from service.engine.fake import fake_tokenizer
 from trainer.errors import StageError
-from trainer.labels.candidates import KEPT_MARGIN, CandidatePair, ScoredSample, balance_lengths
-from trainer.labels.pairs import NoPairsError, PairOptions, make_pairs, write_pairs
+from trainer.labels.pairs import NoPairsError, make_pairs, write_pairs
 from trainer.run.files import read_record, read_records
-from trainer.run.records import FinishReason, Instruction, Pair, PairStats, Sample, Score, ScoreError
+from trainer.run.records import Instruction, Sample
 
 Row = tuple[str, float | str | None, FinishReason]
 

@@ -16,12 +16,13 @@ import pytest
 
 from bench.support.process import running_service
 from client import Judge
+from client.labels.records import Pair
 from service.engine.contract import LabelLogprobs, ScoreItem
 from service.engine.fake import FakeEngine
 from tests.killed_loop import POINTS
 from tests.support.live import Live, live_service
 from trainer.run.files import read_records
-from trainer.run.records import Instruction, Pair
+from trainer.run.records import Instruction
 from trainer.self_improve import main
 
 ROOT = Path(__file__).parents[2]

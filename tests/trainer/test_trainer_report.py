@@ -10,15 +10,17 @@ import pytest
 
 from client.benchmarks.report.formats import cut_text
 from client.benchmarks.rows import Row
+from client.labels.pairs import PairOptions
+from client.labels.records import Pair, Score
 from client.schema import Message
 from tests.support.html import EVIL, assert_self_contained
 from tests.support.rows import pair
 from trainer.evaluation.metrics import measure
 from trainer.evaluation.verdicts import make_duels
-from trainer.labels.pairs import PairOptions, make_pairs
+from trainer.labels.pairs import make_pairs
 from trainer.report.page import MAX_TEXT, TEXTS, spread, write_run_report
 from trainer.run.files import write_record, write_records
-from trainer.run.records import Instruction, Pair, Sample, Score
+from trainer.run.records import Instruction, Sample
 
 
 def response(name: str, number: int, text: str) -> Sample:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from client.labels.records import Score, ScoreError
 from tests.support.training import files_no_longer_than
 from trainer.errors import RecordError, StageError
 from trainer.run.files import appending, read_records, write_records
-from trainer.run.records import Instruction, Sample, Score, ScoreError
+from trainer.run.records import Instruction, Sample
 from trainer.run.stages import RunFolder, Stage, content_digest, open_run
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 from client.benchmarks.rows import Mode, Row
+from client.labels.records import count_by
 from client.stats import mean
 from client.texts import is_blank
 from trainer.evaluation.verdicts import MODES, Duel
@@ -19,7 +20,7 @@ from trainer.evaluation.winrate import (
     outcome_of,
     win_rate,
 )
-from trainer.run.records import Record, Sample, count_by
+from trainer.run.records import Record, Sample
 
 # Openings that count as a refusal, in lower case: a crude list, in English, that also catches mere apologies.
 REFUSALS: Final = (

@@ -21,6 +21,7 @@ from client.benchmarks.rows import Mode, Row
 from client.benchmarks.run import Asking, RunFolder, judge_samples
 from client.data.samples import Sample as Entry
 from client.errors import JudgeError
+from client.labels.records import GENERAL
 from client.runs.config import TEMPLATES, judge_identity, template_digests
 from client.runs.progress import OnProgress
 from client.runs.resumable import RunError
@@ -28,7 +29,7 @@ from client.schema import ModelInfo, Truncation
 from client.texts import is_blank
 from trainer.errors import StageError
 from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, connected, lost, shown_url
-from trainer.run.records import GENERAL, Instruction, Sample
+from trainer.run.records import Instruction, Sample
 
 # Pairwise asks in both orders: the winner of a small judge (1.5B) changed with the order in 88% of the comparisons.
 MODES: Final[tuple[Mode, ...]] = ("pairwise", "pointwise")

@@ -18,12 +18,13 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Final, TypeAlias
 
+from client.labels.records import Score, count_by
 from client.runs.progress import OnProgress
 from client.schema import Format, InlineTemplate, Labels, ModelInfo, TemplatesResult
 from trainer.errors import StageError
 from trainer.labels.labelers import JUDGE_OF_ARM, JudgeOptions, LabelOptions, ServiceLabeler, connected, shown_url
 from trainer.labels.labeling import Labelling, label_samples
-from trainer.run.records import Instruction, Sample, Score, count_by
+from trainer.run.records import Instruction, Sample
 
 # The log-odds of the questions, in the order of DESCRIPTIONS.
 QuestionLogOdds: TypeAlias = tuple[float, ...]

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.data.tables import DataError, TableRow, iter_table
+from client.labels.records import GENERAL
 from client.texts import is_blank, messages_in, role_and_text
-from trainer.run.records import CATEGORIES, GENERAL, Instruction
+from trainer.run.records import CATEGORIES, Instruction
 
 HUB: Final = "hub:"
 _MAX_PROBLEMS: Final = 10

@@ -17,21 +17,14 @@ from typing import Final
 from client.data.samples import Sample as BenchmarkSample
 from client.data.samples import choose
 from client.data.tables import DataError
+from client.labels.records import GENERAL, count_by
 from client.runs.progress import OnProgress
 from trainer.errors import StageError
 from trainer.instructions.categories import CategoryOptions, CategoryResult, categorise
 from trainer.instructions.reading import InstructionSource, read_instructions
 from trainer.labels.labelers import JudgeOptions
 from trainer.run.files import write_record, write_records
-from trainer.run.records import (
-    GENERAL,
-    HELD_OUT_FILE,
-    INSTRUCTIONS_FILE,
-    INSTRUCTIONS_STATS_FILE,
-    Instruction,
-    Record,
-    count_by,
-)
+from trainer.run.records import HELD_OUT_FILE, INSTRUCTIONS_FILE, INSTRUCTIONS_STATS_FILE, Instruction, Record
 
 CATEGORIES_FILE: Final = "categories.jsonl"
 # The stage's files. The judge's answers about categories are kept so that a rerun resumes; the file may be empty.

@@ -14,16 +14,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from client.bulk import BulkOptions, stream_scores
-from client.errors import JudgeAPIError, JudgeError
+from client.bulk import BulkOptions
+from client.errors import JudgeError
 from client.judge import AsyncJudge
-from client.runs.config import TEMPLATES, judge_identity, template_digests
+from client.labels.labelling import Label, Labeler, Text
+from client.labels.records import ScoreError
+from client.labels.service import JudgeLabeler, LabelQuestion
 from client.runtime.cli import CALL_TIMEOUT
-from client.schema import InlineTemplate, ModelInfo, ScoreRequest, ScoreResult, TemplatesResult, Truncation
+from client.schema import InlineTemplate, ModelInfo, TemplatesResult, Truncation
 from trainer.errors import StageError
-from trainer.run.records import GENERAL, ScoreError
 
 Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random"]
 
@@ -34,8 +35,6 @@ JUDGE_OF_ARM: Final[Mapping[Arm, str]] = {
     "self-reward": "self-reward",
     "reward-model": "reward-model",
 }
-# Modes of the templates that judge a single response.
-_SINGLE_RESPONSE_MODES: Final = ("pointwise", "graded", "rubric")
 # Half the width of the random numbers, in log-odds. Wide, so that a minimum margin costs this arm few pairs.
 RANDOM_SPREAD: Final = 5.0
 
@@ -71,41 +70,6 @@ class LabelOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A response to a prompt, to be judged by the template of a category."""
-
-    category: str
-    prompt: str
-    response: str
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """A labeler's verdict; the fields are those of trainer.run.records.Score."""
-
-    log_odds: float
-    score: float
-    label_mass: float | None
-    template: str
-    model: str
-    fingerprint: str | None
-    asked_with: str | None = None
-
-
-class Labeler(Protocol):
-    """Gives the labels, all of which carry this `model` and `fingerprint`."""
-
-    model: str
-    fingerprint: str | None
-
-    def described(self) -> dict[str, object]:
-        """The part of a run's configuration that decides the labels."""
-
-    def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
-        """Yield (index in `texts`, label or error) once for each text, as they become known. Raises StageError."""
-
-
 class RandomLabeler:
     """Log-odds drawn uniformly from ±RANDOM_SPREAD. With one seed, the same text always gets the same number."""
 
@@ -130,65 +94,27 @@ class RandomLabeler:
         return int.from_bytes(digest[:6], "big") / 2**48
 
 
-class ServiceLabeler:
-    """Labels from /score of a judge-as-api service, by its `offered` templates and categories."""
+class ServiceLabeler(JudgeLabeler):
+    """The labels of a service for an arm; a judge that stays out of reach is a StageError."""
 
     def __init__(self, judge: AsyncJudge, info: ModelInfo, offered: TemplatesResult, options: LabelOptions) -> None:
         assert options.judge is not None
-        self.model = info.id
-        self.fingerprint: str | None = info.fingerprint
-        self._judge, self._info, self._categories = judge, info, frozenset(offered.categories)
-        self._templates = template_digests([one for one in offered.templates if one.mode in _SINGLE_RESPONSE_MODES])
-        self._options, self._address = options, options.judge
+        question = LabelQuestion(options.template, options.truncation, options.judge.bulk)
+        super().__init__(judge, info, offered, question)
+        self._labeler, self._address = options.labeler, options.judge
 
     def described(self) -> dict[str, object]:
         """See Labeler."""
-        template = self._options.template
-        return {
-            "labeler": self._options.labeler,
-            "template": template.model_dump() if isinstance(template, InlineTemplate) else template,
-            "truncation": self._options.truncation,
-            "judge": judge_identity(self._info),
-            TEMPLATES: {} if isinstance(template, InlineTemplate) else self._templates,
-        }
+        return {"labeler": self._labeler, **super().described()}
 
     async def labels(self, texts: Sequence[Text]) -> AsyncGenerator[tuple[int, Label | ScoreError], None]:
         """See Labeler."""
-        requests = (self._request(text) for text in texts)
         try:
-            async with aclosing(stream_scores(self._judge, requests, self._address.bulk)) as outcomes:
+            async with aclosing(super().labels(texts)) as outcomes:
                 async for index, outcome in outcomes:
-                    yield index, _label_of(outcome)
+                    yield index, outcome
         except JudgeError as error:
             raise lost(self._address, error) from error
-
-    def _request(self, text: Text) -> ScoreRequest:
-        category = template = None
-        if self._options.labeler == "ipo":
-            template = self._options.template
-            if template is None:
-                category = text.category if text.category in self._categories else GENERAL
-        return ScoreRequest(
-            prompt=text.prompt,
-            response=text.response,
-            category=category,
-            template=template,
-            truncation=self._options.truncation,
-        )
-
-
-def _label_of(outcome: ScoreResult | JudgeAPIError) -> Label | ScoreError:
-    if isinstance(outcome, JudgeAPIError):
-        return ScoreError(code=outcome.code, message=outcome.message)
-    return Label(
-        log_odds=outcome.log_odds,
-        score=outcome.score,
-        label_mass=outcome.label_mass,
-        template=outcome.template,
-        model=outcome.model,
-        fingerprint=outcome.fingerprint,
-        asked_with=outcome.asked_with,
-    )
 
 
 @asynccontextmanager

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from client.benchmarks.report.svg import BAD, GOOD, INK, inner_range, short_name, svg_figure
+from client.labels.records import Histogram
 from client.stats import mean
 from trainer.evaluation.winrate import WinRate
-from trainer.run.records import Histogram
 
 LENGTH_BINS = 30
 

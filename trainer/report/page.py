@@ -15,6 +15,7 @@ from typing import Any, Final
 from client.benchmarks.report.formats import cut_text
 from client.benchmarks.report.page import render_page
 from client.benchmarks.rows import ITEMS_FILE, Row, read_rows
+from client.labels.records import Pair, PairStats
 from trainer.evaluation.metrics import Metrics, preference
 from trainer.evaluation.verdicts import Duel, make_duels
 from trainer.evaluation.winrate import WinRate
@@ -30,8 +31,6 @@ from trainer.run.records import (
     PAIRS_STATS_FILE,
     REPORT_FILE,
     Instruction,
-    Pair,
-    PairStats,
     Sample,
 )
 from trainer.tuning.card import CARD_FILE, model_card

@@ -13,17 +13,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from client.runtime import files, jsonl
 from client.runtime.jsonl import line_of, read_lines
 from client.runtime.validation import first_problem
 from trainer.errors import RecordError
-from trainer.run.records import Record
 
 _CHUNK_BYTES: Final = 1 << 20
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=BaseModel)
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
@@ -40,7 +39,7 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
         raise RecordError(f"{error}; remove that line or the file") from error
 
 
-def write_records(path: Path, records: Iterable[Record]) -> None:
+def write_records(path: Path, records: Iterable[BaseModel]) -> None:
     """Replace a JSON-lines file, all or nothing. Raises RecordError."""
     write_whole(path, b"".join(line_of(record) for record in records))
 
@@ -55,7 +54,7 @@ def read_record(path: Path, kind: type[R]) -> R:
         raise RecordError(f"{path}: not a {kind.__name__}: {first_problem(error)}") from error
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_record(path: Path, record: BaseModel) -> None:
     """Replace a JSON file with one indented record, all or nothing. Raises RecordError."""
     write_whole(path, record.model_dump_json(indent=2).encode() + b"\n")
 
@@ -75,7 +74,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def appending(path: Path) -> Iterator[Callable[[Record], None]]:
+def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
     """Yield a function that appends one record; its line has reached the operating system when it returns.
 
     A torn last line of a killed process is removed first. Raises RecordError if another process is appending to the
@@ -85,7 +84,7 @@ def appending(path: Path) -> Iterator[Callable[[Record], None]]:
         with _write_errors(path):
             append_line = stack.enter_context(jsonl.appending(path))
 
-        def append(record: Record) -> None:
+        def append(record: BaseModel) -> None:
             with _write_errors(path):
                 append_line(record)
 

@@ -1,23 +1,38 @@
-"""Which two samples of an instruction become its pair if chosen and rejected responses are to be equally long."""
+"""Which two responses to a prompt become its pair if chosen and rejected responses are to be equally long."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
-from trainer.run.records import Sample
+from client.labels.records import FinishReason, SampleKey
 
-# The share of an instruction's widest margin that a pair must keep if it is taken for its length.
+# The share of a prompt's widest margin that a pair must keep if it is taken for its length.
 KEPT_MARGIN: Final = 0.5
 _BISECTION_STEPS: Final = 60
 
 
+class Answer(Protocol):
+    """A response to a prompt; `sample` counts within the prompt, `finish` is "length" if the text was cut off."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def sample(self) -> int: ...
+    @property
+    def response(self) -> str: ...
+    @property
+    def finish(self) -> FinishReason: ...
+    @property
+    def key(self) -> SampleKey: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredSample:
-    """A usable sample with its score."""
+    """A usable response with its score."""
 
-    sample: Sample
+    sample: Answer
     log_odds: float
     score: float
 
@@ -29,7 +44,7 @@ class ScoredSample:
 
 @dataclass(frozen=True, slots=True)
 class CandidatePair:
-    """Two samples of one instruction that may become its pair; `margin` is never negative."""
+    """Two responses to one prompt that may become a pair; `margin` is never negative."""
 
     chosen: ScoredSample
     rejected: ScoredSample
@@ -46,13 +61,13 @@ class CandidatePair:
 
 
 def balance_lengths(candidates: Mapping[str, Sequence[CandidatePair]]) -> dict[str, CandidatePair]:
-    """One pair per instruction, chosen so that the mean length difference is as close to 0 as a single price allows.
+    """One pair per prompt, chosen so that the mean length difference is as close to 0 as a single price allows.
 
-    This is the Lagrangian of "maximise the sum of margins at a total length difference of 0": each instruction takes
-    the candidate with the highest `margin - price * length_difference`, with one price in log-odds per character for
-    all. The total difference falls as the price rises, so bisection finds the price. A pair keeps at least KEPT_MARGIN
-    of its instruction's widest margin; if lengths follow the scores too closely, some difference remains and shows in
-    the statistics. Each instruction's first candidate must be the one with the widest margin.
+    This is the Lagrangian of "maximise the sum of margins at a total length difference of 0": each prompt takes the
+    candidate with the highest `margin - price * length_difference`, with one price in log-odds per character for all.
+    The total difference falls as the price rises, so bisection finds the price. A pair keeps at least KEPT_MARGIN of
+    its prompt's widest margin; if lengths follow the scores too closely, some difference remains and shows in the
+    statistics. Each prompt's first candidate must be the one with the widest margin.
     """
     allowed = {
         name: [pair for pair in pairs if pair.margin >= KEPT_MARGIN * pairs[0].margin]
