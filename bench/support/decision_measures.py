@@ -5,8 +5,8 @@
     choice     the likeliest option is the right one    that option's probability; whether it is right
     score      -                                        expected level / top level; whether it is the better answer
 
-Where an item has a better and a worse answer, predicate and score also say how often the better one is above the other
-("above", ties count half) and the area under the curve over all answers of all items (AUC). Intervals are 95% bootstrap
+Predicates and scores also have an AUC: how likely one whose outcome is 1 is above one whose outcome is 0, ties counting
+half. Where an item has a better and a worse answer, "above" is how often the better one is above the other. Intervals are 95% bootstrap
 intervals (client.stats) over groups of items within each task, as both answers to a prompt stand or fall together.
 """
 
@@ -112,7 +112,7 @@ def figures(answers: Sequence[Answered]) -> Figures:
         accuracy=_estimate(strata, _accuracy) if judged else None,
         chance=mean([1 / len(answer.probabilities) for answer in judged]) if judged else None,
         above=_estimate(pairs, _above) if pairs else None,
-        auc=_estimate(pairs, _auc) if pairs else None,
+        auc=None if kind == "choice" else _estimate(strata, _auc),
         ece=_estimate(strata, lambda some: ece(*_forecasts(some))),
         brier=_estimate(strata, lambda some: brier(*_forecasts(some))),
         chance_brier=mean([_chance_brier(answer) for answer in answers]),
@@ -157,11 +157,11 @@ def _above(answers: Sequence[Answered]) -> float:
 
 
 def _auc(answers: Sequence[Answered]) -> float:
-    """How likely a better answer is above a worse one, whosever they are."""
-    worse = sorted(answer.value for answer in answers if not answer.asked.better)
-    better = [answer.value for answer in answers if answer.asked.better]
-    below = math.fsum((bisect_left(worse, value) + bisect_right(worse, value)) / 2 for value in better)
-    return below / (len(better) * len(worse))
+    low, high = (sorted(answer.value for answer in answers if answer.forecast[1] == happened) for happened in (0, 1))
+    if not low or not high:
+        return 0.5  # a resample without both outcomes ranks nothing
+    below = math.fsum((bisect_left(low, value) + bisect_right(low, value)) / 2 for value in high)
+    return below / (len(low) * len(high))
 
 
 def _chance_brier(answer: Answered) -> float:
