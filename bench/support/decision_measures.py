@@ -6,8 +6,9 @@
     score      -                                        expected level / top level; whether it is the better answer
 
 Predicates and scores also have an AUC: how likely one whose outcome is 1 is above one whose outcome is 0, ties counting
-half. Where an item has a better and a worse answer, "above" is how often the better one is above the other. Intervals are 95% bootstrap
-intervals (client.stats) over groups of items within each task, as both answers to a prompt stand or fall together.
+half. Where an item has a better and a worse answer, "above" is how often the better one is above the other. Intervals
+are 95% bootstrap intervals (client.stats) over groups of items within each task, as both answers to a prompt stand or
+fall together.
 """
 
 from __future__ import annotations

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from bench.decision_speed import Way, measure
+from bench.decisions import main
 from bench.support.decision_items import LEVELS, NO, YES, Asked, half_of, load_items
 from bench.support.decision_measures import Answered, figures
+from tests.support.live import live_service
 
 
 def write(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -153,3 +156,47 @@ def test_the_label_mass_that_few_are_below_is_told() -> None:
 
     assert found.label_mass == pytest.approx(0.5)
     assert found.least_mass == pytest.approx(0.05)
+
+
+def test_a_run_asks_a_service_and_keeps_every_answer(data: Path, tmp_path: Path) -> None:
+    """A row for each kind and task, and in the file all that the figures are made of."""
+    file = tmp_path / "found.json"
+    with live_service() as live:
+        flags = ["--judge-url", live.url, "--data", str(data), "--limit", "3", "--json", str(file)]
+        assert main(flags) == 0
+
+    (run,) = json.loads(file.read_text("utf-8"))["runs"]
+    asked = [asked for item in load_items("report", 3, data) for asked in item.asked]
+    assert [answer["asked"]["question"] for answer in run["answers"]] == [each.question for each in asked]
+    assert all(sum(answer["probabilities"]) == pytest.approx(1) for answer in run["answers"])
+    assert {"predicate all", "predicate bbh", "choice topic", "score gsm8k"} <= set(run["figures"])
+
+
+def test_what_is_not_answered_is_counted_and_in_no_figure(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A service with a judge that reads no labels refuses every request."""
+    file = tmp_path / "found.json"
+    with live_service(judge="reward-model") as live:
+        flags = ["--judge-url", live.url, "--data", str(data), "--limit", "1", "--json", str(file)]
+        assert main(flags) == 1
+
+    (run,) = json.loads(file.read_text("utf-8"))["runs"]
+    assert (run["answers"], run["figures"]) == ([], {})
+    assert "14 questions were not answered: unsupported_by_judge" in capsys.readouterr().out
+
+
+def test_the_speed_of_each_way_is_measured_in_turn() -> None:
+    """Each turn has another input; the first round does not count."""
+    seen: list[tuple[str, int]] = []
+    ways: dict[str, Way] = {name: lambda text, asked: seen.append((text, len(asked))) for name in ("one", "two")}
+
+    timed = measure(ways, [1, 4], 2, iter(map(str, range(100))))
+
+    assert [(each.way, each.questions, len(each.seconds)) for each in timed] == [
+        ("one", 1, 2),
+        ("two", 1, 2),
+        ("one", 4, 2),
+        ("two", 4, 2),
+    ]
+    assert seen == [(str(number), (1, 1, 4, 4)[number % 4]) for number in range(12)]
