@@ -1,6 +1,7 @@
 """Typed decisions over HTTP on real questions: how often a judge is right, and how far to trust its probabilities.
 
-    python -m bench.decisions --model NAME [--limit 200] [--rotations 4] [--template-file FILE] [--json FILE]
+    python -m bench.decisions --model NAME [--limit 200] [--rotations 4] [--json FILE]
+    python -m bench.decisions --half dev --rotations 1 --wording letter
     python -m bench.decisions --judge-url URL [--api-key KEY]
 
 bench.support.decision_items describes the questions, bench.support.decision_measures the figures. Without --judge-url a
@@ -8,6 +9,7 @@ service is started that answers all of them, and then a second one that asks eac
 options. All answers go into the JSON file, so that other figures can be made of them.
 
 The questions are in two halves: the built-in templates were worded with `dev`, so figures come from `report`.
+decision_wordings.toml has the wordings that were tried.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ if __name__ == "__main__":  # before the imports that take a while
 import argparse
 import asyncio
 import json
+import tempfile
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +41,7 @@ from bench.support.process import running_service
 from client.runs.progress import Progress, progress_bar
 from client.runtime.files import write_whole
 
+WORDINGS: Final = Path(__file__).with_name("decision_wordings.toml")
 CALLERS: Final = 8
 TIMEOUT: Final = 3600.0
 
@@ -75,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--half", default="report", choices=get_args(Half), help="which questions (default: report)")
     parser.add_argument("--limit", type=int, default=200, help="prompts of each of the five parts (default: 200)")
     parser.add_argument("--rotations", type=int, default=4, help="of a choice's options; 1: no second service")
-    parser.add_argument("--template-file", type=Path, help="templates predicate, choice and scale of a newer version")
+    words = tomllib.loads(WORDINGS.read_text("utf-8"))
+    parser.add_argument("--wording", choices=list(words), help="of decision_wordings.toml instead of the built-in one")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the evaluation files")
     parser.add_argument("--json", type=Path, help="also write every answer there")
     return parser
@@ -92,11 +98,14 @@ def _runs(args: argparse.Namespace, items: Sequence[Item]) -> list[Run]:
 
 def _own_service(args: argparse.Namespace, items: Sequence[Item], rotations: int) -> Run:
     flags = ["--model", args.model, "--choice-rotations", str(rotations), "--request-timeout", str(TIMEOUT)]
-    if args.template_file:
-        flags += ["--template-file", str(args.template_file)]
     name = "" if rotations == 1 else f"up to {rotations} rotations"
-    with running_service(*flags, start_timeout=TIMEOUT) as service:
-        return asyncio.run(ask(service.url, items, name))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.wording:
+            templates = tomllib.loads(WORDINGS.read_text("utf-8"))[args.wording]
+            write_whole(file := Path(folder) / "wording.json", json.dumps({"templates": templates}))
+            flags += ["--template-file", str(file)]
+        with running_service(*flags, start_timeout=TIMEOUT) as service:
+            return asyncio.run(ask(service.url, items, name))
 
 
 def _only(items: Sequence[Item], kind: Kind) -> list[Item]:
