@@ -116,7 +116,7 @@ class _Entry(_Part):
 
     @model_validator(mode="after")
     def _names_and_formats(self) -> Self:
-        if self.layout is None and self.mode not in _MODES_OF[self.frame]:
+        if self.mode not in _MODES_OF[self.frame]:  # with a layout of its own, too: labels come from the frame
             raise ValueError(f"frame {self.frame} is for {', '.join(_MODES_OF[self.frame])} templates")
         own_place = self.layout is None and self.frame == "instruction-first" and self.mode == "pointwise"
         if self.question is not None and not own_place:

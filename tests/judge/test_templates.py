@@ -194,6 +194,7 @@ def test_toml_reads_as_json_does(tmp_path: Path) -> None:
         ({"layout": LAYOUT}, "format"),
         ({"frame": "upside-down"}, "frame"),
         ({"frame": "question-last", "mode": "pairwise"}, "pointwise"),
+        ({"mode": "choice", "layout": "{prompt}{question}{options}", "format": "raw"}, "frame instruction-first"),
         ({"question": "Legal?", "frame": "question-last"}, "question is for"),
         ({"question": "Legal?", "mode": "pairwise"}, "question is for"),
         ({"question": "Legal?", "layout": LAYOUT, "format": "raw"}, "question is for"),
