@@ -113,7 +113,7 @@ def inputs(tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
     rows = texts(1000)
     words = tokenizer.encode("\n\n".join(f"{row.prompt}\n{row.response}" for row in rows), add_special_tokens=False)
     for start in range(0, len(words) - tokens, tokens):
-        yield tokenizer.decode(words[start : start + tokens])
+        yield str(tokenizer.decode(words[start : start + tokens]))
 
 
 @contextmanager

@@ -23,5 +23,5 @@ def write_qwen3(folder: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: in
         dtype="bfloat16",
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
