@@ -42,7 +42,7 @@ from service.settings import MEMORY_URL, Settings
 from service.telemetry.metrics import Metrics
 from service.telemetry.tracing import OFF, Tracing, start_tracing
 from service.wires.native import NativeWire
-from service.wires.rerank import RerankWire, rerank_template
+from service.wires.rerank import RerankWire
 from service.worker.loop import STALLED_STATUS, Worker
 from service.worker.scheduler import make_scheduler
 
@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 # Time for the shutdown after the drain. With the default --drain-timeout the sum stays below Compose's 40 s.
 END_SECONDS = 7.0
+OF_ONE_FAMILY = frozenset({"rerank-qwen3"})
+"""Built-in templates that are made for one family of models: no news if they do not fit another."""
 
 
 def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> int:
@@ -177,6 +179,8 @@ def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) 
     mode = judge.modes[judge.own_mode]
     prompts.check(None if mode is None else templates.default(mode))
     for template in templates.all():
+        if template.name in OF_ONE_FAMILY:
+            continue  # checked where --rerank-template names it
         try:
             prompts.check(template)
         except ServiceError as error:
@@ -184,10 +188,13 @@ def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) 
 
 
 def _rerank_template(settings: Settings, prompts: Prompts, templates: TemplateLibrary) -> Template:
-    """The template for reranking; raises ServiceError if the operator chose one that does not fit the model."""
-    template = rerank_template(settings.rerank_template, templates)
-    if "rerank_template" in settings.model_fields_set:
-        prompts.check(template)
+    """The template for reranking; raises ServiceError if there is none, or if the one chosen does not fit the model."""
+    try:
+        template = templates.get(settings.rerank_template)
+        if "rerank_template" in settings.model_fields_set:
+            prompts.check(template)
+    except ServiceError as error:
+        raise ServiceError(error.code, f"--rerank-template {settings.rerank_template}: {error.message}") from error
     return template
 
 

@@ -68,8 +68,8 @@ class HttpSettings(SettingsGroup, title="HTTP"):
     )
     api_key: ApiKeys = Field(
         [],
-        description="keys, comma-separated; callers must send one of them as `Authorization: Bearer KEY`; unset: no "
-        "authentication",
+        description="keys, comma-separated; callers must send one of them as `Authorization: Bearer KEY`, or in the "
+        "URL (http://:KEY@host); unset: no authentication",
     )
     playground: bool = Field(True, description="serve a page at / to try the judge in a browser")
 

@@ -19,7 +19,7 @@ from client.schema import ErrorBody, Result, ScoreRequest, ScoreResult, Text, Tr
 from service.errors import ServiceError
 from service.judge.dispatch import Call
 from service.judge.judges import Judge
-from service.judge.templates import Template, TemplateLibrary
+from service.judge.templates import Template
 from service.wires.bodies import WireRequest
 from service.wires.names import as_text, invalid, renamed
 from service.wires.native import NativeWire
@@ -243,15 +243,6 @@ class RerankWire:
                 "service with one (--rerank-template), or with --judge yes-no",
             )
         return self._template.id
-
-
-def rerank_template(name: str, templates: TemplateLibrary) -> Template:
-    """The template that --rerank-template names; raises ServiceError(TEMPLATE_NOT_FOUND)."""
-    try:
-        return templates.get(name)
-    except ServiceError as error:
-        message = f"--rerank-template {name}: there is no such template"
-        raise ServiceError(error.code, message) from error
 
 
 def rerank_result(body: RerankRequest, ranking: Ranking) -> RerankResult:

@@ -257,12 +257,15 @@ def test_a_judge_that_grades_ranks_with_a_template_that_asks_for_grades() -> Non
     assert all(math.isclose(1 / (1 + math.exp(-r["x_log_odds"])), r["relevance_score"]) for r in answer["results"])
 
 
-def test_an_unknown_template_ends_the_start() -> None:
-    """Not the first request."""
+@pytest.mark.parametrize(
+    ("name", "code"), [("no-such", ErrorCode.TEMPLATE_NOT_FOUND), ("rerank-qwen3", ErrorCode.BAD_LABEL)]
+)
+def test_a_template_that_cannot_be_used_ends_the_start(name: str, code: ErrorCode) -> None:
+    """Not the first request: one that there is not, or whose labels are not tokens of this model."""
     with (
-        pytest.raises(ServiceError, match="--rerank-template no-such") as refused,
-        live_service(rerank_template="no-such"),
+        pytest.raises(ServiceError, match=f"--rerank-template {name}: ") as refused,
+        live_service(rerank_template=name),
     ):
         pass
 
-    assert refused.value.code == ErrorCode.TEMPLATE_NOT_FOUND
+    assert refused.value.code == code
