@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "sample": ("trainer.sample", "responses of a model to instructions"),
     "sft": ("trainer.sft", "teach a base model to answer"),
     "dpo": ("trainer.dpo", "train a model on preference pairs, ours or anybody's"),
+    "tune-judge": ("trainer.tune_judge", "make a judge of your own from a few hundred labels"),
     "merge": ("trainer.merge", "make a model of an adapter and its base"),
     "evaluate": ("trainer.evaluate", "compare two models through the judge"),
 }

@@ -52,6 +52,17 @@ def load_pairs(path: Path) -> list[Sample]:
 def load_hub(name: str, split: str | None = None) -> list[Sample]:
     """The samples of the data set `name`, in its order; RM-Bench's layout if it has `domain` and no `subset`.
 
+    See `hub_rows`.
+    """
+    rows = hub_rows(name, split)
+    columns = rows[0].fields
+    layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
+    return layouts.collect(rows, layout)
+
+
+def hub_rows(name: str, split: str | None = None) -> list[TableRow]:
+    """The rows of the data set `name`, in its order, at least one.
+
     Without a `split`, an official data set's leaderboard split, else the only split of the data set. Downloads are
     cached under HF_HOME. Errors of the hub are raised as DataError too.
     """
@@ -64,9 +75,7 @@ def load_hub(name: str, split: str | None = None) -> list[Sample]:
     rows = [TableRow(source, "row", number, dict(fields)) for number, fields in enumerate(data, start=1)]
     if not rows:
         raise DataError(f"{source}: holds no samples")
-    columns = rows[0].fields
-    layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
-    return layouts.collect(rows, layout)
+    return rows
 
 
 def _dataset(name: str, split: str | None) -> Mapping[str, Iterable[Any]] | Iterable[Any]:

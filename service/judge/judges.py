@@ -18,10 +18,10 @@ from client.schema import CompareMode
 from service.errors import ServiceError
 from service.judge.readers import LabelReader, LogitReader, Reader, Sampling, TextReader
 from service.judge.templates import Mode
-from service.settings import ModelSettings
 
 if TYPE_CHECKING:
     from service.loading.model import Model
+    from service.settings import ModelSettings
 
 REWARD_TEMPLATE: Final = "reward-model@1"
 """Stands for the template in results of a reward model, which has none."""

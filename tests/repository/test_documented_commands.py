@@ -38,6 +38,7 @@ from tests.repository.documents import ROOT, Block, Command, blocks, commands, i
 from tests.support.live import Live, live_service
 from trainer.__main__ import main as trainer_main
 from trainer.self_improve import main as loop_main
+from trainer.tune_judge import main as tune_main
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -135,6 +136,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, live: Live) -> Path:
         assert client_main([*command, "--out", str(folder / "runs" / name)]) == 0
     command = ["calibrate", "--data", str(folder / "pairs.jsonl"), "--judge-url", live.url]
     assert client_main([*command, "--out", str(folder / "calibration.json")]) == 0
+    (folder / "judge").mkdir()
+    shutil.copy(folder / "calibration.json", folder / "judge")
     return folder
 
 
@@ -188,6 +191,11 @@ def measured_in_container(words: list[str], site: Site) -> None:
 def planned(words: list[str], site: Site) -> None:
     """The training loop as far as its plan: files are read, the model is looked at, the judge is asked."""
     assert loop_main([*site.here(words), "--judge-url", site.live.url, "--dry-run"]) == 0
+
+
+def counted(words: list[str], site: Site) -> None:
+    """A judge's training as far as its plan: labels are read, prompts are built, memory is estimated."""
+    assert tune_main([*site.here(words), "--dry-run"]) == 0
 
 
 def helped(main: Callable[[list[str]], int]) -> Callable[[list[str], Site], None]:
@@ -296,6 +304,7 @@ HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("curl", asked),
     ("python -m client", measured),
     ("python -m trainer.self_improve", planned),
+    ("python -m trainer.tune_judge", counted),
     ("python -m trainer", helped(trainer_main)),
     ("python -m service --help", helped(lambda _: bool(settings_from(Settings, ["--help"])))),
     ("python -m service.models", looked_up),

@@ -83,6 +83,15 @@ def model_identity(name: str) -> list[str]:
     return [name, model_digest(resolve_model(name))]
 
 
+def name_and_revision(base: str) -> tuple[str, str | None]:
+    """How an adapter names its base: a folder by its absolute path, a hub id with its revision apart."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve()), None
+    name, _, revision = base.partition("@")
+    return name, revision or None
+
+
 def _download(repo: str, revision: str | None) -> Path:
     with needs_trainer():
         from huggingface_hub import snapshot_download

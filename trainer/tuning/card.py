@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +21,9 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 """
 
 
-def model_card(name: str, base: str, numbers: Mapping[str, Any], *, adapter: bool = False) -> str:
+def model_card(
+    name: str, base: str, numbers: Mapping[str, Any], *, adapter: bool = False, tags: Sequence[str] = ("dpo", "trl")
+) -> str:
     """The card's text. `numbers` are JSON objects by title (training, pairs, evaluation); each becomes a table.
 
     The front matter names the base only if it is a hub id: the hub accepts nothing else there.
@@ -29,7 +31,7 @@ def model_card(name: str, base: str, numbers: Mapping[str, Any], *, adapter: boo
     front = ["---", "library_name: peft" if adapter else "library_name: transformers", "pipeline_tag: text-generation"]
     if not Path(base).exists() and "/" in base:
         front.append(f"base_model: {base.partition('@')[0]}")
-    front += ["tags:", "- dpo", "- trl", "- judge-as-api", "---"]
+    front += ["tags:", *(f"- {tag}" for tag in (*tags, "judge-as-api")), "---"]
     kind = "A LoRA adapter for" if adapter else "A fine-tuned version of"
     parts = [
         "\n".join(front),

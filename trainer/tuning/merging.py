@@ -44,11 +44,13 @@ def merge(
     base: str | None = None,
     dtype: DType = "bfloat16",
     numbers: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Path:
     """Write the merged model to the folder `output`, replacing it only once the new one is complete.
 
     `adapter` may also be a fully fine-tuned model, which is only rounded. `base` is a folder or hub id; by default the
     one that the adapter names. `dtype` auto is the base's own. `numbers` go into the model card (see `model_card`).
+    `tokenizer` is saved with the model; None: the adapter's, or the base's, always with a chat template.
     Layers that are tied in the base but changed apart by the adapter are saved as two. On a few prompts the sum's
     logits are compared with those of base and adapter, and the saved files' logits with those of the rounded sum.
 
@@ -60,7 +62,8 @@ def merge(
     full = is_whole_model(adapter)
     base_name = base or (str(adapter) if full else base_of(adapter))
     source = adapter if full else resolve_model(base_name)
-    tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(adapter if (adapter / "tokenizer_config.json").is_file() else source)
     part = output.with_name(f"{output.name}.part")
     config = _config(source)
     if config.get("quantization_config") is not None:

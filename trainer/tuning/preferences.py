@@ -64,20 +64,24 @@ def _answer(text: str) -> Message:
 
 
 def split_preferences(preferences: Sequence[Preference], share: float, seed: int) -> Split:
-    """Hold out `share` of the preferences, whole prompts at a time, chosen by a hash of the seed and the prompt.
+    """Hold out `share` of the preferences (see `held_out_indices`). Both sides keep the order of the input."""
+    prompts = [json.dumps([message.model_dump() for message in preference.prompt]) for preference in preferences]
+    held_out = held_out_indices(prompts, share, seed)
+    return Split(
+        train=[preference for index, preference in enumerate(preferences) if index not in held_out],
+        held_out=[preference for index, preference in enumerate(preferences) if index in held_out],
+    )
 
-    Both sides keep the order of the input.
-    """
+
+def held_out_indices(prompts: Sequence[str], share: float, seed: int) -> set[int]:
+    """`share` of the indices, all of a prompt's together, chosen by a hash of the seed and the prompt."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, preference in enumerate(preferences):
-        groups[json.dumps([message.model_dump() for message in preference.prompt])].append(index)
-    wanted, held_out = share * len(preferences), set[int]()
+    for index, prompt in enumerate(prompts):
+        groups[prompt].append(index)
+    wanted, held_out = share * len(prompts), set[int]()
     for prompt in sorted(groups, key=lambda prompt: sha256(f"{seed}\0{prompt}".encode()).digest()):
         # A whole prompt would overshoot by more than stopping here falls short.
         if len(held_out) + len(groups[prompt]) / 2 > wanted:
             break
         held_out.update(groups[prompt])
-    return Split(
-        train=[preference for index, preference in enumerate(preferences) if index not in held_out],
-        held_out=[preference for index, preference in enumerate(preferences) if index in held_out],
-    )
+    return held_out

@@ -32,9 +32,12 @@ _PREFIX: Final = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def merge_and_measure(trained: Path, output: Path, base: str, dtype: DType) -> str | None:
-    """Merge, write merge.json beside `output`, and return a warning if rounding undid much or all of the training."""
-    merge(trained, output, base=base, dtype=dtype)
+def merge_and_measure(trained: Path, output: Path, base: str, dtype: DType, tokenizer: Any = None) -> str | None:
+    """Merge, write merge.json beside `output`, and return a warning if rounding undid much or all of the training.
+
+    `tokenizer`: see `merge`.
+    """
+    merge(trained, output, base=base, dtype=dtype, tokenizer=tokenizer)
     source = resolve_model(base)
     kept, changed = kept_update(source, trained, output), not same_weights(source, output)
     write_json(output.with_name(MERGE_FILE), {"dtype": dtype, "kept_update": kept, "changed": changed})

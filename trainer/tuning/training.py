@@ -19,7 +19,7 @@ from typing import Any
 
 from client.runs.progress import OnProgress
 from trainer.errors import InputError
-from trainer.policy.models import needs_trainer, quiet_libraries, resolve_model
+from trainer.policy.models import name_and_revision, needs_trainer, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.files import put_in_place, write_json, write_whole
 from trainer.run.model_files import TensorFiles, model_digest, same_weights
@@ -197,7 +197,7 @@ class Training:
             model.config.use_cache = True
         else:
             config = model.peft_config["default"]
-            config.base_model_name_or_path, config.revision = _name_and_revision(self.model)
+            config.base_model_name_or_path, config.revision = name_and_revision(self.model)
         if is_main():
             shutil.rmtree(part, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -235,12 +235,3 @@ def is_changed(base: Path, trained: Path) -> bool:
 def _last_numbers(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The last value of each number that was logged."""
     return {key: value for line in history for key, value in line.items() if isinstance(value, int | float)}
-
-
-def _name_and_revision(base: str) -> tuple[str, str | None]:
-    """How an adapter names its base: a folder by its absolute path, a hub id with its revision apart."""
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve()), None
-    name, _, revision = base.partition("@")
-    return name, revision or None

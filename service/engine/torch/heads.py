@@ -6,7 +6,7 @@ In fp32, because bf16 logits have steps of 0.06 at their usual size, more than t
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,17 @@ def linear_in_fp32(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     chunk = max(1, _CAST_AT_ONCE.get(weight.device.type, _CAST_AT_ONCE_ELSEWHERE) // weight.shape[1])
     logits = torch.cat([x @ part.float().T for part in torch.split(weight, chunk)], dim=1)
     return logits if bias is None else logits + bias
+
+
+def logit_scaling(config: Any) -> tuple[float, float | None]:
+    """What a model of this configuration multiplies its logits by, and their softcap.
+
+    Granite divides logits by one number, Cohere multiplies them by another.
+    """
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    factor = (scale if isinstance(scale, float) else 1.0) / getattr(config, "logits_scaling", 1.0)
+    return factor, getattr(config, "final_logit_softcapping", None)
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:

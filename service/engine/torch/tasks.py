@@ -11,7 +11,7 @@ from service.engine.torch.cpu.kernel import CompiledOutputLayer
 from service.engine.torch.cpu.library import Library
 from service.engine.torch.executors import Head
 from service.engine.torch.families import UnsupportedModelError
-from service.engine.torch.heads import LastTokenLayer, OutputLayer, RewardHead
+from service.engine.torch.heads import LastTokenLayer, OutputLayer, RewardHead, logit_scaling
 
 
 class Outputs(Protocol):
@@ -57,9 +57,7 @@ class NextToken:
 
     def head(self, library: Library | None) -> Head:
         """See Outputs."""
-        config = self.model.config.get_text_config()
-        softcap = getattr(config, "final_logit_softcapping", None)
-        scale = _logit_scale(config)
+        scale, softcap = logit_scaling(self.model.config)
         if library is not None and scale == 1.0:
             return CompiledOutputLayer(self._linear, softcap, library)
         return OutputLayer(self._linear, softcap, scale)
@@ -73,12 +71,6 @@ class NextToken:
     def _forward(self, ids: Tensor, layer: nn.Module) -> Tensor:
         self.model.set_output_embeddings(layer)  # at every call, as `own` and `single` share the model
         return cast(Tensor, self.model(input_ids=ids, use_cache=False, **self._last_only).logits)[:, -1].float()
-
-
-def _logit_scale(config: Any) -> float:
-    """What logits are multiplied by: Granite divides them by one number, Cohere multiplies them by another."""
-    scale = getattr(config, "logit_scale", None)
-    return (scale if isinstance(scale, float) else 1.0) / getattr(config, "logits_scaling", 1.0)
 
 
 class RewardLogit:

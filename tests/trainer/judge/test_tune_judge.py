@@ -1,0 +1,252 @@
+"""The program: from a file of labels to a served judge and the evidence; interrupted anywhere, the same in the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import calibration
+from service.engine.torch.engine import TorchEngine
+from service.models.resolve import fingerprint
+from tests.support.html import assert_self_contained
+from tests.support.live import live_service
+from tests.support.tiny import tiny_tokenizer
+from tests.trainer.judge.makers import TOY_FLAGS, same_adapter, toy_file, toy_labels
+from trainer import judge_stages
+from trainer.tune_judge import main
+from trainer.tuning.judge.prompts import JudgePrompts
+
+LABELS = 70
+
+
+def flags(model: Path, file: Path, output: Path, *more: str) -> list[str]:
+    """The command line of a small run: 10 of 70 labels to train on, 60 to measure on."""
+    where = ["--model", str(model), "--pairs", str(file), "--output", str(output), "--held-out", "0.86"]
+    return [*where, *TOY_FLAGS, "--merge-dtype", "float32", *more]
+
+
+def read(path: Path) -> Any:
+    """The file's JSON."""
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of toy labels."""
+    return toy_file(tmp_path_factory.mktemp("labels") / "pairs.jsonl", LABELS)
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with a learning curve."""
+    output = tmp_path_factory.mktemp("tuned") / "run"
+    assert main(flags(tiny_model, pairs, output, "--curve", "4", "--epochs", "6")) == 0
+    return output
+
+
+def test_the_evidence_says_what_training_changed(tuned: Path) -> None:
+    """Before, the judge is mostly wrong; after, it is right on prompts that it has not seen, and the test says so."""
+    evidence = read(tuned / "evidence.json")
+    before, after, change = evidence["before"], evidence["after"], evidence["change"]
+
+    assert after["accuracy"]["value"] > 0.9 > 0.5 > before["accuracy"]["value"]
+    assert after["accuracy"]["count"] == after["pairs"]["count"] == 60
+    assert after["answers"]["count"] == 120
+    assert change["value"] == pytest.approx(after["accuracy"]["value"] - before["accuracy"]["value"])
+    assert change["p"] < 0.001
+    assert change["better"] > change["worse"]
+    assert set(after["by_category"]) == {"math"}
+    assert after["mass"] > before["mass"]
+    assert set(read(tuned / "curve.json")) == {"4"}
+
+
+def test_the_served_judge_gives_the_trainers_numbers(tuned: Path) -> None:
+    """A service with the merged model says of the labels what after.jsonl says, and takes the calibration file."""
+    merged = tuned / "merged"
+    rows = [json.loads(line) for line in (tuned / "after.jsonl").read_text().splitlines()]
+    labels = {row["id"]: row for row in map(json.loads, (tuned / "held_out.jsonl").read_text().splitlines())}
+    engine = TorchEngine.load(merged, dtype="float32", device="cpu")
+    with live_service(engine, model=str(merged), calibration_file=[tuned / "calibration.json"]) as live:
+        asked = [(labels[row["id"]], row) for row in rows[:3]]
+        bodies = [{"prompt": a["prompt"], "response": a["answers"][0], "category": "math"} for a, _ in asked]
+        served = [live.http.post("/score", json=body).json() for body in bodies]
+
+    assert [one["log_odds"] for one in served] == pytest.approx([row["log_odds"][0] for _, row in asked], abs=1e-4)
+    assert all(one["calibrated"] is not None for one in served)
+    assert calibration.load(tuned / "calibration.json").fingerprint == fingerprint(merged)
+
+
+def test_a_base_without_a_chat_template_stays_without_one(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """Its judge is asked in the raw format before training and after, and so is the merged model when it is served."""
+    base, output = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(base)
+
+    assert main(flags(base, pairs, output)) == 0
+
+    prompts = [JudgePrompts(folder, "pointwise", None, [], 2048) for folder in (base, output / "merged")]
+    (before, _), (after, _) = (builder.examples(toy_labels(2)) for builder in prompts)
+    assert after == before
+    assert before[0].template.format == "raw"
+
+
+def test_the_report_and_the_card_show_it(tuned: Path) -> None:
+    """report.html has the numbers and figures; the model card names the base and the run."""
+    page = (tuned / "report.html").read_text()
+    card = (tuned / "merged" / "README.md").read_text()
+
+    assert_self_contained(page)
+    assert "Judged right, %" in page
+    assert page.count("<svg") == 3
+    assert "held-out labels" in card
+    assert "- judge" in card
+    assert "trl" not in card
+
+
+def test_a_rerun_does_nothing_and_says_so(
+    tiny_model: Path, pairs: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command on a finished run leaves every file as it is."""
+    before = {path: path.stat().st_mtime_ns for path in tuned.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    assert main(flags(tiny_model, pairs, tuned, "--curve", "4", "--epochs", "6")) == 0
+
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {"curve.json", "evidence.json", "calibration.json", "README.md"}
+    assert "accuracy on 60 labels held out" in capsys.readouterr().err
+
+
+STAGES = ["write_records", "read_held_out", "train_judge", "merge_and_measure", "compare_readings", "write_calibration"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_interrupted_at_any_stage_the_result_is_the_same(
+    tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Ctrl-C after a stage's work, before it is marked as done: exit code 130, and the next run ends like another."""
+    work: Callable[..., Any] = getattr(judge_stages, name)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        work(*args, **options)
+        raise KeyboardInterrupt
+
+    assert main(flags(tiny_model, pairs, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(judge_stages, name, interrupted)
+        assert main(flags(tiny_model, pairs, tmp_path / "cut")) == 130
+
+    assert main(flags(tiny_model, pairs, tmp_path / "cut")) == 0
+
+    assert same_adapter(tmp_path / "cut", tmp_path / "whole")
+    for file in ("after.jsonl", "evidence.json", "labels.json"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    """What stderr says of a command line that is refused with exit code 2."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        (("--held-out", "0"), "--held-out must be above 0"),
+        (("--limit", "1"), "--limit must be 2 or more"),
+        (("--curve", "ten"), "--curve ten"),
+        (("--mass-weight", "-1"), "loss weights are 0 or more"),
+        (("--lr", "nan"), "settings must be finite"),
+        (("--template", "unheard-of"), "no such template"),
+        (("--not-in", "missing.jsonl"), r"missing\.jsonl: there is no such file"),
+        (("--asking", "pairwise", "--template", "general@1"), "general@1 is pointwise"),
+    ],
+)
+def test_flags_that_cannot_work(
+    tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: Sequence[str], problem: str
+) -> None:
+    """Each is refused with its reason before a model is loaded."""
+    assert re.search(problem, refused(capsys, flags(tiny_model, pairs, tmp_path / "run", *more)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([{"prompt": "A?", "chosen": "x", "rejected": "y"}], "too few labels: 0 labels to train on, 1 held out"),
+        ([{"prompt": f"{n}?", "chosen": "x", "rejected": "y", "probability": 0.5} for n in range(9)], "ties 9"),
+        ([{"prompt": f"{n}?", "chosen": "x", "rejected": "x"} for n in range(9)], "equal answers 9"),
+        ([{"prompt": f"{n}? " * 3000, "chosen": "x", "rejected": "y"} for n in range(9)], "context length exceeded 9"),
+        ([{"prompt": f"{n}?", "response": "x", "label": 1} for n in range(9)], "every label says the same"),
+    ],
+)
+def test_labels_that_teach_nothing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Sequence[dict[str, Any]], problem: str
+) -> None:
+    """One label, only ties, only equal answers, only long prompts, one verdict: refused, and counted by reason."""
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    assert re.search(problem, refused(capsys, flags(tiny_model, file, tmp_path / "run")))
+
+
+def test_a_model_that_is_no_causal_model(
+    tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier's folder is refused with what to do."""
+    config = read(tiny_model / "config.json")
+    for file in tiny_model.iterdir():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    classifier = {**config, "architectures": ["LlamaForSequenceClassification"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(classifier))
+
+    told = refused(capsys, flags(tmp_path / "model", pairs, tmp_path / "run"))
+
+    assert "LlamaForSequenceClassification is not a causal language model" in told
+
+
+@pytest.mark.parametrize(("leaks", "code", "train"), [("refuse", 2, None), ("drop", 0, 69), ("keep", 0, 70)])
+def test_labels_that_an_evaluation_knows(
+    tiny_model: Path,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    leaks: str,
+    code: int,
+    train: int | None,
+) -> None:
+    """They are refused, or dropped or kept on request; --dry-run counts what is left without writing anything."""
+    evaluation = tmp_path / "dev.jsonl"
+    evaluation.write_text('{"prompt": "question 7"}\n')
+    more = ("--not-in", str(evaluation), "--leaks", leaks, "--dry-run")
+
+    assert main(flags(tiny_model, pairs, tmp_path / "run", *more)) == code
+
+    out, err = capsys.readouterr()
+    assert not (tmp_path / "run").exists()
+    if train is None:
+        assert "1 labels have a prompt" in err
+    else:
+        kept, held_out = map(int, re.findall(r"(\d+) (?:labels to train on|held out)", out))
+        assert kept + held_out == train
+        assert "memory: about" in out
+
+
+def test_other_labels_in_the_same_folder_are_refused(
+    tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder holds one run: another learning rate is refused, and --overwrite redoes what it affects."""
+    output = tmp_path / "run"
+    assert main(flags(tiny_model, pairs, output)) == 0
+
+    assert main(flags(tiny_model, pairs, output, "--lr", "1e-3")) == 1
+    assert "another configuration (other training: lr)" in capsys.readouterr().err
+    assert main(flags(tiny_model, pairs, output, "--lr", "1e-3", "--overwrite")) == 0

@@ -1,0 +1,204 @@
+"""The stages of a judge's training in its run folder; trainer.tune_judge puts them in order.
+
+    DIR/train.jsonl, held_out.jsonl, labels.json    the labels that can be used, split by prompt; what was left out
+    DIR/before.jsonl                                what the base says of those held out
+    DIR/adapter/, training.jsonl, training.json     LoRA's weights, the log
+    DIR/merged/, merge.json                         base and adapter as one model, to be served
+    DIR/after.jsonl                                 what that model says of the labels held out
+    DIR/curve/<labels>/, curve.json                 --curve: the same from fewer labels
+    DIR/evidence.json, calibration.json             before against after; the service's --calibration-file
+
+Each stage is done once (trainer/run/stages.py): a rerun skips what is done and resumes what is begun.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from client.runs.progress import OnProgress, progress_bar
+from service.models.resolve import fingerprint
+from service.models.tokenizers import load_tokenizer
+from trainer.policy.models import release_memory, resolve_model
+from trainer.run.files import read_records, write_json, write_record, write_records, write_whole
+from trainer.run.progress import echo
+from trainer.run.records import ADAPTER_FOLDER, HELD_OUT_FILE, MERGED_FOLDER
+from trainer.run.stages import RunFolder, Stage
+from trainer.tuning.card import CARD_FILE, model_card
+from trainer.tuning.judge.evidence import Evidence, compare_readings, write_calibration
+from trainer.tuning.judge.labels import Label
+from trainer.tuning.judge.prompts import Example
+from trainer.tuning.judge.readings import Reading, read_held_out
+from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
+from trainer.tuning.judge.training import OUTPUTS, train_judge
+from trainer.tuning.rounding import MERGE_FILE, merge_and_measure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TRAINING: Final = "training"
+TRAIN_FILE: Final = "train.jsonl"
+LABELS_FILE: Final = "labels.json"
+BEFORE_FILE: Final = "before.jsonl"
+AFTER_FILE: Final = "after.jsonl"
+EVIDENCE_FILE: Final = "evidence.json"
+CALIBRATION_FILE: Final = "calibration.json"
+CURVE_FILE: Final = "curve.json"
+CURVE_FOLDER: Final = "curve"
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeStages:
+    """The stages of one run, in the order in which they are done."""
+
+    run: JudgeRun
+    folder: RunFolder
+    console: Console
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder.path
+
+    def split(self) -> None:
+        """train.jsonl, held_out.jsonl and labels.json."""
+
+        def work(_: OnProgress) -> None:
+            split, left_out = self.run.usable()
+            write_records(self.path / TRAIN_FILE, split.train)
+            write_records(self.path / HELD_OUT_FILE, split.held_out)
+            counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
+            write_json(self.path / LABELS_FILE, counts)
+
+        outputs = (TRAIN_FILE, HELD_OUT_FILE, LABELS_FILE)
+        self._do(Stage(self.path, "labels", outputs, self.folder.config["labels"]), "labels", work)
+        counts = json.loads((self.path / LABELS_FILE).read_bytes())
+        self.console.print(counts_line(counts["train"], counts["held_out"], counts["left_out"]), soft_wrap=True)
+
+    def examples(self, file: str) -> list[Example]:
+        """The labels of train.jsonl or held_out.jsonl as prompts."""
+        examples, _ = self.run.prompts().examples(read_records(self.path / file, Label))
+        return examples
+
+    def read_before(self) -> None:
+        """before.jsonl."""
+        model = self.run.model
+        self._read(self.path, BEFORE_FILE, resolve_model(model.name), {"model": model.identity})
+
+    def train(self, folder: Path, count: int | None = None) -> None:
+        """adapter/ in `folder`, from all training labels or from the first `count` in the order of `chosen`."""
+        run = self.run
+        inputs = {"model": run.model.identity, "labels": self.path / TRAIN_FILE, "count": count, **self._asked()}
+        stage = Stage(folder, TRAINING, OUTPUTS, {**inputs, **run.settings.described()})
+
+        def work(report: OnProgress) -> None:
+            examples = chosen(self.examples(TRAIN_FILE), count, run.settings.seed)
+            self.console.print(memory_line(run, examples), soft_wrap=True, highlight=False)
+            result = train_judge(run.model.name, examples, folder, run.settings, report)
+            if not result.changed:
+                echo("warning: training has changed no weight: raise --lr or --epochs")
+
+        self._do(stage, "training, tokens", work)
+        release_memory()
+
+    def merge(self, folder: Path) -> None:
+        """merged/ in `folder`."""
+        run = self.run
+        trained = Stage(folder, TRAINING, (), {}).identity()
+        inputs = {"trained": trained, "base": run.model.identity, "dtype": run.merge_dtype}
+
+        def work(_: OnProgress) -> None:
+            adapter, merged = folder / ADAPTER_FOLDER, folder / MERGED_FOLDER
+            # As the service loads it: with a chat template that the base does not have, other prompts would be asked.
+            tokenizer = load_tokenizer(resolve_model(run.model.name))
+            warning = merge_and_measure(adapter, merged, run.model.name, run.merge_dtype, tokenizer)
+            if warning is not None:
+                echo(f"warning: {warning}")
+
+        self._do(Stage(folder, MERGED_FOLDER, (MERGED_FOLDER, MERGE_FILE), inputs), "merging", work)
+        release_memory()
+
+    def read_after(self, folder: Path) -> None:
+        """after.jsonl in `folder`."""
+        merged = Stage(folder, MERGED_FOLDER, (), {}).identity()
+        self._read(folder, AFTER_FILE, folder / MERGED_FOLDER, {"merged": merged})
+
+    def measure_curve(self) -> None:
+        """curve.json: what fewer labels give. Models are removed once they are measured; adapters stay."""
+        points: dict[str, Any] = {}
+        for count in self.run.curve:
+            folder = self.path / CURVE_FOLDER / str(count)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "after.done").exists():
+                self.train(folder, count)
+                self.merge(folder)
+                self.read_after(folder)
+            shutil.rmtree(folder / MERGED_FOLDER, ignore_errors=True)
+            points[str(count)] = self._evidence(folder).model_dump()
+        if points:
+            write_json(self.path / CURVE_FILE, points)
+
+    def weigh(self) -> Evidence:
+        """evidence.json, calibration.json, and the model card of merged/."""
+        evidence = self._evidence(self.path)
+        write_record(self.path / EVIDENCE_FILE, evidence)
+        self._calibrate()
+        counts = json.loads((self.path / LABELS_FILE).read_bytes())
+        training = json.loads((self.path / "training.json").read_bytes())
+        numbers = {"held-out labels": evidence.model_dump(), "labels": counts, "training": training}
+        card = model_card(self.path.name, self.run.model.name, numbers, tags=("judge", "lora"))
+        write_whole(self.path / MERGED_FOLDER / CARD_FILE, card.encode())
+        return evidence
+
+    def _read(self, folder: Path, output: str, model: Path, made_from: Mapping[str, Any]) -> None:
+        settings = self.run.settings
+        inputs = {**made_from, "held_out": self.path / HELD_OUT_FILE, "dtype": settings.dtype, **self._asked()}
+
+        def work(report: OnProgress) -> None:
+            read_held_out(model, self.examples(HELD_OUT_FILE), settings, folder / output, report)
+
+        name = output.removesuffix(".jsonl")
+        self._do(Stage(folder, name, (output,), inputs), f"{name}, labels", work)
+        release_memory()
+
+    def _evidence(self, folder: Path) -> Evidence:
+        before, after = read_records(self.path / BEFORE_FILE, Reading), read_records(folder / AFTER_FILE, Reading)
+        order = {reading.id: reading for reading in after}
+        return compare_readings(before, [order[reading.id] for reading in before], self.run.settings.seed)
+
+    def _calibrate(self) -> None:
+        prompts = self.run.prompts()
+        prompts.examples(read_records(self.path / HELD_OUT_FILE, Label))
+        merged = self.path / MERGED_FOLDER
+        write_calibration(
+            self.path / CALIBRATION_FILE,
+            read_records(self.path / AFTER_FILE, Reading),
+            merged.resolve().name,
+            fingerprint(merged),
+            prompts.asked_with(),
+            self.run.settings.seed,
+        )
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides the prompts, besides labels and model."""
+        return {"asked": self.folder.config["asked"]}
+
+    def _do(self, stage: Stage, title: str, work: Callable[[OnProgress], None]) -> None:
+        def in_bar() -> None:
+            with progress_bar(self.console, title) as report:
+                work(report)
+
+        self.folder.run_stage(stage, in_bar)
+
+
+def chosen(examples: Sequence[Example], count: int | None, seed: int) -> list[Example]:
+    """All examples, or the first `count` in an order that the seed decides: fewer are part of more."""
+    if count is None:
+        return list(examples)
+    order = sorted(examples, key=lambda example: sha256(f"{seed}\0{example.label.id}".encode()).digest())
+    return order[:count]

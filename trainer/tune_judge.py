@@ -1,0 +1,228 @@
+"""A judge of your own from a few hundred labels: `python -m trainer.tune_judge`.
+
+    labels ─> split ─> what the base says ─> LoRA on the log-odds ─> merged model ─> what it says ─> evidence, report
+
+The service's own prompts are trained on, and its own engine measures (trainer/tuning/judge/). After any interruption
+the same command resumes; trainer/judge_stages.py has the stages and their files.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the slow imports
+    from client.runtime import program
+
+    program.begin("python -m trainer.tune_judge", "trainer")
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from trainer.errors import InputError
+from trainer.flags import add_flags, add_run_flags, given
+from trainer.judge_stages import JudgeStages
+from trainer.policy.model_ref import model_ref
+from trainer.policy.models import DTYPES, quiet_libraries
+from trainer.programs import run_program, stderr_console
+from trainer.report.judge_page import write_judge_report
+from trainer.run.records import MERGED_FOLDER, REPORT_FILE
+from trainer.run.stages import content_digest, open_run
+from trainer.tuning.judge.run import JudgeRun, LabelSource, counts_line, memory_line
+from trainer.tuning.judge.settings import JudgeSettings
+from trainer.tuning.settings import world_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trainer.tuning.judge.evidence import Evidence
+
+_LEAKS: Final = ("refuse", "drop", "keep")
+
+
+def tune(run: JudgeRun, output: Path, console: Console, *, overwrite: bool) -> None:
+    """All stages, labels to report. Raises StageError if it stops and can be resumed, ValueError for bad input."""
+    with open_run(output, config_of(run), overwrite=overwrite) as folder, quiet_libraries():
+        stages = JudgeStages(run, folder, console)
+        stages.split()
+        stages.read_before()
+        stages.train(folder.path)
+        stages.merge(folder.path)
+        stages.read_after(folder.path)
+        stages.measure_curve()
+        evidence = stages.weigh()
+        write_judge_report(folder.path)
+    console.print(summary(evidence), soft_wrap=True, highlight=False)
+    console.print(f"model: {output / MERGED_FOLDER}\nreport: {output / REPORT_FILE}", soft_wrap=True, highlight=False)
+
+
+def config_of(run: JudgeRun) -> dict[str, Any]:
+    """What decides the results of a run, as JSON: the same run has the same. A curve may be added later."""
+    labels, file = run.labels, Path(run.labels.source)
+    asked = {
+        "template": run.template,
+        "template_files": [content_digest(path) for path in run.template_files],
+        "asking": run.settings.asking,
+        "max_length": run.settings.max_length,
+    }
+    return {
+        "program": "tune_judge",
+        "model": run.model.identity,
+        "labels": {
+            "source": content_digest(file) if file.is_file() else labels.source,
+            "category": labels.category,
+            "limit": labels.limit,
+            "share": labels.held_out,
+            "seed": run.settings.seed,
+            "not_in": [content_digest(path) for path in labels.not_in],
+            "leaks": labels.leaks,
+            "tokenizer": run.model.identity,
+            **asked,
+        },
+        "asked": asked,
+        "training": run.settings.described(),
+        "merge_dtype": run.merge_dtype,
+    }
+
+
+def summary(evidence: Evidence) -> str:
+    """The evidence in three lines."""
+    before, after, change = evidence.before, evidence.after, evidence.change
+    fits = [numbers.pairs or numbers.answers for numbers in (before, after)]
+    eces = " -> ".join("-" if fit is None else f"{fit.ece:.3f}" for fit in fits)
+    return (
+        f"accuracy on {after.accuracy.count} labels held out: {100 * before.accuracy.value:.1f}% -> "
+        f"{100 * after.accuracy.value:.1f}% ({100 * change.low:+.1f} to {100 * change.high:+.1f} points, "
+        f"p = {change.p:.3g})\nECE: {eces}; label mass: {before.mass:.3f} -> {after.mass:.3f}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune; exit codes as in trainer.programs.run_program."""
+    args = _parser().parse_args(argv)
+    return run_program(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if world_size() > 1:
+        raise InputError("a judge is trained in one process: start it without accelerate or torchrun")
+    run = _run_of(args)
+    if args.dry_run:
+        _write_plan(run)
+    else:
+        tune(run, args.output, stderr_console(), overwrite=args.overwrite)
+
+
+def _run_of(args: argparse.Namespace) -> JudgeRun:
+    if not 0 < args.held_out < 1:
+        raise InputError("--held-out must be above 0 and below 1: without labels held out there is no evidence")
+    if args.limit is not None and args.limit < 2:
+        raise InputError("--limit must be 2 or more")
+    curve = _sizes(args.curve)
+    for file in (*args.not_in, *args.template_file):
+        if not file.is_file():
+            raise InputError(f"{file}: there is no such file")
+    return JudgeRun(
+        model=model_ref(args.model),
+        labels=LabelSource(args.pairs, args.category, args.limit, args.held_out, tuple(args.not_in), args.leaks),
+        settings=JudgeSettings(**given(args, JudgeSettings)),
+        template=args.template,
+        template_files=tuple(args.template_file),
+        merge_dtype=args.merge_dtype,
+        curve=curve,
+    )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(sorted({int(part) for part in text.split(",") if part}))
+    except ValueError:
+        raise InputError(f"--curve {text}: numbers of labels with commas between them, as 50,100,200") from None
+    if any(size < 1 for size in sizes):
+        raise InputError("--curve: numbers of labels are 1 or more")
+    return sizes
+
+
+def _write_plan(run: JudgeRun) -> None:
+    """What a run would do and need, on stdout."""
+    split, left_out = run.usable()
+    examples, _ = run.prompts().examples(split.train)
+    settings = run.settings
+    tokens = round(sum(example.tokens for example in examples) * settings.epochs)
+    templates = ", ".join(sorted({example.template.id for example in examples}))
+    lines = [
+        counts_line(len(split.train), len(split.held_out), left_out),
+        f"templates: {templates} ({settings.asking})",
+        f"training: {settings.steps(len(examples))} steps of {settings.batch} labels, {tokens:,} tokens",
+        memory_line(run, examples),
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.tune_judge",
+        description="Train a judge on labels of your own: LoRA on the log-odds of the very prompts that the service "
+        "asks. OUTPUT gets adapter/, merged/ (a model to serve), calibration.json, and the evidence: before against "
+        "after on labels held out, in evidence.json and report.html.",
+        epilog="After an interruption the same command resumes. Then: python -m service --model OUTPUT/merged "
+        "--calibration-file OUTPUT/calibration.json. A learning curve can be added to a finished run with --curve.",
+    )
+    parser.add_argument(
+        "--pairs",
+        required=True,
+        metavar="FILE|hub:NAME[@SPLIT]",
+        help="labels (.jsonl, .json, .csv, .parquet, or a hub data set): prompt, chosen, rejected; or prompt, "
+        "response, label (yes or no, or 0 to 1). Optional: category, probability (that chosen is better), margin (in "
+        "log-odds)",
+    )
+    add_run_flags(parser, "labels")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")
+    asking = parser.add_argument_group("asking")
+    asking.add_argument("--template", metavar="NAME", help="ask this template of all labels (default: each category's)")
+    asking.add_argument(
+        "--template-file",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file of templates, as the service takes them; may be repeated",
+    )
+    asking.add_argument(
+        "--category", default="category", metavar="COLUMN", help="the column with the category (default: category)"
+    )
+    data = parser.add_argument_group("measuring")
+    data.add_argument(
+        "--held-out", type=float, default=0.2, metavar="N", help="share of the labels to measure on (default: 0.2)"
+    )
+    data.add_argument(
+        "--not-in",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an evaluation file whose prompts must not be trained on (equal ones, or eight words in a row); may be "
+        "repeated",
+    )
+    data.add_argument(
+        "--leaks",
+        choices=_LEAKS,
+        default="refuse",
+        help="what happens to labels that such a file knows: the run is refused, they are dropped or kept "
+        "(default: refuse)",
+    )
+    data.add_argument(
+        "--curve", default="", metavar="N,N,…", help="also train on so many labels each, for a learning curve"
+    )
+    add_flags(parser.add_argument_group("training"), JudgeSettings)
+    parser.add_argument(
+        "--merge-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of the merged model; auto is the base's (default: bfloat16)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    program.finish(main)

@@ -1,0 +1,189 @@
+"""What people said of answers: which of two is better, or whether one is good. From a file or the hub.
+
+A row holds `prompt`, and either `chosen` and `rejected`, or `response` and `label`. Columns that are optional:
+
+    category      which of the service's templates asks (see --template)
+    probability   pairs: how sure it is that `chosen` is better, from 0 to 1; default 1
+    margin        pairs: by how many log-odds `chosen` should lead at least; default 0
+    id            default: the row's number
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field
+
+from client.data import layouts
+from client.data.sources import hub_rows
+from client.data.tables import TableRow, read_table
+from client.schema import Message
+from client.texts import is_blank
+from trainer.instructions.reading import HUB
+from trainer.run.records import Record
+
+_WORDS: Final = {
+    **dict.fromkeys(("yes", "true", "good", "1", "1.0"), 1.0),
+    **dict.fromkeys(("no", "false", "bad", "0", "0.0"), 0.0),
+}
+
+
+class Label(Record):
+    """One human decision. `target` is the probability that the first of two `answers` is the better one, or that the
+    only one is good. `margin` is how far the first should lead, in log-odds.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    answers: tuple[str, ...] = Field(min_length=1, max_length=2)
+    target: float = Field(default=1.0, ge=0, le=1)
+    margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    category: str | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether two answers were compared."""
+        return len(self.answers) == 2
+
+    @property
+    def prompt_key(self) -> str:
+        """The prompt as one string, equal only for equal prompts."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return json.dumps([[message.role, message.content] for message in self.prompt])
+
+    @property
+    def question_key(self) -> tuple[str, tuple[str, ...]]:
+        """Equal for labels of the same answers to the same prompt, in either order."""
+        return self.prompt_key, tuple(sorted(self.answers))
+
+    @property
+    def favours(self) -> str | bool:
+        """The answer that it prefers, or whether it calls the only answer good."""
+        first = self.target > 0.5
+        return (self.answers[0] if first else self.answers[1]) if self.is_pair else first
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSplit:
+    """Labels to train on and others to measure on; no prompt is on both sides."""
+
+    train: list[Label]
+    held_out: list[Label]
+
+
+def read_labels(source: str, category: str = "category") -> tuple[list[Label], Counter[str]]:
+    """The labels in a file (.jsonl, .json, .csv, .parquet) or `hub:NAME[@SPLIT]`, and counts of those left out.
+
+    `category` names the column with the category. Raises DataError for a row that cannot be read.
+    """
+    if source.startswith(HUB):
+        name, _, split = source.removeprefix(HUB).partition("@")
+        rows = hub_rows(name, split or None)
+    else:
+        rows = read_table(Path(source))
+    seen: dict[str, TableRow] = {}
+    labels = []
+    for row in rows:
+        label = _label(row, category)
+        first = seen.setdefault(label.id, row)
+        if first is not row:
+            raise row.problem(f"id {label.id} is already that of {first.unit} {first.number}")
+        labels.append(label)
+    return clean(labels)
+
+
+def clean(labels: Iterable[Label]) -> tuple[list[Label], Counter[str]]:
+    """Labels that teach something, in order: no blank texts, equal answers or ties, each question once.
+
+    Questions that were answered both ways are left out altogether: which answer is right is not ours to say.
+    """
+    left_out: Counter[str] = Counter()
+    by_question: defaultdict[tuple[str, tuple[str, ...]], list[Label]] = defaultdict(list)
+    for label in labels:
+        reason = _useless(label)
+        if reason is None:
+            by_question[label.question_key].append(label)
+        else:
+            left_out[reason] += 1
+    kept = []
+    for group in by_question.values():
+        if len({label.favours for label in group}) > 1:
+            left_out["contradictions"] += len(group)
+        else:
+            kept.append(group[0])
+            left_out["duplicates"] += len(group) - 1
+    return kept, +left_out
+
+
+def split_labels(labels: Sequence[Label], held_out: Iterable[int]) -> LabelSplit:
+    """The labels at these indices held out, the others to train on, each side in order."""
+    apart = set(held_out)
+    return LabelSplit(
+        train=[label for index, label in enumerate(labels) if index not in apart],
+        held_out=[label for index, label in enumerate(labels) if index in apart],
+    )
+
+
+def _useless(label: Label) -> str | None:
+    """Why a label cannot be trained on."""
+    question = label.prompt if isinstance(label.prompt, str) else label.prompt[-1].content
+    if any(map(is_blank, (question, *label.answers))):
+        return "empty texts"
+    if label.is_pair and label.answers[0] == label.answers[1]:
+        return "equal answers"
+    return "ties" if label.target == 0.5 else None
+
+
+def _label(row: TableRow, category: str) -> Label:
+    fields = row.fields
+    kind = fields.get(category)
+    common = {"category": str(kind) if kind not in (None, "") else None}
+    if "chosen" in fields and "rejected" in fields:
+        sample = layouts.pairs(row)
+        return Label(
+            id=sample.id,
+            prompt=sample.prompt,
+            answers=(sample.chosen[0], sample.rejected[0]),
+            target=_number(row, "probability", 1.0, highest=1.0),
+            margin=_number(row, "margin", 0.0, highest=math.inf),
+            **common,
+        )
+    if "response" not in fields or "label" not in fields:
+        present = ", ".join(map(str, fields)) or "none"
+        raise row.problem(f"neither chosen and rejected nor response and label (columns: {present})")
+    # A single answer is a pair's row with nothing to compare it with: the same conversations and texts are allowed.
+    sample = layouts.pairs(TableRow(row.source, row.unit, row.number, {**fields, **_as_pair(fields)}))
+    return Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen[:1], target=_verdict(row), **common)
+
+
+def _as_pair(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"chosen": fields["response"], "rejected": fields["response"]}
+
+
+def _verdict(row: TableRow) -> float:
+    """How good the answer is, from 0 to 1."""
+    value = row.fields["label"]
+    word = _WORDS.get(str(value).strip().lower())
+    return _number(row, "label", None, highest=1.0) if word is None else word
+
+
+def _number(row: TableRow, column: str, default: float | None, *, highest: float) -> float:
+    """A number from 0 to `highest`; files without types hold it as text."""
+    value = row.fields.get(column)
+    if value in (None, "") and default is not None:
+        return default
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if isinstance(value, bool) or not 0 <= number <= highest or not math.isfinite(number):
+        limits = "0 or more" if math.isinf(highest) else f"from 0 to {highest:g}"
+        raise row.problem(f"{column} is {value!r}, not a number {limits}")
+    return number

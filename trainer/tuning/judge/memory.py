@@ -1,0 +1,48 @@
+"""How much memory a training will need, said before it starts: the kernel kills what needs more, without a message.
+
+What is kept for the gradients dominates: some numbers for each layer and token of a pass. The factors were measured on
+Llama and Qwen2 models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+from trainer.run.model_files import model_size
+from trainer.tuning.judge.settings import JudgeSettings
+
+# Python with torch, transformers and PEFT.
+_PROCESS: Final = 0.7e9
+# Bytes that a layer keeps for each token in bf16: so many times its hidden size, plus its MLP's.
+_PER_HIDDEN: Final = 48
+_PER_INTERMEDIATE: Final = 12
+# For each trained number: copy and gradient in 16 bits, weight, gradient and AdamW's two moments in fp32.
+_PER_TRAINED: Final = 20
+
+
+def needed_bytes(folder: Path, settings: JudgeSettings, longest: int, dtype_bytes: int) -> int | None:
+    """An estimate; None for a model whose files do not tell its size. `longest`: tokens of the longest label."""
+    size = model_size(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = config.get("text_config", config)
+    shape = [config.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    if size is None or None in shape:
+        return None
+    layers, hidden, intermediate = map(int, shape)
+    per_layer = (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate) * dtype_bytes // 2
+    # With checkpointing each layer keeps its input alone, and one layer at a time all of it.
+    kept = dtype_bytes * hidden * layers + per_layer if settings.gradient_checkpointing else layers * per_layer
+    tokens = max(settings.pass_tokens, longest)
+    trained = _PER_TRAINED * size.lora_parameters(settings.rank)
+    return round(_PROCESS + dtype_bytes * size.parameters + trained + tokens * kept)
+
+
+def available_bytes() -> int | None:
+    """Memory that is free for a new process; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
