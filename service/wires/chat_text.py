@@ -1,7 +1,7 @@
 """Conversations as trainers send them: as the text that the policy's chat template made, control tokens included.
 
 A text is read back into messages only where it is, from its first character to its last, a conversation in one of the
-forms below; any other text is left as it is.
+forms below, of at most MAX_MESSAGES turns; any other text is left as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from client.schema import Message
+from client.schema import MAX_MESSAGES, Message
 
 _ROLES: Final = {"system": "system", "user": "user", "assistant": "assistant", "model": "assistant"}
 _EMPTY_THOUGHT: Final = re.compile(r"<think>\s*</think>\s*")
@@ -62,12 +62,12 @@ def read_chat(text: str) -> Chat | None:
 
 def without_end(text: str) -> str:
     """An answer without the tokens that ended it, and without the line breaks between and before them."""
-    while True:
-        bare = text.rstrip("\n")
-        end = next((end for end in _ends_of(bare) if bare.endswith(end)), None)
-        if end is None:
-            return text
-        text = bare.removesuffix(end)
+    ends = _ENDS if "<s>" in text else (*_ENDS, _AMBIGUOUS_END)
+    kept = len(text)
+    # By places in the text: a copy for each token would take hours for a body that holds nothing else.
+    while (end := _end_before(text, kept, ends)) is not None:
+        kept = end
+    return text[:kept]
 
 
 def without_empty_thought(answer: str) -> str:
@@ -76,12 +76,16 @@ def without_empty_thought(answer: str) -> str:
     return answer[thought.end() :] if thought else answer
 
 
-def _ends_of(text: str) -> tuple[str, ...]:
-    return _ENDS if "<s>" in text else (*_ENDS, _AMBIGUOUS_END)
+def _end_before(text: str, place: int, ends: Sequence[str]) -> int | None:
+    """Where the end token begins that stands before this place, line breaks between them aside; None without one."""
+    while place and text[place - 1] == "\n":
+        place -= 1
+    return next((place - len(end) for end in ends if text.endswith(end, 0, place)), None)
 
 
 def _read(form: _Form, text: str) -> Chat | None:
-    before, *parts = form.header.split(text.removeprefix(form.bos))
+    # What has more turns than a request may hold is not taken apart, so its last part holds ends of turns.
+    before, *parts = form.header.split(text.removeprefix(form.bos), maxsplit=MAX_MESSAGES + 1)
     roles, contents = [_ROLES[role] for role in parts[::2]], parts[1::2]
     if before or roles[-2:] != ["user", "assistant"] or form.end in contents[-1]:
         return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from client.errors import SETTLED
 from client.schema import MAX_MESSAGES, ErrorResult, Message, Name, Result, ScoreRequest, ScoreResult, Text, Truncation
@@ -55,7 +55,7 @@ class GetRewardRequest(WireRequest):
     query: list[Text] = Field(min_length=1, fail_fast=True)
     """Each prompt with the response behind it."""
     prompts: list[Text] = Field(min_length=1, fail_fast=True)
-    labels: JsonValue = None
+    labels: Any = None
     """References; not used."""
 
 
@@ -81,7 +81,7 @@ class RemoteRewardRequest(WireRequest):
     prompt: Text | Annotated[list[PolicyMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     """The text that the policy read, or messages."""
     response: Text
-    label: JsonValue = None
+    label: Any = None
     """A reference; not used."""
 
 

@@ -85,6 +85,19 @@ def test_end_tokens_are_not_part_of_an_answer(text: str, answer: str) -> None:
     assert without_end(text) == answer
 
 
+def test_an_answer_of_nothing_but_ends_is_read_once() -> None:
+    """A copy of the rest for each of a million tokens would take hours."""
+    assert without_end("4" + "<|im_end|>\n" * 1_000_000) == "4"
+
+
+@pytest.mark.parametrize(("more", "known"), [(126, True), (127, False), (100_000, False)])
+def test_a_conversation_of_more_turns_than_a_request_holds_is_left_alone(more: int, known: bool) -> None:
+    """At most 256 messages are read back."""
+    turns = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+
+    assert (read_chat(turns * more + CHATML) is not None) == known
+
+
 def test_an_empty_thought_is_not_part_of_an_answer() -> None:
     """A thought with something in it is."""
     assert without_empty_thought("<think>\n\n</think>\n\n4") == "4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,16 @@ def test_a_plain_prompt_is_judged_as_it_is(live: Live) -> None:
     answer = ok(live.http.post("/get_reward", json={"query": [f"{prompt} {SAID}</s>"], "prompts": [prompt]}))
 
     assert answer["rewards"] == [score(live, prompt=prompt, response=f" {SAID}")["log_odds"]]
+
+
+@pytest.mark.parametrize("label", [None, 4, {"answer": ["4"]}, "\ud800", 1e999])
+def test_whatever_a_label_is_it_is_not_used(live: Live, label: object) -> None:
+    """The judge needs no reference."""
+    body = json.dumps({**SLIME, "label": label})
+
+    answer = live.http.post("/remote_rm?value=score", content=body, headers={"Content-Type": "application/json"})
+
+    assert ok(answer) == score(live)["score"]
 
 
 BAD = [
