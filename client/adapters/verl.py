@@ -16,13 +16,16 @@ The key is JUDGE_API_KEY of verl's workers: in verl's settings it would be print
 
 from __future__ import annotations
 
+import asyncio
+from asyncio import AbstractEventLoop, Task
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from client.adapters.dialogues import Dialogue
-from client.adapters.rewards import AsyncRewardFunction, RewardOptions, default_url, raise_unless_given
+from client.adapters.rewards import Asked, AsyncRewardFunction, Outcome, RewardOptions, default_url, raise_unless_given
 from client.judge import AsyncJudge
 from client.schema import ScoreResult
 
@@ -30,14 +33,20 @@ from client.schema import ScoreResult
 _VERLS_OWN: Final = ("reward_router_address", "reward_model_tokenizer")
 # Completions on which the share of failures is first taken: one failure among the first few is not "too many".
 _FEWEST: Final = 100
+# Seconds that a call waits for others to be sent with it: verl starts the calls of a batch almost together.
+_GATHER_S: Final = 0.005
 
 
 class SingleReward(AsyncRewardFunction):
-    """Judges one completion a call, as verl asks. Raises as `client.adapters.trl.JudgeReward` does."""
+    """Judges one completion a call, as verl asks. Raises as `client.adapters.trl.JudgeReward` does.
+
+    verl starts hundreds of calls at once. Those of the same moment are sent together, which costs a tenth of the time.
+    """
 
     def __init__(self, judge: AsyncJudge | str | None = None, options: RewardOptions | None = None) -> None:
         super().__init__(judge, raise_unless_given(options))
         self._seen = 0
+        self._together = Together(self._ask)
 
     async def score(self, prompt: Dialogue, response: str, extra_info: Mapping[str, Any] | None) -> dict[str, float]:
         """The reward as `score`, and `unjudged`: 1 if it stands for a completion that could not be judged, else 0.
@@ -46,7 +55,8 @@ class SingleReward(AsyncRewardFunction):
         """
         columns = {name: [value] for name, value in (extra_info or {}).items()}
         self._seen += 1
-        (outcome,) = await self._ask(self._requests([(prompt, response)], columns))
+        (request,) = self._requests([(prompt, response)], columns)
+        outcome = await self._together(request)
         (reward,) = self._rewards([outcome])
         assert reward is not None
         return {"score": float(reward), "unjudged": float(not isinstance(outcome, ScoreResult))}
@@ -55,6 +65,37 @@ class SingleReward(AsyncRewardFunction):
         if self.options.unjudged == "raise":
             return super()._broken_bound(failed, total)
         return super()._broken_bound(self.failures, max(self._seen, _FEWEST))
+
+
+class Together:
+    """Asks for the requests of calls that come at the same moment in one go, and hands each its outcome."""
+
+    def __init__(self, ask: Callable[[Sequence[Asked]], Coroutine[Any, Any, list[Outcome]]]) -> None:
+        self._ask = ask
+        # In each event loop, the requests that wait and the task that will send them.
+        self._groups: WeakKeyDictionary[AbstractEventLoop, tuple[list[Asked], Task[list[Outcome]]]] = (
+            WeakKeyDictionary()
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Together, (self._ask,)
+
+    async def __call__(self, request: Asked) -> Outcome:
+        """The request's outcome. Raises what the call for all raises."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._groups:
+            requests: list[Asked] = []
+            self._groups[loop] = requests, loop.create_task(self._send(loop, requests))
+        requests, sending = self._groups[loop]
+        place = len(requests)
+        requests.append(request)
+        # A caller that leaves does not take the others' answers along.
+        return (await asyncio.shield(sending))[place]
+
+    async def _send(self, loop: AbstractEventLoop, requests: Sequence[Asked]) -> list[Outcome]:
+        await asyncio.sleep(_GATHER_S)
+        del self._groups[loop]
+        return await self._ask(requests)
 
 
 async def compute_score(

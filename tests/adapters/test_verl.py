@@ -86,9 +86,30 @@ async def test_many_completions_are_judged_at_once(live: Live, judge: Judge) -> 
     assert [answer["score"] for answer in answers] == [judge.score("p", response).log_odds for response in responses]
 
 
+async def test_calls_of_the_same_moment_are_sent_together(live: Live) -> None:
+    """A hundred completions are a few requests, and a caller that leaves does not take the others' answers along."""
+    before = batches(live)
+    calls = [
+        asyncio.create_task(compute_score("x", f"answer {n}", "", {"question": "p"}, url=live.url)) for n in range(100)
+    ]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert all(isinstance(answer, dict) for answer in answers[1:])
+    assert batches(live) - before == 4
+
+
 async def test_an_unreachable_judge_is_an_error() -> None:
     """Its number is for single completions; a judge that stays away stops the training."""
     reward = SingleReward("http://127.0.0.1:9", RewardOptions(unjudged=-20.0, bulk=BulkOptions(patience=0.0)))
 
     with pytest.raises(JudgeConnectionError):
         await reward.score("p", "a", None)
+
+
+def batches(live: Live) -> float:
+    """How many batches the service has answered."""
+    return live.value("judge_requests_total", method="POST", route="/score/batch", status="200")
