@@ -84,7 +84,7 @@ def in_ray(config: Any, data: DataProto) -> dict[str, Any]:
     """As verl's trainer gets them from its reward workers."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     scored = RewardLoopManager(config).compute_rm_score(data)
     last = data.batch["attention_mask"][:, -data.batch["responses"].shape[1] :].sum(dim=1) - 1
     tensor = scored.batch["rm_scores"]
