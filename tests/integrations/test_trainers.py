@@ -65,7 +65,7 @@ def test_verls_workers_give_its_trainer_the_judges_rewards(
 
     expected = [log_odds(service, "What is 2+2?", "4"), log_odds(service, "Name a prime.", "It is seven.")]
     assert told["rewards"] == pytest.approx([*expected, UNJUDGED, UNJUDGED], abs=1e-5)
-    assert told["others"] == 0
+    assert told["elsewhere"] == 0
     assert told["unjudged"] == [0, 0, 1, 1]
 
 

@@ -90,7 +90,7 @@ def in_ray(config: Any, data: DataProto) -> dict[str, Any]:
     tensor = scored.batch["rm_scores"]
     return {
         "rewards": tensor[torch.arange(len(tensor)), last].tolist(),
-        "others": tensor.sum().item() - tensor[torch.arange(len(tensor)), last].sum().item(),
+        "elsewhere": int(tensor.count_nonzero()) - len(tensor),
         "unjudged": scored.non_tensor_batch["unjudged"].tolist(),
     }
 
