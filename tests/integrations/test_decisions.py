@@ -73,9 +73,7 @@ def test_litellm(run: Callable[..., Any], service: Served, sent: dict[str, Any])
     """Its provider for OpenAI asks /v1/decisions; those for vLLM and TypeSafe ask /v1/systemone, whatever is called."""
     told = run("litellm_decisions.py", service.url, service.key, json.dumps(DECISION), json.dumps(SYSTEM_ONE))
 
-    as_system_one = named(
-        service.post("/v1/systemone", {**SYSTEM_ONE, "state": [{"type": "text", "text": TICKET}]})["answers"]
-    )
+    as_system_one = named(service.post("/v1/systemone", {**SYSTEM_ONE, "state": TICKET})["answers"])
     assert listed(told["openai/judge"]["answers"]) == listed(sent["answers"])
     assert listed(told["hosted_vllm/judge"]["answers"]) == as_system_one
     assert listed(told["typesafe/judge"]["answers"]) == as_system_one
