@@ -16,8 +16,9 @@ from trainer.tuning.judge.settings import JudgeSettings
 # Python with torch, transformers and PEFT.
 _PROCESS: Final = 0.7e9
 # Bytes that a layer keeps for each token in bf16: so many times its hidden size, plus its MLP's.
-_PER_HIDDEN: Final = 48
-_PER_INTERMEDIATE: Final = 12
+_PER_HIDDEN: Final = 24
+_PER_INTERMEDIATE: Final = 8
+_AT_A_TIME: Final = 4
 # For each trained number: copy and gradient in 16 bits, weight, gradient and AdamW's two moments in fp32.
 _PER_TRAINED: Final = 20
 
@@ -32,8 +33,9 @@ def needed_bytes(folder: Path, settings: JudgeSettings, longest: int, dtype_byte
         return None
     layers, hidden, intermediate = map(int, shape)
     per_layer = (_PER_HIDDEN * hidden + _PER_INTERMEDIATE * intermediate) * dtype_bytes // 2
-    # With checkpointing each layer keeps its input alone, and one layer at a time all of it.
-    kept = dtype_bytes * hidden * layers + per_layer if settings.gradient_checkpointing else layers * per_layer
+    # With checkpointing each layer keeps its input alone, and a few layers at a time all of it.
+    checkpointed = dtype_bytes * hidden * layers + _AT_A_TIME * per_layer
+    kept = checkpointed if settings.gradient_checkpointing else layers * per_layer
     tokens = max(settings.pass_tokens, longest)
     trained = _PER_TRAINED * size.lora_parameters(settings.rank)
     return round(_PROCESS + dtype_bytes * size.parameters + trained + tokens * kept)
