@@ -27,6 +27,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -46,13 +47,24 @@ CALLERS: Final = 8
 TIMEOUT: Final = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for the figures, which take a while
 class Run:
     """What a service answered. `name` is the table's word for it, `failures` counts error codes."""
 
     name: str
     answers: list[Answered]
     failures: Counter[str]
+
+    @cached_property
+    def by_part(self) -> dict[tuple[str, str], Figures]:
+        """The figures of each kind of question, as a whole ("all") and by task."""
+        parts: dict[tuple[str, str], list[Answered]] = {}
+        for kind in get_args(Kind):
+            for answer in self.answers:
+                if answer.asked.kind == kind:
+                    parts.setdefault((kind, "all"), []).append(answer)
+                    parts.setdefault((kind, answer.asked.task), []).append(answer)
+        return {part: figures(answers) for part, answers in parts.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     items = load_items(args.half, args.limit, args.data)
     runs = _runs(args, items)
     table = shown(runs, f"{args.judge_url or args.model}, half {args.half}")
-    Console(width=170).print(table)
+    Console(width=230).print(table)
     if args.json:
         write_whole(args.json, json.dumps(_record(args, runs), indent=1))
     failures = sum((run.failures for run in runs), Counter[str]())
@@ -176,20 +188,11 @@ def _probabilities(asked: Asked, found: dict[str, Any]) -> tuple[float, ...]:
     return tuple(by_value[option] for option in asked.options)
 
 
-def by_part(run: Run) -> dict[tuple[str, str], Figures]:
-    """The figures of each kind of question, as a whole ("all") and by task."""
-    parts: dict[tuple[str, str], list[Answered]] = {}
-    for kind in get_args(Kind):
-        for answer in run.answers:
-            if answer.asked.kind == kind:
-                parts.setdefault((kind, "all"), []).append(answer)
-                parts.setdefault((kind, answer.asked.task), []).append(answer)
-    return {part: figures(answers) for part, answers in parts.items()}
-
-
 def shown(runs: Sequence[Run], title: str) -> Table:
     """The table, in percent but for label mass, with 95% intervals in brackets; it is Markdown, for documents."""
-    table = Table("question", "about", "answers", title=title, box=MARKDOWN)
+    table = Table(title=title, box=MARKDOWN)
+    for name in ("question", "about", "answers"):
+        table.add_column(name, no_wrap=True)
     for name in (
         "right",
         "by chance",
@@ -203,7 +206,7 @@ def shown(runs: Sequence[Run], title: str) -> Table:
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        for (kind, task), found in by_part(run).items():
+        for (kind, task), found in run.by_part.items():
             name = f"{kind}, {run.name}" if run.name else kind
             table.add_row(name, task, str(found.answers), *_cells(found))
     return table
@@ -238,7 +241,7 @@ def _record(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
         "runs": [
             {
                 "name": run.name,
-                "figures": {" ".join(part): asdict(found) for part, found in by_part(run).items()},
+                "figures": {" ".join(part): asdict(found) for part, found in run.by_part.items()},
                 "failures": run.failures,
                 "answers": [asdict(answer) for answer in run.answers],
             }

@@ -17,6 +17,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, TypeAlias
 
 from bench.support.decision_items import YES, Asked
@@ -25,7 +26,7 @@ from client.stats import brier, ece, mean, quantile, stratified_bootstrap
 RESAMPLES: Final = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for what is computed once for all resamples
 class Answered:
     """A question with its answer: the options' probabilities in order; for a predicate those of yes and no."""
 
@@ -39,21 +40,21 @@ class Answered:
         """The likeliest option, of equal ones the first."""
         return self.probabilities.index(max(self.probabilities))
 
-    @property
+    @cached_property
     def right(self) -> bool:
         """Whether it is the right one; false for a predicate at exactly 1/2."""
         if self.asked.kind == "predicate" and self.probabilities[0] == self.probabilities[1]:
             return False
         return self.best == self.asked.right
 
-    @property
+    @cached_property
     def value(self) -> float:
         """What answers are ranked by: P(yes), or the expected level as a share of the top one."""
         if self.asked.kind == "predicate":
             return self.probabilities[YES]
         return math.fsum(k * p for k, p in enumerate(self.probabilities)) / (len(self.probabilities) - 1)
 
-    @property
+    @cached_property
     def forecast(self) -> tuple[float, float]:
         """A probability, and what it is held against: 1 if that happened, else 0."""
         if self.asked.kind == "choice":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench.decision_speed import Way, measure
+from bench.decision_speed import main as time_ways
 from bench.decisions import main
 from bench.support.decision_items import LEVELS, NO, YES, Asked, half_of, load_items
 from bench.support.decision_measures import Answered, figures
@@ -200,3 +201,14 @@ def test_the_speed_of_each_way_is_measured_in_turn() -> None:
         ("two", 4, 2),
     ]
     assert seen == [(str(number), (1, 1, 4, 4)[number % 4]) for number in range(12)]
+
+
+def test_a_services_ways_are_timed_over_http(tiny_model: Path, tmp_path: Path) -> None:
+    """One request of /v1/decisions, and calls of /score in turn and at once."""
+    file = tmp_path / "found.json"
+    flags = ["--model", str(tiny_model), "--questions", "2", "--tokens", "20", "--rounds", "1", "--json", str(file)]
+    assert time_ways(flags) == 0
+
+    timed = json.loads(file.read_text("utf-8"))
+    assert [each["way"] for each in timed] == ["/v1/decisions", "/score, one after another", "/score, all at once"]
+    assert all(each["questions"] == 2 and each["seconds"][0] > 0 for each in timed)
