@@ -171,7 +171,7 @@ def asked(words: list[str], site: Site) -> None:
         given = {flag: words[words.index(flag) + 1] for flag in ("-X", "-H", "-d") if flag in words}
         header = dict([given["-H"].split(": ")]) if "-H" in given else {}
         answer = httpx.request(given.get("-X", "GET"), url, headers=header, content=given.get("-d")).json()
-    assert {"score", "ranking", "templates"} & set(answer)
+    assert {"score", "ranking", "templates", "answers", "results"} & set(answer)
 
 
 def measured(words: list[str], site: Site) -> None:
