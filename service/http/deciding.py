@@ -10,32 +10,14 @@ from fastapi import FastAPI, Request, Response
 from client.errors import ErrorCode
 from client.schema import Message
 from service.errors import ServiceError
-from service.http.routing import GUARDED, Caller, Service, as_json, documented
+from service.http.routing import SINGLE, Caller, Service, as_json, documented
 from service.judge.decisions import Decided, Decision
 from service.judge.dispatch import Call
 from service.wires.decisions import DecisionsRequest, DecisionsResult, decisions_error, decisions_result
 from service.wires.systemone import SystemOneError, SystemOneRequest, SystemOneResult, systemone_error, systemone_result
 
-_CODES: Final = (
-    *GUARDED,
-    ErrorCode.INVALID_JSON,
-    ErrorCode.UNSUPPORTED_MEDIA_TYPE,
-    ErrorCode.INVALID_REQUEST,
-    ErrorCode.BODY_TIMEOUT,
-    ErrorCode.PAYLOAD_TOO_LARGE,
-    ErrorCode.RATE_LIMITED,
-    ErrorCode.OVERLOADED,
-    ErrorCode.QUEUE_UNAVAILABLE,
-    ErrorCode.NOT_READY,
-    ErrorCode.DRAINING,
-    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-    ErrorCode.BAD_LABEL,
-    ErrorCode.BAD_TEMPLATE,
-    ErrorCode.UNSUPPORTED_BY_JUDGE,
-    ErrorCode.INFERENCE_FAILED,
-    ErrorCode.LABEL_NOT_RETURNED,
-    ErrorCode.DEADLINE_EXCEEDED,
-)
+# A wire that names no template and reads no text.
+_CODES: Final = tuple(code for code in SINGLE if code not in (ErrorCode.TEMPLATE_NOT_FOUND, ErrorCode.UNPARSEABLE))
 
 
 def add_deciding_routes(app: FastAPI, service: Service) -> None:

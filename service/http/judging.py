@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, SkipValidation, ValidationError
 
-from client.errors import ErrorCode
 from client.schema import (
     CompareBatchItem,
     CompareBatchRequest,
@@ -23,40 +22,13 @@ from client.schema import (
 )
 from service.errors import ServiceError
 from service.http import errors as http_errors
-from service.http.routing import GUARDED, Caller, Service, as_json, documented
+from service.http.routing import BATCH, SINGLE, Caller, Service, as_json, documented
 from service.judge.dispatch import Call
 
 AnyItemRequest = TypeVar("AnyItemRequest", ScoreRequest, CompareRequest)
 AnyResult = TypeVar("AnyResult", ScoreResult, CompareResult)
 Answering = Callable[[Sequence[AnyItemRequest], Call], Awaitable[list[AnyResult | ServiceError]]]
 """Answers requests of one kind, as NativeWire does."""
-
-_BATCH: Final = (
-    *GUARDED,
-    ErrorCode.INVALID_JSON,
-    ErrorCode.UNSUPPORTED_MEDIA_TYPE,
-    ErrorCode.INVALID_REQUEST,
-    ErrorCode.BODY_TIMEOUT,
-    ErrorCode.PAYLOAD_TOO_LARGE,
-    ErrorCode.RATE_LIMITED,
-    ErrorCode.OVERLOADED,
-    ErrorCode.QUEUE_UNAVAILABLE,
-    ErrorCode.NOT_READY,
-    ErrorCode.DRAINING,
-)
-SINGLE: Final = (
-    *_BATCH,
-    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-    ErrorCode.BAD_LABEL,
-    ErrorCode.BAD_TEMPLATE,
-    ErrorCode.TEMPLATE_NOT_FOUND,
-    ErrorCode.UNSUPPORTED_BY_JUDGE,
-    ErrorCode.INFERENCE_FAILED,
-    ErrorCode.UNPARSEABLE,
-    ErrorCode.LABEL_NOT_RETURNED,
-    ErrorCode.DEADLINE_EXCEEDED,
-)
-"""Errors of a route that is answered as a whole or not at all."""
 
 
 class ScoreBatch(ScoreBatchRequest):
@@ -86,14 +58,14 @@ def add_judging_routes(app: FastAPI, service: Service) -> None:
         """Rank 2 to 16 responses to one prompt."""
         return await _single(service, body, wire.compare, request, call)
 
-    @app.post("/score/batch", response_model=ScoreBatchResult, responses=documented(*_BATCH), tags=["judging"])
+    @app.post("/score/batch", response_model=ScoreBatchResult, responses=documented(*BATCH), tags=["judging"])
     async def score_batch(body: ScoreBatch, call: Caller, request: Request) -> Response:
         """Many score requests at once; each entry of the answer holds a result or that item's own error."""
         answers = await _batch(service, _items(service, ScoreRequest, body.items), wire.score, request, call)
         entries = [ScoreBatchItem(index=n, **_entry(answer)) for n, answer in enumerate(answers)]
         return as_json(ScoreBatchResult(results=entries))
 
-    @app.post("/compare/batch", response_model=CompareBatchResult, responses=documented(*_BATCH), tags=["judging"])
+    @app.post("/compare/batch", response_model=CompareBatchResult, responses=documented(*BATCH), tags=["judging"])
     async def compare_batch(body: CompareBatch, call: Caller, request: Request) -> Response:
         """Many compare requests at once; each entry of the answer holds a result or that item's own error."""
         answers = await _batch(service, _items(service, CompareRequest, body.items), wire.compare, request, call)

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Final, TypeAlias
 from fastapi import FastAPI, Request, Response
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from service.http.judging import SINGLE
-from service.http.routing import Caller, Service, as_json, documented
+from service.http.routing import SINGLE, Caller, Service, as_json, documented
 from service.judge.dispatch import Call
 from service.wires.rerank import (
     Ranking,

@@ -9,8 +9,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from client.schema import ScoreRequest, ScoreResult
-from service.http.judging import SINGLE
-from service.http.routing import Caller, Service, as_json, documented
+from service.http.routing import SINGLE, Caller, Service, as_json, documented
 from service.judge.dispatch import Call
 from service.wires import rewards
 from service.wires.rewards import (

@@ -34,6 +34,33 @@ EVERYWHERE: Final = (ErrorCode.INTERNAL_ERROR, ErrorCode.METHOD_NOT_ALLOWED, Err
 """Errors that any route may answer with."""
 GUARDED: Final = (*EVERYWHERE, ErrorCode.UNAUTHORIZED)
 """Those of routes that ask for a key."""
+BATCH: Final = (
+    *GUARDED,
+    ErrorCode.INVALID_JSON,
+    ErrorCode.UNSUPPORTED_MEDIA_TYPE,
+    ErrorCode.INVALID_REQUEST,
+    ErrorCode.BODY_TIMEOUT,
+    ErrorCode.PAYLOAD_TOO_LARGE,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.OVERLOADED,
+    ErrorCode.QUEUE_UNAVAILABLE,
+    ErrorCode.NOT_READY,
+    ErrorCode.DRAINING,
+)
+"""Those of routes that judge, without the errors of single items."""
+SINGLE: Final = (
+    *BATCH,
+    ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+    ErrorCode.BAD_LABEL,
+    ErrorCode.BAD_TEMPLATE,
+    ErrorCode.TEMPLATE_NOT_FOUND,
+    ErrorCode.UNSUPPORTED_BY_JUDGE,
+    ErrorCode.INFERENCE_FAILED,
+    ErrorCode.UNPARSEABLE,
+    ErrorCode.LABEL_NOT_RETURNED,
+    ErrorCode.DEADLINE_EXCEEDED,
+)
+"""Errors of a route that is answered as a whole or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
