@@ -135,6 +135,11 @@ def add_data_flags(parser: argparse.ArgumentParser, *, data_help: str, seed_help
 def add_asking_flags(parser: argparse.ArgumentParser, *, default_mode: Mode | None) -> None:
     """Where the judge is and how it is asked: see JudgeOptions."""
     judging = parser.add_argument_group("judging")
+    _add_mode_flag(judging, default_mode)
+    add_judging_flags(parser, judging)
+
+
+def _add_mode_flag(judging: argparse._ArgumentGroup, default_mode: Mode | None) -> None:
     judging.add_argument(
         "--mode",
         choices=get_args(Mode),
@@ -142,6 +147,10 @@ def add_asking_flags(parser: argparse.ArgumentParser, *, default_mode: Mode | No
         help="judge each answer by itself, or both in both orders; by default as the service's judge does it: pairwise "
         "for the judge pairwise, else pointwise (in a search: pointwise)",
     )
+
+
+def add_judging_flags(parser: argparse.ArgumentParser, judging: argparse._ArgumentGroup) -> None:
+    """What holds in every mode: --truncation in the group `judging`, and the group `judge`."""
     judging.add_argument(
         "--truncation",
         choices=get_args(Truncation),

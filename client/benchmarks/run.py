@@ -23,7 +23,7 @@ from client.benchmarks.rows import ITEMS_FILE, Mode, Row, read_rows
 from client.bulk import BulkOptions, stream_compares, stream_scores
 from client.data.samples import Sample
 from client.judge import AsyncJudge
-from client.runs.config import TEMPLATES, differing_keys
+from client.runs.folders import claim_folder
 from client.runs.progress import OnProgress
 from client.runs.resumable import (
     RecordedError,
@@ -32,11 +32,9 @@ from client.runs.resumable import (
     RunTerms,
     appending_lines,
 )
-from client.runtime.files import write_whole
 from client.schema import CompareRequest, Request, ScoreRequest, Truncation
 from client.texts import EMPTY_PROMPT, EMPTY_RESPONSE, is_blank
 
-CONFIG_FILE: Final = "config.json"
 _START_OVER: Final = "give another --out"
 
 
@@ -64,11 +62,9 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Mapping[str, object]) -> None:
         self.path = path
-        self.config = json.loads(json.dumps(config, allow_nan=False))
-        path.mkdir(parents=True, exist_ok=True)
         self.items = path / ITEMS_FILE
         self.rows = self._known_rows()
-        self._check_config()
+        self.config = claim_folder(self.items, config, self._used_templates, _START_OVER)
 
     def _known_rows(self) -> list[Row]:
         try:
@@ -76,28 +72,8 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{error}; remove that line or the folder") from error
 
-    def _check_config(self) -> None:
-        file = self.path / CONFIG_FILE
-        if not file.exists():
-            if self.items.exists():
-                raise RunError(f"{self.path} holds items of an unknown run: {_START_OVER}")
-            self._write_config(file)
-            return
-        known = json.loads(file.read_text(encoding="utf-8"))
-        # Only the texts of templates that judged something matter: others may have changed since.
-        used = {row.template for row in self.rows if row.error is None or row.error.is_final}
-        digests = {name: digest for name, digest in self.config.get(TEMPLATES, {}).items() if name in used}
-        differing = differing_keys(known, {**self.config, TEMPLATES: digests})
-        if differing:
-            raise RunError(
-                f"{self.path} holds a run of another configuration (other {', '.join(differing)}): "
-                f"{_START_OVER}, or remove the folder"
-            )
-        if known != self.config:  # written by a version without digests
-            self._write_config(file)
-
-    def _write_config(self, file: Path) -> None:
-        write_whole(file, json.dumps(self.config, indent=2) + "\n")
+    def _used_templates(self) -> set[str | None]:
+        return {row.template for row in self.rows if row.error is None or row.error.is_final}
 
 
 async def judge_samples(

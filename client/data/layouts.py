@@ -5,6 +5,7 @@ The official data sets number their samples anew in every subset, so a numeric `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, cast
@@ -69,6 +70,33 @@ def pairs(row: TableRow) -> Sample:
     prompt = _pair_prompt(row, (*chosen, *rejected))
     texts = (tuple(answer.text for answer in side) for side in (chosen, rejected))
     return Sample(_id(row, subset), subset, prompt, *texts)
+
+
+def responses(row: TableRow) -> Sample:
+    """Responses to be judged: a list `responses` with a `prompt`, as Sample.chosen; or else the layout `pairs`.
+
+    An entry of `responses` is a text, a conversation, or null, which counts as an empty text.
+    """
+    if "responses" not in row.fields and {"chosen", "rejected"} <= row.fields.keys():
+        return pairs(row)
+    _require(row, "responses")
+    answers = [_Answer("") if entry is None else _answer(row, "responses", entry) for entry in _entries(row)]
+    prompt = _pair_prompt(row, answers)
+    subset = _subset(row, "subset", default=ALL)
+    return Sample(_id(row, subset), subset, prompt, tuple(answer.text for answer in answers), ())
+
+
+def _entries(row: TableRow) -> list[Any]:
+    """The list `responses`, which may be JSON text, as in CSV."""
+    value = row.fields["responses"]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise row.problem("responses is a text, not a list of responses") from error
+    if not isinstance(value, list):
+        raise row.problem(f"responses is {_kind(value)}, not a list of responses")
+    return value
 
 
 def _pair_prompt(row: TableRow, answers: Sequence[_Answer]) -> str | tuple[Message, ...]:

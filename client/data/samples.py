@@ -17,7 +17,8 @@ from client.schema import Message
 class Sample:
     """A prompt with one or more answers known to be good (`chosen`) and one or more known to be worse (`rejected`).
 
-    A prompt or answer may be empty: whoever judges the sample then counts it as a failure.
+    A prompt or answer may be empty: whoever judges the sample then counts it as a failure. Where nothing is known about
+    the answers, all of them are in `chosen`.
     """
 
     id: str

@@ -100,10 +100,11 @@ def _list_of_objects(data: bytes) -> list[dict[str, Any]]:
 
 def _each_line(source: str, data: bytes) -> Iterator[TableRow | DataError]:
     # Not splitlines(): JSON strings may contain U+2028 and similar separators unescaped.
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    # Not split() either, which would hold the file twice.
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if line.strip():
             try:
-                yield _of_line(source, number, line)
+                yield _of_line(source, number, line.removesuffix(b"\n"))
             except DataError as error:
                 yield error
 

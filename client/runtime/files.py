@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -17,9 +20,17 @@ def write_whole(path: Path, data: bytes | str) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` when the block ends; if that raises, nothing has changed."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            yield file
         # Before the rename: after a power cut the new name might otherwise stand for an empty file.
         sync(part)
         part.replace(path)

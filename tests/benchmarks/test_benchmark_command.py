@@ -20,7 +20,7 @@ from client.benchmarks import pairs, rewardbench, rmbench
 from client.benchmarks.command import REPORT_FILE
 from client.benchmarks.results.summary import SUMMARY_FILE
 from client.benchmarks.rows import ITEMS_FILE
-from client.benchmarks.run import CONFIG_FILE
+from client.runs.folders import CONFIG_FILE
 from tests.benchmarks.makers import pairs_file
 from tests.support.live import live_service, wait_for
 

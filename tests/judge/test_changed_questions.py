@@ -14,12 +14,13 @@ from client import AsyncJudge, Judge
 from client.benchmarks import pairs, search
 from client.benchmarks.questions import Question
 from client.benchmarks.rows import ITEMS_FILE
-from client.benchmarks.run import CONFIG_FILE, Asking, RunFolder, judge_samples
+from client.benchmarks.run import Asking, RunFolder, judge_samples
 from client.calibrate.evidence import EvidenceError, from_runs
 from client.calibration import CalibrationError
 from client.data.samples import Sample
 from client.labels.labelling import Label
 from client.labels.records import ScoreError
+from client.runs.folders import CONFIG_FILE
 from client.runs.resumable import JudgeChangedError
 from tests.support.live import Live, live_service
 from trainer.errors import StageError
