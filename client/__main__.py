@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "compare": ("client.benchmarks.compare", "compare finished runs, with paired tests"),
     "export": ("client.benchmarks.export", "write a finished run as RewardBench's own result files"),
     "search": ("client.benchmarks.search", "choose among candidate questions on half of the data, report on the rest"),
+    "label": ("client.labels.__main__", "score responses and write preference pairs for training"),
     "calibrate": ("client.calibrate.__main__", "fit temperature and bias for the service's answers"),
     "load": ("client.load.__main__", "measure a service under a seeded load"),
 }

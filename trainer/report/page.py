@@ -134,13 +134,14 @@ def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[A
 def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> dict[str, Any]:
     """SVG by name, safe in HTML; empty if there is nothing to show."""
     with needs_trainer():
+        from client.labels.report import figures as pair_figures
         from trainer.report import figures
     mark, log = folder.name, _lines(folder / DPO.log)
     pairs = read_records(folder / PAIRS_FILE, Pair) if (folder / PAIRS_FILE).exists() else []
     differences = [len(pair.chosen[-1].content) - len(pair.rejected[-1].content) for pair in pairs]
     drawn = {
-        "margins": figures.margins(f"{mark}-margins", stats.margins) if stats is not None else "",
-        "lengths": figures.length_differences(f"{mark}-lengths", differences),
+        "margins": pair_figures.margins(f"{mark}-margins", stats.margins) if stats is not None else "",
+        "lengths": pair_figures.length_differences(f"{mark}-lengths", differences),
         "loss": figures.curves(f"{mark}-loss", "DPO loss", log, "loss"),
         "rewards": figures.curves(f"{mark}-rewards", "reward margin", log, "rewards/margins"),
         "accuracy": figures.curves(f"{mark}-accuracy", "share of pairs ranked right", log, "rewards/accuracies"),
