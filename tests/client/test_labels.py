@@ -87,12 +87,24 @@ def test_every_response_has_a_score_and_the_best_meets_the_worst(live: Live, tmp
     assert (pair["id"], pair["category"], pair["note"]) == ("3", "code", {"n": 2})
 
 
+# What the libraries warn about while they train is not tested here.
+@pytest.mark.filterwarnings("ignore")
 def test_trl_trains_on_the_pairs_as_they_are(live: Live, tmp_path: Path, tiny_model: Path) -> None:
     """`datasets` loads the file and DPOTrainer prepares it and makes a step, whatever the data's other columns."""
     rows = [{**row, "messages": [], "label": n, "note": "n"} for n, row in enumerate(sets(4))]
     assert label(live.url, tmp_path, rows) == 0
     data = load_dataset("json", data_files=str(tmp_path / "out" / "pairs.jsonl"), split="train")
-    settings = DPOConfig(str(tmp_path / "dpo"), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    settings = DPOConfig(
+        output_dir=str(tmp_path / "dpo"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model),
         args=settings,
