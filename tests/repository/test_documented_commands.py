@@ -60,6 +60,8 @@ STYLES = ["short", "longer", "in markdown"]
 # Programs that take minutes or hours.
 MEASURING = (
     "bench.amx",
+    "bench.decision_speed",
+    "bench.decisions",
     "bench.engine",
     "bench.generation",
     "bench.invariance",
