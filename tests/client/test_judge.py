@@ -130,7 +130,7 @@ def test_an_inconsistent_ranking_is_an_error(wrong: dict[str, Any]) -> None:
     ("method", "path", "body"),
     [
         ("templates", "/templates", {"templates": [], "categories": ["math"]}),
-        ("models", "/v1/models", {"object": "list", "data": []}),
+        ("models", "/v1/models", {"object": "list", "data": [], "models": []}),
         ("health", "/health", {"status": "ok", "version": "1"}),
         ("ready", "/ready", {"status": "ready", "model": "tiny"}),
     ],
