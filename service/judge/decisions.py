@@ -36,6 +36,8 @@ MOST_OPTIONS: Final = 255
 MOST_LEVELS: Final = 10
 """Of a scale."""
 
+_MANY: Final = 8
+
 _UPPER: Final = string.ascii_uppercase
 _PAIRS: Final = tuple(a + b for second in (_UPPER, string.ascii_lowercase) for a in _UPPER for b in second)
 # What options are marked with: of these alphabets, the first that has enough single tokens.
@@ -138,9 +140,14 @@ class Decider:
     ) -> list[Decided | ServiceError]:
         """The answer to each decision about `state`, in order, or the ServiceError that befell it alone.
 
+        Of many decisions none is asked if the first one cannot be: all have its error.
+
         Raises ServiceError for what befalls the call as a whole (a full queue).
         """
         groups = [self._group(state, decision) for decision in decisions]
+        # An input that is too long would else be tokenized again for each of hundreds of questions.
+        if len(groups) > _MANY and (refusal := await self._pipeline.refusal(groups[0], call)):
+            return [refusal for _ in groups]
         judged = await self._pipeline.judge(groups, call)
         return [
             answer if isinstance(answer, ServiceError) else _decided(decision, answer)

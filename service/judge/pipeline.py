@@ -99,6 +99,13 @@ class Pipeline:
         self._metrics.judged([judgement.label_mass for group in judged for judgement in group])
         return [failed.get(number) or group for number, group in enumerate(judged)]
 
+    async def refusal(self, group: Group, call: Call) -> ServiceError | None:
+        """Why the first prompt of a group cannot be asked; None if it can."""
+        failed = {0: group} if isinstance(group, ServiceError) else {}
+        if not isinstance(group, ServiceError):
+            await self._build_groups([group[:1]], failed, call)
+        return failed.get(0)
+
     def admit(self, prompts: int) -> None:
         """Raise ServiceError(PAYLOAD_TOO_LARGE) for more prompts than an empty queue holds."""
         self._dispatcher.bounds.check(prompts * self._reader.samples, 0)

@@ -22,12 +22,15 @@ from service.wires.bodies import (
     PlainText,
     VisibleText,
     WireRequest,
+    at_most,
     by_type,
     json_text,
     not_blank,
     tag,
 )
 
+# Of a conversation, and of a message's parts: a model reads no more, and hundreds of thousands would block the service.
+_MOST_ITEMS: Final = 4096
 _PART_TYPES: Final = "type must be input_text, output_text, refusal or input_json: images are not supported"
 _ITEM_TYPES: Final = (
     "type must be message, function_call, function_call_output, custom_tool_call or custom_tool_call_output"
@@ -86,7 +89,7 @@ _Part: TypeAlias = Annotated[
     | Annotated[JsonPart, tag("input_json")],
     by_type(_PART_TYPES, same={"output_text": "input_text"}),
 ]
-_Content: TypeAlias = PlainText | Annotated[list[_Part], Field(fail_fast=True)]
+_Content: TypeAlias = PlainText | Annotated[list[_Part], Field(fail_fast=True), at_most(_MOST_ITEMS)]
 
 
 def _content_text(content: str | Sequence[ContentPart]) -> str:
@@ -270,7 +273,9 @@ class DecisionsRequest(WireRequest):
 
     model: str = ""
     """Any name is accepted: the service has one model, and answers with its name."""
-    input: Annotated[PlainText | Annotated[list[_Item], Field(fail_fast=True)], AfterValidator(_not_empty)]
+    input: Annotated[
+        PlainText | Annotated[list[_Item], Field(fail_fast=True), at_most(_MOST_ITEMS)], AfterValidator(_not_empty)
+    ]
     """What all questions are about: a text, or a conversation with its tool calls. Images are refused."""
     questions: Annotated[list[_AnyQuestion], Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS)]
     safety_identifier: str | None = None

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from client.errors import SETTLED
 from client.schema import MAX_MESSAGES, ErrorResult, Message, Name, Result, ScoreRequest, ScoreResult, Text, Truncation
+from client.texts import is_blank
 from service.errors import ServiceError
 from service.judge.dispatch import Call
 from service.wires.bodies import WireRequest
@@ -229,6 +230,8 @@ def _from_texts(prompt: str, response: str, names: Mapping[str, str], options: R
 def _request(
     prompt: str | Sequence[Message], response: str, names: Mapping[str, str], options: RewardOptions
 ) -> ScoreRequest:
+    if is_blank(response):
+        raise invalid(names["response"], "there is no response, or nothing but blanks and tokens that end one")
     try:
         return ScoreRequest.model_validate(
             {
@@ -242,6 +245,4 @@ def _request(
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         ours = str(first["loc"][0]) if first["loc"] else "prompt"
-        if ours == "response" and not response:
-            raise invalid(names[ours], "there is no response, or nothing but tokens that end one") from None
         raise invalid(names.get(ours, ours), first["msg"]) from None

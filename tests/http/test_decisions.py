@@ -236,6 +236,7 @@ BAD: list[tuple[dict[str, object], str | None]] = [
     ({"input": STATE, "questions": []}, "questions"),
     ({"input": STATE, "questions": {}}, "questions"),
     ({"input": STATE, "questions": [PREDICATE] * 401}, "questions"),
+    ({"input": [{"role": "user", "content": "a"}] * 4097, "questions": [PREDICATE]}, "input"),
     ({"input": STATE, "questions": [PREDICATE, "x"]}, "questions[1]"),
     ({"input": STATE, "questions": [PREDICATE, {**PREDICATE, "type": "box"}]}, "questions[1]"),
     ({"input": STATE, "questions": [{**PREDICATE, "instructions": " \n"}]}, "questions[0].instructions"),

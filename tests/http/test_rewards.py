@@ -148,6 +148,7 @@ BAD = [
     ("/get_reward", {"query": OPENRLHF["query"]}, "prompts"),
     ("/remote_rm", {**SLIME, "response": ""}, "response"),
     ("/remote_rm", {**SLIME, "response": "<|im_end|>"}, "response"),
+    ("/remote_rm", {**SLIME, "response": " \u200b\n<|im_end|>"}, "response"),
     ("/remote_rm", {**SLIME, "prompt": ""}, "prompt"),
     ("/remote_rm", {**SLIME, "prompt": []}, "prompt"),
     ("/remote_rm", {**SLIME, "prompt": [{"role": "assistant", "content": "Hello."}]}, "prompt"),

@@ -184,3 +184,16 @@ def test_a_judge_that_reads_no_labels_decides_nothing(pipeline: Pipeline) -> Non
         decider(pipeline, judge=REWARD_MODEL).admit([PREDICATE])
 
     assert caught.value.code is ErrorCode.UNSUPPORTED_BY_JUDGE
+
+
+async def test_of_many_questions_none_is_asked_if_the_first_cannot_be(pipeline: Pipeline) -> None:
+    """An input that is too long is not read again for each of hundreds of questions: all have the first one's error."""
+    long = Decision("predicate", "word " * 5000, field="questions[0]")
+
+    answers = await decider(pipeline).decide(STATE, [long, *[PREDICATE] * 50], Call(time.monotonic() + 60))
+
+    assert len(answers) == 51
+    assert {(answer.code, answer.param) for answer in answers if isinstance(answer, ServiceError)} == {
+        (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "questions[0].instructions")
+    }
+    assert not any(isinstance(answer, Decided) for answer in answers)
