@@ -12,6 +12,7 @@ from client.schema import ScoreRequest, ScoreResult
 from service.http.routing import SINGLE, Caller, Service, as_json, documented
 from service.judge.dispatch import Call
 from service.wires import rewards
+from service.wires.names import judged
 from service.wires.rewards import (
     GetRewardRequest,
     GetRewardResult,
@@ -60,4 +61,4 @@ async def _judged(
     service: Service, requests: Sequence[ScoreRequest], names: Mapping[str, str], request: Request, call: Call
 ) -> list[ScoreResult]:
     service.spend(request.state.caller, service.wire.admit(requests))
-    return await rewards.judged(service.wire, requests, call, names)
+    return await judged(service.wire, requests, call, names)

@@ -21,7 +21,7 @@ from service.judge.dispatch import Call
 from service.judge.judges import Judge
 from service.judge.templates import Template
 from service.wires.bodies import WireRequest
-from service.wires.names import as_text, invalid, renamed
+from service.wires.names import as_text, invalid, judged
 from service.wires.native import NativeWire
 
 # What Cohere counts as one search: a query and so many documents.
@@ -224,11 +224,8 @@ class RerankWire:
 
         `field` is what the protocol calls the documents.
         """
-        results: list[ScoreResult] = []
-        for place, answer in enumerate(await self._wire.score(requests, call)):
-            if isinstance(answer, ServiceError):
-                raise renamed(answer, {"response": f"{field}[{place}]", "prompt": "query", "template": None})
-            results.append(answer)
+        names = {"response": f"{field}[{{}}]", "prompt": "query", "template": None}
+        results = await judged(self._wire, requests, call, names)
         return Ranking([request.response for request in requests], results)
 
     def _usable_template(self) -> str | None:

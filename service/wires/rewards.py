@@ -16,11 +16,9 @@ from client.errors import SETTLED
 from client.schema import MAX_MESSAGES, ErrorResult, Message, Name, Result, ScoreRequest, ScoreResult, Text, Truncation
 from client.texts import is_blank
 from service.errors import ServiceError
-from service.judge.dispatch import Call
 from service.wires.bodies import WireRequest
 from service.wires.chat_text import read_chat, without_empty_thought, without_end
-from service.wires.names import invalid, renamed
-from service.wires.native import NativeWire
+from service.wires.names import invalid
 
 UNPROCESSABLE: Final = 422
 
@@ -142,21 +140,6 @@ def remote_rm_request(body: RemoteRewardRequest, options: RewardOptions) -> Scor
 def llama_factory_requests(body: ScoreEvaluationRequest, options: RewardOptions) -> list[ScoreRequest]:
     """A score request for each conversation. Raises ServiceError(INVALID_REQUEST) for one that cannot be split."""
     return [_split_conversation(text, f"messages[{index}]", options) for index, text in enumerate(body.messages)]
-
-
-async def judged(
-    wire: NativeWire, requests: Sequence[ScoreRequest], call: Call, names: Mapping[str, str]
-) -> list[ScoreResult]:
-    """Judge each sample; raises the ServiceError of the first that could not be judged.
-
-    `names` is what the protocol calls `prompt` and `response`, with {} for the sample's number.
-    """
-    results: list[ScoreResult] = []
-    for index, answer in enumerate(await wire.score(requests, call)):
-        if isinstance(answer, ServiceError):
-            raise renamed(answer, {ours: theirs.format(index) for ours, theirs in names.items()})
-        results.append(answer)
-    return results
 
 
 def openrlhf_result(results: Sequence[ScoreResult], options: RewardOptions) -> GetRewardResult:
