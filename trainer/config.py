@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.bulk import BulkOptions
+from client.data.sources import HUB
 from client.labels.pairs import PairOptions
 from client.runtime.cli import add_judge_flags
 from trainer.evaluation.comparison import OneResponse
 from trainer.evaluation.harness import HarnessOptions, add_harness_flags
 from trainer.flags import add_flags, given
-from trainer.instructions.reading import HUB
 from trainer.instructions.selection import InstructionOptions
 from trainer.labels.judges import DEFAULT_COMMAND
 from trainer.labels.labelers import JudgeOptions, LabelOptions

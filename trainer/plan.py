@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from client.data.sources import HUB
 from trainer.config import LoopSettings
 from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES
-from trainer.instructions.reading import HUB, read_instructions
+from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import POOL_FACTOR
 from trainer.labels.labelers import RANDOM, shown_url
 from trainer.run.model_files import ModelSize, model_size

@@ -15,6 +15,9 @@ from client.data import layouts
 from client.data.samples import Sample
 from client.data.tables import DataError, TableRow, read_table
 
+HUB: Final = "hub:"
+"""What a source that is a data set of the hub begins with."""
+
 # The split of each official data set that its leaderboard is computed on.
 OFFICIAL_SPLITS: Final[dict[str, str]] = {
     "allenai/reward-bench": "filtered",
@@ -58,6 +61,14 @@ def load_hub(name: str, split: str | None = None) -> list[Sample]:
     columns = rows[0].fields
     layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
     return layouts.collect(rows, layout)
+
+
+def hub_source(source: str) -> tuple[str, str | None] | None:
+    """Name and split of `hub:NAME[@SPLIT]`; None for another source, which is a file's path."""
+    if not source.startswith(HUB):
+        return None
+    name, _, split = source.removeprefix(HUB).partition("@")
+    return name, split or None
 
 
 def hub_rows(name: str, split: str | None = None) -> list[TableRow]:

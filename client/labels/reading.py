@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.data import layouts
-from client.data.sources import hub_rows
+from client.data.sources import hub_rows, hub_source
 from client.data.tables import DataError, TableRow, iter_table
 from client.labels.labelling import Text
 from client.labels.records import GENERAL, FinishReason, SampleKey
 from client.schema import Message
 
-HUB: Final = "hub:"
 CATEGORY_COLUMN: Final = "category"
 # Columns of the data that the pairs have in another form.
 _CONSUMED: Final = frozenset({"id", "prompt", "responses", "chosen", "rejected"})
@@ -137,12 +136,12 @@ def read_label_data(source: LabelSource) -> LabelData:
 
 
 def _rows(source: str) -> Iterable[TableRow | DataError]:
-    if not source.startswith(HUB):
+    hub = hub_source(source)
+    if hub is None:
         return iter_table(Path(source))
-    name, _, split = source.removeprefix(HUB).partition("@")
-    if not name:
+    if not hub[0]:
         raise DataError("give the data set's name: --data hub:OWNER/NAME")
-    return hub_rows(name, split or None)
+    return hub_rows(*hub)
 
 
 def _response_set(row: TableRow | DataError, source: LabelSource) -> ResponseSet:

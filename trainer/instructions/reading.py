@@ -20,12 +20,12 @@ from itertools import filterfalse
 from pathlib import Path
 from typing import Any, Final
 
+from client.data.sources import HUB, hub_source
 from client.data.tables import DataError, TableRow, iter_table
 from client.labels.records import GENERAL
 from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.records import CATEGORIES, Instruction
 
-HUB: Final = "hub:"
 _MAX_PROBLEMS: Final = 10
 _ID_DIGITS: Final = 12
 
@@ -103,10 +103,8 @@ class _Reader:
 
 
 def _records(source: str) -> Iterable[TableRow | DataError]:
-    if source.startswith(HUB):
-        name, _, split = source.removeprefix(HUB).partition("@")
-        return _hub_records(name, split or None)
-    return iter_table(Path(source))
+    hub = hub_source(source)
+    return iter_table(Path(source)) if hub is None else _hub_records(*hub)
 
 
 def _hub_records(name: str, split: str | None) -> Iterator[TableRow]:

@@ -10,10 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from client.data.samples import Sample
-from client.data.sources import load_hub, load_pairs
+from client.data.sources import hub_source, load_hub, load_pairs
 from client.schema import Message
 from client.texts import is_blank
-from trainer.instructions.reading import HUB
 from trainer.run.records import Record
 
 
@@ -40,11 +39,8 @@ def load_preferences(source: str) -> tuple[list[Preference], int]:
     record has several answers on a side, the first one counts. A record is unusable if its prompt or an answer is
     empty, or both answers are equal. Raises DataError for a record that cannot be read.
     """
-    if source.startswith(HUB):
-        name, _, split = source.removeprefix(HUB).partition("@")
-        samples = load_hub(name, split or None)
-    else:
-        samples = load_pairs(Path(source))
+    hub = hub_source(source)
+    samples = load_pairs(Path(source)) if hub is None else load_hub(*hub)
     read = [_preference(sample) for sample in samples]
     usable = [preference for preference in read if preference is not None]
     return usable, len(samples) - len(usable)

@@ -21,11 +21,10 @@ from typing import Any, Final
 from pydantic import Field
 
 from client.data import layouts
-from client.data.sources import hub_rows
+from client.data.sources import hub_rows, hub_source
 from client.data.tables import TableRow, read_table
 from client.schema import Message
 from client.texts import is_blank
-from trainer.instructions.reading import HUB
 from trainer.run.records import Record
 
 _WORDS: Final = {
@@ -83,11 +82,8 @@ def read_labels(source: str, category: str = "category") -> tuple[list[Label], C
 
     `category` names the column with the category. Raises DataError for a row that cannot be read.
     """
-    if source.startswith(HUB):
-        name, _, split = source.removeprefix(HUB).partition("@")
-        rows = hub_rows(name, split or None)
-    else:
-        rows = read_table(Path(source))
+    hub = hub_source(source)
+    rows = read_table(Path(source)) if hub is None else hub_rows(*hub)
     seen: dict[str, TableRow] = {}
     labels = []
     for row in rows:

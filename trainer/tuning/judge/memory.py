@@ -39,12 +39,3 @@ def needed_bytes(folder: Path, settings: JudgeSettings, longest: int, dtype_byte
     tokens = max(settings.pass_tokens, longest)
     trained = _PER_TRAINED * size.lora_parameters(settings.rank)
     return round(_PROCESS + dtype_bytes * size.parameters + trained + tokens * kept)
-
-
-def available_bytes() -> int | None:
-    """Memory that is free for a new process; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.runtime.memory import available_bytes
 from trainer.errors import InputError
 from trainer.policy.model_ref import ModelRef
 from trainer.policy.models import DType, choose_device, choose_dtype, resolve_model
 from trainer.tuning.judge.labels import Label, LabelSplit, read_labels, split_labels
 from trainer.tuning.judge.leaks import leaking
-from trainer.tuning.judge.memory import available_bytes, needed_bytes
+from trainer.tuning.judge.memory import needed_bytes
 from trainer.tuning.judge.prompts import Example, JudgePrompts
 from trainer.tuning.judge.settings import JudgeSettings
 from trainer.tuning.preferences import held_out_indices
