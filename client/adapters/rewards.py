@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -21,7 +20,7 @@ from client.adapters.dialogues import Dialogue, prompt_of, response_of
 from client.bulk import DEFAULT_OPTIONS, BulkOptions
 from client.errors import ErrorCode, JudgeAPIError, JudgeError
 from client.judge import AsyncJudge, Judge
-from client.runtime.cli import DEFAULT_URL
+from client.runtime.cli import default_url
 from client.schema import InlineTemplate, ScoreRequest, ScoreResult, Truncation
 from client.texts import EMPTY_PROMPT, EMPTY_RESPONSE, is_blank
 
@@ -240,11 +239,6 @@ class AsyncRewardFunction(RewardFunction[AsyncJudge]):
         # A client for each call: trainers end their event loops without a chance to close one.
         async with copy(self.judge) as judge:
             return _in_place(requests, await judge.score_many(valid, options=self.options.bulk))
-
-
-def default_url() -> str:
-    """The service's address where none is given: JUDGE_URL from the environment, or the port of a service here."""
-    return os.environ.get("JUDGE_URL", DEFAULT_URL)
 
 
 def raise_unless_given(options: RewardOptions | None) -> RewardOptions:

@@ -25,8 +25,9 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from client.adapters.dialogues import Dialogue
-from client.adapters.rewards import Asked, AsyncRewardFunction, Outcome, RewardOptions, default_url, raise_unless_given
+from client.adapters.rewards import Asked, AsyncRewardFunction, Outcome, RewardOptions, raise_unless_given
 from client.judge import AsyncJudge
+from client.runtime.cli import default_url
 from client.schema import ScoreResult
 
 # verl adds these for functions that ask the reward model which verl runs itself.

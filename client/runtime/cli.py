@@ -30,10 +30,16 @@ class Arguments(Protocol):
         """See argparse."""
 
 
+def default_url() -> str:
+    """The service's address where none is given: JUDGE_URL from the environment, or the port of a service here."""
+    return os.environ.get("JUDGE_URL", DEFAULT_URL)
+
+
 def add_judge_flags(parser: Arguments, purpose: str = "") -> None:
     """Add --judge-url and --api-key to a parser. `purpose` goes in front of their help, e.g. "for --data: "."""
-    url = os.environ.get("JUDGE_URL", DEFAULT_URL)
-    parser.add_argument("--judge-url", default=url, help=f"{purpose}the service (JUDGE_URL; default: {DEFAULT_URL})")
+    parser.add_argument(
+        "--judge-url", default=default_url(), help=f"{purpose}the service (JUDGE_URL; default: {DEFAULT_URL})"
+    )
     parser.add_argument("--api-key", default=None, help=f"{purpose}its key (default: JUDGE_API_KEY)")
 
 

@@ -36,6 +36,7 @@ MOST_OPTIONS: Final = 255
 MOST_LEVELS: Final = 10
 """Of a scale."""
 
+# Decisions of a call beyond which the first is tried alone, to refuse an input that is too long at the cost of one.
 _MANY: Final = 8
 
 _UPPER: Final = string.ascii_uppercase
@@ -145,7 +146,6 @@ class Decider:
         Raises ServiceError for what befalls the call as a whole (a full queue).
         """
         groups = [self._group(state, decision) for decision in decisions]
-        # An input that is too long would else be tokenized again for each of hundreds of questions.
         if len(groups) > _MANY and (refusal := await self._pipeline.refusal(groups[0], call)):
             return [refusal for _ in groups]
         judged = await self._pipeline.judge(groups, call)

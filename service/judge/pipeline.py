@@ -101,9 +101,10 @@ class Pipeline:
 
     async def refusal(self, group: Group, call: Call) -> ServiceError | None:
         """Why the first prompt of a group cannot be asked; None if it can."""
-        failed = {0: group} if isinstance(group, ServiceError) else {}
-        if not isinstance(group, ServiceError):
-            await self._build_groups([group[:1]], failed, call)
+        if isinstance(group, ServiceError):
+            return group
+        failed: dict[int, ServiceError] = {}
+        await self._build_groups([group[:1]], failed, call)
         return failed.get(0)
 
     def admit(self, prompts: int) -> None:

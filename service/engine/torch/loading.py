@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 import torch
 
+from client.runtime.memory import available_bytes
 from service.engine.contract import DType, Task
 
 if TYPE_CHECKING:
@@ -232,10 +233,9 @@ def _require_classifier(config: PreTrainedConfig) -> None:
 
 def _require_memory(folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model larger than a Linux host's free memory: the kernel would kill the process without a message."""
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
+    free = available_bytes()
+    if device.type != "cpu" or free is None:
         return
-    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
     need = _weight_count(folder) * dtype.itemsize
     if need > free:
         raise EngineLoadError(

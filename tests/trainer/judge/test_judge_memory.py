@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from client.runtime.memory import available_bytes
 from tests.trainer.judge.makers import toy_settings
-from trainer.tuning.judge.memory import available_bytes, needed_bytes
+from trainer.tuning.judge.memory import needed_bytes
 
 
 def test_smaller_passes_and_numbers_need_less(tiny_model: Path) -> None:
