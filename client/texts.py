@@ -1,4 +1,4 @@
-"""Texts as models and data sets give them: which of them are blank, and the several forms of conversations.
+"""Texts as models and data sets give them: which are blank or refuse, and the several forms of conversations.
 
 A blank text (only white space, control and zero-width characters) is not put to the judge: reward functions, labelling
 and benchmarks count it as `empty_response`. The service itself judges any text, because what to ask is its caller's
@@ -28,6 +28,26 @@ _VISIBLE: Final = re.compile(
 )
 _MAY_BE_MESSAGES: Final = re.compile(r"\s*(?:array\(\s*)?\[\s*\{")
 _PYTHON_NOTATION: Final = re.compile(r"[\[{,]\s*['\"](?:role|from)['\"]\s*:")
+# Openings that count as a refusal, in lower case: a crude list, in English, that also catches mere apologies.
+_REFUSALS: Final = (
+    "i'm sorry",
+    "i am sorry",
+    "sorry, but",
+    "i apologize",
+    "i cannot",
+    "i can't",
+    "i can not",
+    "i'm not able to",
+    "i am not able to",
+    "i'm unable to",
+    "i am unable to",
+    "i won't",
+    "i will not",
+    "as an ai",
+    "as a language model",
+)
+# Characters of a response to look at: such words later on seldom refuse.
+_REFUSAL_CHARACTERS: Final = 120
 # Characters at a text's start in which _PYTHON_NOTATION is looked for.
 _INSPECTED: Final = 1000
 
@@ -35,6 +55,12 @@ _INSPECTED: Final = 1000
 def is_blank(text: str) -> bool:
     """Whether the text contains nothing visible."""
     return _VISIBLE.search(text) is None
+
+
+def is_refusal(response: str) -> bool:
+    """Whether the response's opening contains words of a refusal; see the list."""
+    opening = response.strip()[:_REFUSAL_CHARACTERS].lower().replace("\u2019", "'")
+    return any(marker in opening for marker in _REFUSALS)
 
 
 def messages_in(value: object, column: str) -> object:

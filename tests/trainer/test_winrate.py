@@ -8,9 +8,10 @@ import random
 import pytest
 
 from client.benchmarks.rows import Row
+from client.texts import is_refusal
 from tests.support.rows import failed, pair
 from trainer.evaluation.harness import HarnessOptions, choose_items, pooled
-from trainer.evaluation.metrics import Metrics, is_refusal, measure
+from trainer.evaluation.metrics import Metrics, measure
 from trainer.evaluation.verdicts import Duel, make_duels
 from trainer.evaluation.winrate import Outcome, length_controlled, mean_estimate, outcome_of, win_rate
 from trainer.run.records import Instruction, Sample

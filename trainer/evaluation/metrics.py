@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Literal
+from typing import Literal
 
 from client.benchmarks.rows import Mode, Row
 from client.labels.records import count_by
 from client.stats import mean
-from client.texts import is_blank
+from client.texts import is_blank, is_refusal
 from trainer.evaluation.verdicts import MODES, Duel
 from trainer.evaluation.winrate import (
     Estimate,
@@ -22,30 +22,9 @@ from trainer.evaluation.winrate import (
 )
 from trainer.run.records import Record, Sample
 
-# Openings that count as a refusal, in lower case: a crude list, in English, that also catches mere apologies.
-REFUSALS: Final = (
-    "i'm sorry",
-    "i am sorry",
-    "sorry, but",
-    "i apologize",
-    "i cannot",
-    "i can't",
-    "i can not",
-    "i'm not able to",
-    "i am not able to",
-    "i'm unable to",
-    "i am unable to",
-    "i won't",
-    "i will not",
-    "as an ai",
-    "as a language model",
-)
-# Characters of a response to look at: such words later on seldom refuse.
-REFUSAL_CHARACTERS: Final = 120
-
 
 class ResponseStats(Record):
-    """A model's responses. `refusals` is the share that opens with one of REFUSALS; lengths are means."""
+    """A model's responses. `refusals` is the share that opens as a refusal does; lengths are means."""
 
     responses: int
     empty: int
@@ -211,9 +190,3 @@ def response_stats(samples: Sequence[Sample]) -> ResponseStats:
         characters=mean([len(sample.response) for sample in samples]) if count else None,
         tokens=mean([sample.tokens for sample in samples]) if count else None,
     )
-
-
-def is_refusal(response: str) -> bool:
-    """Whether the response's first REFUSAL_CHARACTERS characters contain one of REFUSALS."""
-    opening = response.strip()[:REFUSAL_CHARACTERS].lower().replace("\u2019", "'")
-    return any(marker in opening for marker in REFUSALS)

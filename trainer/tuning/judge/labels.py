@@ -34,8 +34,9 @@ _WORDS: Final = {
 
 
 class Label(Record):
-    """One human decision. `target` is the probability that the first of two `answers` is the better one, or that the
-    only one is good. `margin` is how far the first should lead, in log-odds.
+    """One decision, mostly a human's. `target` is the probability that the first of two `answers` is the better one, or
+    that the only one is good. `margin` is how far the first should lead, in log-odds. `kind` says that nobody decided:
+    the label was made, as a contrast of this kind (contrasts.py).
     """
 
     id: str
@@ -44,6 +45,7 @@ class Label(Record):
     target: float = Field(default=1.0, ge=0, le=1)
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     category: str | None = None
+    kind: str | None = None
 
     @property
     def is_pair(self) -> bool:
