@@ -27,14 +27,22 @@ FILES: Final = {
         for name in (
             "api.js",
             "app.js",
+            "copy.js",
+            "decide.js",
             "dom.js",
+            "follow.js",
             "form.js",
             "icon.svg",
             "live.js",
             "results.js",
+            "rows.js",
+            "runner.js",
             "saved.js",
             "style.css",
+            "tabs.js",
             "theme.js",
+            "upload.js",
+            "verdict.js",
         )
     },
 }

@@ -1,11 +1,16 @@
 // The page's main module: runs requests, and moves inputs between form, link and history.
 
-import { Failure, apiKey, ask, setApiKey } from "./api.js";
-import { byId, duration, el, plural } from "./dom.js";
+import { apiKey, ask, setApiKey } from "./api.js";
+import * as decide from "./decide.js";
+import { byId, el, plural } from "./dom.js";
+import * as follow from "./follow.js";
 import * as form from "./form.js";
 import * as live from "./live.js";
-import { setJudge, showComparison, showFailure, showScore } from "./results.js";
+import { setJudge, showComparison, showScore } from "./results.js";
+import { Runner } from "./runner.js";
 import * as saved from "./saved.js";
+import * as tabs from "./tabs.js";
+import * as upload from "./upload.js";
 
 const EXAMPLE = {
   prompt: "What is the capital of Australia?",
@@ -16,83 +21,32 @@ const EXAMPLE = {
   ],
 };
 
-let running = null;
-
-// Announced to screen readers; `shown: false` for what the page already shows elsewhere, such as a result.
-const say = (text, { shown = true } = {}) => {
-  byId("status").textContent = text;
-  byId("status").classList.toggle("away", !shown);
-};
+const runner = new Runner(byId("form"), byId("results"), onFailure);
+const say = (text) => runner.say(text);
+const PANELS = { judge: { run, cancel: () => runner.cancel() }, decisions: decide, file: upload };
 
 function requestOf({ responses, mode, tie_margin: margin, ...question }) {
   if (responses.length === 1) return { path: "score", body: { ...question, response: responses[0] } };
   return { path: "compare", body: { ...question, responses, mode, tie_margin: margin } };
 }
 
-async function run() {
+function run() {
   const problem = form.complaint();
   if (problem) return say(problem);
-  running?.abort();
-  const mine = (running = new AbortController());
   const inputs = form.read();
   const request = requestOf(inputs);
-  const stopProgress = showProgress(inputs.responses.length);
-  try {
-    const result = await ask(request.path, request.body, mine.signal);
-    if (running !== mine) return undefined;
-    const show = request.path === "score" ? showScore : showComparison;
-    const outcome = show(result, inputs, request);
-    say(`${outcome}.`, { shown: false });
-    comeIntoView();
+  return runner.run(`Judging ${plural(inputs.responses.length, "response")}…`, async (signal, isMine) => {
+    const result = await ask(request.path, request.body, signal);
+    if (!isMine()) return "";
+    const outcome = (request.path === "score" ? showScore : showComparison)(result, inputs, request);
     showHistory(saved.remember(inputs, outcome));
-  } catch (error) {
-    if (running === mine) fail(error);
-  } finally {
-    stopProgress(running === mine);
-    if (running === mine) running = null;
-  }
-  return undefined;
+    return outcome;
+  });
 }
 
-function fail(error) {
-  if (error.name === "AbortError") return say("Cancelled.");
-  if (!(error instanceof Failure)) {
-    say("This page failed to show the answer.");
-    throw error;
-  }
-  say(showFailure(error), { shown: false });
-  comeIntoView();
-  if (error.code === "unauthorized") askForKey();
-  return undefined;
-}
-
-function showProgress(responses) {
-  const started = performance.now();
-  byId("results").setAttribute("aria-busy", "true");
-  byId("progress").hidden = false;
-  byId("cancel").hidden = false;
-  byId("run").textContent = "Run again";
-  say(`Judging ${plural(responses, "response")}…`);
-  // Outside the announced text: screen readers must not read a running clock aloud.
-  const tick = setInterval(() => {
-    byId("progress").dataset.time = duration((performance.now() - started) / 1000);
-  }, 100);
-  // If another run has started meanwhile, these indicators belong to it.
-  return (last) => {
-    clearInterval(tick);
-    if (!last) return;
-    byId("results").setAttribute("aria-busy", "false");
-    byId("progress").hidden = true;
-    delete byId("progress").dataset.time;
-    if (document.activeElement === byId("cancel")) byId("run").focus();
-    byId("cancel").hidden = true;
-    byId("run").textContent = "Run";
-  };
-}
-
-// On a narrow screen the result is below the form: scroll to it.
-function comeIntoView() {
-  if (byId("results").getBoundingClientRect().top > innerHeight * 0.7) byId("results").scrollIntoView();
+function onFailure(failure) {
+  if (failure.code === "unauthorized") askForKey();
+  if (failure.code === "network") follow.lost();
 }
 
 function askForKey() {
@@ -146,24 +100,10 @@ async function share() {
   }
 }
 
-// Shows who judges, and adapts the form to that. If it fails, the page still works.
-async function introduce() {
-  try {
-    const [models, templates] = await Promise.all([ask("v1/models"), ask("templates")]);
-    form.setJudge(models.data[0].judge, templates);
-    setJudge(models.data[0].judge);
-    byId("model").textContent = describe(models.data[0]);
-    byId("model").title = models.data[0].note ?? "";
-  } catch (error) {
-    if (!(error instanceof Failure)) throw error;
-    byId("model").textContent = error.code === "unauthorized" ? "This service needs a key." : error.message;
-    if (error.code === "unauthorized" && !apiKey()) byId("key-box").open = true;
-  }
-}
-
-function describe({ id, engine, judge, fingerprint, workers, note }) {
-  const alive = workers?.length ? plural(workers.length, "worker") : "no worker";
-  return [id, `${judge} by ${engine}`, fingerprint.slice(0, 12), alive, note].filter(Boolean).join(" · ");
+function adapt(model, templates, before) {
+  form.setJudge(model.judge, templates);
+  upload.setJudge(model.judge, templates);
+  setJudge(model.judge, model, before);
 }
 
 function listen() {
@@ -171,7 +111,6 @@ function listen() {
     event.preventDefault();
     run();
   });
-  byId("cancel").addEventListener("click", () => running?.abort());
   byId("share").addEventListener("click", share);
   byId("example").addEventListener("click", () => form.fill({ ...form.read(), ...EXAMPLE }));
   byId("forget").addEventListener("click", () => {
@@ -182,28 +121,34 @@ function listen() {
   });
   byId("key").addEventListener("change", () => {
     setApiKey(byId("key").value.trim());
-    introduce();
+    follow.introduce();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       // The key field has not fired its change event yet.
       if (document.activeElement === byId("key")) setApiKey(byId("key").value.trim());
-      run();
+      PANELS[tabs.current()].run();
     } else if (event.key === "Escape") {
       if (byId("key-box").open && byId("key-box").contains(document.activeElement)) {
         byId("key-box").open = false;
         byId("key-box").firstElementChild.focus();
-      } else running?.abort();
+      } else PANELS[tabs.current()].cancel();
     }
   });
-  addEventListener("hashchange", openLink);
+  addEventListener("hashchange", () => {
+    tabs.followAddress();
+    openLink();
+  });
 }
 
 form.setUp();
+decide.setUp(onFailure);
+upload.setUp(onFailure);
+tabs.setUp();
 byId("key").value = apiKey();
 listen();
 showHistory(saved.readHistory());
 openLink();
-live.setUp();
-introduce();
+follow.setUp(adapt);
+live.setUp(follow);

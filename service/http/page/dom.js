@@ -38,6 +38,21 @@ export function signed(value) {
   return (value < 0 ? "−" : "+") + digits;
 }
 
+// A share as a percentage; never shown as 0% or 100% unless it is.
+export function percent(value) {
+  if (value > 0 && value < 0.01) return "under 1%";
+  if (value < 1 && value > 0.99) return "over 99%";
+  return `${Math.round(100 * value)}%`;
+}
+
+// A bar that is filled to a share; the number beside it says the same to screen readers.
+export function bar(share) {
+  const made = el("div", { class: "bar", "aria-hidden": "true" }, el("div"));
+  // Set through the DOM: the page's content policy forbids style attributes.
+  made.firstChild.style.inlineSize = `${100 * share}%`;
+  return made;
+}
+
 export function duration(seconds) {
   if (!isNumber(seconds)) return "–";
   return seconds < 0.9995 ? `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;

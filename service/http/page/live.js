@@ -3,6 +3,8 @@
 import { duration, svg } from "./dom.js";
 
 const EVERY_MS = 2000;
+const TIMEOUT_MS = 10_000;
+const GATEWAY = new Set([502, 503, 504]);
 // Number of samples shown (two minutes) and averaged over (one minute).
 const SHOWN = 60;
 const WINDOW = 30;
@@ -10,8 +12,11 @@ const JUDGING = new Set(["/score", "/compare", "/score/batch", "/compare/batch"]
 
 let samples = [];
 let timer = null;
+let tell = null;
 
-export function setUp() {
+// `listener.answered(startTime)` and `listener.lost()` hear of every poll: whether anything answers at this address.
+export function setUp(listener) {
+  tell = listener;
   document.addEventListener("visibilitychange", follow);
   follow();
 }
@@ -23,16 +28,27 @@ function follow() {
 
 async function poll() {
   try {
-    const answer = await fetch("metrics", { cache: "no-store" });
-    if (!answer.ok) throw new Error(`status ${answer.status}`);
-    add(sample(parse(await answer.text()), performance.now() / 1000));
-    draw();
+    const answer = await fetch("metrics", { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const metrics = answer.ok ? parse(await answer.text()) : [];
+    // A proxy that answers for a service that is gone.
+    if (GATEWAY.has(answer.status)) tell.lost();
+    else tell.answered(metrics.find((each) => each.name === "process_start_time_seconds")?.value ?? null);
+    if (!answer.ok) blank();
+    else {
+      add(sample(metrics, performance.now() / 1000));
+      draw();
+    }
   } catch {
-    samples = [];
-    for (const name of ["queue", "batch", "rate", "latency"]) show(name, "no answer", []);
+    blank();
+    tell.lost();
   }
   clearTimeout(timer);
   if (document.visibilityState === "visible") timer = setTimeout(poll, EVERY_MS);
+}
+
+function blank() {
+  samples = [];
+  for (const name of ["queue", "batch", "rate", "latency"]) show(name, "no answer", []);
 }
 
 // Prometheus' text format as [{name, labels, value}].

@@ -1,15 +1,24 @@
 // Shows answers. Each show function returns its outcome in one sentence, to announce and to keep in the history.
 
-import { byId, el, plural, probability, signed } from "./dom.js";
+import { copies } from "./copy.js";
+import { bar, byId, el, plural, probability, signed } from "./dom.js";
+import { isUndecided, massWarning, verdict, why } from "./verdict.js";
 
-const LOW_MASS = 0.5;
 // What a response's score is called, by judge; in pairwise mode it is always the mean win probability.
 const SCORE_OF = { "self-reward": "Score", "reward-model": "Sigmoid of the reward" };
+// With more responses the matrix is set smaller.
+const DENSE = 8;
 
 let judge = "yes-no";
+let answeredBy = null;
 
-export function setJudge(name) {
+// Another model judges from now on: what is shown stays, and says whose it is.
+export function setJudge(name, model, before) {
   judge = name;
+  if (!before || before.fingerprint === model.fingerprint || !answeredBy || answeredBy.fingerprint === model.fingerprint) return;
+  byId("stale")?.remove();
+  const note = `This result is by ${answeredBy.model}. The service now runs ${model.id}: run again for its judgement.`;
+  byId("results").prepend(el("p", { id: "stale", class: "note", role: "status" }, note));
 }
 
 const scoreName = (mode) => (mode === "pairwise" ? "Mean win probability" : (SCORE_OF[judge] ?? "P(Yes)"));
@@ -20,65 +29,42 @@ function put(...children) {
 
 export function showScore(result, inputs, request) {
   const outcome = `${scoreName("pointwise")} ${probability(result.score)}`;
+  answeredBy = result;
   put(
     el("h2", {}, outcome),
-    el("ol", { class: "ranking" }, card({ score: result, text: inputs.responses[0], number: 1 }, scoreName("pointwise"))),
+    judge === "yes-no" && isUndecided(result.log_odds) ? el("p", { class: "why" }, "Too close to call: Yes and No are about equally likely.") : null,
     warning([result.label_mass]),
+    el("ol", { class: "ranking" }, card({ score: result, text: inputs.responses[0], number: 1 }, scoreName("pointwise"))),
     result.label_is_argmax === false ? el("p", { class: "note" }, "The model's most likely next token was none of the labels.") : null,
     provenance(result),
-    asJson(request, result),
+    copies(request, result),
   );
   return `${outcome}, log-odds ${signed(result.log_odds)}`;
 }
 
 export function showComparison(result, inputs, request) {
-  const sentence = verdict(result, inputs.tie_margin);
-  const cards = result.ranking.map((index, place) =>
-    card(
-      { score: result.scores[index], text: inputs.responses[index], number: index + 1, place: place + 1, best: !result.tie && index === result.best },
-      scoreName(result.mode),
-    ),
-  );
+  const { sentence, kind, close } = verdict(result, inputs.tie_margin);
+  const reason = why(kind);
+  answeredBy = result;
+  const cards = result.ranking.map((index, place) => {
+    const tag = index === result.best && ["best", "ahead"].includes(kind) ? kind : kind === "close" && close.includes(index) ? "close" : null;
+    return card({ score: result.scores[index], text: inputs.responses[index], number: index + 1, place: place + 1, tag }, scoreName(result.mode));
+  });
   put(
     el("h2", {}, `${sentence}.`),
-    el("ol", { class: "ranking" }, ...cards),
+    reason ? el("p", { class: "why" }, reason) : null,
     warning(result.scores.map((score) => score.label_mass)),
+    el("ol", { class: "ranking" }, ...cards),
     matrix(result),
     result.position_bias ? bias(result.position_bias) : null,
     provenance(result),
-    asJson(request, result),
+    copies(request, result),
   );
+  showOverflow();
   return sentence;
 }
 
-export function showFailure(failure) {
-  const facts = [failure.code, failure.status && `HTTP ${failure.status}`, failure.param && `field ${failure.param}`];
-  put(
-    el(
-      "div",
-      { class: "failure" },
-      el("h2", {}, "Not judged"),
-      el("p", { class: "message" }, failure.message),
-      failure.advice ? el("p", {}, failure.advice) : null,
-      el("p", { class: "hint code" }, facts.filter(Boolean).join(" · ")),
-      failure.requestId ? el("p", { class: "hint code" }, `request ${failure.requestId}`) : null,
-    ),
-  );
-  return `Not judged: ${failure.code}. ${failure.message}`;
-}
-
-function verdict(result, margin) {
-  if (!result.tie) return `Response ${result.best + 1} is best`;
-  const [first, second] = result.ranking;
-  const within = margin ? `, within ${margin} in log-odds` : "";
-  return `A tie between responses ${first + 1} and ${second + 1}${within}`;
-}
-
-function card({ score, text, number, place = null, best = false }, label) {
-  const known = typeof score.score === "number" ? score.score : 0;
-  const bar = el("div", { class: "bar", "aria-hidden": "true" }, el("div"));
-  // Set through the DOM: the page's content policy forbids style attributes.
-  bar.firstChild.style.inlineSize = `${known * 100}%`;
+function card({ score, text, number, place = null, tag = null }, label) {
   const facts = [
     fact(label, probability(score.score), "first"),
     fact(judge === "reward-model" ? "Reward" : "Log-odds", signed(score.log_odds)),
@@ -91,18 +77,18 @@ function card({ score, text, number, place = null, best = false }, label) {
   ];
   return el(
     "li",
-    { class: best ? "card best" : "card" },
+    { class: tag === "best" ? "card best" : "card" },
     el(
       "h3",
       {},
       place && el("span", { class: "place" }, `${place}`),
       el("span", {}, `Response ${number}`),
-      best ? el("span", { class: "tag" }, "best") : null,
+      tag ? el("span", { class: tag === "best" ? "tag" : "tag warn" }, tag === "close" ? "too close" : tag) : null,
       score.floored ? el("span", { class: "tag warn" }, "floor used") : null,
       score.truncated ? el("span", { class: "tag warn" }, "truncated") : null,
     ),
     el("p", { class: "said" }, text),
-    bar,
+    bar(typeof score.score === "number" ? score.score : 0),
     el("dl", {}, ...facts),
   );
 }
@@ -110,8 +96,9 @@ function card({ score, text, number, place = null, best = false }, label) {
 const fact = (name, value, kind = null) => el("div", { class: kind }, el("dt", {}, name), el("dd", {}, value));
 
 function warning(masses) {
-  if (!masses.some((mass) => typeof mass === "number" && mass < LOW_MASS)) return null;
-  return el("p", { class: "note" }, "With so little label mass the model hardly meant to answer with a label at all.");
+  // A reward model has no labels.
+  const words = judge === "reward-model" ? null : massWarning(masses);
+  return words && el("p", { class: "note" }, words);
 }
 
 function matrix(result) {
@@ -123,18 +110,23 @@ function matrix(result) {
     "section",
     {},
     el("h3", { id: "matrix-title" }, "Win probability"),
-    el("p", { class: "hint" }, "How likely the row's response is better than the column's."),
+    el("p", { class: "hint" }, "How likely the row's response is better than the column's.", el("span", { id: "more", hidden: true }, " Scroll sideways for all columns.")),
     el(
       "div",
-      { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": "matrix-title" },
+      { id: "matrix", class: "scroll", tabindex: "0", role: "region", "aria-labelledby": "matrix-title" },
       el(
         "table",
-        { class: "matrix" },
+        { class: numbers.length > DENSE ? "matrix dense" : "matrix" },
         el("thead", {}, el("tr", {}, el("td"), ...numbers.map((n) => el("th", { scope: "col" }, `${n}`)))),
         el("tbody", {}, ...rows),
       ),
     ),
   );
+}
+
+function showOverflow() {
+  const box = byId("matrix");
+  byId("more").hidden = box.scrollWidth <= box.clientWidth;
 }
 
 function cell(value, diagonal) {
@@ -160,16 +152,4 @@ function provenance({ template, model, mode, usage, timing_ms: timing, fingerpri
   const times = Object.entries(timing).map(([stage, ms]) => `${stage} ${ms < 10 ? ms.toFixed(1) : ms.toFixed(0)} ms`);
   const parts = [template, mode, model, fingerprint?.slice(0, 12), tokens, times.join(", ")];
   return el("p", { class: "hint provenance" }, parts.filter(Boolean).join(" · "));
-}
-
-function asJson(request, result) {
-  const text = (value) => el("pre", { tabindex: "0" }, JSON.stringify(value, null, 2));
-  return el(
-    "details",
-    {},
-    el("summary", {}, "Request and answer as JSON"),
-    el("p", { class: "hint code" }, `POST /${request.path}`),
-    text(request.body),
-    text(result),
-  );
 }

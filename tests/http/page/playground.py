@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 PATIENCE = 120_000
 
@@ -54,3 +55,13 @@ def inputs(page: Page) -> list[str]:
 def link(url: str, content: Any) -> str:
     """A link with these inputs, however strange they are."""
     return f"{url}/#s={base64.urlsafe_b64encode(json.dumps(content).encode()).decode().rstrip('=')}"
+
+
+def edit_answers(page: Page, pattern: str, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the service's answers at these URLs on their way to the page."""
+
+    def handle(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=edit(answer.json()))
+
+    page.route(pattern, handle)

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 # What the Tab key reaches in turn, by id or else by tag.
 IN_ORDER = [
-    *("SUMMARY", "theme", "A", "example", "prompt", "response-1", "BUTTON", "response-2", "BUTTON", "add"),
+    *("SUMMARY", "theme", "A", "tab-judge", "example", "prompt", "response-1", "BUTTON", "response-2", "BUTTON", "add"),
     *("INPUT", "template", "SUMMARY", "SUMMARY", "run", "share"),
 ]
 
@@ -76,6 +76,36 @@ def test_nothing_is_cut_off_at_the_side(page: Page) -> None:
         needed.append(page.evaluate("document.documentElement.scrollWidth"))
 
     assert needed == widths
+
+
+def test_the_tabs_follow_the_arrow_keys_and_the_address(page: Page) -> None:
+    """One panel is shown, the chosen tab alone is in the tab order, and a reload keeps it."""
+    page.get_by_role("tab", name="Score and compare").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.reload()
+
+    expect(page.get_by_role("tab", name="Score a file")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_role("tabpanel")).to_have_count(1)
+    assert page.locator("[role=tab][tabindex='0'], [role=tab]:not([tabindex])").count() == 1
+
+
+def test_sixteen_responses_have_whole_heads(page: Page) -> None:
+    """On a laptop the matrix fits; on a phone it scrolls, says so, and keeps the row heads in view."""
+    fill(page, "Name a number.", *(str(number) for number in range(16)))
+    run(page)
+    heads = page.locator(".matrix tbody th")
+    fits = page.evaluate(
+        "document.getElementById('matrix').scrollWidth <= document.getElementById('matrix').clientWidth"
+    )
+    page.set_viewport_size({"width": 390, "height": 800})
+    run(page)
+    page.evaluate("document.getElementById('matrix').scrollLeft = 10000")
+
+    assert fits
+    assert len({head.bounding_box()["height"] for head in heads.all()}) == 1  # type: ignore[index]
+    expect(page.locator("#more")).to_be_visible()
+    assert heads.last.bounding_box()["x"] >= 0  # type: ignore[index]
 
 
 def test_the_live_panel_shows_the_load(page: Page) -> None:
