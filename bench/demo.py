@@ -1,9 +1,10 @@
-"""Start the service with a real model, have it judge right and wrong answers over HTTP, and print the scores.
+"""Start the service with a real model, have it judge right and wrong answers over HTTP, and print the verdicts.
 
     python -m bench.demo [--model NAME]
 
-Each question has a right and a wrong answer and goes through /score/batch; one more question with three answers goes
-through /compare. The service runs as a separate process and is stopped at the end.
+Each question has a right and a wrong answer, both sent to /score/batch: ✓ if the right one scores higher, ≈ if that is
+too close to call. One more question with three answers goes to /compare. The service is a separate process, stopped at
+the end.
 """
 
 from __future__ import annotations
@@ -14,14 +15,26 @@ if __name__ == "__main__":  # before the imports that take a while
     program.begin("python -m bench.demo", "service")
 
 import argparse
+import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.support.process import running_service
 from client import Judge, JudgeAPIError, JudgeError
-from client.schema import ResponseScore, ScoreRequest, ScoreResult
+from client.schema import ScoreRequest, ScoreResult
+from client.verdicts import MARGIN, verdict_of
+
+WIDTH: Final = 80
+# The marks of a row and their colours.
+RIGHT, WRONG, CLOSE, FAILED = "✓", "✗", "≈", "!"
+COLOURS: Final = {RIGHT: "green", WRONG: "red", CLOSE: "yellow", FAILED: "red"}
 
 # category, question, right answer, wrong answer
 QUESTIONS: list[tuple[str, str, str, str]] = [
@@ -107,77 +120,106 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Judge right and wrong answers with a real model over HTTP.")
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="known name, hub id or folder")
     args = parser.parse_args(argv)
-    console = Console()
+    console = Console(width=min(WIDTH, Console().width))
+    console.print(f"Starting the service with {args.model}; the first start fetches it …", highlight=False)
     try:
         with (
             running_service("--model", args.model, start_timeout=3600) as service,
             Judge(service.url, timeout=600) as judge,
         ):
-            console.print(f"judging with [bold]{args.model}[/bold] at {service.url}\n")
-            failed = show_scores(judge, console)
+            console.print(f"Judging with {args.model} at {service.url}\n", highlight=False)
+            marks = show_questions(judge, console)
             show_comparison(judge, console)
     except (JudgeError, RuntimeError) as exc:
-        console.print(f"[red]{exc}[/red]")
+        console.print(str(exc), style="red", markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("\ninterrupted")
         return 130
-    return 1 if failed else 0
+    show_summary(marks, args.model, console)
+    return 1 if marks[FAILED] else 0
 
 
-def show_scores(judge: Judge, console: Console) -> int:
-    """Judge both answers to every question and print a row for each; returns how many could not be judged."""
+def show_questions(judge: Judge, console: Console) -> Counter[str]:
+    """Judge both answers to every question and print a row for each; returns how many rows have each mark."""
     items = [
         ScoreRequest(prompt=question, response=answer, category=category)
         for category, question, right, wrong in QUESTIONS
         for answer in (right, wrong)
     ]
     results = judge.score_batch(items)
-    table = _table("answer", title="/score/batch")
-    for index, (category, question, _, _) in enumerate(QUESTIONS):
-        table.add_row(f"[bold]{category}[/bold]: {_short(question, 38 - len(category))}")
-        for number, kind in ((2 * index, "right"), (2 * index + 1, "wrong")):
-            table.add_row(f"{kind:>7}: {_short(items[number].response, 34)}", *_numbers(results[number]))
-        table.add_section()
+    table = Table(
+        title="Is the right answer scored above the wrong one?",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        width=console.width,
+    )
+    for heading in ("", "question"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("P(Yes), right", "wrong"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    marks: Counter[str] = Counter()
+    before = QUESTIONS[0][0]
+    for (category, question, _, _), right, wrong in zip(QUESTIONS, results[::2], results[1::2], strict=True):
+        if category != before:
+            table.add_section()
+        before = category
+        mark = mark_of(right, wrong)
+        marks[mark] += 1
+        table.add_row(Text(mark, COLOURS[mark]), Text(question), number(right), number(wrong))
     console.print(table)
-    pairs = list(zip(results[::2], results[1::2], strict=True))
-    judged = [(a, b) for a, b in pairs if isinstance(a, ScoreResult) and isinstance(b, ScoreResult)]
-    above = sum(right.log_odds > wrong.log_odds for right, wrong in judged)
-    console.print(f"the right answer scores above the wrong one in [bold]{above} of {len(judged)}[/bold] questions\n")
-    return sum(isinstance(result, JudgeAPIError) for result in results)
+    return marks
 
 
-def _table(first: str, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column(first, no_wrap=True)
-    for name in ("P(Yes)", "log-odds", "label mass"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def mark_of(right: ScoreResult | JudgeAPIError, wrong: ScoreResult | JudgeAPIError) -> str:
+    """Whether the right answer scores higher, by enough to call it."""
+    if isinstance(right, JudgeAPIError) or isinstance(wrong, JudgeAPIError):
+        return FAILED
+    lead = right.log_odds - wrong.log_odds
+    return CLOSE if abs(lead) < MARGIN else RIGHT if lead > 0 else WRONG
 
 
-def _numbers(result: ScoreResult | ResponseScore | JudgeAPIError) -> list[str]:
-    if isinstance(result, JudgeAPIError):
-        return [result.code, "-", "-"]
-    return [f"{result.score:.3f}", f"{result.log_odds:+.2f}", f"{result.label_mass:.3f}"]
-
-
-def _short(text: str, width: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
+def number(result: ScoreResult | JudgeAPIError) -> str:
+    """P(Yes), or why there is none."""
+    return result.code if isinstance(result, JudgeAPIError) else f"{result.score:.3f}"
 
 
 def show_comparison(judge: Judge, console: Console) -> None:
-    """Rank three answers to one question and print them."""
+    """Rank three answers to one question and print them, best first."""
     question, answers = COMPARED
     result = judge.compare(question, answers)
-    table = _table("answer", title="/compare")
-    table.add_column("beats next", justify="right", no_wrap=True)
-    table.add_row(f"[bold]{_short(question, 29)}[/bold]", end_section=True)
+    table = Table(title=f"\n{question}", title_justify="left", box=box.SIMPLE_HEAD, width=console.width)
+    table.add_column("")
+    table.add_column("answer", overflow="fold")
+    for heading in ("P(Yes)", "beats next"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for rank, index in enumerate(result.ranking, 1):
-        following = result.ranking[rank : rank + 1]
-        beats = [f"{result.win_probability[index][other]:.2f}" for other in following]
-        table.add_row(f"{rank:>7}: {_short(answers[index], 21)}", *_numbers(result.scores[index]), *beats)
+        beats = [f"{result.win_probability[index][other]:.2f}" for other in result.ranking[rank : rank + 1]]
+        table.add_row(str(rank), Text(answers[index]), f"{result.scores[index].score:.3f}", *beats)
     console.print(table)
+    console.print(f"{verdict_of(result).sentence}.\n", highlight=False)
+
+
+def show_summary(marks: Counter[str], model: str, console: Console) -> None:
+    """How many questions the judge got right, and what to do next."""
+    others = {CLOSE: "too close to call", WRONG: "the other way round", FAILED: "not judged"}
+    rest = "".join(f", {marks[mark]} {words}" for mark, words in others.items() if marks[mark])
+    total = sum(marks.values())
+    colour = COLOURS[RIGHT if marks[RIGHT] == total else CLOSE if marks[RIGHT] > total / 2 else WRONG]
+    line = f"{marks[RIGHT]} of {total} right answers score above the wrong one{rest}."
+    console.print(Text(line, f"bold {colour}"))
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else sys.executable
+    # Whole lines, to be copied.
+    steps = (
+        "",
+        "Next, a service of your own with a page to try it on, http://127.0.0.1:8000:",
+        f"  {python} -m service --model {model}",
+        "and a request to it:",
+        "  curl localhost:8000/score -H 'content-type: application/json' \\",
+        """    -d '{"prompt": "What is 2+2?", "response": "4"}'""",
+    )
+    for step in steps:
+        console.print(step, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
