@@ -37,7 +37,8 @@ from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.pairs import make_pairs
 from trainer.policy.models import choose_device, choose_dtype, load_model, quiet_libraries
-from trainer.policy.samplers import SampleSettings, make_sampler, response_seed
+from trainer.policy.requests import SampleSettings, response_seed
+from trainer.policy.samplers import make_sampler
 from trainer.policy.sampling import distinct_samples, sampling_request
 from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.records import Instruction, Sample

@@ -19,7 +19,7 @@ from trainer.instructions.selection import InstructionOptions
 from trainer.labels.judges import DEFAULT_COMMAND
 from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.policy.models import DTYPES, DType
-from trainer.policy.samplers import SampleSettings
+from trainer.policy.requests import SampleSettings, add_server_flags, server_from
 from trainer.run.stages import content_digest
 from trainer.tuning.dpo import PRESETS, DPOSettings, preset
 from trainer.tuning.hub import Upload, add_hub_flags
@@ -60,6 +60,8 @@ class LoopSettings:
             raise ValueError("--rounds must be 1 or more")
         if not 0 <= self.dpo_held_out < 1:
             raise ValueError("--dpo-held-out must be 0 or more and below 1")
+        if self.sampling.server is not None and self.rounds > 1:
+            raise ValueError("--sampler-url has the first round's policy only: with --rounds take --sampler vllm")
         if self.sampling.samples < 2:
             raise ValueError("--samples must be 2 or more: a pair needs two responses")
         # The judge of the evaluation would be the model before SFT, which may not answer yet.
@@ -75,8 +77,9 @@ class LoopSettings:
 
     @property
     def answering(self) -> OneResponse:
-        """How held-out instructions are answered: as the policy is sampled, but once."""
-        return OneResponse(**{**asdict(self.sampling), "samples": 1})
+        """How held-out instructions are answered: as the policy is sampled, but once, and never by a running server,
+        which has one of the two models."""
+        return OneResponse(**{**asdict(self.sampling), "samples": 1, "server": None})
 
     def described(self, *parts: str) -> dict[str, Any]:
         """What decides the results of a round, by `part.key`, as config.json holds it; only these parts if given.
@@ -117,7 +120,7 @@ def settings_from(args: argparse.Namespace) -> LoopSettings:
         output=args.output,
         rounds=args.rounds,
         instructions=InstructionOptions(**{**given(args, InstructionOptions), **instructions}),
-        sampling=SampleSettings(**given(args, SampleSettings)),
+        sampling=SampleSettings(**given(args, SampleSettings), server=server_from(args)),
         labels=LabelOptions(**{**given(args, LabelOptions), "judge": judge}),
         pairs=PairOptions(**given(args, PairOptions)),
         dpo=preset(args.preset, **given(args, DPOSettings)),
@@ -142,7 +145,9 @@ def add_loop_flags(parser: argparse.ArgumentParser) -> None:
     """All flags of the loop."""
     _add_run_flags(parser)
     _add_judge_flags(parser)
-    add_flags(parser.add_argument_group("sampling"), SampleSettings, omit=_SHARED)
+    sampling = parser.add_argument_group("sampling")
+    add_flags(sampling, SampleSettings, omit=_SHARED)
+    add_server_flags(sampling)
     add_flags(parser.add_argument_group("pairs"), PairOptions)
     training = parser.add_argument_group("training (DPO)")
     training.add_argument(

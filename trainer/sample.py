@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.errors import InputError
 from trainer.flags import add_flags, add_run_flags, given
 from trainer.policy.models import model_identity
-from trainer.policy.samplers import SampleSettings
+from trainer.policy.requests import SampleSettings, add_server_flags, server_from
 from trainer.policy.sampling import sample_responses
 from trainer.programs import perform_stage, reading_input, run_program
 from trainer.run.files import read_records
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    settings = SampleSettings(**given(args, SampleSettings))
+    settings = SampleSettings(**given(args, SampleSettings), server=server_from(args))
     with reading_input():
         instructions = read_records(args.instructions, Instruction)[: args.limit]
     if not instructions:
@@ -55,13 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.sample",
         description="Sample a model's responses to each instruction of a file into OUTPUT/samples.jsonl.",
-        epilog="Responses are written batch by batch; after an interruption, repeat the command to resume.",
+        epilog="Responses are written as they come; after an interruption, repeat the command to resume.",
     )
     parser.add_argument(
         "--instructions", type=Path, required=True, metavar="FILE", help="JSON lines with id, prompt, category"
     )
     add_run_flags(parser, "instructions")
-    add_flags(parser.add_argument_group("sampling"), SampleSettings)
+    group = parser.add_argument_group("sampling")
+    add_flags(group, SampleSettings)
+    add_server_flags(group)
     return parser
 
 

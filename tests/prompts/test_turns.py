@@ -22,7 +22,7 @@ from tests.support.tiny import CHAT_TEMPLATE, make_tiny_model, tiny_tokenizer
 from tests.support.training import TOY, said, toy_preferences, toy_settings
 from trainer.errors import InputError
 from trainer.labels.pairs import make_pairs
-from trainer.policy.samplers import SampleSettings
+from trainer.policy.requests import SampleSettings
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from tests.support.tiny import greedy_tokens, make_tiny_model
 from tests.support.training import with_nan
 from trainer.errors import InputError, ModelError, StageError
 from trainer.policy.models import load_model
-from trainer.policy.samplers import SampleSettings, response_seed
+from trainer.policy.requests import SampleSettings, response_seed
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.policy.tokenizers import chat_ids, load_tokenizer
 from trainer.run.files import read_records
@@ -137,38 +135,6 @@ def test_every_sample_has_a_seed_of_its_own() -> None:
 
     assert len({response_seed(*name) for name in names}) == 8
     assert response_seed(1, "a", 0) == 2467557379929174221
-
-
-class FakeLLM:
-    """vLLM's LLM: each response is the token of its number in the batch, then a stop token."""
-
-    def __init__(self, seeds: list[int]) -> None:
-        self._seeds = seeds
-
-    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[SimpleNamespace]:
-        """One output per prompt, each with one completion."""
-        assert len(prompts) == len(params)
-        assert not use_tqdm
-        self._seeds += [one.seed for one in params]
-        return [
-            SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=[40 + number, one.stop_token_ids[0]], finish_reason="stop")]
-            )
-            for number, one in enumerate(params)
-        ]
-
-
-def test_vllm_draws_each_response_with_its_own_seed(samples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stop token that it leaves at the end of a response is cut off."""
-    seeds: list[int] = []
-    fake = SimpleNamespace(LLM=lambda **_: FakeLLM(seeds), SamplingParams=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-
-    lines = read_records(samples(sampler="vllm", samples=2, seed=5), Sampled)
-
-    assert sorted(seeds) == sorted(response_seed(5, one.id, k) for one in INSTRUCTIONS for k in (0, 1))
-    assert {(line.tokens, line.finish, line.copies) for line in lines} == {(1, "stop", 1)}
-    assert len(lines) == 2 * len(INSTRUCTIONS)
 
 
 def test_a_model_with_nan_weights_samples_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from trainer.evaluation.verdicts import MODES, Duel, VerdictOptions, judge_duels
 from trainer.labels.labelers import JudgeOptions
 from trainer.policy.model_ref import ModelRef
 from trainer.policy.models import resolve_model
-from trainer.policy.samplers import SampleSettings
+from trainer.policy.requests import SampleSettings
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.run.files import read_records, write_json, write_record
 from trainer.run.model_files import same_weights

@@ -1,8 +1,9 @@
-"""Instructions to responses: k samples of the policy for each, in its chat template, batch by batch.
+"""Instructions to responses: k samples of the policy for each, in its chat template.
 
 A response depends on the seed, its instruction's id and its number, not on the other responses, except through rounding
-(see service/engine/torch/decoding.py). Batches are fixed by the instructions' lengths, so that a resumed run makes the
-same batches as an undisturbed one: a batch is on disk as a whole, or is generated again. Equal responses to one
+(see service/engine/torch/decoding.py). In this process batches are fixed by the instructions' lengths, so that a
+resumed run makes the same batches as an undisturbed one: a batch is on disk as a whole, or is generated again. A server
+(server.py) makes batches of its own, and its responses are on disk instruction by instruction. Equal responses to one
 instruction are kept once, and counted in `copies`. A response ends at the model's end-of-sequence tokens, and where its
 chat template ends a turn (client/chat.py). A model without a chat template gets a plain one (load_tokenizer), and its
 response is cut before the next "User:".
@@ -14,21 +15,34 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from client.chat import own_turn, turn_end
+from client.chat import own_turn, stop_ids, turn_end
 from client.runs.progress import OnProgress, Progress
 from client.schema import Message
 from client.texts import is_blank
 from trainer.errors import InputError, ModelError
+from trainer.policy.completions import Reply
 from trainer.policy.models import context_length, release_memory, resolve_model
-from trainer.policy.samplers import Generated, Sampler, SampleSettings, SamplingRequest, make_sampler, response_seed
+from trainer.policy.requests import (
+    Generated,
+    Sampler,
+    SamplerServer,
+    SampleSettings,
+    SamplingRequest,
+    response_seed,
+)
+from trainer.policy.samplers import make_sampler, serving_policy, uses_vllm
+from trainer.policy.server import Policy, sample_from_server
 from trainer.policy.tokenizers import BASE_STOPS, chat_ids, has_base_template, load_tokenizer
 from trainer.run.files import appending, read_records, write_records
 from trainer.run.progress import ignore_progress
 from trainer.run.records import Instruction, Sample
+
+SERVER_LOG: Final = "sampler.log"
 
 
 class Sampled(Sample):
@@ -39,10 +53,14 @@ class Sampled(Sample):
 
 @dataclass(frozen=True, slots=True)
 class SampleStats:
-    """The outcome of sampling. `samples = written + duplicates`; `tokens` and `seconds` are this process's only."""
+    """The outcome of sampling. `samples = written + duplicates`; `tokens` and `seconds` are this process's only.
+
+    `instructions` have samples; `too_long` have none as they leave no room, `failed` as a server gave none.
+    """
 
     instructions: int
     too_long: int
+    failed: int
     samples: int
     written: int
     duplicates: int
@@ -72,15 +90,11 @@ def sample_responses(
     requests = [sampling_request(tokenizer, instruction, settings) for instruction in instructions]
     fitting = _fitting(requests, folder, settings.max_new_tokens)
     done = _resume(output, fitting, settings.samples)
-    started, tokens = time.monotonic(), 0
-    if len(done) < len(fitting):
-        rows, sampler = make_sampler(folder, tokenizer, settings)
-        batches = _batches(fitting, max(1, (settings.rows or rows) // settings.samples))
-        tokens = _sample_batches(batches, done, sampler, tokenizer, output, on_progress)
-        del sampler  # it holds the model
-        release_memory()
+    started, writer = time.monotonic(), _Writer(output, tokenizer, len(fitting), done, on_progress)
+    failed = _sample_missing(str(model), folder, fitting, settings, writer) if len(done) < len(fitting) else 0
     lines = read_records(output, Sampled) if fitting else []
-    return _stats(lines, len(requests) - len(fitting), tokens, time.monotonic() - started)
+    left_out = len(requests) - len(fitting)
+    return _stats(lines, left_out, failed, writer.tokens, time.monotonic() - started)
 
 
 def sampling_request(tokenizer: Any, instruction: Instruction, settings: SampleSettings) -> SamplingRequest:
@@ -89,10 +103,10 @@ def sampling_request(tokenizer: Any, instruction: Instruction, settings: SampleS
     if settings.system is not None:
         turns.insert(0, Message(role="system", content=settings.system))
     seeds = [response_seed(settings.seed, instruction.id, sample) for sample in range(settings.samples)]
-    return SamplingRequest(instruction.id, chat_ids(tokenizer, turns), seeds)
+    return SamplingRequest(instruction.id, chat_ids(tokenizer, turns), seeds, tuple(turns))
 
 
-def distinct_samples(instruction_id: str, responses: Sequence[Generated], tokenizer: Any) -> list[Sampled]:
+def distinct_samples(instruction_id: str, responses: Sequence[Generated | Reply], tokenizer: Any) -> list[Sampled]:
     """One instruction's samples, equal texts merged: of these the first that ended stands for all."""
     groups: defaultdict[str, list[Sample]] = defaultdict(list)
     for number, response in enumerate(responses):
@@ -102,7 +116,7 @@ def distinct_samples(instruction_id: str, responses: Sequence[Generated], tokeni
                 id=instruction_id,
                 sample=number,
                 response=text,
-                tokens=len(response.token_ids),
+                tokens=_length(response, tokenizer),
                 finish="stop" if ended else "length",
             )
         )
@@ -110,11 +124,22 @@ def distinct_samples(instruction_id: str, responses: Sequence[Generated], tokeni
     return [Sampled(**first.model_dump(), copies=copies) for first, copies in firsts]
 
 
-def _own_text(response: Generated, tokenizer: Any) -> tuple[str, bool]:
+def _length(response: Generated | Reply, tokenizer: Any) -> int:
+    """In tokens, without the one that ended it; counted here if the server did not say."""
+    if isinstance(response, Generated):
+        return len(response.token_ids)
+    return len(tokenizer(response.text)["input_ids"]) if response.tokens is None else response.tokens
+
+
+def _own_text(response: Generated | Reply, tokenizer: Any) -> tuple[str, bool]:
     """The policy's own turn, without further turns it may have gone on to generate, and whether it ended."""
     base = has_base_template(tokenizer)
     stops = BASE_STOPS if base else turn_end(tokenizer).texts
-    text, ended = own_turn(tokenizer.decode(response.token_ids, skip_special_tokens=True), response.ended, stops)
+    if isinstance(response, Generated):
+        text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    else:
+        text = response.text
+    text, ended = own_turn(text, response.ended, stops)
     if base:  # the space after "Assistant:" is not part of the response
         text = text.strip() if ended else text.lstrip()
     return text, ended
@@ -150,47 +175,107 @@ def _resume(output: Path, requests: Sequence[SamplingRequest], samples: int) -> 
     return done
 
 
-def _batches(requests: Sequence[SamplingRequest], size: int) -> list[list[SamplingRequest]]:
-    """Longest prompts first, so that a lack of memory shows at once and the time left is over-estimated."""
-    ordered = sorted(requests, key=lambda request: (-len(request.token_ids), request.id))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def _sample_batches(
-    batches: Sequence[Sequence[SamplingRequest]],
-    done: Set[str],
-    sampler: Sampler,
-    tokenizer: Any,
-    output: Path,
-    on_progress: OnProgress,
+def _sample_missing(
+    name: str, folder: Path, requests: Sequence[SamplingRequest], settings: SampleSettings, writer: _Writer
 ) -> int:
-    """Append the samples of all instructions that are not `done`; the number of tokens generated.
+    """Write the samples of all requests that are not done; how many failed."""
+    # Longest prompts first, so that a lack of memory shows at once and the time left is over-estimated.
+    ordered = sorted(requests, key=lambda request: (-len(request.token_ids), request.id))
+    if settings.server is not None:
+        return _sample_remotely(settings.server, name, folder, ordered, settings, writer)
+    if uses_vllm(settings):
+        with serving_policy(folder, settings, writer.output.with_name(SERVER_LOG)) as server:
+            return _sample_remotely(server, name, folder, ordered, settings, writer)
+    rows, sampler = make_sampler(folder, writer.tokenizer, settings)
+    size = max(1, (settings.rows or rows) // settings.samples)
+    _sample_batches([ordered[start : start + size] for start in range(0, len(ordered), size)], sampler, writer)
+    del sampler  # it holds the model
+    release_memory()
+    return 0
 
-    A batch with anything missing is generated whole, because its shape decides the rounding, and so the texts.
-    """
-    progress = Progress(sum(map(len, batches)), len(done), len(done))
-    started, tokens = time.monotonic(), 0
-    on_progress(progress)
-    with appending(output) as append:
+
+def _sample_batches(batches: Sequence[Sequence[SamplingRequest]], sampler: Sampler, writer: _Writer) -> None:
+    """A batch with anything missing is generated whole, because its shape decides the rounding, and so the texts."""
+    with writer:
         for batch in batches:
-            missing = {request.id for request in batch} - done
-            if not missing:
-                continue
-            for request, responses in zip(batch, sampler(batch), strict=True):
-                tokens += sum(len(response.token_ids) + response.ended for response in responses)
-                for sample in distinct_samples(request.id, responses, tokenizer) if request.id in missing else ():
-                    append(sample)
-            progress.done += len(missing)
-            progress.note = f"{tokens / (time.monotonic() - started):.0f} tokens/s"
-            on_progress(progress)
-    return tokens
+            if any(writer.is_missing(request) for request in batch):
+                for request, responses in zip(batch, sampler(batch), strict=True):
+                    writer.write(request, responses)
+                writer.report()
 
 
-def _stats(lines: Sequence[Sampled], too_long: int, tokens: int, seconds: float) -> SampleStats:
+def _sample_remotely(
+    server: SamplerServer,
+    name: str,
+    folder: Path,
+    requests: Sequence[SamplingRequest],
+    settings: SampleSettings,
+    writer: _Writer,
+) -> int:
+    tokenizer = writer.tokenizer
+    policy = Policy(name, folder, stop_ids(tokenizer, folder), renders=not has_base_template(tokenizer))
+    missing = [request for request in requests if writer.is_missing(request)]
+
+    def on_responses(request: SamplingRequest, replies: list[Reply]) -> None:
+        writer.write(request, replies)
+        writer.report()
+
+    with writer:
+        failed = sample_from_server(server, policy, missing, settings, on_responses)
+    # Answers come in any order: the finished file is in that of the requests.
+    places = {request.id: place for place, request in enumerate(requests)}
+    lines = sorted(read_records(writer.output, Sampled), key=lambda line: (places[line.id], line.sample))
+    write_records(writer.output, lines)
+    return failed
+
+
+class _Writer:
+    """Appends the samples of the instructions that have none yet to the file, and counts all tokens generated."""
+
+    def __init__(self, output: Path, tokenizer: Any, total: int, done: Set[str], on_progress: OnProgress) -> None:
+        self.output, self.tokenizer, self.tokens = output, tokenizer, 0
+        self._done, self._on_progress = set(done), on_progress
+        self._progress = Progress(total, len(done), len(done))
+        self._started = time.monotonic()
+        self._files = ExitStack()
+
+    def __enter__(self) -> _Writer:
+        """Open the file."""
+        self._started = time.monotonic()
+        self._append = self._files.enter_context(appending(self.output))
+        self._on_progress(self._progress)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self._files.close()
+
+    def is_missing(self, request: SamplingRequest) -> bool:
+        """Whether its samples are not in the file."""
+        return request.id not in self._done
+
+    def write(self, request: SamplingRequest, responses: Sequence[Generated | Reply]) -> None:
+        """Append the request's samples unless the file has them."""
+        samples = distinct_samples(request.id, responses, self.tokenizer)
+        self.tokens += sum(_length(response, self.tokenizer) + response.ended for response in responses)
+        if self.is_missing(request):
+            for sample in samples:
+                self._append(sample)
+            self._done.add(request.id)
+            self._progress.done += 1
+
+    def report(self) -> None:
+        """Show how far it is."""
+        self._progress.note = f"{self.tokens / (time.monotonic() - self._started):.0f} tokens/s"
+        self._on_progress(self._progress)
+
+
+def _stats(lines: Sequence[Sampled], too_long: int, failed: int, tokens: int, seconds: float) -> SampleStats:
     samples = sum(line.copies for line in lines)
     return SampleStats(
         instructions=len({line.id for line in lines}),
         too_long=too_long,
+        failed=failed,
         samples=samples,
         written=len(lines),
         duplicates=samples - len(lines),
