@@ -72,8 +72,9 @@ class Judge(SyncCaller):
         Args:
             prompt: A text, or messages (dicts or `Message`) of which the last is the user's.
             response: The answer to judge.
-            **options: `category` or `template` (a name, or an InlineTemplate of your own), and `truncation`: "error"
-                (the default), "prompt_left" or "response_middle". See `ScoreRequest`.
+            **options: `category` or `template` (a name, a list of names that are all asked, or an InlineTemplate of
+                your own), and `truncation`: "error" (the default), "prompt_left" or "response_middle". See
+                `ScoreRequest`.
         """
         return self._send(calls.score(prompt, response, options))
 

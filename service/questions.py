@@ -148,7 +148,8 @@ class PromptSpec:
     """One judgement to be asked for: a layout, and the texts that fill its slots, in the order of the slots.
 
     Without a layout the judge reads the conversation itself, `answers` being its last turn. `fields` names the
-    `answers` as the request does, for error messages.
+    `answers` as the request does, and `label` the spec itself where the request has several about one text, for error
+    messages.
     """
 
     layout: Layout | None
@@ -156,6 +157,7 @@ class PromptSpec:
     answers: Sequence[str]
     truncation: Truncation = "error"
     fields: tuple[str, ...] = ("response",)
+    label: str | None = None
 
     @property
     def size(self) -> int:

@@ -25,7 +25,7 @@ from service.judge.pipeline import Pipeline
 from service.judge.provenance import Provenance, settings_digest
 from service.judge.score_cache import MemoryCache, redis_cache
 from service.judge.template_files import load_library
-from service.judge.templates import Template, TemplateLibrary
+from service.judge.templates import Panel, TemplateLibrary
 from service.loading.engines import check_engine, find_model, load_engine
 from service.loading.model import Model
 from service.process.hosts import AllowedHosts
@@ -177,7 +177,8 @@ def _service_fingerprint(settings: Settings, model: Model, prompts: Prompts) -> 
 def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) -> None:
     """Raise ServiceError if the default template does not fit the model; only log the others that do not."""
     mode = judge.modes[judge.own_mode]
-    prompts.check(None if mode is None else templates.default(mode))
+    for needed in (None,) if mode is None else templates.default_panel(mode).members:
+        prompts.check(needed)
     for template in templates.all():
         if template.name in OF_ONE_FAMILY:
             continue  # checked where --rerank-template names it
@@ -187,15 +188,16 @@ def check_templates(prompts: Prompts, templates: TemplateLibrary, judge: Judge) 
             log.warning("template unusable with this model", template=template.id, reason=error.message)
 
 
-def _rerank_template(settings: Settings, prompts: Prompts, templates: TemplateLibrary) -> Template:
+def _rerank_template(settings: Settings, prompts: Prompts, templates: TemplateLibrary) -> Panel:
     """The template for reranking; raises ServiceError if there is none, or if the one chosen does not fit the model."""
     try:
-        template = templates.get(settings.rerank_template)
+        panel = templates.panel(settings.rerank_template)
         if "rerank_template" in settings.model_fields_set:
-            prompts.check(template)
+            for template in panel.members:
+                prompts.check(template)
     except ServiceError as error:
         raise ServiceError(error.code, f"--rerank-template {settings.rerank_template}: {error.message}") from error
-    return template
+    return panel
 
 
 def _scores(settings: Settings, model: Model) -> Scores | None:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MIN_RESPONSES: Final = 2
 MAX_RESPONSES: Final = 16
 MAX_MESSAGES: Final = 256
 MAX_LABELS: Final = 8
 MAX_FIELDS: Final = 32
+MIN_MEMBERS: Final = 2
+MAX_MEMBERS: Final = 16
 
 Text: TypeAlias = Annotated[str, StringConstraints(min_length=1)]
 Name: TypeAlias = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Truncation: TypeAlias = Literal["error", "prompt_left", "response_middle"]
 Format: TypeAlias = Literal["chat", "raw"]
 CompareMode: TypeAlias = Literal["pointwise", "pairwise"]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("the templates of a panel must be distinct")
+    return names
+
+
+TemplateNames: TypeAlias = Annotated[
+    list[Name], Field(min_length=MIN_MEMBERS, max_length=MAX_MEMBERS), AfterValidator(_distinct)
+]
+"""A panel: every one of these templates is asked, and their log-odds are averaged."""
 
 
 class Request(BaseModel):
@@ -74,8 +88,10 @@ class JudgeRequest(Request):
     """The question as plain text, or a conversation whose last message is the user's."""
     category: Name | None = None
     """The kind of question, which selects a built-in template; see GET /templates."""
-    template: Name | InlineTemplate | None = None
-    """A template's name (`general` or `general@1`), or a template of your own. Not together with `category`."""
+    template: Name | TemplateNames | InlineTemplate | None = None
+    """A template's name (`general` or `general@1`), a list of 2 to 16 names, or a template of your own. With a list
+    each template is asked, and their log-odds are averaged: n judgements in place of one. Not together with
+    `category`."""
     truncation: Truncation = "error"
     """What to do with a text that is too long for the model: refuse it, cut the prompt from its left, or cut the middle
     of the response. The judge's question itself is never cut."""

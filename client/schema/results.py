@@ -13,6 +13,7 @@ Grade: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=5)]
 # At least 0 and in exact arithmetic at most 1; rounding may put a sum of probabilities a little above that.
 ProbabilityMass: TypeAlias = Annotated[FiniteFloat, Field(ge=0)]
 Digest: TypeAlias = Annotated[str | None, Field(exclude_if=lambda digest: digest is None)]
+Weight: TypeAlias = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class Result(BaseModel):
@@ -48,6 +49,20 @@ class Timing(Result):
     inference: float
 
 
+class PanelMember(Result):
+    """What one template of a panel says; the fields are those of a request that names this template alone."""
+
+    template: str
+    weight: Weight
+    """The panel's log-odds are the mean of its members', weighted by this."""
+    log_odds: FiniteFloat
+    score: Share
+    label_mass: ProbabilityMass
+
+
+PanelMembers: TypeAlias = Annotated[list[PanelMember] | None, Field(exclude_if=lambda members: members is None)]
+
+
 class ScoreResult(Result):
     """One judgement. Rank by `log_odds`, because `score` saturates at 0 and 1.
 
@@ -56,6 +71,10 @@ class ScoreResult(Result):
     `label_mass` the sum over the digits. `self-reward` that generates texts ending in a grade: `grade` is the mean over
     the texts with one, `score = (grade + 1/2) / 6`, which keeps log-odds finite, `label_mass` the share of these texts,
     `label_is_argmax` whether all texts had a grade. `reward-model`: `log_odds` is the head's raw logit, `label_mass` 1.
+
+    A panel of templates: `log_odds` is the weighted mean of its members', `label_mass` the smallest of theirs,
+    `yes_logprob` and `no_logprob` follow from these two, `label_is_argmax` is true if it is for all, `truncated` and
+    `floored` if they are for any; `usage` is the sum.
     """
 
     score: Share
@@ -73,7 +92,8 @@ class ScoreResult(Result):
     truncated: bool
     """Whether something was cut, as the request's `truncation` allowed."""
     template: str
-    """The template's name and version, e.g. `math@1`."""
+    """The template's name and version, e.g. `math@1`; of a list of templates all of them, e.g. `general@3,math@2`,
+    which requests may give as a name too."""
     model: str
     usage: Usage
     timing_ms: Timing
@@ -89,8 +109,10 @@ class ScoreResult(Result):
     floored: bool = False
     """Whether an upstream API left out a label's probability, and the service's `--floor` stood in for it."""
     asked_with: Digest = None
-    """Digest of how the model was asked: the template's text, which may change under one name and version, and the
-    judge's settings. Older services leave it out."""
+    """Digest of how the model was asked: the template's text, which may change under one name and version (of a panel
+    all texts and weights), and the judge's settings. Older services leave it out."""
+    panel: PanelMembers = None
+    """What each template of a panel says; absent where one template was asked."""
 
 
 class ResponseScore(Result):
@@ -111,6 +133,8 @@ class ResponseScore(Result):
     samples: SampleCount | None = None
     floored: bool = False
     """pairwise: whether any of its judgements was floored."""
+    panel: PanelMembers = None
+    """As in ScoreResult; pairwise: means, as above."""
 
 
 class PositionBias(Result):
@@ -211,11 +235,25 @@ class TemplateInfo(Result):
     grades: list[str] | None = None
 
 
+class PanelInfo(Result):
+    """A panel of templates that requests may name like a template."""
+
+    name: str
+    version: int
+    mode: Literal["pointwise", "pairwise"]
+    members: list[str]
+    """The templates that are asked."""
+    weights: list[Weight]
+    """Those of the members' log-odds in the mean, in the same order."""
+
+
 class TemplatesResult(Result):
-    """Every template of this service, and the categories that requests may name."""
+    """Every template and panel of this service, and the categories that requests may name."""
 
     templates: list[TemplateInfo]
     categories: list[str]
+    panels: Annotated[list[PanelInfo], Field(exclude_if=lambda panels: not panels)] = []
+    """Absent where there are none."""
 
 
 class WorkerStatus(Result):

@@ -42,7 +42,7 @@ class ScoreOptions(TypedDict, total=False):
     """How to judge; the fields of `ScoreRequest` with the same names."""
 
     category: str | None
-    template: str | InlineTemplate | Mapping[str, Any] | None
+    template: str | Sequence[str] | InlineTemplate | Mapping[str, Any] | None
     truncation: Truncation
 
 

@@ -11,13 +11,14 @@ from client.schema import (
     Labels,
     ModelName,
     ModelsResult,
+    PanelInfo,
     ReadyResult,
     TemplateInfo,
     TemplatesResult,
     WorkerStatus,
 )
 from service.http.routing import EVERYWHERE, GUARDED, Service, documented
-from service.judge.templates import Template
+from service.judge.templates import Panel, Template
 from service.queue.contract import WorkerInfo
 
 
@@ -28,7 +29,11 @@ def add_information_routes(app: FastAPI, service: Service) -> None:
     async def templates() -> TemplatesResult:
         """The templates that a request may name, and the categories."""
         library = service.wire.templates
-        return TemplatesResult(templates=[_template_info(t) for t in library.all()], categories=library.categories())
+        return TemplatesResult(
+            templates=[_template_info(template) for template in library.all()],
+            categories=library.categories(),
+            panels=[_panel_info(panel) for panel in library.panels()],
+        )
 
     @app.get("/v1/models", responses=documented(*GUARDED), tags=["information"])
     async def models() -> ModelsResult:
@@ -77,4 +82,14 @@ def _template_info(template: Template) -> TemplateInfo:
         instruction=template.instruction,
         labels=Labels(yes=list(template.yes), no=list(template.no)) if template.yes else None,
         grades=list(template.grades) or None,
+    )
+
+
+def _panel_info(panel: Panel) -> PanelInfo:
+    return PanelInfo(
+        name=panel.name,
+        version=panel.version,
+        mode="pairwise" if panel.mode == "pairwise" else "pointwise",
+        members=[member.id for member in panel.members],
+        weights=list(panel.weights),
     )

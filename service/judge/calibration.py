@@ -7,9 +7,11 @@ from pathlib import Path
 
 from client import calibration
 from client.calibration import CalibrationError, TemplateCalibration
+from client.errors import ErrorCode
+from service.errors import ServiceError
 from service.judge.judges import REWARD_TEMPLATE
 from service.judge.provenance import Provenance
-from service.judge.templates import TemplateLibrary
+from service.judge.templates import Panel, TemplateLibrary
 
 
 def load_all(
@@ -21,11 +23,6 @@ def load_all(
     asking, or has a template that this service does not know, that is pairwise, or that an earlier file has too.
     """
     fingerprint = provenance.fingerprint
-    asked_with = {t.id: provenance.asked_with(t) for t in templates.all()} or {
-        REWARD_TEMPLATE: provenance.asked_with(None)
-    }
-    # Only a reward model has no templates.
-    modes: dict[str, str] = {t.id: t.mode for t in templates.all()} or {REWARD_TEMPLATE: "pointwise"}
     found: dict[str, TemplateCalibration] = {}
     sources: dict[str, Path] = {}
     for path in paths:
@@ -36,12 +33,9 @@ def load_all(
                 f"this service's model is {fingerprint}: fit it again with python -m client.calibrate"
             )
         for name, fitted in file.templates.items():
-            problem = _problem(modes.get(name), sources.get(name))
-            if not problem and fitted.asked_with not in (None, asked_with[name]):
-                problem = (
-                    "was fitted to another text of it, or to other settings of the judge, than this service has: fit "
-                    "it again with python -m client.calibrate"
-                )
+            problem = _problem(name, fitted, provenance, templates)
+            if name in sources:
+                problem = f"is already calibrated in {sources[name]}"
             if problem:
                 raise CalibrationError(f"{path}: template {name} {problem}")
             sources[name] = path
@@ -49,9 +43,27 @@ def load_all(
     return found
 
 
-def _problem(mode: str | None, earlier: Path | None) -> str | None:
-    if mode is None:
+def _problem(name: str, fitted: TemplateCalibration, provenance: Provenance, templates: TemplateLibrary) -> str | None:
+    """Why this service cannot use a template's calibration; None if it can."""
+    try:
+        panel = _judged_by(name, provenance, templates)
+    except ServiceError:
         return "is not known to this service; GET /templates lists those that are"
-    if mode == "pairwise":
+    if panel and panel.mode == "pairwise":
         return "is pairwise, and only judgements of single responses are calibrated"
-    return f"is already calibrated in {earlier}" if earlier else None
+    if fitted.asked_with not in (None, provenance.asked_with(panel)):
+        return (
+            "was fitted to another text of it, or to other settings of the judge, than this service has: fit it again "
+            "with python -m client.calibrate"
+        )
+    return None
+
+
+def _judged_by(name: str, provenance: Provenance, templates: TemplateLibrary) -> Panel | None:
+    """What results call by this name; None for a reward model, which has no templates. Raises ServiceError."""
+    if not provenance.judge.template_modes and name == REWARD_TEMPLATE:
+        return None
+    panel = templates.panel(name)
+    if panel.id != name or panel.mode not in provenance.judge.template_modes:
+        raise ServiceError(ErrorCode.TEMPLATE_NOT_FOUND, "not what this service's results call a template")
+    return panel

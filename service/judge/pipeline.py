@@ -95,7 +95,7 @@ class Pipeline:
             try:
                 judged[one.group].append(self._read(one, list(islice(replies, self._reader.samples))))
             except ServiceError as error:
-                failed.setdefault(one.group, error)
+                failed.setdefault(one.group, _named(error, one.spec))
         self._metrics.judged([judgement.label_mass for group in judged for judgement in group])
         return [failed.get(number) or group for number, group in enumerate(judged)]
 
@@ -243,7 +243,9 @@ class _Remembered:
 
 
 def _named(error: ServiceError, spec: PromptSpec) -> ServiceError:
-    """The error about a response, with the name that the request has for it: the longest one of the prompt."""
+    """The error in the request's names: of a response, the longest one of the prompt, and of the spec if it has one."""
     if error.param == "response":
         error.param = spec.fields[max(range(len(spec.answers)), key=lambda index: len(spec.answers[index]))]
+    if spec.label is not None:
+        error.message = f"{spec.label}: {error.message}"
     return error

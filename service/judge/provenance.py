@@ -10,7 +10,7 @@ from hashlib import sha256
 
 from client.calibration import TemplateCalibration
 from service.judge.judges import YES_NO, Judge
-from service.judge.templates import Template
+from service.judge.templates import Panel, Template
 
 # Of the digests that say how a judgement was asked for.
 _DIGITS = 16
@@ -34,7 +34,7 @@ class Provenance:
         calibration = self.calibrations.get(template)
         return calibration.apply(log_odds) if calibration else None
 
-    def asked_with(self, template: Template | None) -> str:
+    def asked_with(self, template: Template | Panel | None) -> str:
         """See ScoreResult."""
         return _digest(self.settings, template.digest if template else None)
 

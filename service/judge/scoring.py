@@ -42,6 +42,19 @@ class Cost:
     completion_tokens: int = 0
     truncated: bool = False
 
+    @classmethod
+    def together(cls, costs: Sequence[Cost]) -> Cost:
+        """Of several judgements: the sum of their tokens, and the slowest one's times."""
+        return cls(
+            tokenize=max(cost.tokenize for cost in costs),
+            queued=max(cost.queued for cost in costs),
+            inference=max(cost.inference for cost in costs),
+            prompt_tokens=sum(cost.prompt_tokens for cost in costs),
+            cached_tokens=sum(cost.cached_tokens for cost in costs),
+            completion_tokens=sum(cost.completion_tokens for cost in costs),
+            truncated=any(cost.truncated for cost in costs),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -50,7 +63,8 @@ class Judgement:
     `yes_logprob` and `no_logprob` are the two sides that the options' weights add up to, `logprobs` the options
     themselves, in the question's order; empty where a judge reads no labels. `exact_log_odds` is set where the log-odds
     are known first, so that rounding changes neither them nor a tie. `grade` (from 0) is the expected level of a scale,
-    `samples` is set where grades were read from text; `floored` as in LabelLogprobs.
+    `samples` is set where grades were read from text; `floored` as in LabelLogprobs. `members` are the judgements that
+    a panel's was made of, each by another template.
     """
 
     yes_logprob: float
@@ -62,6 +76,7 @@ class Judgement:
     samples: Samples | None = None
     logprobs: tuple[float, ...] = ()
     cost: Cost = Cost()
+    members: tuple[Judgement, ...] = ()
 
     @property
     def log_odds(self) -> float:
@@ -155,6 +170,26 @@ def parsed_judgement(grades: Sequence[int | None]) -> Judgement | None:
 def logit_judgement(logit: float) -> Judgement:
     """A reward model's logit is the log-odds (Bradley-Terry). Other tokens get nothing: `label_mass` is 1."""
     return Judgement(-softplus(-logit), -softplus(logit), label_is_argmax=True, exact_log_odds=logit)
+
+
+def panel_judgement(members: Sequence[Judgement], weights: Sequence[float]) -> Judgement:
+    """Several judgements of one text as one: their log-odds' mean, `Σ w·z / Σ w`, with positive weights.
+
+    That is the logarithm of the odds' weighted geometric mean (a logarithmic opinion pool). `label_mass` is the
+    smallest of the members': the panel is as much to be trusted as the question that the model least meant to answer.
+    """
+    pairs = zip(weights, members, strict=True)
+    log_odds = math.fsum(weight * member.log_odds for weight, member in pairs) / math.fsum(weights)
+    mass = min(logsumexp((member.yes_logprob, member.no_logprob)) for member in members)
+    return Judgement(
+        yes_logprob=mass - softplus(-log_odds),
+        no_logprob=mass - softplus(log_odds),
+        label_is_argmax=all(member.label_is_argmax for member in members),
+        exact_log_odds=log_odds,
+        floored=any(member.floored for member in members),
+        cost=Cost.together([member.cost for member in members]),
+        members=tuple(members),
+    )
 
 
 def softplus(value: float) -> float:

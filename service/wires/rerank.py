@@ -19,7 +19,7 @@ from client.schema import ErrorBody, Result, ScoreRequest, ScoreResult, Text, Tr
 from service.errors import ServiceError
 from service.judge.dispatch import Call
 from service.judge.judges import Judge
-from service.judge.templates import Template
+from service.judge.templates import Panel
 from service.wires.bodies import WireRequest
 from service.wires.names import as_text, invalid, judged
 from service.wires.native import NativeWire
@@ -208,8 +208,8 @@ class Ranking:
 class RerankWire:
     """Answers rerank requests by score requests."""
 
-    def __init__(self, wire: NativeWire, judge: Judge, template: Template) -> None:
-        """`template` is what a judge with templates asks about each document."""
+    def __init__(self, wire: NativeWire, judge: Judge, template: Panel) -> None:
+        """`template` is what a judge with templates asks about each document: one template, or several."""
         self._wire = wire
         self._judge = judge
         self._template = template

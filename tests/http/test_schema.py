@@ -86,13 +86,18 @@ GRADED_RESULT = {
     "floored": True,
     "asked_with": "89ab",
 }
+MEMBERS = [
+    {"template": "general@3", "weight": 1.0, "log_odds": 1.0, "score": 0.73, "label_mass": 0.9},
+    {"template": "math@2", "weight": 2.0, "log_odds": -0.5, "score": 0.38, "label_mass": 0.8},
+]
+PANEL_RESULT = {**SCORE_RESULT, "template": "general@3,math@2", "panel": MEMBERS}
 FARED = {"label_mass": 0.9, "calibrated": None, "grade": None, "samples": None, "floored": False}
 COMPARE_RESULT = {
     "best": 1,
     "ranking": [1, 0],
     "scores": [
         {"score": 0.25, "log_odds": -1.0986, "truncated": False, **FARED},
-        {"score": 0.75, "log_odds": 1.0986, "truncated": True, **FARED},
+        {"score": 0.75, "log_odds": 1.0986, "truncated": True, **FARED, "panel": MEMBERS},
     ],
     "win_probability": [[0.5, 0.25], [0.75, 0.5]],
     "tie": False,
@@ -133,11 +138,13 @@ MODEL = {
 }
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ScoreRequest, SCORE_FULL),
+    (ScoreRequest, {**SCORE_FULL, "template": ["general@3", "math"]}),
     (CompareRequest, COMPARE_FULL),
     (ScoreBatchRequest, {"items": [SCORE_FULL]}),
     (CompareBatchRequest, {"items": [COMPARE_FULL]}),
     (ScoreResult, SCORE_RESULT),
     (ScoreResult, GRADED_RESULT),
+    (ScoreResult, PANEL_RESULT),
     (CompareResult, COMPARE_RESULT),
     (
         ScoreBatchResult,
@@ -157,6 +164,16 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
                 {"name": "stars", "version": 1, "mode": "graded", **TEMPLATE, "labels": None, "grades": list("012345")},
             ],
             "categories": ["general", "math"],
+        },
+    ),
+    (
+        TemplatesResult,
+        {
+            "templates": [],
+            "categories": [],
+            "panels": [
+                {"name": "both", "version": 1, "mode": "pointwise", "members": ["a@1", "b@1"], "weights": [1.0, 0.5]}
+            ],
         },
     ),
     (
@@ -256,8 +273,8 @@ def test_fields_of_later_versions_may_be_missing() -> None:
     later = [name for name, info in ScoreResult.model_fields.items() if not info.is_required()]
     result = ScoreResult.model_validate({k: v for k, v in SCORE_RESULT.items() if k not in later})
 
-    assert later == ["calibrated", "fingerprint", "grade", "samples", "floored", "asked_with"]
-    assert [getattr(result, name) for name in later] == [None, None, None, None, False, None]
+    assert later == ["calibrated", "fingerprint", "grade", "samples", "floored", "asked_with", "panel"]
+    assert [getattr(result, name) for name in later] == [None, None, None, None, False, None, None]
 
 
 # Errors.

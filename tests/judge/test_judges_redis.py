@@ -24,7 +24,7 @@ def server() -> Iterator[RedisServer]:
 
 
 def test_judges_of_one_task_share_a_worker_and_others_do_not(server: RedisServer, tmp_path: Path) -> None:
-    """A yes-no worker serves an API that compares pairs; a reward model's API waits for a worker of its own."""
+    """A yes-no worker serves an API that compares pairs, by several questions too; a reward model's API waits."""
     with Fleet(tmp_path, "--queue-url", server.url) as fleet:
         fleet.worker()
         pairwise = fleet.api("--judge", "pairwise")
@@ -32,10 +32,15 @@ def test_judges_of_one_task_share_a_worker_and_others_do_not(server: RedisServer
         reward = fleet.api("--judge", "reward-model")
         assert wait_for(lambda: reward.status("/health") == 200, 60)
 
-        answer = httpx.post(f"{pairwise.url}/compare", json={"prompt": "2+2?", "responses": ["4", "5"]}, timeout=30)
+        answers = [
+            httpx.post(f"{pairwise.url}/compare", json={"prompt": "2+2?", "responses": ["4", "5"], **how}, timeout=30)
+            for how in ({}, {"template": "pairwise-math"}, {"template": ["pairwise-general", "pairwise-math"]})
+        ]
         waiting = reward.status("/ready")
 
-    assert (answer.status_code, answer.json()["mode"]) == (200, "pairwise")
+    assert {(answer.status_code, answer.json()["mode"]) for answer in answers} == {(200, "pairwise")}
+    one, other, panel = (answer.json()["scores"][0]["log_odds"] for answer in answers)
+    assert panel == pytest.approx((one + other) / 2, abs=1e-12)
     assert waiting == 503
 
 

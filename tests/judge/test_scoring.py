@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from client.stats import logsumexp, sigmoid
 from service.engine.contract import LabelLogprobs
 from service.judge.scoring import (
+    Cost,
     Judgement,
     Samples,
     compare_pairwise,
     compare_pointwise,
     label_judgement,
     logit_judgement,
+    panel_judgement,
     parsed_judgement,
 )
 from service.questions import Predicate, Scale
@@ -217,3 +219,41 @@ def test_a_judge_that_always_prefers_the_first_flips_and_ties() -> None:
     assert comparison.tie
     assert comparison.scores == pytest.approx((0.5, 0.5, 0.5))
     assert (effect.pairs, effect.flips, effect.first_log_odds) == (3, 3, 2.0)
+
+
+# Panels.
+
+
+@given(st.lists(st.tuples(LOGPROBS, LOGPROBS, st.floats(min_value=1e-6, max_value=1e6)), min_size=2, max_size=16))
+def test_a_panel_is_the_weighted_mean_of_its_members(said: list[tuple[float, float, float]]) -> None:
+    """Within the members' range, of the smallest mass, whatever the order, and never NaN."""
+    members = [Judgement(yes, no, label_is_argmax=True) for yes, no, _ in said]
+    weights = [weight for *_, weight in said]
+
+    panel = panel_judgement(members, weights)
+
+    log_odds = [member.log_odds for member in members]
+    assert min(log_odds) - 1e-9 <= panel.log_odds <= max(log_odds) + 1e-9
+    assert panel.label_mass == pytest.approx(min(member.label_mass for member in members), rel=1e-9)
+    assert panel_judgement(members[::-1], weights[::-1]).log_odds == panel.log_odds
+
+
+def test_a_panels_flags_are_the_worst_of_its_members() -> None:
+    """Floored if any is, an answer if all are; tokens add up, and times are the slowest one's."""
+    one = Judgement(-0.5, -1.0, label_is_argmax=True, cost=Cost(0.1, 0.5, 1.0, 100, 20))
+    other = Judgement(-2.0, -1.0, label_is_argmax=False, floored=True, cost=Cost(0.2, 0.1, 2.0, 50, 50, truncated=True))
+
+    panel = panel_judgement([one, other], [1, 3])
+
+    assert panel.log_odds == (0.5 - 3.0) / 4
+    assert (panel.label_is_argmax, panel.floored) == (False, True)
+    assert panel.cost == Cost(0.2, 0.5, 2.0, 150, 70, truncated=True)
+    assert panel.members == (one, other)
+
+
+def test_a_panel_of_tiny_masses_has_finite_logprobs() -> None:
+    """Labels that the model all but excludes underflow as probabilities, and not as logarithms."""
+    panel = panel_judgement([Judgement(-900.0, -905.0, label_is_argmax=False)] * 2, [1, 1])
+
+    assert (panel.log_odds, panel.label_mass) == (5.0, 0.0)
+    assert panel.yes_logprob - panel.no_logprob == pytest.approx(5.0)

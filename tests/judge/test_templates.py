@@ -221,6 +221,59 @@ def test_a_bad_file_is_refused_by_file_and_template(tmp_path: Path, change: dict
 
 
 @pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"members": []}, "at least 2"),
+        ({"members": ["general@1"]}, "at least 2"),
+        ({"members": [f"general@{n}" for n in range(17)]}, "at most 16"),
+        ({"members": ["general@1", "general@1"]}, "distinct"),
+        ({"members": ["general@1", "general@98"]}, "no template general@98"),
+        ({"members": ["general@1", "general"]}, "name and version"),
+        ({"members": ["general@1", "two@1"]}, "no template two@1"),
+        ({"members": ["general@1", "pairwise-general@1"]}, "one mode"),
+        ({"members": ["self-reward@1", "stars@1"]}, "pointwise or pairwise"),
+        ({"weights": [1]}, "1 weights for 2 members"),
+        ({"weights": [1, -1]}, "greater than 0"),
+        ({"weights": [0, 0]}, "greater than 0"),
+        ({"weights": [1, float("nan")]}, "finite"),
+        ({"weights": [1, float("inf")]}, "finite"),
+        ({"weights": ["much", 1]}, "number"),
+        ({"name": "inline"}, "inline"),
+        ({"name": "a,b"}, "pattern"),
+        ({"name": "general"}, "already defined"),
+        ({"category": "code"}, "belongs to code"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_panel_is_refused_by_file_and_name(tmp_path: Path, change: dict[str, Any], problem: str) -> None:
+    """Members that cannot be averaged, and weights that are none."""
+    path = tmp_path / "own.json"
+    panel = {"name": "two", "version": 1, "members": ["general@1", "math@1"]} | change
+    stars = OWN | {"name": "stars", "category": None, "mode": "graded"}
+    path.write_text(json.dumps({"templates": [stars], "panels": [panel]}), encoding="utf-8")
+
+    with pytest.raises(ServiceError) as caught:
+        load_library("chat", [path])
+
+    assert caught.value.code is ErrorCode.BAD_TEMPLATE
+    assert caught.value.message.startswith(f"{path}: template {panel['name']}")
+    assert problem in caught.value.message
+
+
+def test_a_panel_is_no_template(tmp_path: Path) -> None:
+    """Where one template is needed, a panel is refused with its name; its members may stand in any file."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"panels": [{"name": "two", "version": 1, "members": ["law@1", "general@1"]}]}))
+
+    library = load_library("chat", [path, write(tmp_path, OWN, name="law.json")])
+
+    with pytest.raises(ServiceError, match="two@1 is a panel"):
+        library.get("two")
+    assert [member.id for member in library.panel("two").members] == ["law@1", "general@1"]
+    assert library.panel("law").digest == library.get("law").digest
+
+
+@pytest.mark.parametrize(
     "content", ["{", "[]", "{}", '{"templates": []}', '{"templates": ["law"]}', '{"templates": 1}']
 )
 def test_a_file_that_is_no_list_of_templates_is_refused(tmp_path: Path, content: str) -> None:
