@@ -34,6 +34,7 @@ from trainer.tuning.judge.evidence import Evidence, compare_readings, write_cali
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.readings import Reading, read_held_out
+from trainer.tuning.judge.rubric import synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
 from trainer.tuning.judge.training import OUTPUTS, train_judge
 from trainer.tuning.rounding import MERGE_FILE, merge_and_measure
@@ -73,12 +74,16 @@ class JudgeStages:
             write_records(self.path / TRAIN_FILE, split.train)
             write_records(self.path / HELD_OUT_FILE, split.held_out)
             counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
+            synthetic = synthetic_counts([*split.train, *split.held_out])
+            counts.update({"synthetic": synthetic} if synthetic else {})
             write_json(self.path / LABELS_FILE, counts)
 
         outputs = (TRAIN_FILE, HELD_OUT_FILE, LABELS_FILE)
         self._do(Stage(self.path, "labels", outputs, self.folder.config["labels"]), "labels", work)
         counts = json.loads((self.path / LABELS_FILE).read_bytes())
         self.console.print(counts_line(counts["train"], counts["held_out"], counts["left_out"]), soft_wrap=True)
+        if "synthetic" in counts:
+            self.console.print(synthetic_line(counts["synthetic"]), soft_wrap=True, highlight=False)
 
     def examples(self, file: str) -> list[Example]:
         """The labels of train.jsonl or held_out.jsonl as prompts."""

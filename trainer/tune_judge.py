@@ -28,14 +28,14 @@ from trainer.programs import run_program, stderr_console
 from trainer.report.judge_page import write_judge_report
 from trainer.run.records import MERGED_FOLDER, REPORT_FILE
 from trainer.run.stages import content_digest, open_run
+from trainer.tuning.judge.evidence import GIVEN, Evidence
+from trainer.tuning.judge.rubric import read_rubric, rubric_files, synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, LabelSource, counts_line, memory_line
 from trainer.tuning.judge.settings import JudgeSettings
 from trainer.tuning.settings import world_size
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from trainer.tuning.judge.evidence import Evidence
 
 _LEAKS: Final = ("refuse", "drop", "keep")
 
@@ -58,7 +58,7 @@ def tune(run: JudgeRun, output: Path, console: Console, *, overwrite: bool) -> N
 
 def config_of(run: JudgeRun) -> dict[str, Any]:
     """What decides the results of a run, as JSON: the same run has the same. A curve may be added later."""
-    labels, file = run.labels, Path(run.labels.source)
+    labels = run.labels
     asked = {
         "template": run.template,
         "template_files": [content_digest(path) for path in run.template_files],
@@ -69,7 +69,8 @@ def config_of(run: JudgeRun) -> dict[str, Any]:
         "program": "tune_judge",
         "model": run.model.identity,
         "labels": {
-            "source": content_digest(file) if file.is_file() else labels.source,
+            "source": _digest(labels.source),
+            **_rubric_digests(labels),
             "category": labels.category,
             "limit": labels.limit,
             "share": labels.held_out,
@@ -85,13 +86,27 @@ def config_of(run: JudgeRun) -> dict[str, Any]:
     }
 
 
+def _digest(source: str | None) -> str | None:
+    return content_digest(Path(source)) if source is not None and Path(source).is_file() else source
+
+
+def _rubric_digests(labels: LabelSource) -> dict[str, Any]:
+    """What decides the labels that a rubric makes: the file, and its data."""
+    if labels.rubric is None:
+        return {}
+    rubric = read_rubric(labels.rubric)
+    return {"rubric": [content_digest(labels.rubric), *map(_digest, rubric_files(rubric))]}
+
+
 def summary(evidence: Evidence) -> str:
     """The evidence in three lines."""
     before, after, change = evidence.before, evidence.after, evidence.change
     fits = [numbers.pairs or numbers.answers for numbers in (before, after)]
     eces = " -> ".join("-" if fit is None else f"{fit.ece:.3f}" for fit in fits)
+    made = after.accuracy.count - after.by_kind[GIVEN].count if GIVEN in after.by_kind else after.accuracy.count
+    synthetic = f" ({made} synthetic)" if after.by_kind else ""
     return (
-        f"accuracy on {after.accuracy.count} labels held out: {100 * before.accuracy.value:.1f}% -> "
+        f"accuracy on {after.accuracy.count} labels held out{synthetic}: {100 * before.accuracy.value:.1f}% -> "
         f"{100 * after.accuracy.value:.1f}% ({100 * change.low:+.1f} to {100 * change.high:+.1f} points, "
         f"p = {change.p:.3g})\nECE: {eces}; label mass: {before.mass:.3f} -> {after.mass:.3f}"
     )
@@ -118,13 +133,17 @@ def _run_of(args: argparse.Namespace) -> JudgeRun:
         raise InputError("--held-out must be above 0 and below 1: without labels held out there is no evidence")
     if args.limit is not None and args.limit < 2:
         raise InputError("--limit must be 2 or more")
+    if args.pairs is None and args.from_rubric is None:
+        raise InputError("there are no labels: give --pairs, or --from-rubric to make some")
     curve = _sizes(args.curve)
     for file in (*args.not_in, *args.template_file):
         if not file.is_file():
             raise InputError(f"{file}: there is no such file")
     return JudgeRun(
         model=model_ref(args.model),
-        labels=LabelSource(args.pairs, args.category, args.limit, args.held_out, tuple(args.not_in), args.leaks),
+        labels=LabelSource(
+            args.pairs, args.category, args.limit, args.held_out, tuple(args.not_in), args.leaks, args.from_rubric
+        ),
         settings=JudgeSettings(**given(args, JudgeSettings)),
         template=args.template,
         template_files=tuple(args.template_file),
@@ -149,9 +168,11 @@ def _write_plan(run: JudgeRun) -> None:
     examples, _ = run.prompts().examples(split.train)
     settings = run.settings
     tokens = round(sum(example.tokens for example in examples) * settings.epochs)
+    synthetic = synthetic_counts([*split.train, *split.held_out])
     templates = ", ".join(sorted({example.template.id for example in examples}))
     lines = [
         counts_line(len(split.train), len(split.held_out), left_out),
+        *([synthetic_line(synthetic)] if synthetic else []),
         f"templates: {templates} ({settings.asking})",
         f"training: {settings.steps(len(examples))} steps of {settings.batch} labels, {tokens:,} tokens",
         memory_line(run, examples),
@@ -170,11 +191,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--pairs",
-        required=True,
         metavar="FILE|hub:NAME[@SPLIT]",
         help="labels (.jsonl, .json, .csv, .parquet, or a hub data set): prompt, chosen, rejected; or prompt, "
         "response, label (yes or no, or 0 to 1). Optional: category, probability (that chosen is better), margin (in "
         "log-odds)",
+    )
+    parser.add_argument(
+        "--from-rubric",
+        type=Path,
+        metavar="FILE",
+        help="make labels where there are none, or more of them: a TOML file that names good answers, and the faults "
+        "to put into them (docs/tuning.md); they are said to be synthetic everywhere",
     )
     add_run_flags(parser, "labels")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")

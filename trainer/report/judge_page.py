@@ -96,7 +96,7 @@ def _compared(evidence: Evidence) -> dict[str, tuple[Any, Any]]:
     """Accuracy before and after, in all and by group."""
     before, after = evidence.before, evidence.after
     rows = {"all": (before.accuracy, after.accuracy)}
-    for kind in ("by_category", "by_length"):
+    for kind in ("by_category", "by_length", "by_kind"):
         first, second = getattr(before, kind), getattr(after, kind)
         rows.update({name: (first[name], second[name]) for name in second})
     return rows

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import Field
+
 from client import stats
 from client.calibrate.fitting import LabelledSample, calibrate
 from client.calibration import Calibration, FittedOn, TemplateCalibration, save
@@ -19,6 +21,8 @@ from trainer.tuning.judge.readings import Reading
 
 MIN_CALIBRATED: Final = 50
 """Labels of a template at least, for a calibration of it; as in `python -m client.calibrate`."""
+GIVEN: Final = "given"
+"""In `by_kind`, the labels that somebody gave."""
 # Answers whose lengths differ by a smaller share than this are of like length.
 _LIKE_LENGTH: Final = 0.1
 
@@ -42,14 +46,15 @@ class Fit(Record):
 
 class JudgeNumbers(Record):
     """One judge on the labels held out. `accuracy` is over all of them: pairs by their margin, single answers by P(Yes)
-    above one half. `pairs` and `answers` are None where there are none. `mass` and `mass_p05`: mean label mass and its
-    5th percentile.
+    above one half. `by_kind` splits it by the kinds of contrasts, and is empty where all labels were given. `pairs` and
+    `answers` are None where there are none. `mass` and `mass_p05`: mean label mass and its 5th percentile.
     """
 
     accuracy: Share
     by_category: dict[str, Share]
     by_template: dict[str, Share]
     by_length: dict[str, Share]
+    by_kind: dict[str, Share] = Field(default_factory=dict)
     pairs: Fit | None
     answers: Fit | None
     mass: float
@@ -99,6 +104,7 @@ def judge_numbers(readings: Sequence[Reading]) -> JudgeNumbers:
         by_category=_shares(readings, lambda reading: reading.category or "none"),
         by_template=_shares(readings, lambda reading: reading.template),
         by_length=_shares(pairs, _length_class),
+        by_kind=_shares(readings, lambda reading: reading.kind or GIVEN) if any(r.kind for r in readings) else {},
         pairs=_fit([_confidence(reading) for reading in pairs]),
         answers=_fit(_answers(readings)),
         mass=stats.mean(masses),

@@ -24,11 +24,13 @@ _AT_ONCE: Final = 16
 
 class Reading(Record):
     """What a judge says of one label: log-odds and label mass of each of its prompts; `margin` is the label's, if it
-    is a pair's. `target` is as in Label, `lengths` as in Example; `asking` says what each of its prompts is about.
+    is a pair's. `target` and `kind` are as in Label, `lengths` as in Example; `asking` says what each of its prompts is
+    about.
     """
 
     id: str
     category: str | None
+    kind: str | None = None
     template: str
     asking: Asking
     target: float
@@ -90,6 +92,7 @@ def _reading(example: Example, answers: Sequence[object]) -> Reading:
     return Reading(
         id=example.label.id,
         category=example.label.category,
+        kind=example.label.kind,
         template=example.template.id,
         asking="pairwise" if example.template.mode == "pairwise" else "pointwise",
         target=example.label.target,

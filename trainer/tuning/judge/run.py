@@ -11,26 +11,29 @@ from client.runtime.memory import available_bytes
 from trainer.errors import InputError
 from trainer.policy.model_ref import ModelRef
 from trainer.policy.models import DType, choose_device, choose_dtype, resolve_model
-from trainer.tuning.judge.labels import Label, LabelSplit, read_labels, split_labels
+from trainer.run.progress import echo
+from trainer.tuning.judge.labels import Label, LabelSplit, clean, read_labels, split_labels
 from trainer.tuning.judge.leaks import leaking
 from trainer.tuning.judge.memory import needed_bytes
 from trainer.tuning.judge.prompts import Example, JudgePrompts
+from trainer.tuning.judge.rubric import read_rubric, rubric_labels
 from trainer.tuning.judge.settings import JudgeSettings
 from trainer.tuning.preferences import held_out_indices
 
 
 @dataclass(frozen=True, slots=True)
 class LabelSource:
-    """Where labels come from, and which of them are used. `leaks` says what happens to labels that one of the
-    evaluation files `not_in` knows: refuse, drop or keep.
+    """Where labels come from, a file or a rubric that makes them or both, and which of them are used. `leaks` says what
+    happens to labels that one of the evaluation files `not_in` knows: refuse, drop or keep.
     """
 
-    source: str
+    source: str | None
     category: str = "category"
     limit: int | None = None
     held_out: float = 0.2
     not_in: tuple[Path, ...] = ()
     leaks: str = "refuse"
+    rubric: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class JudgeRun:
         Raises DataError, and InputError if too few are left or nothing can be learnt from them.
         """
         options = self.labels
-        labels, left_out = read_labels(options.source, options.category)
+        labels, left_out = self._read()
         labels = _without_leaks(labels[: options.limit], options, left_out)
         examples, unfit = self.prompts().examples(labels)
         left_out.update(unfit)
@@ -67,6 +70,20 @@ class JudgeRun:
         )
         _check(split, left_out)
         return split, left_out
+
+    def _read(self) -> tuple[list[Label], Counter[str]]:
+        """The labels that the file has, and those that the rubric makes."""
+        options, left_out = self.labels, Counter[str]()
+        labels: list[Label] = []
+        if options.source is not None:
+            labels, left_out = read_labels(options.source, options.category)
+        if options.rubric is not None:
+            made, notes = rubric_labels(read_rubric(options.rubric), options.category, self.settings.seed)
+            for note in notes:
+                echo(note)
+            labels, repeated = clean([*labels, *made])
+            left_out.update(repeated)
+        return labels, left_out
 
 
 def memory_line(run: JudgeRun, examples: Sequence[Example]) -> str:
