@@ -39,6 +39,9 @@ BatchCall: TypeAlias = Callable[[Sequence[Q]], calls.Call[list[A | JudgeAPIError
 # Longer than the 300 s after which a service gives an item up (its --request-timeout), so that the service reports it.
 MIN_CALL_TIMEOUT: Final = 330.0
 
+# Items of the first two calls; every two calls hold twice as many, so that first answers come soon from a slow judge.
+_FIRST_ITEMS: Final = 4
+
 _TRANSIENT_STATUS: Final = RETRYABLE_STATUS | {500}
 _TOO_LARGE: Final = 413
 _BODY_TIMEOUT: Final = 408
@@ -51,7 +54,8 @@ class BulkOptions:
     """How to send requests in bulk. Raises ValueError for numbers that cannot work.
 
     Args:
-        batch_items: Requests per call; fewer once the service has proved slow, or refused so many.
+        batch_items: Requests per call; fewer in the first calls, and once the service has proved slow or refused so
+            many.
         max_in_flight: Upper bound of concurrent calls. The actual number starts at 2 and follows the service's answers.
         patience: Seconds that the judge may be unreachable, or refuse everything, before its last error is raised.
         attempts: Tries in all for an item whose own error is transient (429, 500, 502, 503 or 504 within an answered
@@ -147,6 +151,7 @@ class _Stream(Generic[Q, A]):
         self._patience = Patience(options.patience)
         # Items of a new call, and the most that the service is known to take.
         self._size = self._most_items = options.batch_items
+        self._begun = 0
 
     async def outcomes(self) -> AsyncGenerator[tuple[int, A | JudgeAPIError], None]:
         """See `stream_scores`."""
@@ -172,7 +177,8 @@ class _Stream(Generic[Q, A]):
     def _next_batch(self) -> _Batch[Q] | None:
         if self._again:
             return self._again.popleft()
-        items = list(islice(self._fresh, self._size))
+        items = list(islice(self._fresh, min(self._size, _FIRST_ITEMS << self._begun // 2)))
+        self._begun += 1
         return _Batch(items) if items else None
 
     async def _send(self, batch: _Batch[Q]) -> _EndedCall[Q, A]:

@@ -22,6 +22,7 @@ from client.benchmarks.flags import (
     add_question_flags,
 )
 from client.benchmarks.questions import Plan, PlanError, Question, one_for_all
+from client.benchmarks.report.formats import model_name
 from client.benchmarks.report.page import write_report
 from client.benchmarks.report.terminal import print_summary
 from client.benchmarks.results.summarise import summarise
@@ -183,11 +184,11 @@ def _write_results(
     summary = summarise(entry.benchmark, rows, config=config, ties=options.ties)
     write_whole(folder.path / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
     texts = {sample.id: sample for sample in samples}
-    title = f"{entry.benchmark.name}: {summary.judge.model}"
+    title = f"{entry.benchmark.name}: {model_name(summary.judge.model)}"
     write_report(folder.path / REPORT_FILE, summary, rows, texts, title=title)
     console = stdout_console()
-    print_summary(summary, console)
     console.print(f"written: {folder.path / SUMMARY_FILE}, {folder.path / REPORT_FILE}", soft_wrap=True)
+    print_summary(summary, console)
 
 
 def _run_parser(entry: CatalogEntry) -> argparse.ArgumentParser:

@@ -54,11 +54,12 @@ def test_untrusted_texts_stay_text(tmp_path: Path) -> None:
 
 def test_every_figure_says_what_it_shows(tmp_path: Path) -> None:
     """Five figures with an accessible name and a caption; colours follow the page's scheme."""
-    page = Page(text := report(tmp_path, [*pairs("a", 8, 3), pair("a/x", answer(1, length=99), 0)]))
+    rows = [*pairs("a", 28, 6), *pairs("b", 20, 20), pair("a/x", answer(1, length=99), 0)]
+    page = Page(text := report(tmp_path, rows))
 
     figures = [attributes for attributes in page.of("svg") if attributes.get("role") == "img"]
     assert len(figures) == len(page.of("figcaption")) == len(page.of("svg")) == 5
-    assert figures[0]["aria-label"] == "Accuracy by subset: a 75.0%"
+    assert figures[0]["aria-label"] == "Accuracy by subset: a 82.9%, b 50.0%"
     assert not re.findall(r"#0[1-4]0[1-4]0[1-4]", text)
     assert "prefers-color-scheme: dark" in text
 
@@ -81,9 +82,9 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_numbers_are_there(tmp_path: Path) -> None:
     """The mean, a section, an interval, a failure's code, ECE and Brier."""
-    text = report(tmp_path, [*pairs("a", 8, 2), failed("a/x")])
+    text = report(tmp_path, [*pairs("a", 16, 4), failed("a/x")])
 
-    for expected in ("80.0", "49.0 to 94.3", "context_length_exceeded", "ECE 0.0", "Brier 0.", "A &lt;run&gt;"):
+    for expected in ("80.0", "58.4 to 91.9", "context_length_exceeded", "ECE 0.0", "Brier 0.", "A &lt;run&gt;"):
         assert expected in text
 
 
@@ -109,7 +110,28 @@ def test_a_run_without_verdicts_has_a_page(tmp_path: Path, rows: list[Row]) -> N
 
 def test_a_run_of_ties_alone_has_a_page(tmp_path: Path) -> None:
     """All values equal: every axis still has a width."""
-    assert len(Page(report(tmp_path, [pair("a/0", 1, 1)])).of("svg")) == 5
+    rows = [pair(f"{subset}/{number}", 1, 1) for subset in "ab" for number in range(40)]
+
+    assert len(Page(report(tmp_path, rows)).of("svg")) == 5
+
+
+def test_a_few_samples_have_the_figures_that_say_something(tmp_path: Path) -> None:
+    """Scores as dots; no bar of one subset, no curves through one or two points, and why not."""
+    page = Page(text := report(tmp_path, [*pairs("a", 3, 1)]))
+
+    assert [figure["aria-label"].partition(":")[0] for figure in page.of("svg") if "aria-label" in figure] == [
+        "Log-odds of the answers"
+    ]
+    assert "drawn from 20 judged samples on" in text
+
+
+def test_the_verdict_comes_first_and_no_tile_is_a_dash(tmp_path: Path) -> None:
+    """A mean that is not there has a reason instead."""
+    text = report(tmp_path, pairs("hep-go", 8, 2), benchmark="rewardbench")
+
+    assert text.index("Accuracy 80.0 (95% interval 49.0 to 94.3") < text.index("<dl")
+    assert "needs samples of every section" in text
+    assert "<dd>-</dd>" not in text
 
 
 def test_unknown_texts_are_left_out_with_a_note(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.benchmarks.report.formats import caveats, model_name, verdict
 from client.benchmarks.report.terminal import print_summary
 from client.benchmarks.results.summary import Cost, Summary
 from client.benchmarks.rows import Row, read_rows
@@ -241,8 +242,8 @@ def test_a_summary_reads_back_as_written(tmp_path: Path) -> None:
     assert Summary.load(tmp_path / "summary.json") == summary
 
 
-def test_the_table_fits_100_columns_and_ends_with_the_official_numbers() -> None:
-    """Sections, subsets with intervals, the paper's columns, failures; the last line is the mean."""
+def test_the_table_fits_100_columns_and_ends_with_the_verdict() -> None:
+    """Sections, subsets with intervals, the paper's columns, failures; the last line is the verdict, said once."""
     names = ("alpacaeval-hard", "llmbar-adver-neighbor", "xstest-should-respond", "hep-go")
     rows = [row for name in names for row in pairs(name, 8, 2)]
 
@@ -252,7 +253,10 @@ def test_the_table_fits_100_columns_and_ends_with_the_official_numbers() -> None
     assert max(map(len, lines)) <= 100
     assert "49.0 to 94.3" in text
     assert "context_length_exceeded 1" in text
-    assert lines[-2:] == ["rewardbench  Chat 80.0   Chat Hard 80.0   Safety 80.0   Reasoning 80.0", "mean 80.0"]
+    assert "rewardbench  Chat 80.0   Chat Hard 80.0   Safety 80.0   Reasoning 80.0" in lines
+    assert lines[-1].startswith("Mean 80.0 (95% interval ")
+    assert lines[-1].endswith("; chance is 50.0): on 40 samples this is better than chance.")
+    assert text.count("Mean") == 1
 
 
 def test_the_table_shows_rmbench_styles_and_levels() -> None:
@@ -269,8 +273,60 @@ def test_markup_in_names_is_not_interpreted() -> None:
 
 
 def test_a_table_without_verdicts() -> None:
-    """Dashes where there is no number."""
-    assert printed(summary_of("pairs", [failed("a/0")])).splitlines()[-1] == "mean -"
+    """It says so, and has no verdict."""
+    last = printed(summary_of("pairs", [failed("a/0")])).splitlines()[-1]
+
+    assert last == "No sample was judged: there are no accuracies."
+
+
+def test_the_verdict_holds_the_mean_to_chance() -> None:
+    """By the interval: 22 of 40 pairs show nothing, 35 do, and 5 show a judge that prefers the worse answer."""
+    said = [verdict(summary_of("pairs", pairs("a", right, 40 - right))) for right in (22, 35, 5)]
+
+    assert said == [
+        "Mean 55.0 (95% interval 39.8 to 69.3; chance is 50.0): on 40 samples this is no better than chance.",
+        "Mean 87.5 (95% interval 73.9 to 94.5; chance is 50.0): on 40 samples this is better than chance.",
+        "Mean 12.5 (95% interval 5.5 to 26.1; chance is 50.0): on 40 samples this is worse than chance: the judge "
+        "prefers the rejected answers.",
+    ]
+
+
+def test_the_interval_of_a_mean_has_a_width_though_all_verdicts_agree() -> None:
+    """It is made of the subsets' Wilson intervals, which never collapse."""
+    level = summary_of("pairs", [*pairs("a", 4, 0), *pairs("b", 4, 0)]).official
+
+    assert level is not None
+    assert (level.value, level.high) == (1.0, 1.0)
+    # Two subsets of 4: the lower end of each is 0.5101, so the mean's is 1 - sqrt(2 * (0.4899 / 2)^2).
+    assert level.low == pytest.approx(1 - 0.4899 / 2**0.5, abs=1e-4)
+
+
+def test_chance_is_lower_where_more_answers_are_wrong() -> None:
+    """One good answer among four is on top by chance in a quarter of the cases."""
+    row = pair("a/0", 1, 0).model_copy(update={"rejected": [answer(0.0)] * 3, "margins": [[1.0, 1.0, 1.0]]})
+    level = summary_of("pairs", [row]).accuracy
+
+    assert level is not None
+    assert level.chance == 0.25
+
+
+def test_a_mean_of_missing_sections_is_explained() -> None:
+    """The verdict is then on all samples, and says so."""
+    summary = summary_of("rewardbench", pairs("hep-go", 8, 2))
+
+    assert verdict(summary).startswith("Accuracy 80.0 (95% interval 49.0 to 94.3; chance is 50.0)")
+    assert next(caveats(summary)).startswith("The benchmark's own mean needs samples of every section")
+
+
+def test_low_label_mass_and_position_bias_are_caveats() -> None:
+    """In words, on the page and on the terminal."""
+    faint = answer(1.0, label_mass=0.02)
+    row = pair("a/0", faint, answer(0.0, label_mass=0.02)).model_copy(update={"flips": 1, "first_log_odds": 1.0})
+
+    said = " ".join(printed(summary_of("pairs", [row])).split())
+
+    assert "on average the model gave the labels 2.0% of its probability" in said
+    assert "100.0% of the comparisons change their winner with the order" in said
 
 
 def lines_of(*rows: Row | str) -> str:
@@ -309,3 +365,12 @@ def test_line_separators_of_unicode_do_not_end_a_row(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(lines_of(row, pair("a/1", 1, 0)), encoding="utf-8")
 
     assert read_rows(tmp_path / "items.jsonl")[0] == row
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("org/name", "org/name"), ("/tmp/runs/judge-7", "judge-7"), ("./judge-7", "judge-7"), (None, "no one")],
+)
+def test_a_title_has_a_name_not_a_path(model: str | None, name: str) -> None:
+    """A hub's id stays whole."""
+    assert model_name(model) == name

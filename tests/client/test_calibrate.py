@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from client import calibration
-from client.calibrate.__main__ import main
+from client.calibrate.__main__ import _verdict, main
 from client.calibrate.evidence import EvidenceError, Pair, from_runs, read_pairs
 from client.calibrate.fitting import LabelledSample, calibrate, fit, quality, split_halves
 from client.stats import sigmoid
@@ -252,6 +252,16 @@ def test_runs_are_fitted_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "no signal" in shown
     assert "fewer than 50 pairs" in shown
+    assert "general@3: calibrated probabilities are closer to the truth than raw scores" in shown
+
+
+def test_a_fit_that_tells_nothing_says_so() -> None:
+    """Where always saying 50% would do as well on the held-out half."""
+    fit = calibrate(pairs(60))
+    assert fit is not None
+    idle = fit.model_copy(update={"after": fit.after.model_copy(update={"nll": 0.7})})
+
+    assert _verdict("general@3", idle).endswith("always saying 50% has 0.693, so this judge tells nothing here.")
 
 
 @pytest.mark.parametrize("changes", [{"fingerprint": "0123"}, {"model": "other"}])

@@ -14,6 +14,8 @@ from client.benchmarks.results.summary import SubsetScore
 from client.stats import Bin, mean, wilson
 
 HISTOGRAM_BINS: Final = 40
+# So few answers of either side are drawn one by one.
+FEW_ANSWERS: Final = 60
 LENGTH_BINS: Final = 8
 
 
@@ -46,9 +48,15 @@ def subset_bars(subsets: Mapping[str, SubsetScore]) -> str:
 
 
 def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> str:
-    """How the log-odds of chosen and of rejected answers spread; the outermost 1% join the outer bars."""
+    """How the log-odds of chosen and of rejected answers spread; the outermost 1% join the outer bars.
+
+    Few answers are dots instead, each side on a line of its own with a stroke at its mean.
+    """
     if not chosen or not rejected:
         return ""
+    description = f"Log-odds of the answers: chosen {mean(chosen):.2f} on average, rejected {mean(rejected):.2f}"
+    if max(len(chosen), len(rejected)) <= FEW_ANSWERS:
+        return svg_figure("scores", description, lambda axes: _dots(axes, chosen, rejected), height=1.8)
     low, high = inner_range([*chosen, *rejected])
 
     def draw(axes: Axes) -> None:
@@ -59,8 +67,17 @@ def score_histogram(chosen: Sequence[float], rejected: Sequence[float]) -> str:
         axes.set_ylabel("answers")
         axes.legend()
 
-    description = f"Log-odds of the answers: chosen {mean(chosen):.2f} on average, rejected {mean(rejected):.2f}"
     return svg_figure("scores", description, draw)
+
+
+def _dots(axes: Axes, chosen: Sequence[float], rejected: Sequence[float]) -> None:
+    for place, (side, colour) in enumerate(((rejected, BAD), (chosen, GOOD))):
+        axes.plot(side, [place] * len(side), "o", color=colour, alpha=0.55, markersize=6)
+        axes.plot([mean(side)] * 2, [place - 0.3, place + 0.3], color=INK, linewidth=1.5)
+    axes.set_yticks([0, 1], ["rejected", "chosen"])
+    axes.set_ylim(-0.6, 1.6)
+    axes.set_xlabel("log-odds of Yes")
+    axes.grid(visible=False, axis="y")
 
 
 def reliability(name: str, what: str, bins: Sequence[Bin], range_from: float) -> str:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Final
 
-from client.benchmarks.results.summary import SubsetScore, Summary
+from client.benchmarks.results.summary import Level, SubsetScore, Summary
 from client.benchmarks.scoring.rmbench import STYLES, level_scores
+
+# A mean label mass below this, or a share of answers below one half above this, is said in words.
+LOW_MASS: Final = 0.5
+MANY: Final = 0.1
+# Shares of comparisons that flip with the order: a coin's is one half.
+MOST_FLIPS: Final = 0.5
 
 
 def percent(share: float | None) -> str:
@@ -23,6 +31,63 @@ def p_value(p: float | None) -> str:
     if p is None:
         return "-"
     return f"{p:.3f}" if p >= 0.001 else "below 0.001"
+
+
+def model_name(model: str | None) -> str:
+    """A judge's name for a title: of a folder its own name, not its path."""
+    if model is None:
+        return "no one"
+    return PurePath(model).name or model if model.startswith(("/", "./", "../", "~")) else model
+
+
+def level_text(level: Level) -> str:
+    """A share in percent with its interval and chance: "55.0 (95% interval 39.8 to 69.3; chance is 50.0)"."""
+    interval = f"95% interval {percent(level.low)} to {percent(level.high)}"
+    return f"{percent(level.value)} ({interval}; chance is {percent(level.chance)})"
+
+
+def verdict(summary: Summary) -> str:
+    """The run in one sentence: its level, the interval, and whether that is better than chance."""
+    if not summary.counts.judged:
+        return "No sample was judged: there are no accuracies."
+    level = summary.official or summary.accuracy
+    if level is None:
+        # A summary of an older version.
+        return f"Mean {percent(summary.mean)}."
+    name = "Mean" if summary.official else "Accuracy"
+    against = "no better than chance"
+    if level.low > level.chance:
+        against = "better than chance"
+    elif level.high < level.chance:
+        against = "worse than chance: the judge prefers the rejected answers"
+    samples = f"{level.samples:,} sample{'' if level.samples == 1 else 's'}"
+    return f"{name} {level_text(level)}: on {samples} this is {against}."
+
+
+def caveats(summary: Summary) -> Iterator[str]:
+    """What speaks against taking the verdict at face value, in sentences."""
+    if summary.counts.judged and summary.mean is None:
+        yield "The benchmark's own mean needs samples of every section: the verdict is on all judged samples alike."
+    elif summary.counts.judged and summary.official is None and summary.accuracy is not None:
+        yield (
+            f"The benchmark's own mean is {percent(summary.mean)}. It is no weighted mean of the samples' credits, so "
+            "the verdict is on all judged samples alike."
+        )
+    if (mass := summary.label_mass) is not None and mass.mean < LOW_MASS:
+        yield (
+            f"Low label mass: on average the model gave the labels {percent(mass.mean)}% of its probability, so it "
+            "hardly meant to answer. Trust this little; try another template or model."
+        )
+    elif mass is not None and mass.share_below_half > MANY:
+        yield (
+            f"Low label mass: in {percent(mass.share_below_half)}% of the answers the model gave the labels less than "
+            "half of its probability."
+        )
+    if (position := summary.position) is not None and position.flip_rate >= MOST_FLIPS:
+        yield (
+            f"Position bias: {percent(position.flip_rate)}% of the comparisons change their winner with the order, and "
+            "half of them would by chance."
+        )
 
 
 def cut_text(text: str, limit: int) -> str:

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from client import stats
-from client.benchmarks.report.formats import by_section, cut_text, levels, p_value, percent, signed, style_names
+from client.benchmarks.report.formats import (
+    by_section,
+    caveats,
+    cut_text,
+    levels,
+    p_value,
+    percent,
+    signed,
+    style_names,
+    verdict,
+)
 from client.benchmarks.results.summarise import answer_probabilities, confidences, length_differences
 from client.benchmarks.results.summary import Summary
 from client.benchmarks.rows import Row, judged_rows
@@ -24,6 +34,8 @@ from client.runtime.files import write_whole
 
 WORST: Final = 50
 MAX_TEXT: Final = 6000
+# With fewer judged samples only scores are drawn: shares over less say nothing.
+FEW: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +61,13 @@ def write_report(
     context: dict[str, Any] = {
         "summary": summary,
         "figures": _figures(summary, judged),
+        "verdict": verdict(summary),
+        "caveats": list(caveats(summary)),
         "groups": by_section(summary),
         "style_names": style_names,
         "levels": levels,
         "misjudged": misjudgements(judged, samples or {}),
+        "few": FEW if len(judged) < FEW else 0,
         "texts_known": samples is not None,
         "command": _command(summary),
         "config": json.dumps(summary.config, indent=2, ensure_ascii=False, default=str),
@@ -119,16 +134,17 @@ def _figures(summary: Summary, judged: Sequence[Row]) -> dict[str, Any]:
         from client.benchmarks.report import figures
     chosen = [answer.log_odds for row in judged for answer in row.chosen_answers]
     rejected = [answer.log_odds for row in judged for answer in row.rejected_answers]
-    drawn = {
-        "bars": figures.subset_bars(summary.subsets),
-        "scores": figures.score_histogram(chosen, rejected),
-        "pairs": figures.reliability("pairs", "Confidence in pairs", stats.reliability_bins(*confidences(judged)), 0.5),
-        "answers": "",
-        "length": figures.length_accuracy(length_differences(judged, summary.ties)),
-    }
-    if (answers := answer_probabilities(judged)) is not None:
-        bins = stats.reliability_bins(answers.probabilities, answers.outcomes)
-        drawn["answers"] = figures.reliability("answers", "Answers", bins, 0.0)
+    drawn = dict.fromkeys(("bars", "scores", "pairs", "answers", "length"), "")
+    drawn["scores"] = figures.score_histogram(chosen, rejected)
+    if len(summary.subsets) > 1:
+        drawn["bars"] = figures.subset_bars(summary.subsets)
+    if len(judged) >= FEW:
+        bins = stats.reliability_bins(*confidences(judged))
+        drawn["pairs"] = figures.reliability("pairs", "Confidence in pairs", bins, 0.5)
+        drawn["length"] = figures.length_accuracy(length_differences(judged, summary.ties))
+        if (answers := answer_probabilities(judged)) is not None:
+            bins = stats.reliability_bins(answers.probabilities, answers.outcomes)
+            drawn["answers"] = figures.reliability("answers", "Answers", bins, 0.0)
     # Safe: figures.py escapes every text it is given.
     return {name: Markup(svg) for name, svg in drawn.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from client.benchmarks.report.formats import by_section, levels, percent, style_names
+from client.benchmarks.report.formats import by_section, caveats, levels, model_name, percent, style_names, verdict
 from client.benchmarks.results.summary import CalibrationErrors, Cost, Length, Position, SubsetScore, Summary
 from client.runtime.cli import PIPE_WIDTH
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """The subsets under their sections, further tables, remarks on the judging, and the official numbers last."""
+    """The subsets under their sections, further tables, remarks on the judging, and the verdict last."""
     from rich.markup import escape
 
     width = min(PIPE_WIDTH, console.width)
@@ -23,20 +23,22 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(_subset_table(summary), width=width)
     for title, matrix in summary.matrices.items():
         console.print(_style_table(title, matrix), width=width)
-    for title, numbers in summary.tables.items():
+    # With a single subset these would repeat its accuracy.
+    groups = {summary.benchmark: summary.sections, **summary.tables} if len(summary.subsets) > 1 else {}
+    for title, numbers in groups.items():
         console.print(f"[bold]{escape(title)}[/]  {_numbers_line(numbers)}", width=width, highlight=False)
     for remark in _remarks(summary):
         console.print(remark, width=width, highlight=False, markup=False)
-    sections = _numbers_line(summary.sections)
-    console.print(f"[bold]{escape(summary.benchmark)}[/]  {sections}", width=width, highlight=False)
-    console.print(f"[bold]mean {percent(summary.mean)}[/]", width=width, highlight=False)
+    for caveat in caveats(summary):
+        console.print(caveat, width=width, highlight=False, markup=False, style="yellow")
+    console.print(verdict(summary), width=width, highlight=False, markup=False, style="bold")
 
 
 def _subset_table(summary: Summary) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{summary.benchmark}, judged by {summary.judge.model or 'no one'}"), title_justify="left")
+    table = Table(title=Text(f"{summary.benchmark}, judged by {model_name(summary.judge.model)}"), title_justify="left")
     table.add_column("subset", overflow="fold")
     for name in ("n", "accuracy %", "95% interval", "ties", "failed", "label mass"):
         table.add_column(name, justify="right", no_wrap=True)

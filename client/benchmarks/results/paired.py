@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from client import stats
+from client.benchmarks.results.weights import is_weighted_mean, subset_weights
 from client.benchmarks.rows import FrozenModel, Row, TiePolicy, judged_rows
 from client.benchmarks.scoring.benchmark import Benchmark, by_subset
-
-# How far rounding may put an official mean from the weighted mean of its subsets.
-_ROUNDING: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,40 +111,14 @@ def _official_difference(common: _CommonRows, scoring: Scoring) -> tuple[Estimat
     run_mean, baseline_mean = scoring.official_mean(common.run), scoring.official_mean(common.baseline)
     if run_mean is None or baseline_mean is None:
         return None, ["no official mean: a part of the benchmark has no sample that both judged"]
-    weights = _subset_weights(common.run, scoring)
+    weights = subset_weights(common.run, scoring.benchmark, scoring.ties)
     if not (
-        _is_weighted_mean(run_mean, common.run, weights, scoring)
-        and _is_weighted_mean(baseline_mean, common.baseline, weights, scoring)
+        is_weighted_mean(run_mean, common.run, weights, scoring.benchmark, scoring.ties)
+        and is_weighted_mean(baseline_mean, common.baseline, weights, scoring.benchmark, scoring.ties)
     ):
         note = "no interval for the official mean: in this benchmark it is not a weighted mean of the samples' credits"
         return Estimate(value=run_mean - baseline_mean), [note]
     return _estimate(common.gains, weights, scoring), []
-
-
-def _subset_weights(rows: Sequence[Row], scoring: Scoring) -> dict[str, float]:
-    """Each subset's weight in the official mean, found by asking: that subset all right, everything else wrong.
-
-    So this works for any benchmark, and resampling needs only sums of credits instead of the benchmark's own
-    arithmetic thousands of times.
-    """
-    wrong = {row.id: _with_margins(row, -1.0) for row in rows}
-    weights = {}
-    for subset, members in by_subset(rows).items():
-        right = {row.id: _with_margins(row, 1.0) for row in members}
-        weights[subset] = scoring.official_mean([*{**wrong, **right}.values()]) or 0.0
-    return weights
-
-
-def _with_margins(row: Row, margin: float) -> Row:
-    return row.model_copy(update={"margins": [[margin] * len(line) for line in row.margins or []]})
-
-
-def _is_weighted_mean(official: float, rows: Sequence[Row], weights: Mapping[str, float], scoring: Scoring) -> bool:
-    weighted = [
-        weights[subset] * stats.mean([scoring.credit(row) for row in members])
-        for subset, members in by_subset(rows).items()
-    ]
-    return abs(math.fsum(weighted) - official) < _ROUNDING
 
 
 def _estimate(gains: Mapping[str, Sequence[float]], weights: Mapping[str, float], scoring: Scoring) -> Estimate:

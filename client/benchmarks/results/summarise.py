@@ -17,10 +17,12 @@ from client.benchmarks.results.summary import (
     JudgeName,
     LabelMass,
     Length,
+    Level,
     Position,
     SubsetScore,
     Summary,
 )
+from client.benchmarks.results.weights import is_weighted_mean, subset_weights
 from client.benchmarks.rows import Row, TiePolicy, credit, judged_rows
 from client.benchmarks.scoring.benchmark import Benchmark, by_subset
 
@@ -33,6 +35,8 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row], *, config: Mapping[str,
     return Summary(
         benchmark=benchmark.name,
         mean=official.mean,
+        official=_official_level(benchmark, judged, ties, official.mean),
+        accuracy=_accuracy(benchmark, judged, ties),
         sections=official.sections,
         tables=official.tables,
         matrices=official.matrices,
@@ -127,6 +131,45 @@ def _section(benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy) -> st
     """The section these rows belong to: official scores over one subset have no other section."""
     sections = list(benchmark.scores(judged, ties).sections) if judged else []
     return sections[0] if len(sections) == 1 else None
+
+
+def _accuracy(benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy) -> Level | None:
+    """The mean credit of all judged samples, whatever their subset."""
+    if not judged:
+        return None
+    earned = [benchmark.credit(row, ties) for row in judged]
+    low, high = stats.wilson(min(math.fsum(earned), len(earned)), len(earned))
+    chance = stats.mean([benchmark.chance(row) for row in judged])
+    return Level(value=stats.mean(earned), low=low, high=high, chance=chance, samples=len(judged))
+
+
+def _official_level(
+    benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy, official: float | None
+) -> Level | None:
+    """The official mean with an interval made of its subsets' Wilson intervals (Newcombe, 2001: square and add).
+
+    Their distances from the subsets' means are squared, weighted and added on either side, so the interval has a width
+    even where all verdicts agree.
+    """
+    if official is None:
+        return None
+    weights = subset_weights(judged, benchmark, ties)
+    if not is_weighted_mean(official, judged, weights, benchmark, ties):
+        return None
+    levels = [
+        (weights[subset], level)
+        for subset, members in by_subset(judged).items()
+        if (level := _accuracy(benchmark, members, ties)) is not None
+    ]
+    below = math.sqrt(math.fsum((weight * (level.value - level.low)) ** 2 for weight, level in levels))
+    above = math.sqrt(math.fsum((weight * (level.high - level.value)) ** 2 for weight, level in levels))
+    return Level(
+        value=official,
+        low=max(0.0, official - below),
+        high=min(1.0, official + above),
+        chance=math.fsum(weight * level.chance for weight, level in levels),
+        samples=sum(level.samples for weight, level in levels if weight),
+    )
 
 
 def _counts(rows: Sequence[Row], judged: Sequence[Row]) -> Counts:

@@ -112,6 +112,16 @@ class Length(FrozenModel):
     accuracy_when_chosen_shorter: float | None
 
 
+class Level(FrozenModel):
+    """A share of `samples`, its 95% interval, and what random scores would get on average."""
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    samples: int
+
+
 class JudgeName(FrozenModel):
     """Who judged, by which templates; None if nothing was judged and the configuration does not say either."""
 
@@ -123,11 +133,15 @@ class JudgeName(FrozenModel):
 class Summary(FrozenModel):
     """All numbers of a run. Shares are from 0 to 1, and failed samples enter no accuracy.
 
-    `sections`, `mean`, `tables` and `matrices` are the benchmark's own: see OfficialScores.
+    `sections`, `mean`, `tables` and `matrices` are the benchmark's own: see OfficialScores. `official` is the mean with
+    its interval, None where it is not a weighted mean of the samples' credits; `accuracy` is the mean credit of all
+    judged samples alike. Older summaries have neither.
     """
 
     benchmark: str
     mean: float | None
+    official: Level | None = None
+    accuracy: Level | None = None
     sections: dict[str, float]
     tables: dict[str, dict[str, float]]
     matrices: dict[str, list[list[float]]]

@@ -38,6 +38,10 @@ class Benchmark(ABC):
     def credit(self, row: Row, ties: TiePolicy) -> float:
         """How much one row counts in its subset, from 0 to 1."""
 
+    def chance(self, row: Row) -> float:
+        """What random scores would be credited with on average: the share of good answers, one half for pairs."""
+        return len(row.chosen_answers) / len(row.answers)
+
     @abstractmethod
     def scores(self, rows: Sequence[Row], ties: TiePolicy) -> OfficialScores:
         """The official numbers over these rows."""

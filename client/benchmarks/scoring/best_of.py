@@ -62,6 +62,12 @@ class Pairs(Benchmark):
         level_with = {j for line in unbeaten for j, margin in enumerate(line) if margin == 0}
         return len(unbeaten) / (len(unbeaten) + len(level_with)) if unbeaten else 0.0
 
+    def chance(self, row: Row) -> float:
+        """See Benchmark. A sample of `Ties` is right in one of all ways to choose as many answers as are good."""
+        if not is_of_ties(row):
+            return super().chance(row)
+        return 1 / math.comb(len(row.answers), len(row.chosen_answers))
+
     def scores(self, rows: Sequence[Row], ties: TiePolicy) -> OfficialScores:
         """See Benchmark. The table "all" has the accuracy over all samples.
 
