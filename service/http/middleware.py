@@ -1,4 +1,4 @@
-"""Pure ASGI middleware, outermost first: RequestContext, KnownHost, Authentication, WholeBody.
+"""Pure ASGI middleware, outermost first: RootPath, RequestContext, KnownHost, Authentication, WholeBody.
 
 Not on Starlette's BaseHTTPMiddleware, which hides the caller's disconnect from the app that it wraps.
 """
@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.errors import ErrorCode
@@ -37,6 +38,24 @@ OPEN_PATHS = (
 CLIENT_CLOSED_REQUEST = 499
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class RootPath:
+    """Takes the prefix that a proxy did not strip off the path, so that the rest knows one path for each route."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path == self._prefix and scope["type"] == "http":
+            # The page's own links are relative: they need the slash.
+            await RedirectResponse(f"{self._prefix}/")(scope, receive, send)
+        elif path.startswith(f"{self._prefix}/"):
+            await self._app({**scope, "path": path.removeprefix(self._prefix)}, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class RequestContext:

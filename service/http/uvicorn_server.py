@@ -15,7 +15,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from service.http.app import create_app
+from service.http.app import Site, create_app
 from service.http.guard import guarded_protocol
 from service.http.routing import Service
 from service.process.background import log_failure, start_thread
@@ -41,7 +41,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, settings: Settings, work: Callable[[threading.Event], None] | None) -> None:
         """`work` runs in the worker thread and gets the event that stops it; None if workers are other processes."""
-        app = create_app(service, self._lifespan, page=settings.playground)
+        site = Site(settings.playground, settings.root_path, settings.cors_origins)
+        app = create_app(service, self._lifespan, site)
         config = uvicorn.Config(
             app,
             settings.host,

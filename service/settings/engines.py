@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import CliSuppress
 
 from service.engine.contract import Task
 from service.engine.upstream.openai_client import base_url
 from service.settings.groups import SettingsGroup
-from service.settings.values import CommaSeparated, JsonObject, OptionalName
+from service.settings.values import CommaSeparated, JsonObject, OptionalName, OptionalPath, secret_from_file
 
 
 class ModelSettings(SettingsGroup, title="model and judge"):
@@ -174,6 +174,12 @@ class UpstreamKey(SettingsGroup):
     """The key of the upstream server, from the environment only: other users can see flags."""
 
     upstream_api_key: SecretStr | None = None
+    upstream_api_key_file: OptionalPath = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_key(cls, values: Any) -> Any:
+        return secret_from_file(values, "upstream_api_key")
 
     @field_validator("upstream_api_key", mode="after")
     @classmethod

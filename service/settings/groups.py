@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.process.hosts import parse_host_pattern
-from service.settings.values import ApiKeys, CommaSeparated
+from service.settings.values import (
+    ApiKeys,
+    CommaSeparated,
+    OptionalPath,
+    parse_origin,
+    parse_root_path,
+    secret_from_file,
+    with_password,
+)
 from service.telemetry.tracing import parse_endpoint
 
 MEMORY_URL = "memory://"
@@ -40,7 +48,21 @@ class QueueSettings(SettingsGroup, title="queue"):
         description="where jobs wait; memory://: in this process; redis://[user:password@]host:port/db (rediss:// for "
         "TLS): on Redis, for workers in processes of their own",
     )
+    queue_password: SecretStr | None = Field(
+        None, description="password for --queue-url, so that the URL need not hold it; best as JUDGE_QUEUE_PASSWORD"
+    )
+    queue_password_file: OptionalPath = Field(None, description="file that holds --queue-password")
     key_prefix: str = Field("judge", min_length=1, description="prefix of all Redis keys")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_password(cls, values: Any) -> Any:
+        values = secret_from_file(values, "queue_password")
+        password = values.get("queue_password") if isinstance(values, dict) else None
+        if not password:
+            return values
+        text = password.get_secret_value() if isinstance(password, SecretStr) else str(password)
+        return {**values, "queue_url": with_password(values.get("queue_url", MEMORY_URL), text)}
 
 
 class LogSettings(SettingsGroup, title="logging and tracing"):
@@ -71,7 +93,29 @@ class HttpSettings(SettingsGroup, title="HTTP"):
         description="keys, comma-separated; callers must send one of them as `Authorization: Bearer KEY`, or in the "
         "URL (http://:KEY@host); unset: no authentication",
     )
+    api_key_file: OptionalPath = Field(
+        None, description="file that holds the keys of --api-key, on a line each or comma-separated"
+    )
+    cors_origins: CommaSeparated[Annotated[str, AfterValidator(parse_origin)]] = Field(
+        [],
+        description="origins of web pages that may ask from their visitors' browsers, comma-separated, such as "
+        "https://app.example.com; *: any, if there are keys; unset: only the service's own page",
+    )
+    root_path: Annotated[str, AfterValidator(parse_root_path)] = Field(
+        "", description="path below which a proxy serves this, such as /judge, whether it strips that prefix or not"
+    )
     playground: bool = Field(True, description="serve a page at / to try the judge in a browser")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_keys(cls, values: Any) -> Any:
+        return secret_from_file(values, "api_key")
+
+    @model_validator(mode="after")
+    def _known_pages_or_keys(self) -> Self:
+        if "*" in self.cors_origins and not self.api_key:
+            raise ValueError("--cors-origins * needs --api-key: any page could use the service through its visitors")
+        return self
 
 
 class LimitSettings(SettingsGroup, title="limits"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
@@ -55,9 +57,59 @@ def split_list(value: object) -> list[Any]:
     return entries
 
 
+def secret_from_file(values: Any, name: str) -> Any:
+    """Settings as given, with `name` read from the file that `name_file` names: a secret in a file shows in no `ps`.
+
+    A file's lines count as entries of a list. Raises ValueError, without the secret, if the file cannot be read or is
+    empty (a secret that failed to load must not open the service), or if the secret is given as well.
+    """
+    file = values.get(f"{name}_file") if isinstance(values, dict) else None
+    if not file:
+        return values
+    variable = f"JUDGE_{name.upper()}"
+    if values.get(name):
+        raise ValueError(f"give either {variable} or {variable}_FILE, not both")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ValueError(f"{variable}_FILE: cannot read {file}: {reason}") from None
+    entries = [line.strip() for line in lines if line.strip()]
+    if not entries:
+        raise ValueError(f"{variable}_FILE: {file} is empty")
+    return {**values, name: ",".join(entries)}
+
+
+def with_password(url: str, password: str) -> str:
+    """The Redis URL with this password. Raises ValueError if it has one already, or names no server to send it to."""
+    parts = urlsplit(url)
+    if not parts.netloc:
+        raise ValueError("a queue password needs a --queue-url with a host, such as redis://host:6379/0")
+    user, at, host = parts.netloc.rpartition("@")
+    if ":" in user:
+        raise ValueError("give the queue's password in --queue-url or by itself, not both")
+    return parts._replace(netloc=f"{user if at else ''}:{quote(password, safe='')}@{host}").geturl()
+
+
+def parse_origin(origin: str) -> str:
+    """An entry of --cors-origins in lower case. Raises ValueError unless it is scheme://host[:port] or *."""
+    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin, re.IGNORECASE):
+        raise ValueError("expected origins such as https://app.example.com, without a path or a final slash, or *")
+    return origin.lower()
+
+
+def parse_root_path(path: str) -> str:
+    """A path prefix without a final slash, "" for none. Raises ValueError if it does not begin with a slash."""
+    plain = path.rstrip("/")
+    if plain and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", plain):
+        raise ValueError("expected a path such as /judge")
+    return plain
+
+
 Entry = TypeVar("Entry")
 # Compose files set a variable to nothing to leave it unset.
 OptionalName = Annotated[str | None, BeforeValidator(lambda value: value or None)]
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 CommaSeparated = Annotated[list[Entry], NoDecode, BeforeValidator(split_list)]
 # An empty value is refused here: a secret that failed to load must not open the service to everybody.
 ApiKeys = Annotated[list[Annotated[SecretStr, AfterValidator(sendable_key)]], NoDecode, BeforeValidator(split_commas)]

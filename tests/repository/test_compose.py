@@ -14,12 +14,27 @@ import yaml  # type: ignore[import-untyped]
 from client import __main__ as client_main
 from deploy.compose import COMPOSE_FILE, DOCKERFILE, ROOT, Service, instructions, interpolated, load, seconds, stages
 from service.models.__main__ import argument_parser as models_parser
-from service.settings import Settings, UpstreamKey, WorkerSettings
+from service.settings import (
+    EngineSettings,
+    ModelSettings,
+    Settings,
+    TorchSettings,
+    UpstreamKey,
+    VllmSettings,
+    WorkerSettings,
+)
 from trainer.self_improve import argument_parser as loop_parser
 
 # The Compose Specification's schema (Apache-2.0), from the Python package docker-compose 1.29.2.
 SCHEMA = Path(__file__).parents[1] / "data" / "compose-spec.json"
 OURS = ("model", "api", "worker", "worker-cpu", "bench", "trainer", "trainer-cpu")
+# Settings of the process that runs the model: they change neither prompts nor which workers an API process finds.
+ENGINE_ALONE = {
+    *(set(EngineSettings.model_fields) - set(ModelSettings.model_fields) - {"stall_timeout"}),
+    *(set(TorchSettings.model_fields) - set(ModelSettings.model_fields) - {"stall_timeout"}),
+    *(set(VllmSettings.model_fields) - set(ModelSettings.model_fields) - {"stall_timeout", "lora"}),
+    *("upstream_concurrency", "upstream_timeout", "upstream_retries"),
+}
 RUNNING = ("redis", "api", "worker", "worker-cpu", "prometheus", "grafana")
 
 
@@ -227,13 +242,33 @@ def test_copied_files_are_in_the_build_context() -> None:
     assert not {".env", "data", "runs"} & admitted
 
 
-def test_the_example_env_file_has_only_variables_that_are_read() -> None:
-    """Each variable in .env.example occurs in docker-compose.yml, and all are commented out."""
-    named = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+def test_the_example_env_file_has_every_variable_that_is_read() -> None:
+    """And no other; all are commented out."""
     text = COMPOSE_FILE.read_text()
+    example = (ROOT / ".env.example").read_text()
+    passed_on = set(re.findall(r"^ +([A-Z][A-Z0-9_]+):$", text, re.MULTILINE))
+    interpolated_ = set(re.findall(r"\$\{([A-Z0-9_]+)", text))
 
-    assert {name for name in named if not re.search(rf"\b{name}\b", text)} == set()
-    assert re.search(r"^[A-Z_]+=", (ROOT / ".env.example").read_text(), re.MULTILINE) is None
+    assert set(re.findall(r"^#?([A-Z0-9_]+)=", example, re.MULTILINE)) == passed_on | interpolated_
+    assert re.search(r"^[A-Z_]+=", example, re.MULTILINE) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fixed"),
+    [
+        ("api", Settings, {"host", "port", "log_format"} | ENGINE_ALONE),
+        ("worker", WorkerSettings, {"metrics_host", "metrics_port", "log_format"}),
+    ],
+)
+def test_compose_passes_every_setting_on(
+    services: dict[str, Service], name: str, settings: type[Settings], fixed: set[str]
+) -> None:
+    """Except those that the image's command fixes, and those of an engine, which the API does not run."""
+    fields = {field for field in settings.model_fields if not field.startswith("fake_")}
+    fields |= set(UpstreamKey.model_fields)
+    named = {variable.removeprefix("JUDGE_").lower() for variable in services[name].definition["environment"]}
+
+    assert fields - fixed - named == set()
 
 
 @pytest.mark.parametrize(
