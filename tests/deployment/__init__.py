@@ -1,0 +1,1 @@
+"""What deploys the product: proxies, systemd units, the Helm chart. `make test-deployment`."""
