@@ -15,6 +15,7 @@ const CAN_EDIT = ["yes-no", "pairwise"];
 
 let judge = "yes-no";
 let templates = [];
+let panels = [];
 let categories = ["general"];
 let shown = null;
 let offeredMode = null;
@@ -40,7 +41,7 @@ export function setUp() {
 // Adapts the form to the service's judge and the templates that it lists.
 export function setJudge(name, listed) {
   judge = name;
-  ({ templates, categories } = listed);
+  ({ templates, categories, panels = [] } = listed);
   offerModes();
   for (const id of TEMPLATE_FIELDS) byId(id).disabled = !canEdit();
   byId("template").disabled = judge === "reward-model";
@@ -107,10 +108,11 @@ function option(value, text) {
 function offerTemplates(wanted = byId("template").value || DEFAULT) {
   const select = byId("template");
   offeredMode = mode();
-  const named = templates.filter(fitsMode).map((each) => `${each.name}@${each.version}`);
+  const [named, ofPanels] = [templates, panels].map((all) => all.filter(fitsMode).map((each) => `${each.name}@${each.version}`));
   select.replaceChildren(
     el("optgroup", { label: "Categories" }, ...categories.map((name) => option(`category:${name}`, name))),
     el("optgroup", { label: "Templates" }, ...named.map((name) => option(`template:${name}`, name))),
+    el("optgroup", { label: "Panels" }, ...ofPanels.map((name) => option(`template:${name}`, name))),
     el("optgroup", { label: "Your own" }, ...(canEdit() ? [option(INLINE, "sent with the request")] : [])),
   );
   select.querySelectorAll("optgroup").forEach((group) => group.children.length || group.remove());
@@ -154,9 +156,11 @@ function makeOwn() {
 function hintTemplate() {
   const name = shown && `${shown.name}@${shown.version}`;
   const own = byId("template").value === INLINE;
+  const panel = panels.find((each) => byId("template").value === `template:${each.name}@${each.version}`);
   const slots = `The layout must contain ${SLOTS[mode()]} once each, and may contain {instruction}.`;
   if (!canEdit()) byId("template-hint").textContent = `The judge ${judge} accepts no template in a request${name ? `; this is ${name}` : ""}.`;
   else if (own) byId("template-hint").textContent = `A template of your own, sent with the request. ${slots}`;
+  else if (panel) byId("template-hint").textContent = `A panel: ${panel.members.join(", ")} are each asked, and their log-odds averaged.`;
   else if (name) byId("template-hint").textContent = `This is ${name}. Editing it makes a template of your own, on this page only.`;
   else byId("template-hint").textContent = "The service knows this template's text; this page does not.";
 }

@@ -90,6 +90,7 @@ function card({ score, text, number, place = null, tag = null }, label) {
     el("p", { class: "said" }, text),
     bar(typeof score.score === "number" ? score.score : 0),
     el("dl", {}, ...facts),
+    score.panel ? el("p", { class: "hint members" }, `Log-odds by question: ${score.panel.map((each) => `${each.template} ${signed(each.log_odds)}`).join(", ")}`) : null,
   );
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, Route, expect
@@ -84,6 +85,20 @@ def test_a_template_is_edited_in_place(page: Page, live: Live) -> None:
     kept = {name: math[name] for name in ("format", "layout", "labels")}
     assert sent.value.post_data_json["template"] == {**kept, "instruction": "Is it right?"}
     expect(page.locator(".provenance")).to_contain_text("inline")
+
+
+def test_a_panel_is_offered_and_its_members_are_shown(context: BrowserContext, tmp_path: Path) -> None:
+    """A panel of the service's template file is chosen like a template, and each member's log-odds stand below."""
+    text = '[[panels]]\nname = "strict"\nversion = 1\nmembers = ["general@3", "math@2"]\n'
+    (tmp_path / "panels.toml").write_text(text, encoding="utf-8")
+    with live_service(template_file=[tmp_path / "panels.toml"]) as service:
+        page = opened(context, service.url)
+        fill(page, "2+2?", "4")
+        page.get_by_label("Category or template").select_option("template:strict@1")
+        run(page)
+
+        expect(page.locator("#template-hint")).to_contain_text("A panel: general@3, math@2")
+        expect(page.locator(".members")).to_contain_text(re.compile(r"general@3 .\d.*, math@2 .\d"))
 
 
 def test_an_error_is_shown_with_advice(page: Page) -> None:
