@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from client.benchmarks.catalog import BENCHMARKS
-from client.benchmarks.report.formats import p_value, percent, signed
+from client.benchmarks.report.formats import p_value, pair_verdict, percent, signed
 from client.benchmarks.report.page import render_page
 from client.benchmarks.results.finished import RunFolderError, read_items, read_summary, unreadable_items
 from client.benchmarks.results.paired import Estimate, Paired, Scoring, paired
@@ -144,6 +144,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
         title=f"{comparison.benchmark}: {len(comparison.runs)} runs compared",
         comparison=comparison,
         groups=side_by_side(comparison.runs),
+        verdicts=[pair_verdict(pair, comparison.baseline) for pair in comparison.against_baseline],
     )
     write_whole(folder / HTML_FILE, page)
 
@@ -192,6 +193,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for pair in comparison.against_baseline:
         for sentence in _sentences(pair, comparison.baseline):
             console.print(sentence, markup=False, highlight=False)
+    for pair in comparison.against_baseline:
+        console.print(pair_verdict(pair, comparison.baseline), markup=False, highlight=False, style="bold")
 
 
 def _sentences(pair: Paired, baseline: str) -> list[str]:

@@ -144,6 +144,22 @@ def test_the_terminal_says_it_in_sentences(tmp_path: Path, capsys: pytest.Captur
     assert "run1 against run0, on the 4 samples that both judged (1 left out" in out
     assert "accuracy       +25.0, 95% interval" in out
     assert "label mass, mean" in out
+    assert "No difference between run1 and run0 can be told on 4 samples: +25.0 points" in " ".join(out.split())
+
+
+def test_a_difference_that_the_interval_tells_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the page above the tables, on the terminal last."""
+    folders = [
+        write_run(tmp_path / "base", verdicts("a", "w" * 40)),
+        write_run(tmp_path / "run", verdicts("a", "r" * 40)),
+    ]
+
+    compare.main([*map(str, folders), "--out", str(tmp_path), "--resamples", "20"])
+
+    said = "run is better than base on 40 samples: +100.0 points of official mean, 95% interval +100.0 to +100.0."
+    text = (tmp_path / compare.HTML_FILE).read_text(encoding="utf-8")
+    assert 0 < text.index(said) < text.index("<table>")
+    assert " ".join(capsys.readouterr().out.split()).endswith(said)
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Final
 
+from client.benchmarks.results.paired import Paired
 from client.benchmarks.results.summary import Level, SubsetScore, Summary
 from client.benchmarks.scoring.rmbench import STYLES, level_scores
 
@@ -62,6 +63,21 @@ def verdict(summary: Summary) -> str:
         against = "worse than chance: the judge prefers the rejected answers"
     samples = f"{level.samples:,} sample{'' if level.samples == 1 else 's'}"
     return f"{name} {level_text(level)}: on {samples} this is {against}."
+
+
+def pair_verdict(pair: Paired, baseline: str) -> str:
+    """A run against the baseline in one sentence: by how much it is better, if its interval tells."""
+    if pair.accuracy is None:
+        return f"{pair.run} and {baseline} judged no sample in common: nothing can be told."
+    samples = f"on {pair.samples:,} sample{'' if pair.samples == 1 else 's'}"
+    found = pair.official_mean if pair.official_mean and pair.official_mean.low is not None else pair.accuracy
+    name = "official mean" if found is pair.official_mean else "accuracy"
+    if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        said = f"No difference between {pair.run} and {baseline} can be told {samples}"
+    else:
+        said = f"{pair.run} is {'better' if found.value > 0 else 'worse'} than {baseline} {samples}"
+    interval = "" if found.low is None else f", 95% interval {signed(found.low)} to {signed(found.high)}"
+    return f"{said}: {signed(found.value)} points of {name}{interval}."
 
 
 def caveats(summary: Summary) -> Iterator[str]:
