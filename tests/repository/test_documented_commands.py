@@ -281,6 +281,27 @@ def saved(words: list[str], _: Site) -> None:
     assert image in {service.image.split(":")[0] for service in load({}).values()}
 
 
+def charted(words: list[str], _: Site) -> None:
+    """The chart is there, and has the values that are set; `make test-deployment` renders it."""
+    chart = yaml.safe_load((ROOT / words[1] / "values.yaml").read_text(encoding="utf-8"))
+    for number, word in enumerate(words):
+        if word == "--set":
+            value: Any = chart
+            for name in words[number + 1].partition("=")[0].split("."):
+                value = value[name]
+
+
+def enabled(words: list[str], _: Site) -> None:
+    """The unit is one of deploy/systemd."""
+    unit = re.sub(r"@.*\.", "@.", words[-1])
+    assert (ROOT / "deploy" / "systemd" / unit).is_file()
+
+
+def copied(words: list[str], _: Site) -> None:
+    """What is copied is there."""
+    assert list(ROOT.glob(words[0]))
+
+
 def launched(words: list[str], _: Site) -> None:
     """The configuration is there, and the module."""
     assert (ROOT / words[words.index("--config_file") + 1]).is_file()
@@ -320,6 +341,9 @@ HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("docker compose", composed),
     ("docker run", saved),
     ("accelerate launch", launched),
+    ("helm install", charted),
+    ("systemctl enable", enabled),
+    ("cp", copied),
 ]
 
 
