@@ -1,5 +1,6 @@
 """The stages of a judge's training in its run folder; trainer.tune_judge puts them in order.
 
+    DIR/teacher.jsonl, teacher.json                 --teacher-url: what the teacher says of them; agreement and cost
     DIR/train.jsonl, held_out.jsonl, labels.json    the labels that can be used, split by prompt; what was left out
     DIR/before.jsonl                                what the base says of those held out
     DIR/adapter/, training.jsonl, training.json     LoRA's weights, the log
@@ -24,11 +25,12 @@ from typing import TYPE_CHECKING, Any, Final
 from client.runs.progress import OnProgress, progress_bar
 from service.models.resolve import fingerprint
 from service.models.tokenizers import load_tokenizer
+from trainer.errors import StageError
 from trainer.policy.models import release_memory, resolve_model
-from trainer.run.files import read_records, write_json, write_record, write_records, write_whole
+from trainer.run.files import read_record, read_records, write_json, write_record, write_records, write_whole
 from trainer.run.progress import echo
 from trainer.run.records import ADAPTER_FOLDER, HELD_OUT_FILE, MERGED_FOLDER
-from trainer.run.stages import RunFolder, Stage
+from trainer.run.stages import RunFolder, Stage, recorded_input
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.judge.evidence import Evidence, compare_readings, write_calibration
 from trainer.tuning.judge.labels import Label
@@ -36,6 +38,7 @@ from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.readings import Reading, read_held_out
 from trainer.tuning.judge.rubric import synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
+from trainer.tuning.judge.teacher import TeacherLine, TeacherSummary, ask_teacher, describe_teacher, summarize
 from trainer.tuning.judge.training import OUTPUTS, train_judge
 from trainer.tuning.rounding import MERGE_FILE, merge_and_measure
 
@@ -43,6 +46,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TRAINING: Final = "training"
+TEACHER: Final = "teacher"
+TEACHER_FILE: Final = "teacher.jsonl"
+TEACHER_SUMMARY: Final = "teacher.json"
 TRAIN_FILE: Final = "train.jsonl"
 LABELS_FILE: Final = "labels.json"
 BEFORE_FILE: Final = "before.jsonl"
@@ -66,11 +72,45 @@ class JudgeStages:
         """The run's folder."""
         return self.folder.path
 
+    def ask_teacher(self) -> None:
+        """teacher.jsonl and teacher.json, if there is a teacher. One that is out of reach is not needed once it has
+        answered everything.
+        """
+        options = self.run.teacher
+        if options is None:
+            return
+        inputs = {"labels": self.folder.config["labels"], "teacher": self.folder.config["teacher"]["asked"]}
+        outputs = (TEACHER_FILE, TEACHER_SUMMARY)
+        try:
+            judge = describe_teacher(options)
+        except StageError as error:
+            judge = recorded_input(self.path, TEACHER, "judge")
+            if not Stage(self.path, TEACHER, outputs, {**inputs, "judge": judge}).done:
+                raise
+            echo(f"{error}. All of its answers are here, so it is not needed")
+
+        def work(report: OnProgress) -> None:
+            labels, _ = self.run.fitting()
+            lines = ask_teacher(options, labels, self.path / TEACHER_FILE, report)
+            write_record(self.path / TEACHER_SUMMARY, summarize(labels, lines))
+
+        self._do(Stage(self.path, TEACHER, outputs, {**inputs, "judge": judge}), "teacher, labels", work)
+        summary = read_record(self.path / TEACHER_SUMMARY, TeacherSummary)
+        self.console.print(summary.line, soft_wrap=True, highlight=False)
+
     def split(self) -> None:
         """train.jsonl, held_out.jsonl and labels.json."""
+        inputs, answers = self.folder.config["labels"], None
+        if self.run.teacher is not None:
+            inputs = {
+                **inputs,
+                TEACHER: Stage(self.path, TEACHER, (), {}).identity(),
+                "weight": self.run.teacher.weight,
+            }
+            answers = {line.id: line for line in read_records(self.path / TEACHER_FILE, TeacherLine)}
 
         def work(_: OnProgress) -> None:
-            split, left_out = self.run.usable()
+            split, left_out = self.run.usable(answers)
             write_records(self.path / TRAIN_FILE, split.train)
             write_records(self.path / HELD_OUT_FILE, split.held_out)
             counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
@@ -79,7 +119,7 @@ class JudgeStages:
             write_json(self.path / LABELS_FILE, counts)
 
         outputs = (TRAIN_FILE, HELD_OUT_FILE, LABELS_FILE)
-        self._do(Stage(self.path, "labels", outputs, self.folder.config["labels"]), "labels", work)
+        self._do(Stage(self.path, "labels", outputs, inputs), "labels", work)
         counts = json.loads((self.path / LABELS_FILE).read_bytes())
         self.console.print(counts_line(counts["train"], counts["held_out"], counts["left_out"]), soft_wrap=True)
         if "synthetic" in counts:
@@ -156,6 +196,8 @@ class JudgeStages:
         counts = json.loads((self.path / LABELS_FILE).read_bytes())
         training = json.loads((self.path / "training.json").read_bytes())
         numbers = {"held-out labels": evidence.model_dump(), "labels": counts, "training": training}
+        if self.run.teacher is not None:
+            numbers[TEACHER] = json.loads((self.path / TEACHER_SUMMARY).read_bytes())
         card = model_card(self.path.name, self.run.model.name, numbers, tags=("judge", "lora"))
         write_whole(self.path / MERGED_FOLDER / CARD_FILE, card.encode())
         return evidence

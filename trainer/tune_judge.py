@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from client.bulk import BulkOptions
 from trainer.errors import InputError
-from trainer.flags import add_flags, add_run_flags, given
+from trainer.flags import FlagGroup, add_flags, add_run_flags, given
 from trainer.judge_stages import JudgeStages
+from trainer.labels.labelers import JudgeOptions
 from trainer.policy.model_ref import model_ref
 from trainer.policy.models import DTYPES, quiet_libraries
 from trainer.programs import run_program, stderr_console
@@ -32,6 +34,7 @@ from trainer.tuning.judge.evidence import GIVEN, Evidence
 from trainer.tuning.judge.rubric import read_rubric, rubric_files, synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, LabelSource, counts_line, memory_line
 from trainer.tuning.judge.settings import JudgeSettings
+from trainer.tuning.judge.teacher import TeacherOptions
 from trainer.tuning.settings import world_size
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ def tune(run: JudgeRun, output: Path, console: Console, *, overwrite: bool) -> N
     """All stages, labels to report. Raises StageError if it stops and can be resumed, ValueError for bad input."""
     with open_run(output, config_of(run), overwrite=overwrite) as folder, quiet_libraries():
         stages = JudgeStages(run, folder, console)
+        stages.ask_teacher()
         stages.split()
         stages.read_before()
         stages.train(folder.path)
@@ -58,7 +62,7 @@ def tune(run: JudgeRun, output: Path, console: Console, *, overwrite: bool) -> N
 
 def config_of(run: JudgeRun) -> dict[str, Any]:
     """What decides the results of a run, as JSON: the same run has the same. A curve may be added later."""
-    labels = run.labels
+    labels, teacher = run.labels, run.teacher
     asked = {
         "template": run.template,
         "template_files": [content_digest(path) for path in run.template_files],
@@ -83,6 +87,7 @@ def config_of(run: JudgeRun) -> dict[str, Any]:
         "asked": asked,
         "training": run.settings.described(),
         "merge_dtype": run.merge_dtype,
+        **({} if teacher is None else {"teacher": {"asked": teacher.described(), "weight": teacher.weight}}),
     }
 
 
@@ -149,7 +154,19 @@ def _run_of(args: argparse.Namespace) -> JudgeRun:
         template_files=tuple(args.template_file),
         merge_dtype=args.merge_dtype,
         curve=curve,
+        teacher=_teacher_of(args),
     )
+
+
+def _teacher_of(args: argparse.Namespace) -> TeacherOptions | None:
+    if args.teacher_url is None:
+        return None
+    if not (0 < args.teacher_weight <= 1 and 0 <= args.teacher_max_failures <= 1):
+        raise InputError("--teacher-weight must be above 0 and at most 1, --teacher-max-failures from 0 to 1")
+    judge = JudgeOptions(
+        args.teacher_url, args.teacher_key, BulkOptions(patience=args.teacher_patience), flag="--teacher-url"
+    )
+    return TeacherOptions(judge, args.teacher_template, args.teacher_weight, args.teacher_max_failures)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -177,6 +194,8 @@ def _write_plan(run: JudgeRun) -> None:
         f"training: {settings.steps(len(examples))} steps of {settings.batch} labels, {tokens:,} tokens",
         memory_line(run, examples),
     ]
+    if run.teacher is not None:
+        lines.insert(1, f"teacher: asked about {len(split.train) + len(split.held_out)} labels")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -205,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_run_flags(parser, "labels")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")
+    _add_teacher_flags(parser.add_argument_group("teacher", "A stronger judge says which answers are better."))
     asking = parser.add_argument_group("asking")
     asking.add_argument("--template", metavar="NAME", help="ask this template of all labels (default: each category's)")
     asking.add_argument(
@@ -249,6 +269,41 @@ def _parser() -> argparse.ArgumentParser:
         help="dtype of the merged model; auto is the base's (default: bfloat16)",
     )
     return parser
+
+
+def _add_teacher_flags(group: FlagGroup) -> None:
+    group.add_argument(
+        "--teacher-url",
+        metavar="URL",
+        help="a service whose judge labels the data: soft labels by its log-odds. --pairs may then have rows without "
+        "labels: prompt and responses, a list",
+    )
+    group.add_argument("--teacher-key", metavar="KEY", help="its key (default: JUDGE_API_KEY)")
+    group.add_argument(
+        "--teacher-template", metavar="NAME", help="the teacher is asked this template (default: each category's)"
+    )
+    group.add_argument(
+        "--teacher-weight",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="what the teacher counts against a label that was given: 1 replaces it, 0.5 takes the mean (default: 1). "
+        "Labels held out stay as they were given",
+    )
+    group.add_argument(
+        "--teacher-patience",
+        type=float,
+        default=300.0,
+        metavar="N",
+        help="seconds to wait for a silent teacher (default: 300)",
+    )
+    group.add_argument(
+        "--teacher-max-failures",
+        type=float,
+        default=0.02,
+        metavar="N",
+        help="share of the labels on which it may fail (default: 0.02)",
+    )
 
 
 if __name__ == "__main__":

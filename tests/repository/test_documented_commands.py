@@ -133,6 +133,12 @@ def files(tmp_path_factory: pytest.TempPathFactory, live: Live) -> Path:
         encoding="utf-8",
     )
     (folder / "mine.toml").write_text(block("toml", "templates.md").text, encoding="utf-8")
+    (folder / "rubric.toml").write_text(block("toml", "tuning.md").text, encoding="utf-8")
+    for name, answer in (("answers", "It is number {n}: word{n}."), ("solutions", "def f(x):\n    return x + {n}\n")):
+        answers = [
+            {"prompt": f"What is thing {n} of group{n % 5}?", "response": answer.format(n=n)} for n in range(10, 30)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     for name in ("mine", "other"):
         command = ["rewardbench", "--judge-url", live.url, "--data", str(folder / "hub.jsonl")]
         assert client_main([*command, "--out", str(folder / "runs" / name)]) == 0

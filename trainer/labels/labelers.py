@@ -41,12 +41,15 @@ RANDOM_SPREAD: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class JudgeOptions:
-    """Where the judge is and how hard it may be pressed. `start_timeout` is in seconds; `api_key` as in AsyncJudge."""
+    """Where the judge is and how hard it may be pressed. `start_timeout` is in seconds; `api_key` as in AsyncJudge;
+    `flag` is what gives another address.
+    """
 
     url: str
     api_key: str | None = None
     bulk: BulkOptions = field(default_factory=BulkOptions)
     start_timeout: float = 10.0
+    flag: str = "--judge-url"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,8 @@ async def connected(options: JudgeOptions) -> AsyncIterator[tuple[AsyncJudge, Mo
             info = (await judge.models()).data[0]
     except (JudgeError, ValueError) as error:
         raise StageError(
-            f"the judge at {shown_url(options)} cannot be used: {error}. Start the service, or give another --judge-url"
+            f"the judge at {shown_url(options)} cannot be used: {error}. Start the service, or give another "
+            f"{options.flag}"
         ) from error
     async with AsyncJudge(options.url, api_key=options.api_key, timeout=CALL_TIMEOUT) as judge:
         yield judge, info

@@ -56,6 +56,7 @@ def write_judge_report(folder: Path) -> Path:
         title=f"A judge made of {training.get('base', 'a model')}",
         evidence=evidence,
         labels=_json(folder / "labels.json"),
+        teacher=_json(folder / "teacher.json"),
         training=training,
         merge=_json(folder / "merge.json"),
         calibration=_json(folder / "calibration.json").get("templates", {}),

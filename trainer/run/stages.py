@@ -174,6 +174,15 @@ class Stage:
         return ["or unknown inputs"] if recorded is None else differing_keys(recorded, inputs)
 
 
+def recorded_input(folder: Path, stage: str, name: str) -> Any:
+    """What a stage that is done was made from, by the input's name; None if it is not done."""
+    try:
+        recorded = json.loads((folder / f"{stage}.done").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return recorded.get(name) if isinstance(recorded, dict) else None
+
+
 def differing_keys(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """See `client.runs.config.differing_keys`; models are equal if their files are, wherever they lie."""
     return run_config.differing_keys(recorded, wanted, _same_input)

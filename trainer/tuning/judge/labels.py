@@ -32,6 +32,8 @@ _WORDS: Final = {
     **dict.fromkeys(("no", "false", "bad", "0", "0.0"), 0.0),
 }
 
+UNDECIDED: Final = 0.5
+
 
 class Label(Record):
     """One decision, mostly a human's. `target` is the probability that the first of two `answers` is the better one, or
@@ -46,6 +48,11 @@ class Label(Record):
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     category: str | None = None
     kind: str | None = None
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it says anything: not if it is a tie, or a question that a teacher has yet to answer."""
+        return self.target != UNDECIDED
 
     @property
     def is_pair(self) -> bool:
@@ -85,7 +92,11 @@ def read_labels(source: str, category: str = "category") -> tuple[list[Label], C
     `category` names the column with the category. Raises DataError for a row that cannot be read.
     """
     hub = hub_source(source)
-    rows = read_table(Path(source)) if hub is None else hub_rows(*hub)
+    return clean(labels_of(read_table(Path(source)) if hub is None else hub_rows(*hub), category))
+
+
+def labels_of(rows: Iterable[TableRow], category: str) -> list[Label]:
+    """The labels of these rows, as they are. Raises DataError."""
     seen: dict[str, TableRow] = {}
     labels = []
     for row in rows:
@@ -94,7 +105,7 @@ def read_labels(source: str, category: str = "category") -> tuple[list[Label], C
         if first is not row:
             raise row.problem(f"id {label.id} is already that of {first.unit} {first.number}")
         labels.append(label)
-    return clean(labels)
+    return labels
 
 
 def clean(labels: Iterable[Label]) -> tuple[list[Label], Counter[str]]:
@@ -136,7 +147,7 @@ def _useless(label: Label) -> str | None:
         return "empty texts"
     if label.is_pair and label.answers[0] == label.answers[1]:
         return "equal answers"
-    return "ties" if label.target == 0.5 else None
+    return None if label.is_decided else "ties"
 
 
 def _label(row: TableRow, category: str) -> Label:

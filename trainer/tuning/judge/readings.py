@@ -29,14 +29,14 @@ class Reading(Record):
     """
 
     id: str
-    category: str | None
+    category: str | None = None
     kind: str | None = None
     template: str
     asking: Asking
     target: float
     log_odds: tuple[float, ...]
     label_mass: tuple[float, ...]
-    margin: float | None
+    margin: float | None = None
     lengths: tuple[int, ...]
 
 

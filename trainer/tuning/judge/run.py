@@ -18,6 +18,8 @@ from trainer.tuning.judge.memory import needed_bytes
 from trainer.tuning.judge.prompts import Example, JudgePrompts
 from trainer.tuning.judge.rubric import read_rubric, rubric_labels
 from trainer.tuning.judge.settings import JudgeSettings
+from trainer.tuning.judge.teacher import TeacherLine, TeacherOptions, taught
+from trainer.tuning.judge.unlabelled import read_questions
 from trainer.tuning.preferences import held_out_indices
 
 
@@ -47,6 +49,7 @@ class JudgeRun:
     template_files: tuple[Path, ...]
     merge_dtype: DType
     curve: tuple[int, ...]
+    teacher: TeacherOptions | None = None
 
     def prompts(self) -> JudgePrompts:
         """What makes prompts of labels. Raises ModelError, InputError."""
@@ -54,34 +57,59 @@ class JudgeRun:
         folder = resolve_model(self.model.name)
         return JudgePrompts(folder, settings.asking, self.template, self.template_files, settings.max_length)
 
-    def usable(self) -> tuple[LabelSplit, Counter[str]]:
+    def usable(self, answers: Mapping[str, TeacherLine] | None = None) -> tuple[LabelSplit, Counter[str]]:
         """The labels that can be trained on, split by prompt, and how many were left out, by reason.
 
-        Raises DataError, and InputError if too few are left or nothing can be learnt from them.
+        With `answers` of the teacher, by label, it decides those to train on; labels held out stay as they were given,
+        if they were. Raises DataError, and InputError if too few are left or nothing can be learnt from them.
+        """
+        labels, left_out = self.fitting()
+        split = split_labels(
+            labels, held_out_indices([label.prompt_key for label in labels], self.labels.held_out, self.settings.seed)
+        )
+        if self.teacher is not None and answers is not None:
+            train = self._taught(split.train, answers, self.teacher.weight, left_out)
+            split = LabelSplit(train, self._taught(split.held_out, answers, 0.0, left_out))
+            _check(split, left_out)
+        elif self.teacher is None:
+            _check(split, left_out)
+        return split, left_out
+
+    def fitting(self) -> tuple[list[Label], Counter[str]]:
+        """The labels that may be used and whose prompts fit, and how many were left out, by reason.
+
+        Those of data without labels are undecided. Raises DataError, InputError.
         """
         options = self.labels
         labels, left_out = self._read()
         labels = _without_leaks(labels[: options.limit], options, left_out)
         examples, unfit = self.prompts().examples(labels)
         left_out.update(unfit)
-        labels = [example.label for example in examples]
-        split = split_labels(
-            labels, held_out_indices([label.prompt_key for label in labels], options.held_out, self.settings.seed)
-        )
-        _check(split, left_out)
-        return split, left_out
+        return [example.label for example in examples], left_out
+
+    def _taught(
+        self, labels: Sequence[Label], answers: Mapping[str, TeacherLine], weight: float, left_out: Counter[str]
+    ) -> list[Label]:
+        decided = taught(labels, answers, weight)
+        kept = [label for label in decided if label.is_decided]
+        left_out.update({"unanswered by the teacher": len(labels) - len(decided), "ties": len(decided) - len(kept)})
+        for reason in [reason for reason, count in left_out.items() if not count]:
+            del left_out[reason]
+        return kept
 
     def _read(self) -> tuple[list[Label], Counter[str]]:
         """The labels that the file has, and those that the rubric makes."""
         options, left_out = self.labels, Counter[str]()
         labels: list[Label] = []
         if options.source is not None:
-            labels, left_out = read_labels(options.source, options.category)
+            read = read_labels if self.teacher is None else read_questions
+            labels, left_out = read(options.source, options.category)
         if options.rubric is not None:
             made, notes = rubric_labels(read_rubric(options.rubric), options.category, self.settings.seed)
             for note in notes:
                 echo(note)
-            labels, repeated = clean([*labels, *made])
+            made, repeated = clean(made)
+            labels += made
             left_out.update(repeated)
         return labels, left_out
 
