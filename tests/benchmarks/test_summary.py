@@ -310,6 +310,15 @@ def test_chance_is_lower_where_more_answers_are_wrong() -> None:
     assert level.chance == 0.25
 
 
+def test_a_section_has_the_interval_of_its_subsets() -> None:
+    """Of one subset its own Wilson interval; of two a narrower one than either's."""
+    one = summary_of("rewardbench", pairs("hep-go", 8, 2)).levels["Reasoning"]
+    two = summary_of("rewardbench", [*pairs("hep-go", 8, 2), *pairs("hep-js", 8, 2)]).levels["Reasoning"]
+
+    assert (one.low, one.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert two.high - two.low < one.high - one.low
+
+
 def test_a_mean_of_missing_sections_is_explained() -> None:
     """The verdict is then on all samples, and says so."""
     summary = summary_of("rewardbench", pairs("hep-go", 8, 2))

@@ -20,9 +20,9 @@ LENGTH_BINS: Final = 8
 
 
 def subset_bars(subsets: Mapping[str, SubsetScore]) -> str:
-    """Accuracy of each judged subset with its 95% interval."""
+    """Accuracy of each judged subset with its 95% interval, and what chance would get."""
     judged = [
-        (name, 100 * subset.accuracy, 100 * subset.low, 100 * subset.high)
+        (name, 100 * subset.accuracy, 100 * subset.low, 100 * subset.high, 100 * (subset.chance or 0.5))
         for name, subset in subsets.items()
         if subset.accuracy is not None and subset.low is not None and subset.high is not None
     ]
@@ -30,20 +30,20 @@ def subset_bars(subsets: Mapping[str, SubsetScore]) -> str:
         return ""
 
     def draw(axes: Axes) -> None:
-        names, values, lows, highs = zip(*judged, strict=True)
+        names, values, lows, highs, chances = zip(*judged, strict=True)
         places = range(len(judged))
         below = [value - low for value, low in zip(values, lows, strict=True)]
         above = [high - value for value, high in zip(values, highs, strict=True)]
         axes.barh(places, values, color=GOOD, height=0.62)
         axes.errorbar(values, places, xerr=[below, above], fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-        axes.axvline(50, color=INK, linewidth=0.8, linestyle="--")
+        axes.vlines(chances, [y - 0.5 for y in places], [y + 0.5 for y in places], INK, linewidth=0.8, linestyle="--")
         axes.set_yticks(places, [short_name(name) for name in names])
         axes.set_ylim(len(judged) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xlabel("accuracy, %")
         axes.grid(visible=False, axis="y")
 
-    description = ", ".join(f"{name} {value:.1f}%" for name, value, _, _ in judged)
+    description = ", ".join(f"{name} {value:.1f}%" for name, value, _, _, _ in judged)
     return svg_figure("bars", f"Accuracy by subset: {description}", draw, height=1.0 + 0.27 * len(judged))
 
 

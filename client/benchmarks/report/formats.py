@@ -41,10 +41,14 @@ def model_name(model: str | None) -> str:
     return PurePath(model).name or model if model.startswith(("/", "./", "../", "~")) else model
 
 
+def interval_text(level: Level | SubsetScore) -> str:
+    """A 95% interval in percent, or a dash where nothing was judged."""
+    return "-" if level.low is None else f"{percent(level.low)} to {percent(level.high)}"
+
+
 def level_text(level: Level) -> str:
     """A share in percent with its interval and chance: "55.0 (95% interval 39.8 to 69.3; chance is 50.0)"."""
-    interval = f"95% interval {percent(level.low)} to {percent(level.high)}"
-    return f"{percent(level.value)} ({interval}; chance is {percent(level.chance)})"
+    return f"{percent(level.value)} (95% interval {interval_text(level)}; chance is {percent(level.chance)})"
 
 
 def verdict(summary: Summary) -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from client.benchmarks.report.formats import by_section, caveats, levels, model_name, percent, style_names, verdict
+from client.benchmarks.report.formats import (
+    by_section,
+    caveats,
+    interval_text,
+    levels,
+    model_name,
+    percent,
+    style_names,
+    verdict,
+)
 from client.benchmarks.results.summary import CalibrationErrors, Cost, Length, Position, SubsetScore, Summary
 from client.runtime.cli import PIPE_WIDTH
 
@@ -46,17 +55,18 @@ def _subset_table(summary: Summary) -> Table:
         if section is not None:
             judged = sum(subset.judged for _, subset in members)
             table.add_section()
-            table.add_row(Text(section, "bold"), str(judged), Text(percent(summary.sections.get(section)), "bold"))
+            level = summary.levels.get(section)
+            share = Text(percent(summary.sections.get(section)), "bold")
+            table.add_row(Text(section, "bold"), str(judged), share, interval_text(level) if level else "")
         for name, subset in members:
             table.add_row(Text(f"  {name}" if section is not None else name), *_subset_cells(subset))
     return table
 
 
 def _subset_cells(subset: SubsetScore) -> Iterable[str]:
-    interval = "-" if subset.low is None else f"{percent(subset.low)} to {percent(subset.high)}"
     mass = "-" if subset.label_mass is None else f"{subset.label_mass:.3f}"
     failed = f"[red]{subset.failed}[/]" if subset.failed else "0"
-    return str(subset.judged), percent(subset.accuracy), interval, str(subset.ties), failed, mass
+    return str(subset.judged), percent(subset.accuracy), interval_text(subset), str(subset.ties), failed, mass
 
 
 def _style_table(title: str, matrix: list[list[float]]) -> Table:

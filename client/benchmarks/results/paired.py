@@ -111,7 +111,7 @@ def _official_difference(common: _CommonRows, scoring: Scoring) -> tuple[Estimat
     run_mean, baseline_mean = scoring.official_mean(common.run), scoring.official_mean(common.baseline)
     if run_mean is None or baseline_mean is None:
         return None, ["no official mean: a part of the benchmark has no sample that both judged"]
-    weights = subset_weights(common.run, scoring.benchmark, scoring.ties)
+    weights = subset_weights(common.run, scoring.official_mean)
     if not (
         is_weighted_mean(run_mean, common.run, weights, scoring.benchmark, scoring.ties)
         and is_weighted_mean(baseline_mean, common.baseline, weights, scoring.benchmark, scoring.ties)

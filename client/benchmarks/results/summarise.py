@@ -22,7 +22,7 @@ from client.benchmarks.results.summary import (
     SubsetScore,
     Summary,
 )
-from client.benchmarks.results.weights import is_weighted_mean, subset_weights
+from client.benchmarks.results.weights import Number, is_weighted_mean, subset_weights
 from client.benchmarks.rows import Row, TiePolicy, credit, judged_rows
 from client.benchmarks.scoring.benchmark import Benchmark, by_subset
 
@@ -35,8 +35,9 @@ def summarise(benchmark: Benchmark, rows: Sequence[Row], *, config: Mapping[str,
     return Summary(
         benchmark=benchmark.name,
         mean=official.mean,
-        official=_official_level(benchmark, judged, ties, official.mean),
+        official=_level(benchmark, judged, ties, lambda some: benchmark.scores(some, ties).mean),
         accuracy=_accuracy(benchmark, judged, ties),
+        levels=_section_levels(benchmark, judged, ties, official.sections),
         sections=official.sections,
         tables=official.tables,
         matrices=official.matrices,
@@ -124,6 +125,7 @@ def _subset(benchmark: Benchmark, rows: Sequence[Row], ties: TiePolicy) -> Subse
         low=low,
         high=high,
         label_mass=stats.mean(_label_masses(judged)) if judged else None,
+        chance=stats.mean([benchmark.chance(row) for row in judged]) if judged else None,
     )
 
 
@@ -143,32 +145,41 @@ def _accuracy(benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy) -> L
     return Level(value=stats.mean(earned), low=low, high=high, chance=chance, samples=len(judged))
 
 
-def _official_level(
-    benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy, official: float | None
-) -> Level | None:
-    """The official mean with an interval made of its subsets' Wilson intervals (Newcombe, 2001: square and add).
+def _section_levels(
+    benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy, sections: Iterable[str]
+) -> dict[str, Level]:
+    def number(section: str) -> Number:
+        return lambda some: benchmark.scores(some, ties).sections.get(section)
 
-    Their distances from the subsets' means are squared, weighted and added on either side, so the interval has a width
-    even where all verdicts agree.
+    levels = {section: _level(benchmark, judged, ties, number(section)) for section in sections}
+    return {section: level for section, level in levels.items() if level is not None}
+
+
+def _level(benchmark: Benchmark, judged: Sequence[Row], ties: TiePolicy, number: Number) -> Level | None:
+    """One of the benchmark's numbers with an interval made of its subsets' (Newcombe, 2001: square and add).
+
+    The distances of their Wilson intervals from their means are squared, weighted and added on either side, so the
+    interval has a width even where all verdicts agree.
     """
-    if official is None:
+    value = number(judged)
+    if value is None:
         return None
-    weights = subset_weights(judged, benchmark, ties)
-    if not is_weighted_mean(official, judged, weights, benchmark, ties):
+    weights = subset_weights(judged, number)
+    if not is_weighted_mean(value, judged, weights, benchmark, ties):
         return None
     levels = [
         (weights[subset], level)
         for subset, members in by_subset(judged).items()
-        if (level := _accuracy(benchmark, members, ties)) is not None
+        if weights[subset] and (level := _accuracy(benchmark, members, ties)) is not None
     ]
     below = math.sqrt(math.fsum((weight * (level.value - level.low)) ** 2 for weight, level in levels))
     above = math.sqrt(math.fsum((weight * (level.high - level.value)) ** 2 for weight, level in levels))
     return Level(
-        value=official,
-        low=max(0.0, official - below),
-        high=min(1.0, official + above),
+        value=value,
+        low=max(0.0, value - below),
+        high=min(1.0, value + above),
         chance=math.fsum(weight * level.chance for weight, level in levels),
-        samples=sum(level.samples for weight, level in levels if weight),
+        samples=sum(level.samples for _, level in levels),
     )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import Field
+
 from client.benchmarks.rows import FrozenModel, TiePolicy
 
 SUMMARY_FILE: Final = "summary.json"
 
 
 class SubsetScore(FrozenModel):
-    """One subset. `accuracy` is the mean credit of its judged samples, `low` and `high` its 95% Wilson interval.
+    """One subset. `accuracy` is the mean credit of its judged samples, `low` and `high` its 95% Wilson interval, and
+    `chance` what random scores would get (older summaries lack it).
 
     These and `label_mass` (the mean over its answers) are None if every sample failed. `ties` counts samples with a
     margin of exactly 0. `section` is the part of the official score that the subset belongs to, if any.
@@ -26,6 +29,7 @@ class SubsetScore(FrozenModel):
     low: float | None
     high: float | None
     label_mass: float | None
+    chance: float | None = None
 
 
 class Counts(FrozenModel):
@@ -134,14 +138,15 @@ class Summary(FrozenModel):
     """All numbers of a run. Shares are from 0 to 1, and failed samples enter no accuracy.
 
     `sections`, `mean`, `tables` and `matrices` are the benchmark's own: see OfficialScores. `official` is the mean with
-    its interval, None where it is not a weighted mean of the samples' credits; `accuracy` is the mean credit of all
-    judged samples alike. Older summaries have neither.
+    its interval, None where it is not a weighted mean of the samples' credits; `levels` are the sections' of which that
+    is true; `accuracy` is the mean credit of all judged samples alike. Older summaries have none of these.
     """
 
     benchmark: str
     mean: float | None
     official: Level | None = None
     accuracy: Level | None = None
+    levels: dict[str, Level] = Field(default_factory=dict)
     sections: dict[str, float]
     tables: dict[str, dict[str, float]]
     matrices: dict[str, list[list[float]]]
