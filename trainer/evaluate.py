@@ -1,6 +1,7 @@
-"""`python -m trainer.evaluate`: compare two models through a judge (see trainer.evaluation.comparison).
+"""`python -m trainer.evaluate`: compare models by tasks that a program checks, and two of them through a judge.
 
-The judge should not be the one that labelled the training data: a model that learnt to please one judge pleases it.
+The tasks are in trainer.evaluation.tasks, the judge's comparison in trainer.evaluation.comparison. The judge should not
+be the one that labelled the training data: a model that learnt to please one judge pleases it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ if __name__ == "__main__":  # before the slow imports
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,14 +25,18 @@ from client.schema import Truncation
 from trainer.errors import InputError
 from trainer.evaluation.comparison import Evaluation, OneResponse, Referee
 from trainer.evaluation.harness import HarnessOptions, add_harness_flags
+from trainer.evaluation.metrics import Metrics
+from trainer.evaluation.tasks.options import TaskOptions, add_task_flags
+from trainer.evaluation.tasks.results import TasksOnly
+from trainer.evaluation.tasks.run import BASE, NEW, arms_in, run_tasks
 from trainer.evaluation.verdicts import describe_judge
 from trainer.flags import add_flags, given
 from trainer.labels.labelers import JudgeOptions
 from trainer.policy.model_ref import model_ref
 from trainer.policy.models import quiet_libraries, resolve_model
 from trainer.programs import reading_input, run_program, stderr_console
-from trainer.run.files import read_records
-from trainer.run.records import Instruction
+from trainer.run.files import read_records, write_record
+from trainer.run.records import METRICS_FILE, Instruction
 from trainer.run.stages import content_digest, open_run
 
 
@@ -42,46 +48,79 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     harness, sampling = HarnessOptions.from_args(args), OneResponse(**given(args, OneResponse))
-    with reading_input():
-        if not read_records(args.instructions, Instruction):
-            raise InputError(f"{args.instructions}: holds no instructions")
-    for name in (args.base, args.new):
+    tasks, judged = TaskOptions.from_args(args), args.instructions is not None
+    _check_input(args, tasks, judged)
+    named = _named_models(args)
+    described = {} if tasks is None else tasks.described()
+    for name in named.values():
         resolve_model(name)
     judge = JudgeOptions(args.eval_judge_url or args.judge_url, args.api_key)
-    described = describe_judge(judge)
+    answers = describe_judge(judge) if judged else None
     # After the judge has answered: digests of large models take a while.
-    base, new = model_ref(args.base), model_ref(args.new)
-    config = {
-        "stage": "evaluate",
-        "base": base.identity,
-        "new": new.identity,
-        "instructions": content_digest(args.instructions),
-        "judge": described,
-        "truncation": args.truncation,
-        **sampling.described(),
-    }
+    models = {name: model_ref(model) for name, model in named.items()}
+    config = {"stage": "evaluate", **{name: model.identity for name, model in models.items()}, **sampling.described()}
+    if judged:
+        config |= {"instructions": content_digest(args.instructions), "judge": answers, "truncation": args.truncation}
     console = stderr_console()
-    with open_run(args.out, config, overwrite=args.overwrite) as run, quiet_libraries():
-        metrics = Evaluation(
-            run=run,
-            folder=args.out,
-            held_out=args.instructions,
-            base=base,
-            new=new,
-            sampling=sampling,
-            referee=Referee(described, lambda: nullcontext(judge), args.truncation, args.max_failures),
-            harness=harness,
-            console=console,
-        ).perform()
-    console.print(metrics.summary, soft_wrap=True, highlight=False)
-    sys.stdout.write(metrics.model_dump_json(indent=2) + "\n")
+    found: Metrics | TasksOnly
+    with open_run(args.out, {**config, **described}, overwrite=args.overwrite) as run, quiet_libraries():
+        if answers is None:
+            arms = arms_in(args.out, models)
+            found = TasksOnly(tasks=run_tasks(run, args.out, arms, tasks or TaskOptions(), sampling, console))
+            write_record(args.out / METRICS_FILE, found)
+        else:
+            found = Evaluation(
+                run=run,
+                folder=args.out,
+                held_out=args.instructions,
+                base=models.pop(BASE),
+                new=models.pop(NEW),
+                sampling=sampling,
+                referee=Referee(answers, lambda: nullcontext(judge), args.truncation, args.max_failures),
+                harness=harness,
+                console=console,
+                tasks=tasks,
+                further=models,
+            ).perform()
+            console.print(found.summary, soft_wrap=True, highlight=False)
+    for sentence in found.tasks.sentences if found.tasks is not None else ():
+        console.print(sentence, soft_wrap=True, highlight=False)
+    sys.stdout.write(found.model_dump_json(indent=2) + "\n")
+
+
+def _check_input(args: argparse.Namespace, tasks: TaskOptions | None, judged: bool) -> None:
+    """Raise InputError for what could not be evaluated, before a model is read."""
+    if judged:
+        with reading_input():
+            if not read_records(args.instructions, Instruction):
+                raise InputError(f"{args.instructions}: holds no instructions")
+    elif tasks is None:
+        raise InputError("nothing to evaluate: give --instructions FILE for a judge's comparison, or --tasks, or both")
+    elif args.lm_eval:
+        raise InputError("--lm-eval goes with a judge's comparison: give --instructions FILE too")
+    if args.arm and tasks is None:
+        raise InputError("--arm models answer tasks: give --tasks too")
+
+
+def _named_models(args: argparse.Namespace) -> dict[str, str]:
+    """The models by the names of their arms, base and new first. Raises InputError."""
+    named = {BASE: args.base, NEW: args.new}
+    for arm in args.arm:
+        name, mark, model = arm.partition("=")
+        if not mark or not model or re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) is None:
+            raise InputError(f"--arm {arm!r}: give NAME=MODEL, the name of letters, digits, dots and dashes")
+        if name in named:
+            raise InputError(f"--arm {arm!r}: another model is called {name!r} already; base and new are taken")
+        named[name] = model
+    return named
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer.evaluate",
-        description="Compare two models on held-out instructions through the judge: win rate, plain and "
-        "length-controlled, in both orders and pointwise; refusals, lengths; OUT/metrics.json.",
+        description="Compare models by tasks that a program checks (--tasks), and two of them on held-out instructions "
+        "through the judge (--instructions): win rate, plain and length-controlled, in both orders and pointwise; "
+        "refusals, lengths; OUT/metrics.json.",
         epilog="Results are written as they come; after an interruption the same command resumes.",
     )
     add_judge_flags(parser)
@@ -91,7 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", required=True, metavar="MODEL", help="the model to beat: a folder, or a hub id")
     parser.add_argument("--new", required=True, metavar="MODEL", help="the model to evaluate: a folder, or a hub id")
     parser.add_argument(
-        "--instructions", type=Path, required=True, metavar="FILE", help="JSON lines with id, prompt, category"
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="a further model for the tasks; all are compared with the base, and with the one called control if there "
+        "is one. May be given several times",
+    )
+    parser.add_argument(
+        "--instructions",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with id, prompt, category: a judge compares base's and new's answers. Without it no "
+        "judge is asked",
     )
     parser.add_argument("--out", "--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(
@@ -111,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace what a run with other settings left in the folder"
     )
     add_flags(parser.add_argument_group("sampling"), OneResponse)
+    add_task_flags(parser)
     add_harness_flags(parser)
     return parser
 

@@ -334,6 +334,7 @@ HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("python -m client", measured),
     ("python -m trainer.self_improve", planned),
     ("python -m trainer.tune_judge", counted),
+    ("python -m trainer.evaluate", partial(explained, "trainer.evaluate")),
     ("python -m trainer", helped(trainer_main)),
     ("python -m service --help", helped(lambda _: bool(settings_from(Settings, ["--help"])))),
     ("python -m service.models", looked_up),

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,9 @@ from client.runs.progress import progress_bar
 from client.schema import Truncation
 from trainer.evaluation.harness import HarnessOptions, run_harness
 from trainer.evaluation.metrics import Metrics, measure
+from trainer.evaluation.tasks.options import TaskOptions
+from trainer.evaluation.tasks.results import TaskMetrics
+from trainer.evaluation.tasks.run import BASE, NEW, Arm, arms_in, run_tasks
 from trainer.evaluation.verdicts import MODES, Duel, VerdictOptions, judge_duels, make_duels
 from trainer.labels.labelers import JudgeOptions
 from trainer.policy.model_ref import ModelRef
@@ -71,6 +74,9 @@ class Evaluation:
     referee: Referee
     harness: HarnessOptions | None
     console: Console
+    tasks: TaskOptions | None = None
+    # Further models for the tasks, by name.
+    further: Mapping[str, ModelRef] = field(default_factory=dict)
 
     @property
     def base_stage(self) -> Stage:
@@ -93,6 +99,7 @@ class Evaluation:
                 "missing": len(instructions) - len(duels),
                 "judge_is_labeler": self.referee.is_labeler,
                 "lm_eval": self._run_harness(),
+                "tasks": self._run_tasks(),
             }
         )
         if same_weights(resolve_model(self.base.name), resolve_model(self.new.name)):
@@ -133,6 +140,12 @@ class Evaluation:
             save_rate(self.folder, "comparing", 2 * meter.new_items, time.monotonic() - started)
 
         self.run.run_stage(Stage(self.folder, "verdicts", MODES, inputs), work)
+
+    def _run_tasks(self) -> TaskMetrics | None:
+        if self.tasks is None:
+            return None
+        arms = [Arm(BASE, self.base, self.run.path), *arms_in(self.folder, {NEW: self.new, **self.further})]
+        return run_tasks(self.run, self.folder, arms, self.tasks, self.sampling, self.console)
 
     def _run_harness(self) -> dict[str, Any] | None:
         if self.harness is None:

@@ -8,7 +8,8 @@ from typing import Literal
 from client.benchmarks.rows import Mode, Row
 from client.labels.records import count_by
 from client.stats import mean
-from client.texts import is_blank, is_refusal
+from trainer.evaluation.responses import ResponseStats, response_stats
+from trainer.evaluation.tasks.results import TaskMetrics
 from trainer.evaluation.verdicts import MODES, Duel
 from trainer.evaluation.winrate import (
     Estimate,
@@ -20,18 +21,7 @@ from trainer.evaluation.winrate import (
     outcome_of,
     win_rate,
 )
-from trainer.run.records import Record, Sample
-
-
-class ResponseStats(Record):
-    """A model's responses. `refusals` is the share that opens as a refusal does; lengths are means."""
-
-    responses: int
-    empty: int
-    cut_off: float | None
-    refusals: float | None
-    characters: float | None
-    tokens: float | None
+from trainer.run.records import Record
 
 
 class Position(Record):
@@ -74,6 +64,7 @@ class Metrics(Record):
     label_mass: dict[str, float | None]
     responses: dict[Literal["base", "new"], ResponseStats]
     lm_eval: dict[str, object] | None = None
+    tasks: TaskMetrics | None = None
     same_weights: bool = False
 
     @property
@@ -177,16 +168,3 @@ def _position(compared: Sequence[Row]) -> Position | None:
 def _label_mass(rows: Iterable[Row]) -> float | None:
     masses = [answer.label_mass for row in rows for answer in (*row.chosen_answers, *row.rejected_answers)]
     return mean(masses) if masses else None
-
-
-def response_stats(samples: Sequence[Sample]) -> ResponseStats:
-    """See ResponseStats."""
-    count = len(samples)
-    return ResponseStats(
-        responses=count,
-        empty=sum(is_blank(sample.response) for sample in samples),
-        cut_off=sum(sample.finish == "length" for sample in samples) / count if count else None,
-        refusals=sum(is_refusal(sample.response) for sample in samples) / count if count else None,
-        characters=mean([len(sample.response) for sample in samples]) if count else None,
-        tokens=mean([sample.tokens for sample in samples]) if count else None,
-    )
