@@ -12,6 +12,8 @@ let heard = "";
 let since = null;
 let started = null;
 let polls = 0;
+// The key, perhaps "", that the service does not accept: it is not asked again with the same one.
+let refused = null;
 
 // `tell(model, templates, before)` is called for each new model, with the one that it replaces or null.
 export function setUp(onModel) {
@@ -24,6 +26,7 @@ export function answered(startTime) {
   const restarted = started !== null && startTime !== started;
   started = startTime ?? started;
   polls += 1;
+  if (refused === apiKey() && !since && !restarted) return;
   if (since || restarted || !known?.workers?.length || polls % EVERY === 0) introduce();
 }
 
@@ -39,6 +42,7 @@ export async function introduce() {
   try {
     const model = (await ask("v1/models")).data[0];
     since = null;
+    refused = null;
     const { workers, ...lasting } = model;
     if (heard !== JSON.stringify(lasting)) {
       const templates = await ask("templates");
@@ -57,7 +61,8 @@ function fail(error) {
   if (error.code === "network") return lost();
   since = null;
   if (error.code !== "unauthorized") return show(error.message, "down");
-  if (!apiKey() && !known) byId("key-box").open = true;
+  if (!apiKey() && refused === null) byId("key-box").open = true;
+  refused = apiKey();
   return show(apiKey() ? "The service does not accept this API key." : "This service needs an API key.", "down");
 }
 

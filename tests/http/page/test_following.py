@@ -64,6 +64,23 @@ def test_a_wrong_key_is_told_from_none(context: BrowserContext) -> None:
         expect(page.locator(".failure")).to_contain_text("does not accept this key")
 
 
+def test_a_closed_key_box_stays_closed(context: BrowserContext) -> None:
+    """The box opens once by itself, and a refused key is not sent again and again."""
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    with live_service(api_key=KEY) as service:
+        page = opened(context, service.url)
+        expect(page.locator("#key-box")).to_have_attribute("open", "")
+        page.locator("#key-box summary").click()
+        before = len(asked)
+        for _ in range(2):
+            with page.expect_response("**/metrics"):
+                pass
+
+    expect(page.locator("#key-box")).not_to_have_attribute("open", "")
+    assert not [url for url in asked[before:] if url.endswith("/v1/models")]
+
+
 def test_an_error_appears_beside_the_button(page: Page) -> None:
     """However long the form is, the error is in view, and the old result is gone."""
     fill(page, "2+2?", "4")
