@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from client.runtime.extras import install_command
 from trainer.config import LoopSettings, add_loop_flags, settings_from
 from trainer.errors import InputError
 from trainer.loop import LoopStages, connect_judges
@@ -87,7 +88,7 @@ def _run(settings: LoopSettings, *, dry: bool) -> None:
 def _check_machine(settings: LoopSettings) -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} is missing: pip install 'judge-as-api[trainer]'")
+        raise ImportError(f"{', '.join(missing)} is missing: {install_command('trainer')}")
     if world_size() > 1:
         raise InputError(
             "the loop runs in one process: for several GPUs let it make the pairs, then "

@@ -14,6 +14,7 @@ from typing import Any, Final
 from client.data import layouts
 from client.data.samples import Sample
 from client.data.tables import DataError, TableRow, read_table
+from client.runtime.extras import install_command
 
 HUB: Final = "hub:"
 """What a source that is a data set of the hub begins with."""
@@ -94,7 +95,7 @@ def _dataset(name: str, split: str | None) -> Mapping[str, Iterable[Any]] | Iter
         # Imported by name: `datasets` has no types and may be missing where mypy runs.
         datasets = import_module("datasets")
     except ImportError as error:
-        raise DataError("the hub needs more packages: pip install 'judge-as-api[hub]'") from error
+        raise DataError(f"the hub needs more packages: {install_command('hub')}") from error
     try:
         data: Mapping[str, Iterable[Any]] | Iterable[Any] = datasets.load_dataset(name, split=split)
     except Exception as error:  # of four libraries: huggingface_hub, its HTTP client, fsspec and pyarrow

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from client.runtime.extras import install_command
+
 _MAX_CSV_CELL: Final = 2**31 - 1
 
 
@@ -181,7 +183,7 @@ def _parquet(source: str, data: bytes) -> list[TableRow]:
         # Imported by name: pyarrow has no type stubs and may be missing where mypy runs.
         pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:
-        raise DataError(f"{source}: Parquet needs more packages: pip install 'judge-as-api[hub]'") from error
+        raise DataError(f"{source}: Parquet needs more packages: {install_command('hub')}") from error
     try:
         return _numbered(source, pq.read_table(pa.BufferReader(data)).to_pylist())
     except (pa.ArrowException, OSError) as error:

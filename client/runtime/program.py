@@ -140,8 +140,9 @@ def _explain(
     if issubclass(kind, ImportError) and "pip install" in str(error):
         sys.stderr.write(f"error: {error}\n")
     elif issubclass(kind, ModuleNotFoundError) and missing and missing not in _OURS:
-        package = f"judge-as-api[{extra}]" if extra else "judge-as-api"
-        sys.stderr.write(f"{name}: {missing} is missing: pip install '{package}'\n")
+        from client.runtime.extras import install_command  # here, because signals are handled only after the imports
+
+        sys.stderr.write(f"{name}: {missing} is missing: {install_command(extra)}\n")
     else:
         sys.__excepthook__(kind, error, trace)
 

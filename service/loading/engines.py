@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 
+from client.runtime.extras import install_command
 from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.loading.model import Model, find_local_model
@@ -26,7 +27,7 @@ def check_engine(settings: ModelSettings) -> None:
     if settings.engine in ("torch", "vllm") and find_spec(settings.engine) is None:
         raise ValueError(
             f"--engine {settings.engine} needs {settings.engine}, which is not installed: "
-            f"pip install 'judge-as-api[{settings.engine}]', or take another --engine"
+            f"{install_command(settings.engine)}, or take another --engine"
         )
 
 

@@ -12,6 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from client.runtime.extras import install_command
 from service.engine.contract import Task
 from service.models.converted import cache_root, differences, is_converted
 from service.models.manifest import ModelError, known_models
@@ -71,7 +72,7 @@ def _local_folder(name: str) -> Path:
 def _check_rungs(arguments: argparse.Namespace) -> int:
     """Try every rung of the torch engine's ladder. 0 if one holds whose bits do not depend on the batch."""
     if find_spec("torch") is None:
-        raise ModelError("the torch engine is not installed: pip install 'judge-as-api[torch]'")
+        raise ModelError(f"the torch engine is not installed: {install_command('torch')}")
     # Imported here because the other commands need no torch.
     from service.engine.torch import report
     from service.engine.torch.loading import EngineLoadError

@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from client.runtime.extras import install_command
 from client.runtime.files import sync, sync_all
 from service.models.digests import CACHE_VARIABLE, cache_root, digests_of, sha256_of
 from service.models.manifest import KnownModel, ModelError
@@ -91,8 +92,7 @@ def _check_needs() -> None:
     missing = [package for package in _CONVERTER_NEEDS if find_spec(package) is None]
     if missing:
         raise ModelError(
-            f"converting the model needs {', '.join(missing)}, not installed here: "
-            'pip install "judge-as-api[service,torch]"'
+            f"converting the model needs {', '.join(missing)}, not installed here: {install_command('service,torch')}"
         )
 
 

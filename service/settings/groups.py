@@ -73,7 +73,7 @@ class LogSettings(SettingsGroup, title="logging and tracing"):
     otel_endpoint: Annotated[str | None, AfterValidator(parse_endpoint)] = Field(
         None,
         description="export traces to this OpenTelemetry collector over OTLP/HTTP, such as http://localhost:4318; "
-        "needs `pip install 'judge-as-api[otel]'`; unset: no traces",
+        "needs the extra otel; unset: no traces",
     )
 
 

@@ -22,6 +22,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import urlsplit
 
+from client.runtime.extras import install_command
+
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
@@ -110,7 +112,7 @@ def start_tracing(endpoint: str | None, program: str) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as exc:
         raise ValueError(
-            "--otel-endpoint needs OpenTelemetry's packages: pip install 'judge-as-api[otel]', or leave it out"
+            f"--otel-endpoint needs OpenTelemetry's packages: {install_command('otel')}, or leave it out"
         ) from exc
     # Imported here: it loads an HTTP client, which a process without traces may not need.
     from client.transport.proxies import exempt_loopback

@@ -169,4 +169,4 @@ def test_a_missing_package_of_a_command_is_one_line(command: str) -> None:
 
     assert ended.returncode in (1, 2)
     (line,) = ended.stderr.splitlines()
-    assert "is missing: pip install 'judge-as-api" in line
+    assert "is missing: pip install -e '." in line

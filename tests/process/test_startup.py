@@ -137,7 +137,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(program: str) -> Non
 
     line = only_line(ended, 1)
     assert line.startswith(f"python -m {program}: ")
-    assert line.endswith("is missing: pip install 'judge-as-api[service]'")
+    assert line.endswith("is missing: pip install -e '.[service]'")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_missing_engine_is_reported_before_the_model_is_fetched(program: str, 
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
     )
 
-    assert "needs torch, which is not installed: pip install 'judge-as-api[torch]'" in only_line(ended, 1)
+    assert "needs torch, which is not installed: pip install -e '.[torch]'" in only_line(ended, 1)
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])

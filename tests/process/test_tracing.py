@@ -181,7 +181,7 @@ def test_without_the_packages_startup_says_what_to_install(program: str) -> None
     ended = run_code(code, *flags, *(["--queue-url", "redis://127.0.0.1:1/0"] if "worker" in program else []))
 
     assert ended.returncode == 1
-    assert "pip install 'judge-as-api[otel]'" in ended.stderr
+    assert "pip install -e '.[otel]'" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

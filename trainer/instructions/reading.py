@@ -23,6 +23,7 @@ from typing import Any, Final
 from client.data.sources import HUB, hub_source
 from client.data.tables import DataError, TableRow, iter_table
 from client.labels.records import GENERAL
+from client.runtime.extras import install_command
 from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.records import CATEGORIES, Instruction
 
@@ -112,7 +113,7 @@ def _hub_records(name: str, split: str | None) -> Iterator[TableRow]:
         # By name: the package is untyped, and need not be installed for the type check.
         datasets = import_module("datasets")
     except ImportError as error:
-        raise DataError("data sets of the hub need more packages: pip install 'judge-as-api[hub]'") from error
+        raise DataError(f"data sets of the hub need more packages: {install_command('hub')}") from error
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's, its HTTP client's, fsspec's and pyarrow's errors have no common base

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from client.runtime.extras import install_command
 from service.engine.contract import DType as DType  # the same names for the judge and the policy
 from trainer.errors import ModelError
 from trainer.run.model_files import model_digest
@@ -33,7 +34,7 @@ def needs_trainer() -> Iterator[None]:
         yield
     except ImportError as error:
         missing = error.name or "a package"
-        raise ImportError(f"{missing} is missing: pip install 'judge-as-api[trainer]'", name=error.name) from error
+        raise ImportError(f"{missing} is missing: {install_command('trainer')}", name=error.name) from error
 
 
 @contextmanager

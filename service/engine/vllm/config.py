@@ -15,6 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from client.runtime.extras import install_command
 from service.engine.contract import Executor, Task, short_digest
 
 # KV cache on a CPU. By default vLLM takes nearly all of the machine's memory there.
@@ -78,7 +79,7 @@ def prepare_environment(options: VllmOptions) -> None:
     Raises VllmStartError if vLLM is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise VllmStartError("vLLM is not installed: pip install -c constraints/vllm.txt 'judge-as-api[service,vllm]'")
+        raise VllmStartError(f"vLLM is not installed: {install_command('service,vllm')}, with -c constraints/vllm.txt")
     variables = {
         # No telemetry.
         "VLLM_NO_USAGE_STATS": "1",
