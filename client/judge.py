@@ -1,7 +1,7 @@
 """The typed client: `Judge` for ordinary code, `AsyncJudge` for asyncio, with the same methods.
 
 Every method raises a JudgeError (client/errors.py shows the tree) if there is no usable answer, and
-pydantic.ValidationError, which is a ValueError, if its arguments do not make a valid request; nothing was sent then.
+ValueError if its arguments do not make a valid request; nothing was sent then.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Judge(SyncCaller):
     the service bears. A client pickles and copies as its settings, including the key.
 
     Args:
-        base_url: The service's address, with http:// or https://; a path in front of the routes is kept.
+        base_url: The service's address, with http:// or https://; a path in front of the routes is kept. None takes
+            JUDGE_URL from the environment, or http://127.0.0.1:8000.
         api_key: Sent as `Authorization: Bearer`. None takes JUDGE_API_KEY from the environment, if set; that must hold
             a single key, not the list that a service accepts. The empty string sends no key.
         timeout: Seconds for a whole call, including retries and the waits between them. (The sync client cannot

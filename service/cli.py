@@ -2,92 +2,150 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from inspect import getdoc
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 
+from client.runtime.parser import Parser
 from service.errors import ServiceError
 from service.models.manifest import ModelError
 from service.settings import MEMORY_URL, CommonSettings, SettingsGroup
+from service.settings.variables import PREFIX, unknown_variables
 from service.telemetry import logs
 
 if TYPE_CHECKING:
     from argparse import _ArgumentGroup
 
+    from pydantic_core import ErrorDetails
+
 # How long startup waits for Redis to check the password.
 PING_SECONDS = 1.0
+
+# Settings that most commands name; --help has them first.
+COMMON: Final = (
+    *("model", "engine", "judge", "host", "port", "api_key"),
+    *("queue_url", "device", "max_tokens", "calibration_file"),
+)
+HELP_ALL: Final = "--help-all"
+# What --help calls a value, by its type or by its setting.
+_OF_TYPE: Final = {"str": "TEXT", "int": "N", "float": "N", "date": "YYYY-MM-DD"}
+_METAVARS: Final = {
+    "api_key": "KEYS",
+    "calibration_file": "FILES",
+    "host": "ADDRESS",
+    "lora": "NAME=FOLDER",
+    "metrics_host": "ADDRESS",
+    "model": "MODEL",
+    "otel_endpoint": "URL",
+    "queue_url": "URL",
+    "template_file": "FILES",
+    "upstream_url": "URL",
+}
 
 ProgramSettings = TypeVar("ProgramSettings", bound=CommonSettings)
 
 
-class _Parser(ArgumentParser):
-    """Names unknown flags in its error, but no values: one of them may be a key."""
-
-    def error(self, message: str) -> NoReturn:
-        before, unknown, arguments = message.partition("unrecognized arguments: ")
-        if unknown:
-            flags = [argument.partition("=")[0] for argument in arguments.split() if argument.startswith("-")]
-            named = ", ".join(flags) or "a value that belongs to no flag (lists are separated by commas alone)"
-            message = f"{before}{unknown}{named}"
-        super().error(message)
-
-
 def settings_from(cls: type[ProgramSettings], argv: Sequence[str] | None) -> ProgramSettings:
     """Read the settings from flags and environment. Mistakes get a line each on stderr and SystemExit(2)."""
-    parser = _Parser(
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(
         prog=cls.model_config["cli_prog_name"],
-        usage="%(prog)s [flags]",
         description=getdoc(cls),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    source = CliSettingsSource[ArgumentParser](
+    groups = _groups_by_field(parser, cls)
+    source = CliSettingsSource[Parser](
         cls,
-        cli_parse_args=list(sys.argv[1:] if argv is None else argv),
+        cli_parse_args=arguments,
         root_parser=parser,
-        add_argument_method=partial(_add_flag, _groups_by_field(parser, cls)),
+        parse_args_method=Parser.parse_args,
+        add_argument_method=partial(_add_flag, cls if HELP_ALL in arguments else None, groups),
     )
     try:
         return cls(_cli_settings_source=source)
     except ValidationError as exc:
         # Without the values: one of them may be a key.
         errors = exc.errors(include_url=False, include_input=False)
-        mistakes = [(f"--{error['loc'][0]}: " if error["loc"] else "", error["msg"]) for error in errors]
-        for flag, message in dict.fromkeys(mistakes):
-            sys.stderr.write(f"{parser.prog}: {flag.replace('_', '-')}{message}\n")
+        for mistake in dict.fromkeys(_mistake(error, arguments) for error in errors):
+            sys.stderr.write(f"{parser.prog}: {mistake}\n")
         raise SystemExit(2) from None
 
 
-def _groups_by_field(parser: ArgumentParser, cls: type[CommonSettings]) -> dict[str, _ArgumentGroup]:
-    """Each field's group of --help: the one of the class that declares it."""
-    groups: dict[str, _ArgumentGroup] = {}
+def _mistake(error: ErrorDetails, arguments: Sequence[str]) -> str:
+    """What is wrong with a setting, after the name under which it was given: a flag's or a variable's."""
+    message = error["msg"].replace("Input should be", "must be").partition(", unable to parse")[0]
+    message = message.removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    name = str(error["loc"][0])
+    flag, variable = f"--{name.replace('_', '-')}", f"{PREFIX}{name.upper()}"
+    by_flag = any(argument.partition("=")[0] == flag for argument in arguments)
+    return f"{flag if by_flag or variable not in os.environ else variable}: {message}"
+
+
+def _groups_by_field(parser: Parser, cls: type[CommonSettings]) -> dict[str, _ArgumentGroup]:
+    """Each field's group of --help: the common flags' or the one of the class that declares it."""
+    common = parser.add_argument_group("common flags")
+    groups: dict[str, _ArgumentGroup] = {name: common for name in COMMON if name in cls.model_fields}
     for base in reversed(cls.__mro__):
         if issubclass(base, SettingsGroup):
             group = parser.add_argument_group(base.model_config.get("title"))
             for name in base.model_fields:
                 groups.setdefault(name, group)
+    about = parser.add_argument_group("help")
+    about.add_argument("-h", "--help", action="help", help="show the flags and exit")
+    about.add_argument(HELP_ALL, action="help", help="also show the flags of the fake engine, which are for tests")
+    about.add_argument(
+        "--version",
+        action="version",
+        version=f"judge-as-api {version('judge-as-api')}",
+        help="show the version and exit",
+    )
     return groups
 
 
-def _add_flag(groups: Mapping[str, _ArgumentGroup], _: ArgumentParser, *flags: str, dest: str, **options: Any) -> None:
-    """ArgumentParser.add_argument into the field's group, without empty defaults: the help says what unset means."""
-    if "[" in (options.get("metavar") or ""):
-        options["metavar"] = "JSON" if options["metavar"].startswith("dict") else "LIST"
-    options["help"] = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])
+def _add_flag(
+    shown: type[CommonSettings] | None,
+    groups: Mapping[str, _ArgumentGroup],
+    _: ArgumentParser,
+    *flags: str,
+    dest: str,
+    **options: Any,
+) -> None:
+    """ArgumentParser.add_argument into the field's group, with words that people know for types and defaults.
+
+    Flags that --help hides are explained from the fields of `shown`, if it is given.
+    """
+    if options.get("metavar") is not None:
+        kind = options["metavar"]
+        of_kind = "JSON" if kind.startswith("dict") else "LIST" if "[" in kind else _OF_TYPE.get(kind, kind)
+        options["metavar"] = _METAVARS.get(dest, of_kind)
+    if options["help"] == SUPPRESS and shown is not None:
+        options["help"] = shown.model_fields[dest].description
+    help_text = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])
+    options["help"] = help_text.replace("(default: True)", "(default: on)").replace(
+        "(default: False)", "(default: off)"
+    )
     groups[dest].add_argument(*flags, dest=dest, **options)
 
 
 def run_program(settings: ProgramSettings, program: Callable[[ProgramSettings], int]) -> int:
     """Configure the log and run a program's body. An error that prevents the start becomes one line and status 1."""
     logs.configure(settings.log_format, settings.log_level)
+    for sentence in unknown_variables(os.environ):
+        structlog.get_logger(__name__).warning(sentence)
     try:
         if settings.queue_url != MEMORY_URL:
             _check_password(settings.queue_url)

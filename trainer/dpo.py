@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from client.runtime.parser import Parser
 from trainer.errors import InputError
 from trainer.flags import add_flags, add_run_flags, given
 from trainer.policy.models import model_identity
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.dpo",
         description="Train a model on preference pairs (DPO), into OUTPUT/adapter or OUTPUT/model.",
         epilog="Checkpoints are kept while it trains: after an interruption the same command resumes the last one. "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import get_args
 
 from client.runtime.cli import add_judge_flags
+from client.runtime.parser import Parser
 from client.schema import Truncation
 from trainer.errors import InputError
 from trainer.evaluation.comparison import Evaluation, OneResponse, Referee
@@ -116,7 +117,7 @@ def _named_models(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.evaluate",
         description="Compare models by tasks that a program checks (--tasks), and two of them on held-out instructions "
         "through the judge (--instructions): win rate, plain and length-controlled, in both orders and pointwise; "

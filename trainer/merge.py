@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from client.runtime.parser import Parser
 from trainer.errors import InputError
 from trainer.policy.models import DTYPES, resolve_model
 from trainer.programs import run_program, stderr_console
@@ -63,7 +64,7 @@ def _json(path: Path) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.merge",
         description="Merge an adapter into its base: a folder that transformers, vLLM and the service load. A fully "
         "fine-tuned model is accepted too, and only rounded.",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from client.runtime.parser import Parser
 from trainer.errors import InputError
 from trainer.flags import add_flags, add_run_flags, given
 from trainer.policy.models import model_identity
@@ -52,7 +53,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.sample",
         description="Sample a model's responses to each instruction of a file into OUTPUT/samples.jsonl.",
         epilog="Responses are written as they come; after an interruption, repeat the command to resume.",

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 from client.runtime.extras import install_command
+from client.runtime.parser import Parser
 from trainer.config import LoopSettings, add_loop_flags, settings_from
 from trainer.errors import InputError
 from trainer.loop import LoopStages, connect_judges
@@ -99,7 +100,7 @@ def _check_machine(settings: LoopSettings) -> None:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The parser of the loop's command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.self_improve",
         description="Sample a model, have a judge label the samples, train on the best against the worst (DPO), and "
         "measure whether the model got better, as often as --rounds says.",

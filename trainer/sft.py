@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from client.runtime.parser import Parser
 from trainer.flags import add_flags, add_run_flags, given
 from trainer.policy.models import model_identity
 from trainer.programs import perform_training, run_program
@@ -37,7 +38,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.sft",
         description="Teach a base model to answer (SFT): OUTPUT/adapter (LoRA) or OUTPUT/model, and sft_log.jsonl.",
         epilog="Checkpoints are kept while it trains: after an interruption the same command resumes the last one. "

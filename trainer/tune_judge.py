@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from client.bulk import BulkOptions
+from client.runtime.parser import Parser
 from trainer.errors import InputError
 from trainer.flags import FlagGroup, add_flags, add_run_flags, given
 from trainer.judge_stages import JudgeStages
@@ -200,7 +201,7 @@ def _write_plan(run: JudgeRun) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m trainer.tune_judge",
         description="Train a judge on labels of your own: LoRA on the log-odds of the very prompts that the service "
         "asks. OUTPUT gets adapter/, merged/ (a model to serve), calibration.json, and the evidence: before against "

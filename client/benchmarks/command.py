@@ -37,6 +37,7 @@ from client.runs.progress import progress_bar
 from client.runs.resumable import RunError
 from client.runtime.cli import fail, stderr_console, stdout_console
 from client.runtime.files import write_whole
+from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.schema import ModelInfo, TemplateInfo
 from client.transport.proxies import exempt_loopback
@@ -192,7 +193,7 @@ def _write_results(
 
 
 def _run_parser(entry: CatalogEntry) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m client.benchmarks.{entry.benchmark.name}",
         description=entry.description,
         epilog="Results are written as they come; after an interruption the same command goes on where it stopped.",

@@ -29,6 +29,7 @@ from client.benchmarks.rows import FrozenModel, Row, TiePolicy
 from client.benchmarks.scoring.benchmark import Benchmark
 from client.runtime.cli import fail, stdout_console
 from client.runtime.files import write_whole
+from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _compare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client.benchmarks.compare",
         description="Compare runs of one benchmark on the same data with the first of them.",
     )

@@ -39,6 +39,7 @@ from client.data.samples import Sample, digest
 from client.data.tables import DataError
 from client.runtime.cli import fail
 from client.runtime.files import write_whole
+from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 RESULTS_FOLDER: Final = "eval-set"
@@ -223,7 +224,7 @@ def _said(
 
 
 def _export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client.benchmarks.export",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Write a finished run as RewardBench's own scripts write their results:\n"

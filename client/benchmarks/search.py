@@ -33,6 +33,7 @@ from client.judge import AsyncJudge
 from client.runs.progress import progress_bar
 from client.runtime.cli import stderr_console, stdout_console
 from client.runtime.files import write_whole
+from client.runtime.parser import Parser
 from client.schema import Format, ModelInfo
 from client.stats import mcnemar_exact, wilson
 
@@ -231,7 +232,7 @@ def _accuracy_text(accuracy: Accuracy | None) -> str:
 
 
 def _search_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client.benchmarks.search",
         description="Choose the best question for each category on one half of the data; report on the other half.",
     )

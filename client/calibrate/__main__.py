@@ -24,6 +24,7 @@ from client.calibration import Calibration, FittedOn, Quality, TemplateCalibrati
 from client.errors import JudgeError
 from client.judge import AsyncJudge
 from client.runtime.cli import CALL_TIMEOUT, add_judge_flags, fail, stderr_console, stdout_console
+from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _fit_cells(calibration: TemplateCalibration) -> list[str]:
 
 
 def _calibrate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client.calibrate",
         description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can "
         "report the probability that a response is good: sigmoid(log_odds / temperature + bias). Half of the pairs are "

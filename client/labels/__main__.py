@@ -34,6 +34,7 @@ from client.runs.progress import progress_bar
 from client.runs.resumable import RunError
 from client.runtime.cli import stderr_console, stdout_console
 from client.runtime.jsonl import read_lines
+from client.runtime.parser import Parser
 from client.schema import ModelInfo, TemplatesResult
 
 _START_OVER: Final = "give another --out"
@@ -144,7 +145,7 @@ def _write_results(
 
 
 def _label_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client label",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Score every response to every prompt, and write preference pairs of them for training:\n"

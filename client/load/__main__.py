@@ -42,6 +42,7 @@ from client.load.traffic import (
 )
 from client.runtime.cli import add_judge_flags, fail
 from client.runtime.files import write_whole
+from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 from client.transport.connections import resolve_api_key
 
@@ -201,7 +202,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _load_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m client.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_judge_flags(parser)

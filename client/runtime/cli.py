@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
 from client.runtime.extras import needs
+from client.runtime.parser import did_you_mean
 from client.runtime.program import BROKEN_PIPE, INTERRUPTED, OK, USAGE
 
 if TYPE_CHECKING:
@@ -26,21 +27,30 @@ PIPE_WIDTH: Final = 100
 class Arguments(Protocol):
     """An argument parser, or a group of one."""
 
-    def add_argument(self, *names: str, default: str | None, help: str) -> argparse.Action:  # noqa: A002 (argparse's)
+    def add_argument(
+        self,
+        *names: str,
+        default: str | None,
+        metavar: str,
+        help: str,  # noqa: A002 (argparse's)
+    ) -> argparse.Action:
         """See argparse."""
 
 
 def default_url() -> str:
     """The service's address where none is given: JUDGE_URL from the environment, or the port of a service here."""
-    return os.environ.get("JUDGE_URL", DEFAULT_URL)
+    return os.environ.get("JUDGE_URL") or DEFAULT_URL
 
 
 def add_judge_flags(parser: Arguments, purpose: str = "") -> None:
     """Add --judge-url and --api-key to a parser. `purpose` goes in front of their help, e.g. "for --data: "."""
     parser.add_argument(
-        "--judge-url", default=default_url(), help=f"{purpose}the service (JUDGE_URL; default: {DEFAULT_URL})"
+        "--judge-url",
+        default=default_url(),
+        metavar="URL",
+        help=f"{purpose}the service (default: JUDGE_URL, or {DEFAULT_URL})",
     )
-    parser.add_argument("--api-key", default=None, help=f"{purpose}its key (default: JUDGE_API_KEY)")
+    parser.add_argument("--api-key", default=None, metavar="KEY", help=f"{purpose}its key (default: JUDGE_API_KEY)")
 
 
 def find_command(
@@ -54,7 +64,9 @@ def find_command(
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in commands:
         return partial(import_module(commands[arguments[0]][0]).main, arguments[1:])
-    return partial(_list_commands, program, commands, wants_help=arguments[:1] in (["-h"], ["--help"]))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return partial(_list_commands, program, commands, wants_help=bool(arguments))
+    return partial(unknown_command, program, arguments[0], commands)
 
 
 def _list_commands(program: str, commands: Mapping[str, tuple[str, str]], *, wants_help: bool) -> int:
@@ -62,6 +74,13 @@ def _list_commands(program: str, commands: Mapping[str, tuple[str, str]], *, wan
     text = "\n".join([f"usage: {program} COMMAND [--help | flags]", "", *lines, ""])
     (sys.stdout if wants_help else sys.stderr).write(text)
     return OK if wants_help else USAGE
+
+
+def unknown_command(program: str, word: str, known: Iterable[str]) -> int:
+    """Write a line about a command that does not exist, with the one that was probably meant; returns 2."""
+    meant = did_you_mean(word, known)
+    sys.stderr.write(f"{program}: error: there is no command {word}{meant} ({program} --help lists them)\n")
+    return USAGE
 
 
 def fail(problem: object, code: int) -> int:

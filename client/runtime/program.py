@@ -33,6 +33,17 @@ INTERRUPTED, TERMINATED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 _OURS: Final = {"bench", "client", "deploy", "service", "tests", "trainer"}
 _terminated: list[bool] = []
+_called: list[str] = []
+
+
+def call_as(command: str) -> None:
+    """From now on this process is the command `judge …`, and its messages and usages say so."""
+    _called[:] = [command]
+
+
+def called(name: str) -> str:
+    """What the user typed: `name`, the form of `python -m`, or the command that stands for it."""
+    return _called[0] if _called else name
 
 
 def begin(name: str, extra: str = "") -> None:
@@ -44,6 +55,7 @@ def begin(name: str, extra: str = "") -> None:
     """
     _open_standard_streams()
     stderr.install()
+    name = called(name)
     sys.excepthook = partial(_explain, name, extra)
     on_signals(partial(_stop_at_once, name))
 

@@ -16,6 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 import httpx
 from tenacity import AsyncRetrying, Retrying
 
+from client.runtime.cli import default_url
 from client.transport.calls import Call
 from client.transport.connections import LoopConnections, Origin, ProcessConnections, resolve_api_key
 from client.transport.exchange import Exchange
@@ -32,7 +33,7 @@ class _Caller(Generic[W]):
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | None = None,
         *,
         api_key: str | None = None,
         timeout: float = 60.0,
@@ -44,7 +45,8 @@ class _Caller(Generic[W]):
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
         if max_retries < 0:
             raise ValueError(f"max_retries must be 0 or more, not {max_retries}")
-        self._base_url, self._api_key, self._headers = base_url, resolve_api_key(api_key), headers
+        self._base_url, self._headers = default_url() if base_url is None else base_url, headers
+        self._api_key = resolve_api_key(api_key)
         self._timeout = timeout
         self._max_retries = max_retries
         self._transport: W | None = transport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import pydantic
 
@@ -34,6 +34,9 @@ from client.schema import (
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 R = TypeVar("R", bound=Result)
+Q = TypeVar("Q", bound=Request)
+
+_KEY_ADVICE: Final = " (here: JUDGE_API_KEY, --api-key of a command, or api_key=… in Python)"
 
 Prompt: TypeAlias = str | Sequence[Message | Mapping[str, str]]
 
@@ -86,14 +89,14 @@ class _BatchEntry(Protocol[T_co]):
 
 
 def score(prompt: Prompt, response: str, options: ScoreOptions) -> Call[ScoreResult]:
-    """POST /score. Raises pydantic.ValidationError if the arguments do not make a valid request."""
-    request = ScoreRequest.model_validate({"prompt": prompt, "response": response, **options})
+    """POST /score. Raises ValueError if the arguments do not make a valid request."""
+    request = _valid(ScoreRequest, {"prompt": prompt, "response": response, **options})
     return Call("POST", "/score", _as(ScoreResult), request)
 
 
 def compare(prompt: Prompt, responses: Sequence[str], options: CompareOptions) -> Call[CompareResult]:
-    """POST /compare. Raises pydantic.ValidationError as `score` does."""
-    request = CompareRequest.model_validate({"prompt": prompt, "responses": responses, **options})
+    """POST /compare. Raises ValueError as `score` does."""
+    request = _valid(CompareRequest, {"prompt": prompt, "responses": responses, **options})
 
     def read(answer: Answer) -> CompareResult:
         result = parse(CompareResult, answer)
@@ -110,7 +113,7 @@ def score_batch(items: Sequence[ScoreRequest]) -> Call[list[ScoreResult | JudgeA
     def read(answer: Answer) -> list[ScoreResult | JudgeAPIError]:
         return _outcomes(parse(ScoreBatchResult, answer).results, len(items), answer.request_id)
 
-    return Call("POST", "/score/batch", read, ScoreBatchRequest(items=list(items)))
+    return Call("POST", "/score/batch", read, _valid(ScoreBatchRequest, {"items": list(items)}))
 
 
 def compare_batch(items: Sequence[CompareRequest]) -> Call[list[CompareResult | JudgeAPIError]]:
@@ -119,7 +122,7 @@ def compare_batch(items: Sequence[CompareRequest]) -> Call[list[CompareResult | 
     def read(answer: Answer) -> list[CompareResult | JudgeAPIError]:
         return _outcomes(parse(CompareBatchResult, answer).results, len(items), answer.request_id)
 
-    return Call("POST", "/compare/batch", read, CompareBatchRequest(items=list(items)))
+    return Call("POST", "/compare/batch", read, _valid(CompareBatchRequest, {"items": list(items)}))
 
 
 def templates() -> Call[TemplatesResult]:
@@ -153,10 +156,18 @@ def parse(model: type[R], answer: Answer) -> R:
         ) from exc
 
 
+def _valid(kind: type[Q], fields: Mapping[str, object]) -> Q:
+    """The request. Raises ValueError with its first mistake, in one line and without the value."""
+    try:
+        return kind.model_validate(fields)
+    except pydantic.ValidationError as exc:
+        raise ValueError(first_problem(exc, whole="request")) from None
+
+
 def error_of(error: ErrorBody, *, status: int, request_id: str, retry_after: float | None = None) -> JudgeAPIError:
     """The exception for an error on the wire."""
     return class_of_status(status)(
-        error.message,
+        f"{error.message}{_KEY_ADVICE if status == 401 else ''}",
         status=status,
         code=error.code,
         param=error.param,

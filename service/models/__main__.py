@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from client.runtime.extras import install_command
+from client.runtime.parser import Parser
 from service.engine.contract import Task
 from service.models.converted import cache_root, differences, is_converted
 from service.models.manifest import ModelError, known_models
@@ -89,7 +90,7 @@ def _check_rungs(arguments: argparse.Namespace) -> int:
 
 def argument_parser() -> argparse.ArgumentParser:
     """The command line of `python -m service.models`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m service.models",
         description="Manage the judge's models. A model is a folder, a hub id (org/name), or a known name.",
         epilog=f"Converted models are cached in JUDGE_CACHE_DIR or the user's cache folder (now {cache_root()}). "

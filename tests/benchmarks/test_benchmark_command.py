@@ -164,9 +164,9 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 
 def test_an_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """The list of commands goes to stderr, with exit code 2."""
-    assert client_main(["nope"]) == 2
-    assert "rewardbench" in capsys.readouterr().err
+    """With exit code 2; a line names the command that was probably meant."""
+    assert client_main(["rewardbnch"]) == 2
+    assert "there is no command rewardbnch; did you mean rewardbench?" in capsys.readouterr().err
 
 
 @contextmanager

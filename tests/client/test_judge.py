@@ -152,8 +152,9 @@ def test_an_invalid_request_is_not_sent(options: dict[str, Any]) -> None:
     """Invalid arguments raise a ValueError before anything is sent."""
     service = Service(httpx.Response(200, json=SCORE))
 
-    with pytest.raises(ValueError, match="validation error"):
+    with pytest.raises(ValueError, match=r": ") as refused:
         ask_sync(service, "score", "p", "r", **options)
+    assert type(refused.value) is ValueError
     assert service.requests == []
 
 
@@ -296,3 +297,33 @@ def test_every_exported_name_exists() -> None:
     """All of `client.__all__` can be imported, and any other name is an AttributeError."""
     assert [name for name in client.__all__ if not hasattr(client, name)] == []
     assert not hasattr(client, "Jury")
+
+
+def test_the_module_lists_what_it_imports_on_first_use() -> None:
+    """For completion in a shell: dir(client) has the classes that people look for."""
+    assert {"Judge", "AsyncJudge", "ScoreRequest", "CompareRequest", "JudgeError"} <= set(dir(client))
+
+
+def test_the_address_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JUDGE_URL, like JUDGE_API_KEY; an empty variable counts as unset."""
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json={"status": "ok", "version": "1"})
+
+    for value in ("http://judge.example:81", ""):
+        monkeypatch.setenv("JUDGE_URL", value)
+        with Judge(transport=httpx.MockTransport(answer)) as judge:
+            judge.health()
+
+    assert asked == ["http://judge.example:81/health", "http://127.0.0.1:8000/health"]
+
+
+def test_a_bad_argument_is_a_plain_value_error() -> None:
+    """One line that names the argument, without the text."""
+    with Judge("http://127.0.0.1:9") as judge, pytest.raises(ValueError, match=r"^responses: ") as refused:
+        judge.compare("secret", ["one"])
+
+    assert type(refused.value) is ValueError
+    assert "secret" not in str(refused.value)

@@ -20,6 +20,8 @@ from service.settings import (
     VllmSettings,
     WorkerSettings,
 )
+from service.settings.variables import unknown_variables
+from tests.support.fleet import ROOT
 
 # By name: the default, and another value as text. None of these may change unannounced.
 COMMON: dict[str, tuple[object, str]] = {
@@ -100,10 +102,12 @@ EVERY = [(cls, name, text) for cls, settings in PROGRAMS.items() for name, (_, t
 ENGINES = ["torch and vllm engines", "torch engine", "vllm engine", "upstream engine"]
 GROUPS = {
     Settings: [
-        *("model and judge", "batching", *ENGINES, "queue", "logging and tracing"),
-        *("HTTP", "limits", "prompts and scores"),
+        *("common flags", "model and judge", "batching", *ENGINES, "queue", "logging and tracing"),
+        *("HTTP", "limits", "prompts and scores", "help"),
     ],
-    WorkerSettings: ["model and judge", "batching", *ENGINES, "queue", "logging and tracing", "worker"],
+    WorkerSettings: [
+        *("common flags", "model and judge", "batching", *ENGINES, "queue", "logging and tracing", "worker", "help"),
+    ],
 }
 
 
@@ -155,7 +159,8 @@ def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys
     """Each flag once, except the fake engine's, which are for tests."""
     shown = groups(cls, capsys)
 
-    assert list(shown) == ["options", *GROUPS[cls]]
+    assert list(shown) == GROUPS[cls]
+    shown.pop("help")
     listed = re.findall(r"^  --([\w-]+)", "".join(shown.values()), flags=re.M)
     expected = [name.replace("_", "-") for name in PROGRAMS[cls] if not name.startswith("fake_")]
     assert sorted(listed) == sorted(expected)
@@ -165,7 +170,9 @@ def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys
 @pytest.mark.parametrize(
     ("title", "name"),
     [
-        ("model and judge", "--judge"),
+        ("common flags", "--model"),
+        ("common flags", "--port"),
+        ("model and judge", "--self-reward-mode"),
         ("batching", "--linger-ms"),
         ("torch and vllm engines", "--dtype"),
         ("torch engine", "--native-kernels"),
@@ -173,7 +180,7 @@ def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys
         ("upstream engine", "--floor"),
         ("queue", "--key-prefix"),
         ("logging and tracing", "--otel-endpoint"),
-        ("HTTP", "--api-key"),
+        ("HTTP", "--allowed-hosts"),
         ("limits", "--rate-limit"),
         ("prompts and scores", "--cache-ttl"),
     ],
@@ -183,6 +190,41 @@ def test_a_flag_is_in_its_group(title: str, name: str, capsys: pytest.CaptureFix
     assert f"  {name}" in groups(Settings, capsys)[title]
 
 
+@pytest.mark.parametrize("cls", PROGRAMS)
+def test_help_names_types_in_words(cls: type[CommonSettings], capsys: pytest.CaptureFixture[str]) -> None:
+    """No Python types, and on or off for switches."""
+    shown = "".join(groups(cls, capsys).values())
+
+    values = set(re.findall(r"^  --[\w-]+ ([^\s{]+)(?=  |$)", shown, flags=re.M))
+    both = {"ADDRESS", "FILES", "JSON", "MODEL", "N", "NAME=FOLDER", "TEXT", "URL"}
+    assert values == (both | {"KEYS", "LIST", "YYYY-MM-DD"} if cls is Settings else both)
+    assert "True" not in shown
+
+
+def test_help_all_shows_the_fake_engines_flags_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a line about each."""
+    with pytest.raises(SystemExit):
+        settings_from(Settings, ["--help-all"])
+
+    assert "--fake-delay N        seconds per batch" in capsys.readouterr().out
+
+
+def test_the_variables_of_other_programs_are_known() -> None:
+    """Those of docker-compose.yml and .env.example, exported for compose, are no mistakes."""
+    files = "".join((ROOT / name).read_text("utf-8") for name in ("docker-compose.yml", ".env.example"))
+    named = re.findall(r"(?:\$\{|^ *#? ?)(JUDGE_[A-Z_]+)(?=[:=}])", files, flags=re.M)
+
+    assert len(named) > 40
+    assert unknown_variables(named) == []
+
+
+def test_a_variable_that_nothing_reads_is_told_with_the_one_that_was_meant() -> None:
+    """Other programs' variables are not mentioned."""
+    sentences = unknown_variables(["JUDGE_MODLE", "JUDGE_PORT", "JUDGE_TEST_PAIRS", "MODEL"])
+
+    assert sentences == ["JUDGE_MODLE is not a setting and does nothing; did you mean JUDGE_MODEL?"]
+
+
 def test_an_unknown_flag_is_reported_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """The error does not list sixty flags."""
     with pytest.raises(SystemExit) as ended:
@@ -190,21 +232,25 @@ def test_an_unknown_flag_is_reported_in_two_lines(capsys: pytest.CaptureFixture[
 
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "usage: python -m service [flags]\npython -m service: error: unrecognized arguments: --enginge\n"
+        "usage: python -m service [flags]\n"
+        "python -m service: error: there is no flag --enginge; did you mean --engine? (--help lists the flags)\n"
     )
 
 
 def test_every_mistake_has_a_line_that_names_the_flag(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Mistakes in the environment too."""
+    """A mistake in the environment names the variable."""
     monkeypatch.setenv("JUDGE_MAX_TOKENS", "many")
     with pytest.raises(SystemExit) as ended:
         settings_from(WorkerSettings, ["--lease-seconds", "0"])
 
     assert ended.value.code == 2
     starts = [line.split(": ")[:2] for line in capsys.readouterr().err.splitlines()]
-    assert starts == [["python -m service.worker", "--max-tokens"], ["python -m service.worker", "--lease-seconds"]]
+    assert starts == [
+        ["python -m service.worker", "JUDGE_MAX_TOKENS"],
+        ["python -m service.worker", "--lease-seconds"],
+    ]
 
 
 def test_settings_that_contradict_each_other_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def taken(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
         (["--port", "99999"], "--port"),
         (["--engine", "abacus"], "--engine"),
         (["--queue-url", "ftp://localhost"], "--queue-url"),
-        (["--no-such-flag"], "unrecognized"),
+        (["--no-such-flag"], "there is no flag --no-such-flag"),
     ],
 )
 def test_a_bad_flag_ends_with_status_2_and_is_named(arguments: list[str], named: str) -> None:
