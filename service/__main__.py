@@ -25,6 +25,8 @@ def _serve(argv: Sequence[str] | None, stop: stopping.Stop) -> int:
 
     def body(settings: Settings) -> int:
         sockets = bind(settings.host, settings.port)
+        cli.check_queue(settings.queue_url)
+        cli.announce(settings)
         # Imported here: it loads transformers, and neither --help nor a port in use should wait for that.
         from service.server import serve
 

@@ -17,8 +17,10 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 
 from client.runtime.parser import Parser
+from client.runtime.program import USAGE
 from service.errors import ServiceError
-from service.models.manifest import ModelError
+from service.models.manifest import DEFAULT_MODEL, ModelError
+from service.process.listening import ListenError
 from service.settings import MEMORY_URL, CommonSettings, SettingsGroup
 from service.settings.variables import PREFIX, unknown_variables
 from service.telemetry import logs
@@ -36,6 +38,7 @@ COMMON: Final = (
     *("model", "engine", "judge", "host", "port", "api_key"),
     *("queue_url", "device", "max_tokens", "calibration_file"),
 )
+FAKE: Final = "fake"
 HELP_ALL: Final = "--help-all"
 # What --help calls a value, by its type or by its setting.
 _OF_TYPE: Final = {"str": "TEXT", "int": "N", "float": "N", "date": "YYYY-MM-DD"}
@@ -142,21 +145,33 @@ def _add_flag(
 
 
 def run_program(settings: ProgramSettings, program: Callable[[ProgramSettings], int]) -> int:
-    """Configure the log and run a program's body. An error that prevents the start becomes one line and status 1."""
+    """Configure the log and run a program's body. An error that prevents the start becomes a line and a status.
+
+    That is 2 for an address that cannot be listened on, as for any flag that cannot be, and 1 for everything else.
+    """
     logs.configure(settings.log_format, settings.log_level)
     for sentence in unknown_variables(os.environ):
         structlog.get_logger(__name__).warning(sentence)
     try:
-        if settings.queue_url != MEMORY_URL:
-            _check_password(settings.queue_url)
         return program(settings)
+    except ListenError as exc:
+        structlog.get_logger(__name__).error("cannot start", reason=str(exc))
+        return USAGE
     except (ModelError, ServiceError, OSError, ValueError, RuntimeError) as exc:
         structlog.get_logger(__name__).error("cannot start", reason=str(exc))
         return 1
 
 
-def _check_password(queue_url: str) -> None:
+def announce(settings: CommonSettings) -> None:
+    """Say at once what is loaded: the imports and the files behind it take seconds."""
+    name = settings.model or settings.upstream_url or (FAKE if settings.engine == FAKE else DEFAULT_MODEL)
+    structlog.get_logger(__name__).info(f"loading {name}", engine=settings.engine)
+
+
+def check_queue(queue_url: str) -> None:
     """Raise ValueError if the URL is invalid or Redis refuses its user. An unreachable Redis may come up later."""
+    if queue_url == MEMORY_URL:
+        return
     # Imported here: --help should not wait for it.
     import redis
     from redis.backoff import NoBackoff

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -57,8 +58,9 @@ OF_ONE_FAMILY = frozenset({"rerank-qwen3"})
 def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> int:
     """Serve on bound sockets until SIGTERM or Ctrl-C.
 
-    Returns 0 after a graceful shutdown, 1 if the worker died, STALLED_STATUS if it hung. Raises ModelError if the model
-    is unavailable, ServiceError if a template does not fit it, CalibrationError if a calibration does not.
+    Ctrl-C before the service is ready ends the process at once. Returns 0 after a graceful shutdown, 1 if the worker
+    died, STALLED_STATUS if it hung. Raises ModelError if the model is unavailable, ServiceError if a template does not
+    fit it, CalibrationError if a calibration does not.
     """
     if settings.queue_url == MEMORY_URL:
         check_engine(settings)
@@ -77,7 +79,14 @@ def serve(settings: Settings, sockets: Sequence[socket.socket], stop: Stop) -> i
             keys = Keys.of(settings.key_prefix, model.fingerprint, settings.task)
             shared = RedisQueue(settings.queue_url, keys, settings.max_queue_jobs, settings.max_queue_tokens)
             server = Server(compose(settings, model, shared, metrics, executor, tracing), settings, None)
-        server.on_listening = lambda: stop.on_signal(server.drain, settings.drain_timeout + END_SECONDS)
+
+        def begin_to_stop(number: int) -> None:
+            if number == signal.SIGINT and not server.was_ready:
+                server.abandon()
+                stop.leave_at_once(number)
+            server.drain()
+
+        server.on_listening = lambda: stop.on_signal(begin_to_stop, settings.drain_timeout + END_SECONDS)
         listen(sockets)
         server.run(list(sockets))
     return STALLED_STATUS if server.stalled else 1 if server.worker_failed else 0

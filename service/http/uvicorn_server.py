@@ -15,6 +15,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 
+from service.errors import ServiceError
 from service.http.app import Site, create_app
 from service.http.guard import guarded_protocol
 from service.http.routing import Service
@@ -26,6 +27,12 @@ from service.settings import Settings
 log = structlog.get_logger(__name__)
 
 DRAIN_POLL_SECONDS = 0.05
+READY_POLL_SECONDS = 0.1
+# How long a service whose workers are other processes waits for one before it says so.
+WORKERLESS_SECONDS = 2.0
+# Time to send callers the news that the start was interrupted.
+ABANDON_SECONDS = 0.5
+EXAMPLE = '{"prompt":"What is 2+2?","response":"4"}'
 # How often to check that worker and tokenizer threads make progress.
 WATCH_SECONDS = 1.0
 # If a check comes this late, the whole process was suspended: that says nothing about the worker.
@@ -57,6 +64,7 @@ class Server(uvicorn.Server):
         self.worker_failed = False
         self.stalled = False
         self.on_listening: Callable[[], None] = lambda: None
+        self.was_ready = False
         self._service = service
         self._drain_timeout = settings.drain_timeout
         self._stall_seconds = settings.stall_seconds
@@ -64,6 +72,7 @@ class Server(uvicorn.Server):
         self._work = work
         self._stop_worker = threading.Event()
         self._drain: asyncio.Task[None] | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @asynccontextmanager
@@ -81,6 +90,8 @@ class Server(uvicorn.Server):
             yield
         finally:
             watch.cancel()
+            if self._announcing is not None:
+                self._announcing.cancel()
             self._stop_worker.set()
             for close in (self._service.queue.close, self._service.pipeline.close):
                 # As a task: if one fails, the other is still closed.
@@ -142,6 +153,40 @@ class Server(uvicorn.Server):
                     address=f"{host}:{port}",
                 )
         self.on_listening()
+        url = url_of(self.servers[0].sockets[0])
+        for everywhere, loopback in (("//0.0.0.0:", "//127.0.0.1:"), ("//[::]:", "//[::1]:")):
+            url = url.replace(everywhere, loopback)
+        self._announcing = asyncio.ensure_future(self._announce(url))
+        self._announcing.add_done_callback(log_failure)
+
+    async def _announce(self, url: str) -> None:
+        """Log once when the first judgement would be worked on, and until then what is waited for. Polled."""
+        asked = 0
+        while not await self._is_ready():
+            if self._work is None and asked == round(WORKERLESS_SECONDS / READY_POLL_SECONDS):
+                log.info("waiting for a worker: python -m service.worker with the same --model and --queue-url")
+            asked += 1
+            await asyncio.sleep(READY_POLL_SECONDS)
+        self.was_ready = True
+        key = " -H 'authorization: Bearer KEY'" if self._service.api_keys else ""
+        example = f"curl {url}/score -H 'content-type: application/json'{key} -d '{EXAMPLE}'"
+        log.info("ready", url=url, example=example)
+
+    async def _is_ready(self) -> bool:
+        try:
+            await self._service.queue.ready()
+        except ServiceError:
+            return False
+        return True
+
+    def abandon(self) -> None:
+        """Refuse what waits, as nothing will be judged, in a second at most. For a start that is interrupted."""
+        if self._loop is None or not self._service.queue.waiting():
+            return
+        self._service.draining = True
+        with suppress(RuntimeError):  # the event loop is closed already
+            asyncio.run_coroutine_threadsafe(self._service.queue.close(), self._loop)
+            time.sleep(ABANDON_SECONDS)
 
     def drain(self) -> None:
         """Refuse new work, answer accepted work, then shut down. May be called from any thread."""

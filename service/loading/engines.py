@@ -5,6 +5,7 @@ The HTTP side calls `find_model`, which loads no weights; a worker also calls `l
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -106,6 +107,11 @@ def _load_torch(settings: TorchSettings, folder: Path, max_tokens: int) -> Engin
         threads=settings.threads,
         native_kernels=settings.native_kernels,
     )
+    if not sys.stderr.isatty():
+        # A bar would be a line for each step in a file. Weights load in seconds.
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     if settings.task == "generate":
         return TorchGenerator.load(folder, **options)
     return TorchEngine.load(folder, settings.task, **options)

@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import structlog
+
 from service.engine.fake import fake_tokenizer
 from service.models import resolve as models
 from service.models.manifest import ModelError
@@ -17,6 +19,8 @@ from service.settings import CommonSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = structlog.get_logger(__name__)
 
 FAKE_MODEL: Final = "fake"
 FAKE_MAX_TOKENS: Final = 4096
@@ -57,6 +61,7 @@ def find_local_model(settings: CommonSettings) -> Model:
     if settings.engine == "vllm" and settings.task != "classify":
         limit -= 1  # vLLM counts the label as a generated token
     max_tokens = min(settings.max_tokens or limit, limit)
+    log.info("model found", folder=str(files.path))
     model = Model(files.id, files.fingerprint, load_tokenizer(files.path), max_tokens, files.path, files.note)
     return model if settings.lora is None else _with_adapter(model, *settings.lora.split("=", 1))
 

@@ -42,6 +42,12 @@ def digests_of(paths: Iterable[Path]) -> list[str]:
         return list(pool.map(digest_of, paths))
 
 
+def unread_bytes(paths: Iterable[Path]) -> int:
+    """How much of these files `digests_of` would have to read, besides small ones. Raises OSError."""
+    large = {path: state for path in paths if (state := _state(path))[0] >= LARGE}
+    return sum(state[0] for path, state in large.items() if _remembered(_memo(path), state) is None)
+
+
 def digest_of(path: Path) -> str:
     """The hex digest of a file's content, remembered between calls for a large file. Raises OSError.
 
@@ -51,8 +57,7 @@ def digest_of(path: Path) -> str:
     state = _state(path)
     if state[0] < LARGE:
         return sha256_of(path)
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
-    memo = cache_root() / "digests" / f"{name}.json"
+    memo = _memo(path)
     known = _remembered(memo, state)
     if known is not None:
         return known
@@ -62,6 +67,12 @@ def digest_of(path: Path) -> str:
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_whole(memo, json.dumps({"path": os.fsdecode(path), "state": state, "sha256": digest}))
     return digest
+
+
+def _memo(path: Path) -> Path:
+    """Where the digest of a large file is remembered."""
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    return cache_root() / "digests" / f"{name}.json"
 
 
 def _state(path: Path) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 MANIFEST_VARIABLE = "JUDGE_KNOWN_MODELS"
 
 

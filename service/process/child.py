@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import resource
@@ -14,6 +15,7 @@ from typing import Final, NoReturn
 
 # A child ends itself this long after its time, in case its parent was killed and cannot do it.
 ALARM_GRACE_SECONDS: Final = 5
+_PR_SET_PDEATHSIG: Final = 1
 _POLL_SECONDS: Final = 0.005
 # The most that a child may return: a pipe holds one page even if nobody reads yet.
 _MAX_BYTES: Final = 4095
@@ -102,6 +104,8 @@ def _isolate(seconds: int) -> None:
     """No crash reports, no core dump, no output; the alarm is the child's own deadline."""
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # If the parent is stopped while it waits, nothing must go on computing.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent handles it
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -13,10 +13,14 @@ _HIGHEST_PORT: Final = 65535
 _ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+class ListenError(OSError):
+    """The service cannot listen where it should; the message says what to do."""
+
+
 def bind(host: str, port: int) -> list[socket.socket]:
     """Bind one socket per address of the host, not listening yet, all on the same port; 0 picks a free one.
 
-    Raises OSError, whose message says what to do, if the host is not this machine's or the port is unavailable.
+    Raises ListenError if the host is not this machine's or the port is unavailable.
     """
     bound: list[socket.socket] = []
     errors: list[OSError] = []
@@ -34,7 +38,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def listen(sockets: Sequence[socket.socket]) -> None:
-    """Start accepting connections. Raises OSError like `bind` if another process took the port first."""
+    """Start accepting connections. Raises ListenError if another process took the port first."""
     for bound in sockets:
         host, port = bound.getsockname()[:2]
         try:
@@ -43,7 +47,7 @@ def listen(sockets: Sequence[socket.socket]) -> None:
             raise bind_error(error, host, port) from error
 
 
-def bind_error(error: OSError, host: str, port: int, prefix: str = "--") -> OSError:
+def bind_error(error: OSError, host: str, port: int, prefix: str = "--") -> ListenError:
     """The error as a sentence that says what to do; the flags it names are `{prefix}host` and `{prefix}port`."""
     match error.errno:
         case errno.EADDRINUSE:
@@ -54,7 +58,7 @@ def bind_error(error: OSError, host: str, port: int, prefix: str = "--") -> OSEr
             text = f"{host} is not an address of this machine; try {prefix}host 127.0.0.1, or 0.0.0.0 for all"
         case _:
             text = f"cannot listen on {host}, port {port}: {error.strerror or error}"
-    return OSError(text)
+    return ListenError(text)
 
 
 def url_of(bound: socket.socket) -> str:
@@ -67,7 +71,7 @@ def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
     try:
         infos = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise OSError(
+        raise ListenError(
             f"--host {host} cannot be resolved ({error}); give an address of this machine, or 0.0.0.0 for all"
         ) from error
     return [(family, (str(address[0]), *address[1:])) for family, _, _, _, address in infos]

@@ -31,7 +31,7 @@ class Stop:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._begin: Callable[[], None] | None = None
+        self._begin: Callable[[int], None] | None = None
         self._seconds: float | None = None
         # Signal numbers, and None when the work is done. SimpleQueue.put is reentrant, so a handler may call it.
         self._events: SimpleQueue[int | None] = SimpleQueue()
@@ -39,8 +39,8 @@ class Stop:
         self._status = 0
         self._error: BaseException | None = None
 
-    def on_signal(self, begin: Callable[[], None], seconds: float | None = None) -> None:
-        """From now on the first signal calls `begin`, which must make the work end within `seconds`."""
+    def on_signal(self, begin: Callable[[int], None], seconds: float | None = None) -> None:
+        """From now on the first signal calls `begin` with its number, which must make the work end within `seconds`."""
         self._seconds = seconds
         self._begin = begin
 
@@ -85,19 +85,23 @@ class Stop:
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
         if self._begin is None:
-            sys.stderr.write(f"{self._name}: stopped by {name}\n")
-            program.leave(128 + number)
-        self._begin()
+            self.leave_at_once(number)
+        self._begin(number)
         try:
             self._next(math.inf if self._seconds is None else self._seconds)
         except Empty:
             sys.stderr.write(f"{self._name}: still busy {self._seconds:g} s after {name}; exiting anyway\n")
             program.leave(program.FAILED)
 
+    def leave_at_once(self, number: int) -> NoReturn:
+        """End the process for this signal, with a line and its usual status."""
+        sys.stderr.write(f"{self._name}: stopped by {signal.Signals(number).name}\n")
+        program.leave(128 + number)
+
 
 def run_stoppable(name: str, work: Callable[[Stop], int]) -> int:
     """Stop.run in the main thread. In other threads, which cannot handle signals, just runs the work."""
-    stop = Stop(name)
+    stop = Stop(program.called(name))
     return stop.run(work) if threading.current_thread() is threading.main_thread() else work(stop)
 
 

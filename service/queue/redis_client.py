@@ -201,7 +201,7 @@ class RedisQueue:
 
     async def _note(self, step: str, trouble: str, exc: Exception) -> None:
         if trouble not in self._troubles.values():
-            log.warning(trouble, reason=type(exc).__name__, detail=str(exc))
+            log.warning(trouble, reason=connection.describe_cause(exc, self._pool.connection_kwargs))
         self._troubles[step] = trouble
         # A master that became a replica keeps its connections; only new ones find the new master.
         with suppress(*REDIS_FAILURES):  # Over TLS, closing a connection waits for the peer too.

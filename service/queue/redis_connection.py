@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from collections.abc import Mapping
+from typing import Any, Final
 
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
@@ -32,6 +34,14 @@ _REFUSALS: Final[dict[type[Exception], str]] = {
     NoPermissionError: "Redis refuses this user",
     ClusterDownError: "Redis' cluster is down",
 }
+
+
+def describe_cause(exc: Exception, pool: Mapping[str, Any]) -> str:
+    """Which Redis, by the settings of its connections, and what went wrong; for the log, as it names hosts."""
+    address = pool.get("path") or f"{pool.get('host', 'localhost')}:{pool.get('port', 6379)}"
+    words = " ".join(str(exc).split()) or type(exc).__name__
+    cause = re.sub(r"^Error -?\d+ connecting to \S+\.\s+", "", words).rstrip(".")
+    return f"Redis at {address}: {cause[:1].lower()}{cause[1:]}"
 
 
 def retry_backoff() -> ExponentialBackoff:

@@ -73,7 +73,7 @@ class RedisWorkerQueue:
             self._consumer.create_groups()
             self._heartbeat.beat(info)
         except REDIS_FAILURES as exc:
-            log.warning(f"{connection.describe_failure(exc)} yet", reason=type(exc).__name__, detail=str(exc))
+            log.warning(f"{connection.describe_failure(exc)} yet", reason=self._cause(exc))
         self._heartbeat.start(info)
 
     def detach(self, info: WorkerInfo) -> None:  # noqa: ARG002 the contract names the worker; there is one here
@@ -111,9 +111,12 @@ class RedisWorkerQueue:
         wait = 0.0 if self._redelivery.claimed_last else timeout
         return self._redelivery.jobs(max_jobs, timeout) or self._read(max_jobs, wait)
 
+    def _cause(self, exc: Exception) -> str:
+        return connection.describe_cause(exc, self._redis.connection_pool.connection_kwargs)
+
     def _lost_connection(self, exc: Exception) -> None:
         if self._connected:
-            log.warning(connection.describe_failure(exc), reason=type(exc).__name__, detail=str(exc))
+            log.warning(connection.describe_failure(exc), reason=self._cause(exc))
         self._connected = False
         # A master that became a replica keeps its connections; only new ones find the new master.
         self._redis.connection_pool.disconnect(inuse_connections=False)

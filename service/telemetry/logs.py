@@ -25,15 +25,15 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
     """
     writer = stderr.install()
     threshold = logging.getLevelNamesMapping()[level.upper()]
+    for_people = log_format == "console"
+    stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if for_people else "iso", utc=not for_people)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        stamp,
     ]
     last: list[structlog.typing.Processor] = (
-        [structlog.processors.JSONRenderer()]
-        if log_format == "json"
-        else [_spell_out_reason, structlog.dev.ConsoleRenderer(colors=os.isatty(stderr.STDERR))]
+        [structlog.processors.JSONRenderer()] if log_format == "json" else [_spell_out, _console_renderer()]
     )
     structlog.configure(
         processors=[*shared, *last],
@@ -48,16 +48,25 @@ def configure(log_format: Literal["console", "json"], level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=max(threshold, logging.WARNING), force=True)
+    logging.getLogger("service").setLevel(threshold)
     writer.report = lambda lines: _rendered([*shared, *last], "lines of the log were dropped", lines)
     if log_format == "json":
         os.environ.update(dict.fromkeys(_NO_BARS, "1"))
         sys.stderr = _Lines(writer)
 
 
-def _spell_out_reason(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Append the reason to the event's sentence, so that people read its line breaks as such, not escaped."""
-    if "reason" in event:
-        event["event"] = f"{event['event']}: {event.pop('reason')}"
+def _console_renderer() -> structlog.dev.ConsoleRenderer:
+    colors = os.isatty(stderr.STDERR)
+    return structlog.dev.ConsoleRenderer(pad_event_to=0, colors=colors, pad_level=False)
+
+
+def _spell_out(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Append an address or a reason to the event's sentence, and an example below it, for people to read and copy."""
+    for name in ("url", "reason"):
+        if name in event:
+            event["event"] = f"{event['event']}: {event.pop(name)}"
+    if "example" in event:
+        event["event"] += f"\n  {event.pop('example')}"
     return event
 
 

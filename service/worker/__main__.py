@@ -56,7 +56,9 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
     metrics = Metrics()
     if settings.metrics_port is not None:
         _serve_metrics(metrics, settings.metrics_host, settings.metrics_port)
+    cli.check_queue(settings.queue_url)
     check_engine(settings)
+    cli.announce(settings)
     model = find_model(settings)
     engine = load_engine(settings, model)
     queue = RedisWorkerQueue(
@@ -74,7 +76,7 @@ def work(settings: WorkerSettings, stop: stopping.Stop) -> int:
         engine.close()
         tracing.close()
 
-    def finish() -> None:
+    def finish(_signal: int) -> None:
         stopping_now.set()
         if not worker.wait(done, GOODBYE_SECONDS):
             log.warning("redis does not answer: the jobs in hand go to other workers when their lease expires")

@@ -191,7 +191,7 @@ import sys, time
 from service.process import stopping
 
 def work(stop):
-    stop.on_signal(lambda: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
+    stop.on_signal(lambda _: time.sleep(600 if "hangs" in sys.argv else 0), 0.5)
     print("working", flush=True)
     time.sleep(600)
 
@@ -221,7 +221,7 @@ from service.process import stopping
 
 def work(stop):
     begun = threading.Event()
-    stop.on_signal(begun.set)
+    stop.on_signal(lambda _: begun.set())
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)
     begun.wait()

@@ -96,7 +96,9 @@ class TorchEngine:
     def load(cls, folder: Path, task: Task = "labels", **options: Unpack[LoadOptions]) -> TorchEngine:
         """Load the model in `folder`, offline. See LoadOptions. Raises EngineLoadError."""
         native, rung = options.get("native_kernels", True), options.get("rung")
-        engine = cls(load_model(folder, task, options), task, native_kernels=native, rung=rung)
+        loaded = load_model(folder, task, options)
+        logger.info("weights loaded; checking what computes them exactly here")
+        engine = cls(loaded, task, native_kernels=native, rung=rung)
         free_memory()
         return engine
 
