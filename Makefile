@@ -45,9 +45,9 @@ define install
 	@if test "$$(uname)" = Linux && ! command -v nvidia-smi >/dev/null && test -z "$(TORCH_CPU)"; then \
 	  echo "No GPU here: if pip takes a torch with CUDA, stop and see TORCH_CPU in the Makefile"; fi
 	@echo "Installing torch"
-	@$(BIN)/$(PIP_INSTALL) $(TORCH_CPU) $$(grep '^torch==' constraints/base.txt) | $(LARGE_STEPS)
+	@PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) $(TORCH_CPU) $$(grep '^torch==' constraints/base.txt) | $(LARGE_STEPS)
 	@echo "Installing judge-as-api[$(1)] and what it needs"
-	@$(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[$(1)]' | $(LARGE_STEPS)
+	@PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[$(1)]' | $(LARGE_STEPS)
 	@echo "Installed into $(VENV): $$(du -sh $(VENV) | cut -f1)"
 	@touch $@
 endef
@@ -153,7 +153,7 @@ bench-invariance: install-dev ## 200 pairs in 20 random compositions of batches:
 	for dtype in bfloat16 float32; do $(BIN)/python -m bench.invariance --model $(ENGINE_MODEL) --dtype $$dtype || exit 1; done
 
 bench-queue: install-dev ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
-	$(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[bench]' | $(LARGE_STEPS)
+	PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[bench]' | $(LARGE_STEPS)
 	$(BIN)/python -m bench.queue
 	$(BIN)/python -m bench.queue --overload
 

@@ -62,7 +62,7 @@ def settings_from(cls: type[ProgramSettings], argv: Sequence[str] | None) -> Pro
     """Read the settings from flags and environment. Mistakes get a line each on stderr and SystemExit(2)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(
-        prog=cls.model_config["cli_prog_name"],
+        prog=str(cls.model_config["cli_prog_name"]),
         description=getdoc(cls),
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the script. Exit code 0, or 1 without the package that writes it."""
     args = _completion_parser().parse_args(argv)
     try:
-        import shtab
+        # By name: it may be missing where mypy runs.
+        shtab: Any = import_module("shtab")
     except ImportError:
         return fail(f"shtab is missing: {install_command('')}", FAILED)
     sys.stdout.write(shtab.complete(whole_parser(), shell=args.shell))

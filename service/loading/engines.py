@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,9 +110,7 @@ def _load_torch(settings: TorchSettings, folder: Path, max_tokens: int) -> Engin
     )
     if not sys.stderr.isatty():
         # A bar would be a line for each step in a file. Weights load in seconds.
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+        import_module("transformers.utils.logging").disable_progress_bar()  # by name, as it is untyped
     if settings.task == "generate":
         return TorchGenerator.load(folder, **options)
     return TorchEngine.load(folder, settings.task, **options)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import httpx
 import pytest
 
-from tests.support.fleet import run_code, run_module
+from bench.support.process import free_port
+from tests.support.fleet import run_code, run_module, started
 from tests.support.redis_server import running_redis
 
 FAKE = ("--engine", "fake")
@@ -66,6 +69,55 @@ def test_an_unknown_model_ends_with_status_1_and_the_known_names() -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("name", ["./nope", "/no/such", "~/nope/x"])
+def test_a_path_without_a_folder_is_told_as_such(name: str) -> None:
+    """It is not looked for on the hub, although ./nope has the form of an id there."""
+    ended = run_module("service", "--model", name, "--port", "0")
+
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].endswith(f"cannot start: {name}: no such folder")
+
+
+def test_a_misspelt_model_is_told_with_the_right_name() -> None:
+    """Among those that are known."""
+    ended = run_module("service", "--model", "smolm2-135m-instruct", "--port", "0")
+
+    assert "did you mean smollm2-135m-instruct?" in ended.stderr
+
+
+def test_a_start_tells_its_phases_and_ends_in_a_command_to_copy(tiny_model: Path) -> None:
+    """What is loaded, checked and ready, in order; and the request that the last line shows works."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with started("service", "--model", str(tiny_model), "--port", str(port)) as service:
+        assert service.stderr is not None
+        lines = [service.stderr.readline().strip()]
+        while not lines[-1].startswith("curl"):
+            lines.append(service.stderr.readline().strip())
+        command = shlex.split(lines[-1])
+        answer = httpx.post(command[1], content=command[-1], headers=dict([command[3].split(": ")]), timeout=60)
+
+    said = "\n".join(lines)
+    phases = ["loading ", "model found", f"listening: {url}", "weights loaded", "model loaded", f"ready: {url}"]
+    assert [said.index(phase) for phase in phases] == sorted(said.index(phase) for phase in phases)
+    assert answer.status_code == 200
+
+
+def test_an_unreachable_redis_is_named_with_the_cause() -> None:
+    """The log says which host and port, and why; the process goes on trying."""
+    with started("service.worker", *FAKE, "--queue-url", "redis://127.0.0.1:1/0") as worker:
+        assert worker.stderr is not None
+        line = next(line for line in worker.stderr if "cannot be reached" in line)
+
+    assert line.strip().endswith("Redis at 127.0.0.1:1: connection refused")
+
+
+def test_a_variable_that_is_no_setting_is_told() -> None:
+    """A warning, as other programs may have variables of that form."""
+    ended = run_module("service", *FAKE, "--host", "192.0.2.1", env={"JUDGE_MODLE": "x"})
+
+    assert "JUDGE_MODLE is not a setting and does nothing; did you mean JUDGE_MODEL?" in ended.stderr
+
+
 def test_a_broken_template_file_is_named(tmp_path: Path) -> None:
     """The service does not start without a template file that it was given."""
     (tmp_path / "mine.toml").write_text("[[template]\n")
@@ -90,7 +142,7 @@ def test_a_port_in_use_is_reported_before_the_model_is_looked_for(taken: tuple[s
 
     ended = run_module("service", *NO_MODEL, "--host", host, "--port", str(port))
 
-    assert only_line(ended, 1).endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
+    assert only_line(ended, 2).endswith(f"cannot start: port {port} is in use; try --port {port + 1}")
 
 
 @pytest.mark.parametrize("taken", ["127.0.0.1"], indirect=True)
@@ -98,7 +150,7 @@ def test_localhosts_port_in_use_is_reported_too(taken: tuple[str, int]) -> None:
     """A name is refused if one of its addresses is taken."""
     ended = run_module("service", *NO_MODEL, "--host", "localhost", "--port", str(taken[1]))
 
-    assert f"port {taken[1]} is in use" in only_line(ended, 1)
+    assert f"port {taken[1]} is in use" in only_line(ended, 2)
 
 
 @pytest.mark.parametrize("taken", ["127.0.0.1"], indirect=True)
@@ -108,7 +160,7 @@ def test_a_workers_metrics_port_in_use_is_reported_by_its_flag(taken: tuple[str,
 
     ended = run_module("service.worker", *NO_MODEL, *flags)
 
-    assert f"port {taken[1]} is in use; try --metrics-port {taken[1] + 1}" in only_line(ended, 1)
+    assert f"port {taken[1]} is in use; try --metrics-port {taken[1] + 1}" in only_line(ended, 2)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +175,7 @@ def test_an_address_that_is_not_this_machines_is_one_line(host: str, expected: s
     """It says what is wrong and which flag to change."""
     ended = run_module("service", *FAKE, "--host", host)
 
-    assert expected in only_line(ended, 1)
+    assert expected in only_line(ended, 2)
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker", "service.models"])
@@ -153,7 +205,8 @@ def test_a_missing_engine_is_reported_before_the_model_is_fetched(program: str, 
         f"runpy.run_module('{program}', run_name='__main__', alter_sys=True)\n"
     )
 
-    assert "needs torch, which is not installed: pip install -e '.[torch]'" in only_line(ended, 1)
+    assert ended.returncode == 1
+    assert "needs torch, which is not installed: pip install -e '.[torch]'" in ended.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("program", ["service", "service.worker"])
