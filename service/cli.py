@@ -41,7 +41,14 @@ COMMON: Final = (
 FAKE: Final = "fake"
 HELP_ALL: Final = "--help-all"
 # What --help calls a value, by its type or by its setting.
-_OF_TYPE: Final = {"str": "TEXT", "int": "N", "float": "N", "date": "YYYY-MM-DD"}
+_OF_TYPE: Final = {
+    "str": "TEXT",
+    "int": "N",
+    "float": "N",
+    "date": "YYYY-MM-DD",
+    "Path": "FILE",
+    "SecretStr": "SECRET",
+}
 _METAVARS: Final = {
     "api_key": "KEYS",
     "calibration_file": "FILES",

@@ -76,6 +76,8 @@ OF_HTTP: dict[str, tuple[object, str]] = {
     "host": ("127.0.0.1", "0.0.0.0"),
     "port": (8000, "0"),
     "allowed_hosts": ([], "judge.example.com,*.lan"),
+    "cors_origins": ([], "https://judge.example.com"),
+    "root_path": ("", "/judge"),
     "api_key": ([], "first,second"),
     "playground": (True, "false"),
     "max_queue_jobs": (16_384, "100"),
@@ -97,6 +99,11 @@ OF_HTTP: dict[str, tuple[object, str]] = {
 PROGRAMS: dict[type[CommonSettings], dict[str, tuple[object, str]]] = {
     Settings: COMMON | OF_HTTP,
     WorkerSettings: COMMON | OF_WORKERS,
+}
+# Unset by default, and no settings of their own: what they hold becomes part of another.
+SECRETS = {
+    Settings: ("api_key_file", "queue_password", "queue_password_file"),
+    WorkerSettings: ("queue_password", "queue_password_file"),
 }
 EVERY = [(cls, name, text) for cls, settings in PROGRAMS.items() for name, (_, text) in settings.items()]
 ENGINES = ["torch and vllm engines", "torch engine", "vllm engine", "upstream engine"]
@@ -131,7 +138,8 @@ def test_names_and_defaults_stay_as_deployments_expect_them(cls: type[CommonSett
     """A renamed flag or variable breaks somebody's command."""
     read = settings_from(cls, [])
 
-    assert read.model_dump() == {name: default for name, (default, _) in PROGRAMS[cls].items()}
+    defaults = {name: default for name, (default, _) in PROGRAMS[cls].items()}
+    assert read.model_dump() == defaults | dict.fromkeys(SECRETS[cls])
 
 
 @pytest.mark.parametrize(("cls", "name", "text"), EVERY)
@@ -162,7 +170,8 @@ def test_help_lists_the_flags_in_titled_groups(cls: type[CommonSettings], capsys
     assert list(shown) == GROUPS[cls]
     shown.pop("help")
     listed = re.findall(r"^  --([\w-]+)", "".join(shown.values()), flags=re.M)
-    expected = [name.replace("_", "-") for name in PROGRAMS[cls] if not name.startswith("fake_")]
+    names = (*PROGRAMS[cls], *SECRETS[cls])
+    expected = [name.replace("_", "-") for name in names if not name.startswith("fake_")]
     assert sorted(listed) == sorted(expected)
     assert "--fake" not in "".join(shown.values())
 
@@ -196,7 +205,7 @@ def test_help_names_types_in_words(cls: type[CommonSettings], capsys: pytest.Cap
     shown = "".join(groups(cls, capsys).values())
 
     values = set(re.findall(r"^  --[\w-]+ ([^\s{]+)(?=  |$)", shown, flags=re.M))
-    both = {"ADDRESS", "FILES", "JSON", "MODEL", "N", "NAME=FOLDER", "TEXT", "URL"}
+    both = {"ADDRESS", "FILE", "FILES", "JSON", "MODEL", "N", "NAME=FOLDER", "SECRET", "TEXT", "URL"}
     assert values == (both | {"KEYS", "LIST", "YYYY-MM-DD"} if cls is Settings else both)
     assert "True" not in shown
 
