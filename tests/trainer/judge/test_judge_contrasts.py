@@ -117,6 +117,10 @@ def test_lifetimes_and_templates_are_no_strings() -> None:
         ("```\npip install numpy\n```", None),
         ("```bash\na = 1\n```", None),
         ("It takes 8 minutes.", None),
+        (" melody, rhythm", None),
+        ("if len(a) == 0 {\n\treturn nil\n}\nfor _, x := range a {\n\tsum += x\n}\nreturn sum\n", "c"),
+        (f"Here is one way to count them:\n\n{C}", None),
+        ('{\n  "a": 1,\n  "b": [2, 3],\n  "c": {\n    "d": 4\n  }\n}', None),
         ("", None),
     ],
 )

@@ -26,8 +26,14 @@ _TAGS: Final[dict[str, Language]] = {
 }
 _FENCED: Final = re.compile(r"```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)```", re.DOTALL)
 _CODE_LINE: Final = re.compile(r"[;{}][),;]*\s*(?://.*)?$")
-# The share of lines that end as C's do from which a text without a fence counts as code.
+# A text without a fence counts as code if so many of its lines end as C's do; fewer, if it also has a statement and a
+# line that only closes a block, as in Go.
 _C_SHARE: Final = 0.6
+_BRACES_SHARE: Final = 0.25
+_C_STATEMENT: Final = re.compile(r"^\s*(?:return|if|for|while|let|const|var|func|function)\b.*[{;)\w]$", re.MULTILINE)
+# A sentence, or LaTeX.
+_PROSE: Final = re.compile(r"^\s*[A-Z$]\S*(?: +\S+){3,}(?<![;{})>,])\s*$|\\begin\{", re.MULTILINE)
+_CLOSING: Final = re.compile(r"^\s*\}[),;]*\s*$", re.MULTILINE)
 _STATEMENTS: Final = (
     ast.FunctionDef,
     ast.AsyncFunctionDef,
@@ -136,9 +142,11 @@ def parsed(code: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of string escapes and comparisons in somebody else's code
-            return ast.parse(f"if 1:\n{code}" if indented else code)
+            tree = ast.parse(f"if 1:\n{code}" if indented else code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
+    block = tree.body[0] if indented else None
+    return ast.Module(block.body, []) if isinstance(block, ast.If) else tree
 
 
 def _language(tag: str, code: str) -> Language | None:
@@ -151,7 +159,10 @@ def _language(tag: str, code: str) -> Language | None:
         return "python"
     lines = [line for line in code.splitlines() if line.strip()]
     ends = sum(_CODE_LINE.search(line) is not None for line in lines)
-    return "c" if not tag and len(lines) > 2 and ends >= _C_SHARE * len(lines) else None
+    looks_like_go = _C_STATEMENT.search(code) is not None and _CLOSING.search(code) is not None
+    least = (_BRACES_SHARE if looks_like_go else _C_SHARE) * len(lines)
+    is_code = len(lines) > 1 and ends >= least and _PROSE.search(code) is None
+    return "c" if is_code and not tag else None
 
 
 def _parsing(code: str, found: Sequence[Edit]) -> list[Edit]:
