@@ -62,6 +62,8 @@ class LoopSettings:
             raise ValueError("--dpo-held-out must be 0 or more and below 1")
         if self.sampling.server is not None and self.rounds > 1:
             raise ValueError("--sampler-url has the first round's policy only: with --rounds take --sampler vllm")
+        if self.labels.overlap and self.command is not None:
+            raise ValueError("--overlap needs a judge that is running: it does not go with --judge-follows-policy")
         if self.sampling.samples < 2:
             raise ValueError("--samples must be 2 or more: a pair needs two responses")
         # The judge of the evaluation would be the model before SFT, which may not answer yet.

@@ -24,6 +24,7 @@ from trainer.evaluation.comparison import Evaluation, Referee
 from trainer.evaluation.verdicts import describe_judge
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import INSTRUCTION_OUTPUTS, prepare_instructions
+from trainer.labels.early import EarlyLabels, early_file, take_early
 from trainer.labels.judges import JUDGE_LOG_FILE, FixedJudge, FollowingJudge, JudgeSource
 from trainer.labels.labelers import RANDOM, JudgeOptions
 from trainer.labels.labeling import run_labelling
@@ -127,22 +128,22 @@ class LoopStages:
 
     def sample(self, folder: Path, policy: ModelRef, *, adoptable: bool) -> None:
         """samples.jsonl."""
-        settings, instructions = self.settings.sampling, self.run.path / INSTRUCTIONS_FILE
-        inputs = {"model": policy.identity, "instructions": instructions, **settings.described()}
+        settings, stage = self.settings.sampling, self._sample_stage(folder, policy)
 
         def work() -> None:
             asked = self._instructions()
-            with progress_bar(self.console, "sampling") as report:
+            with self._labelling_early(folder, policy, asked), progress_bar(self.console, "sampling") as report:
                 stats = sample_responses(policy.name, asked, folder / SAMPLES_FILE, settings, report)
             save_rate(folder, "sampling", stats.tokens, stats.seconds)
 
-        self._do(Stage(folder, "samples", (SAMPLES_FILE,), inputs), work, adoptable=adoptable)
+        self._do(stage, work, adoptable=adoptable)
 
     def label(self, folder: Path, policy: ModelRef) -> None:
         """scores.jsonl."""
         inputs = {"samples": folder / SAMPLES_FILE, **self.judges.described(policy)}
 
         def work() -> None:
+            take_early(self._early_file(folder, policy), folder / SCORES_FILE)
             samples = read_records(folder / SAMPLES_FILE, Sampled)
             with self.judges.serving(policy) as judge, progress_bar(self.console, "labelling") as report:
                 started, meter = time.monotonic(), ProgressMeter(report)
@@ -213,6 +214,23 @@ class LoopStages:
             write_json(folder / PUSHED_FILE, {"url": push_to_hub(source, upload)})
 
         self._do(Stage(folder, "push", (PUSHED_FILE,), inputs), work)
+
+    def _sample_stage(self, folder: Path, policy: ModelRef) -> Stage:
+        instructions = self.run.path / INSTRUCTIONS_FILE
+        inputs = {"model": policy.identity, "instructions": instructions, **self.settings.sampling.described()}
+        return Stage(folder, "samples", (SAMPLES_FILE,), inputs)
+
+    def _early_file(self, folder: Path, policy: ModelRef) -> Path:
+        sampled = self._sample_stage(folder, policy).recorded_inputs()
+        return early_file(folder, {"samples": sampled, "judge": dict(self.judges.described(policy))})
+
+    def _labelling_early(
+        self, folder: Path, policy: ModelRef, asked: list[Instruction]
+    ) -> AbstractContextManager[object]:
+        labels = self.settings.labels
+        if not labels.overlap or labels.labeler == RANDOM:
+            return nullcontext()
+        return EarlyLabels(labels, asked, folder, self.settings.sampling.samples, self._early_file(folder, policy))
 
     def _merge(self, trained: Stage, base: ModelRef, title: str) -> ModelRef:
         """merged/ beside what the stage `trained` on the base."""

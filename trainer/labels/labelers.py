@@ -69,6 +69,13 @@ class LabelOptions:
     truncation: Truncation = field(
         default="error", metadata={"help": "texts over the judge's length are a counted failure (error), or cut"}
     )
+    overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "label samples while later ones are still being sampled: up to twice as fast if the judge or the "
+            "sampler is on another machine; the labels are the same"
+        },
+    )
     max_failures: float = 0.02
     seed: int = 0
 

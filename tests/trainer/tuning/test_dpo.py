@@ -82,12 +82,22 @@ def test_the_result_says_what_was_trained(undisturbed: Path) -> None:
 def test_the_compact_output_layer_changes_nothing(
     tiny_model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The losses are those of TRL's own output layer on a CPU, which computes every position's logits."""
+    """Losses and gradients are those of TRL's own output layer on a CPU, which computes every position's logits."""
     monkeypatch.setattr("trainer.tuning.training.compact_head", lambda _: nullcontext())
 
     train_dpo(tiny_model, DATA, tmp_path, toy_settings())
 
     assert logged(tmp_path / DPO.log) == pytest.approx(logged(undisturbed / DPO.log), abs=1e-4)
+    norms, compact = (logged(folder / DPO.log, "grad_norm") for folder in (tmp_path, undisturbed))
+    assert norms[0] == pytest.approx(compact[0], rel=1e-5)
+    assert norms == pytest.approx(compact, rel=1e-2)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """It computes the activations again instead of keeping them: the same weights."""
+    train_dpo(tiny_model, DATA, tmp_path, toy_settings(gradient_checkpointing=True))
+
+    assert same_adapter(tmp_path, undisturbed)
 
 
 def test_the_base_stays_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
