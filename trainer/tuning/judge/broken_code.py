@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from random import Random
 from typing import Final, Literal, TypeAlias
@@ -30,10 +31,12 @@ _CODE_LINE: Final = re.compile(r"[;{}][),;]*\s*(?://.*)?$")
 # line that only closes a block, as in Go.
 _C_SHARE: Final = 0.6
 _BRACES_SHARE: Final = 0.25
-_C_STATEMENT: Final = re.compile(r"^\s*(?:return|if|for|while|let|const|var|func|function)\b.*[{;)\w]$", re.MULTILINE)
+_C_STATEMENT: Final = re.compile(
+    r"^[ \t]*(?:return|if|for|while|let|const|var|func|function)\b.*[{;)\w]$", re.MULTILINE
+)
 # A sentence, or LaTeX.
-_PROSE: Final = re.compile(r"^\s*[A-Z$]\S*(?: +\S+){3,}(?<![;{})>,])\s*$|\\begin\{", re.MULTILINE)
-_CLOSING: Final = re.compile(r"^\s*\}[),;]*\s*$", re.MULTILINE)
+_PROSE: Final = re.compile(r"^[ \t]*[A-Z$]\S*(?: +\S+){3,}(?<![;{})>,])\s*$|\\begin\{", re.MULTILINE)
+_CLOSING: Final = re.compile(r"^[ \t]*\}[),;]*\s*$", re.MULTILINE)
 _STATEMENTS: Final = (
     ast.FunctionDef,
     ast.AsyncFunctionDef,
@@ -112,25 +115,35 @@ def broken(answer: str, draw: Random) -> Iterator[str]:
         return
     text = answer[code.start : code.end]
     kinds: dict[str, list[Edit]] = {}
-    for edit in edits(text, code.language):
+    for edit in _candidates(text, code.language):
         kinds.setdefault(edit.bug, []).append(edit)
     groups = list(kinds.values())
     for group in groups:
         draw.shuffle(group)
     draw.shuffle(groups)
+    works = _works_in(text, code.language)
     while groups:
         for group in groups:
-            yield answer[: code.start] + group.pop().applied(text) + answer[code.end :]
+            edit = next((edit for edit in iter(partial(_popped, group), None) if works(edit)), None)
+            if edit is not None:
+                yield answer[: code.start] + edit.applied(text) + answer[code.end :]
         groups = [group for group in groups if group]
+
+
+def _popped(group: list[Edit]) -> Edit | None:
+    return group.pop() if group else None
 
 
 def edits(code: str, language: Language) -> list[Edit]:
     """All bugs that can be put into the code, in its order; those after which Python no longer parses are left out."""
+    return list(filter(_works_in(code, language), _candidates(code, language)))
+
+
+def _candidates(code: str, language: Language) -> list[Edit]:
     tokens = tokens_of(code, language)
     found = [*_of_operators(tokens, code, language), *_of_words(tokens, language), *_of_numbers(tokens)]
     if language == "python":
         found += [*_of_ranges(tokens), *_python_variables(code)]
-        found = _parsing(code, found)
     else:
         found += _variables(tokens)
     return sorted(set(found), key=lambda edit: (edit.start, edit.end, edit.text))
@@ -165,13 +178,18 @@ def _language(tag: str, code: str) -> Language | None:
     return "c" if is_code and not tag else None
 
 
-def _parsing(code: str, found: Sequence[Edit]) -> list[Edit]:
+def _works_in(code: str, language: Language) -> Callable[[Edit], bool]:
+    """Whether the code with an edit is code, and other code: for Python, it parses, to another tree."""
+    if language != "python":
+        return lambda _: True
     before = parsed(code)
-    if before is None:
-        return []
-    known = ast.dump(before)
-    trees = ((edit, parsed(edit.applied(code))) for edit in found)
-    return [edit for edit, tree in trees if tree is not None and ast.dump(tree) != known]
+    known = None if before is None else ast.dump(before)
+
+    def works(edit: Edit) -> bool:
+        tree = None if known is None else parsed(edit.applied(code))
+        return tree is not None and ast.dump(tree) != known
+
+    return works
 
 
 def _of_operators(tokens: Sequence[Token], code: str, language: Language) -> Iterator[Edit]:
