@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from random import Random
 from typing import Final, Literal, TypeAlias
@@ -31,9 +30,7 @@ _CODE_LINE: Final = re.compile(r"[;{}][),;]*\s*(?://.*)?$")
 # line that only closes a block, as in Go.
 _C_SHARE: Final = 0.6
 _BRACES_SHARE: Final = 0.25
-_C_STATEMENT: Final = re.compile(
-    r"^[ \t]*(?:return|if|for|while|let|const|var|func|function)\b.*[{;)\w]$", re.MULTILINE
-)
+_C_STATEMENT: Final = re.compile(r"^[ \t]*(?:return|if|for|while|let|const|var|func|function)\b", re.MULTILINE)
 # A sentence, or LaTeX.
 _PROSE: Final = re.compile(r"^[ \t]*[A-Z$]\S*(?: +\S+){3,}(?<![;{})>,])\s*$|\\begin\{", re.MULTILINE)
 _CLOSING: Final = re.compile(r"^[ \t]*\}[),;]*\s*$", re.MULTILINE)
@@ -124,14 +121,12 @@ def broken(answer: str, draw: Random) -> Iterator[str]:
     works = _works_in(text, code.language)
     while groups:
         for group in groups:
-            edit = next((edit for edit in iter(partial(_popped, group), None) if works(edit)), None)
-            if edit is not None:
-                yield answer[: code.start] + edit.applied(text) + answer[code.end :]
+            while group:
+                edit = group.pop()
+                if works(edit):
+                    yield answer[: code.start] + edit.applied(text) + answer[code.end :]
+                    break
         groups = [group for group in groups if group]
-
-
-def _popped(group: list[Edit]) -> Edit | None:
-    return group.pop() if group else None
 
 
 def edits(code: str, language: Language) -> list[Edit]:
