@@ -170,7 +170,7 @@ def test_arms_are_compared_on_the_items_that_both_have() -> None:
     (contrast,) = contrasts("bbh", "new", "base", ours, theirs)
 
     assert (contrast.count, contrast.better, contrast.worse, contrast.p) == (6, 6, 0, 2 / 2**6)
-    assert contrast.sentence.startswith("new is better than base on 6 bbh items by exact: 100.0% against 0.0%")
+    assert contrast.sentence.startswith("new is better than base on 6 bbh items (exact): 100.0% against 0.0%")
 
 
 def test_a_small_difference_is_called_none() -> None:

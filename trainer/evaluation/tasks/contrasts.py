@@ -42,10 +42,11 @@ class Contrast(Record):
         relation = "no better than"
         if self.p < SIGNIFICANT:
             relation = "better than" if self.difference > 0 else "worse than"
+        what = f"{self.count} {self.task} items ({self.measure.replace('_', ' ')})"
         return (
-            f"{self.arm} is {relation} {self.against} on {self.count} {self.task} items by {self.measure}: "
-            f"{100 * self.value:.1f}% against {100 * self.against_value:.1f}% "
-            f"({self.better} better, {self.worse} worse; {_TITLES[self.test]}, p = {shown_p(self.p)})"
+            f"{self.arm} is {relation} {self.against} on {what}: {100 * self.value:.1f}% against "
+            f"{100 * self.against_value:.1f}% ({self.better} better, {self.worse} worse; {_TITLES[self.test]}, "
+            f"p = {shown_p(self.p)})"
         )
 
 
