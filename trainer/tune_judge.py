@@ -213,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "--pairs",
         metavar="FILE|hub:NAME[@SPLIT]",
         help="labels (.jsonl, .json, .csv, .parquet, or a hub data set): prompt, chosen, rejected; or prompt, "
-        "response, label (yes or no, or 0 to 1). Optional: category, probability (that chosen is better), margin (in "
-        "log-odds)",
+        "response, label (yes or no, or 0 to 1). Optional: category or template (what asks), probability (that chosen "
+        "is better), margin (in log-odds). Lists of chosen or rejected answers give every pair of them",
     )
     parser.add_argument(
         "--from-rubric",
@@ -227,7 +227,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")
     _add_teacher_flags(parser.add_argument_group("teacher", "A stronger judge says which answers are better."))
     asking = parser.add_argument_group("asking")
-    asking.add_argument("--template", metavar="NAME", help="ask this template of all labels (default: each category's)")
+    asking.add_argument(
+        "--template",
+        metavar="NAME",
+        help="ask this template of all labels (default: that of their column `template`, or of their category)",
+    )
     asking.add_argument(
         "--template-file",
         type=Path,

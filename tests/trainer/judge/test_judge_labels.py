@@ -52,6 +52,29 @@ def test_csv_and_another_column_of_categories(tmp_path: Path) -> None:
     assert [(label.target, label.category) for label in labels] == [(1.0, "law"), (0.0, None)]
 
 
+def test_every_chosen_answer_is_better_than_every_rejected_one(tmp_path: Path) -> None:
+    """A row of several answers is as many labels as there are pairs of them, each with the row's own columns."""
+    row = {**PAIR, "chosen": ["4", "four"], "rejected": ["5", "6", "four"], "margin": 1, "template": "math@1"}
+
+    labels, left_out = read_labels(written(tmp_path / "labels.jsonl", row))
+
+    answers = [("4", "5"), ("4", "6"), ("4", "four"), ("four", "5"), ("four", "6")]
+    assert [label.answers for label in labels] == answers
+    assert [label.id for label in labels] == ["1#1", "1#2", "1#3", "1#4", "1#5"]
+    assert {(label.margin, label.template) for label in labels} == {(1.0, "math@1")}
+    assert left_out == {"equal answers": 1}
+
+
+def test_several_questions_about_the_same_answers_are_no_contradiction(tmp_path: Path) -> None:
+    """Asked with another template, the same pair may be answered the other way round."""
+    rows = [{**PAIR, "template": "a@1"}, {**PAIR, "template": "b@1", "probability": 0}]
+
+    labels, left_out = read_labels(written(tmp_path / "labels.jsonl", *rows))
+
+    assert [label.favours for label in labels] == ["4", "5"]
+    assert not left_out
+
+
 def test_conversations_are_read_as_everywhere(tmp_path: Path) -> None:
     """Conversations that end with the answer give their earlier turns as the prompt."""
     turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]
@@ -99,6 +122,7 @@ def test_a_swapped_repeat_is_no_contradiction() -> None:
         ({"prompt": "Who?"}, "neither chosen and rejected nor response and label"),
         ({"prompt": "Who?", "response": "I", "label": "maybe"}, "label is 'maybe', not a number from 0 to 1"),
         ({"prompt": "Who?", "response": "I", "label": 2}, "label is 2"),
+        ({"prompt": "Who?", "response": ["I", "You"], "label": 1}, "response holds 2 answers"),
         ({**PAIR, "probability": 1.5}, "probability is 1.5"),
         ({**PAIR, "margin": -1}, "margin is -1, not a number 0 or more"),
         ({**PAIR, "margin": "NaN"}, "margin is 'NaN'"),

@@ -93,6 +93,19 @@ def test_a_named_template_is_asked_of_every_label(tiny_model: Path) -> None:
     assert list(prompts.asked_with()) == ["general@1"]
 
 
+def test_a_label_may_name_its_template(tiny_model: Path) -> None:
+    """A label's own template wins over its category, --template over both, and one that does not exist is named."""
+    own = Label(id="own", prompt="What is 2+2?", answers=("4", "5"), category="math", template="general")
+    unknown = own.model_copy(update={"template": "unheard-of"})
+    prompts, fixed = (JudgePrompts(tiny_model, "pointwise", name, [], 2048) for name in (None, "safety"))
+
+    ((mine,), _), ((other,), _) = prompts.examples([own]), fixed.examples([own])
+
+    assert (mine.template.name, other.template.name) == ("general", "safety")
+    with pytest.raises(InputError, match="label own: there is no template unheard-of"):
+        prompts.examples([unknown])
+
+
 def test_asked_with_is_what_the_service_says(tiny_model: Path) -> None:
     """The digest of the way of asking, which calibration files keep, is that of the service's results."""
     prompts = JudgePrompts(tiny_model, "pointwise", None, [], 2048)

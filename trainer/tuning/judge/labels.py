@@ -1,8 +1,10 @@
 """What people said of answers: which of two is better, or whether one is good. From a file or the hub.
 
-A row holds `prompt`, and either `chosen` and `rejected`, or `response` and `label`. Columns that are optional:
+A row holds `prompt`, and either `chosen` and `rejected`, or `response` and `label`. If `chosen` or `rejected` is a list
+of several answers, each chosen one with each rejected one is a label. Columns that are optional:
 
-    category      which of the service's templates asks (see --template)
+    template      which of the service's templates asks, by name
+    category      the same by category, where no template is named
     probability   pairs: how sure it is that `chosen` is better, from 0 to 1; default 1
     margin        pairs: by how many log-odds `chosen` should lead at least; default 0
     id            default: the row's number
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +50,7 @@ class Label(Record):
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     category: str | None = None
     kind: str | None = None
+    template: str | None = None
 
     @property
     def is_decided(self) -> bool:
@@ -67,9 +70,9 @@ class Label(Record):
         return json.dumps([[message.role, message.content] for message in self.prompt])
 
     @property
-    def question_key(self) -> tuple[str, tuple[str, ...]]:
-        """Equal for labels of the same answers to the same prompt, in either order."""
-        return self.prompt_key, tuple(sorted(self.answers))
+    def question_key(self) -> tuple[str, str | None, tuple[str, ...]]:
+        """Equal for labels of the same answers to the same prompt, in either order, asked with the same template."""
+        return self.prompt_key, self.template, tuple(sorted(self.answers))
 
     @property
     def favours(self) -> str | bool:
@@ -100,11 +103,11 @@ def labels_of(rows: Iterable[TableRow], category: str) -> list[Label]:
     seen: dict[str, TableRow] = {}
     labels = []
     for row in rows:
-        label = _label(row, category)
-        first = seen.setdefault(label.id, row)
-        if first is not row:
-            raise row.problem(f"id {label.id} is already that of {first.unit} {first.number}")
-        labels.append(label)
+        for label in _labels(row, category):
+            first = seen.setdefault(label.id, row)
+            if first is not row:
+                raise row.problem(f"id {label.id} is already that of {first.unit} {first.number}")
+            labels.append(label)
     return labels
 
 
@@ -114,7 +117,7 @@ def clean(labels: Iterable[Label]) -> tuple[list[Label], Counter[str]]:
     Questions that were answered both ways are left out altogether: which answer is right is not ours to say.
     """
     left_out: Counter[str] = Counter()
-    by_question: defaultdict[tuple[str, tuple[str, ...]], list[Label]] = defaultdict(list)
+    by_question: defaultdict[tuple[str, str | None, tuple[str, ...]], list[Label]] = defaultdict(list)
     for label in labels:
         reason = _useless(label)
         if reason is None:
@@ -150,26 +153,32 @@ def _useless(label: Label) -> str | None:
     return None if label.is_decided else "ties"
 
 
-def _label(row: TableRow, category: str) -> Label:
+def _labels(row: TableRow, category: str) -> Iterator[Label]:
+    """The row's labels: one, or one for each chosen answer with each rejected one."""
     fields = row.fields
-    kind = fields.get(category)
-    common = {"category": str(kind) if kind not in (None, "") else None}
+    common = {"category": _name(fields.get(category)), "template": _name(fields.get("template"))}
     if "chosen" in fields and "rejected" in fields:
         sample = layouts.pairs(row)
-        return Label(
-            id=sample.id,
-            prompt=sample.prompt,
-            answers=(sample.chosen[0], sample.rejected[0]),
-            target=_number(row, "probability", 1.0, highest=1.0),
-            margin=_number(row, "margin", 0.0, highest=math.inf),
-            **common,
-        )
+        target = _number(row, "probability", 1.0, highest=1.0)
+        margin = _number(row, "margin", 0.0, highest=math.inf)
+        pairs = [(chosen, rejected) for chosen in sample.chosen for rejected in sample.rejected]
+        for number, answers in enumerate(pairs, 1):
+            id_ = sample.id if len(pairs) == 1 else f"{sample.id}#{number}"
+            yield Label(id=id_, prompt=sample.prompt, answers=answers, target=target, margin=margin, **common)
+        return
     if "response" not in fields or "label" not in fields:
         present = ", ".join(map(str, fields)) or "none"
         raise row.problem(f"neither chosen and rejected nor response and label (columns: {present})")
     # A single answer is a pair's row with nothing to compare it with: the same conversations and texts are allowed.
     sample = layouts.pairs(TableRow(row.source, row.unit, row.number, {**fields, **_as_pair(fields)}))
-    return Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen[:1], target=_verdict(row), **common)
+    if len(sample.chosen) > 1:
+        raise row.problem(f"response holds {len(sample.chosen)} answers, and a label is about one: give each its row")
+    yield Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen, target=_verdict(row), **common)
+
+
+def _name(value: object) -> str | None:
+    """The value as a name; None for an empty cell."""
+    return None if value in (None, "") else str(value)
 
 
 def _as_pair(fields: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class JudgePrompts:
     def __init__(
         self, folder: Path, asking: Asking, template: str | None, files: Sequence[Path], max_length: int
     ) -> None:
-        """`template` is asked of all labels; None: the one of the label's category. `files` are files of templates.
+        """`template` is asked of all labels; None: the label's own, or that of its category. `files` have templates.
 
         Raises ModelError for a model without a fast tokenizer, InputError for templates that cannot be read.
         """
@@ -103,12 +103,21 @@ class JudgePrompts:
         return {name: provenance.asked_with(template) for name, template in self.used.items()}
 
     def _template(self, label: Label) -> Template:
-        template = self._fixed or self._usable(_of_category(self._library, label, self._asking))
+        template = self._fixed or self._usable(self._chosen(label))
         if template.mode != self._asking:
             raise InputError(f"template {template.id} is {template.mode}: give one that is {self._asking}")
         if template.mode == "pairwise" and not label.is_pair:
             raise InputError(f"label {label.id} is about one answer, and pairwise templates compare two")
         return template
+
+    def _chosen(self, label: Label) -> Template:
+        """The template that the label names, or that of its category. Raises InputError."""
+        if label.template is None:
+            return _of_category(self._library, label, self._asking)
+        try:
+            return self._library.get(label.template)
+        except ServiceError as error:
+            raise InputError(f"label {label.id}: there is no template {label.template}") from error
 
     def _usable(self, template: Template) -> Template:
         """The template, once it has been tried. Raises InputError."""
