@@ -32,7 +32,8 @@ from trainer.run.progress import echo
 from trainer.run.records import ADAPTER_FOLDER, HELD_OUT_FILE, MERGED_FOLDER
 from trainer.run.stages import RunFolder, Stage, recorded_input
 from trainer.tuning.card import CARD_FILE, model_card
-from trainer.tuning.judge.evidence import Evidence, compare_readings, write_calibration
+from trainer.tuning.judge.calibrating import write_calibration
+from trainer.tuning.judge.evidence import Evidence, compare_readings
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.readings import Reading, read_held_out

@@ -111,6 +111,8 @@ def summary(evidence: Evidence) -> str:
     eces = " -> ".join("-" if fit is None else f"{fit.ece:.3f}" for fit in fits)
     made = after.accuracy.count - after.by_kind[GIVEN].count if GIVEN in after.by_kind else after.accuracy.count
     synthetic = f" ({made} synthetic)" if after.by_kind else ""
+    if after.calibrated is not None:
+        eces += f", calibrated {after.calibrated.pairs.ece:.3f}"
     return (
         f"accuracy on {after.accuracy.count} labels held out{synthetic}: {100 * before.accuracy.value:.1f}% -> "
         f"{100 * after.accuracy.value:.1f}% ({100 * change.low:+.1f} to {100 * change.high:+.1f} points, "

@@ -16,7 +16,7 @@ from client.benchmarks.report.page import render_page
 from trainer.policy.models import needs_trainer
 from trainer.run.files import read_record, read_records, write_whole
 from trainer.run.records import CONFIG_FILE, HELD_OUT_FILE, REPORT_FILE
-from trainer.tuning.judge.evidence import Evidence, wrongness
+from trainer.tuning.judge.evidence import Evidence
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.readings import Reading
 
@@ -77,7 +77,7 @@ def worst_mistakes(folder: Path) -> list[Mistake]:
     labels = {label.id: label for label in read_records(folder / HELD_OUT_FILE, Label)}
     before = {reading.id: reading for reading in read_records(folder / "before.jsonl", Reading)}
     after = read_records(folder / "after.jsonl", Reading)
-    wrong = sorted((reading for reading in after if wrongness(reading) > 0), key=lambda r: (-wrongness(r), r.id))
+    wrong = sorted((reading for reading in after if reading.wrongness > 0), key=lambda r: (-r.wrongness, r.id))
     return [_mistake(labels[reading.id], before[reading.id], reading) for reading in wrong[:WORST]]
 
 
@@ -86,8 +86,8 @@ def _mistake(label: Label, before: Reading, after: Reading) -> Mistake:
     return Mistake(
         label=label,
         template=after.template,
-        off=wrongness(after),
-        before=wrongness(before),
+        off=after.wrongness,
+        before=before.wrongness,
         prompt=cut_text("\n\n".join(turns), MAX_TEXT),
         answers=[cut_text(answer, MAX_TEXT) for answer in label.answers],
     )

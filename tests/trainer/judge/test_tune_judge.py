@@ -63,6 +63,7 @@ def test_the_evidence_says_what_training_changed(tuned: Path) -> None:
     assert change["better"] > change["worse"]
     assert set(after["by_category"]) == {"math"}
     assert after["mass"] > before["mass"]
+    assert after["calibrated"]["pairs"]["count"] == after["calibrated"]["by_category"]["math"]["count"] == 60
     assert set(read(tuned / "curve.json")) == {"4"}
 
 
@@ -106,6 +107,7 @@ def test_the_report_and_the_card_show_it(tuned: Path) -> None:
 
     assert_self_contained(page)
     assert "Judged right, %" in page
+    assert "pairs, calibrated" in page
     assert page.count("<svg") == 3
     assert "held-out labels" in card
     assert "- judge" in card

@@ -5,6 +5,7 @@ prompts.py   a Label -> an Example: the service's own token ids     reader.py   
 packed.py    many prompts in one forward, shared prefixes once      loss.py      log-odds -> loss
 adapted.py   a frozen base with adapters                            training.py  the loop, its checkpoints and its log
 readings.py  what a judge says of labels held out                   evidence.py  before against after
+calibrating.py  how far its probabilities can be trusted, and what makes them better
 run.py       what decides a run; the labels that it can use         settings.py  every setting
 memory.py    what a training will need                              lora.py      LoRA layers with less memory traffic
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,8 @@ from trainer.tuning.judge.settings import JudgeSettings
 
 # Examples in one call of the engine; each call's rows are written before the next.
 _AT_ONCE: Final = 16
+# Answers whose lengths differ by a smaller share than this are of like length.
+_LIKE_LENGTH: Final = 0.1
 
 
 class Reading(Record):
@@ -38,6 +41,34 @@ class Reading(Record):
     label_mass: tuple[float, ...]
     margin: float | None = None
     lengths: tuple[int, ...]
+    prompt: str = ""
+    """A digest of its prompt: labels of one prompt are not independent of each other."""
+
+    @property
+    def group(self) -> str:
+        """What it shares with other labels of its prompt."""
+        return self.prompt or self.id
+
+    @property
+    def credit(self) -> float:
+        """1 for a right verdict, 0 for a wrong one, one half for a tie."""
+        if self.wrongness == 0:
+            return 0.5
+        return float(self.wrongness < 0)
+
+    @property
+    def wrongness(self) -> float:
+        """By how many log-odds the judge is on the wrong side; below 0 where it is right."""
+        value = self.log_odds[0] if self.margin is None else self.margin
+        return -value if self.target > 0.5 else value
+
+    @property
+    def length_class(self) -> str:
+        """How long the better answer of a pair is beside the other."""
+        first, second = self.lengths if self.target > 0.5 else self.lengths[::-1]
+        if abs(first - second) <= _LIKE_LENGTH * max(first, second):
+            return "like length"
+        return "better is longer" if first > second else "better is shorter"
 
 
 def read_held_out(
@@ -100,4 +131,5 @@ def _reading(example: Example, answers: Sequence[object]) -> Reading:
         label_mass=tuple(one.label_mass for one in judged),
         margin=margin,
         lengths=example.lengths,
+        prompt=sha256(example.label.prompt_key.encode()).hexdigest()[:16],
     )
