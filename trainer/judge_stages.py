@@ -3,7 +3,7 @@
     DIR/teacher.jsonl, teacher.json                 --teacher-url: what the teacher says of them; agreement and cost
     DIR/train.jsonl, held_out.jsonl, labels.json    the labels that can be used, split by prompt; what was left out
     DIR/before.jsonl                                what the base says of those held out
-    DIR/adapter/, training.jsonl, training.json     LoRA's weights, the log
+    DIR/adapter/, training.jsonl, training.json     LoRA's weights, the log; model/ after full fine-tuning
     DIR/merged/, merge.json                         base and adapter as one model, to be served
     DIR/after.jsonl                                 what that model says of the labels held out
     DIR/curve/<labels>/, curve.json                 --curve: the same from fewer labels
@@ -29,7 +29,7 @@ from trainer.errors import StageError
 from trainer.policy.models import release_memory, resolve_model
 from trainer.run.files import read_record, read_records, write_json, write_record, write_records, write_whole
 from trainer.run.progress import echo
-from trainer.run.records import ADAPTER_FOLDER, HELD_OUT_FILE, MERGED_FOLDER
+from trainer.run.records import HELD_OUT_FILE, MERGED_FOLDER
 from trainer.run.stages import RunFolder, Stage, recorded_input
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.judge.calibrating import write_calibration
@@ -40,7 +40,7 @@ from trainer.tuning.judge.readings import Reading, read_held_out
 from trainer.tuning.judge.rubric import synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
 from trainer.tuning.judge.teacher import TeacherLine, TeacherSummary, ask_teacher, describe_teacher, summarize
-from trainer.tuning.judge.training import OUTPUTS, train_judge
+from trainer.tuning.judge.training import outputs_of, train_judge
 from trainer.tuning.rounding import MERGE_FILE, merge_and_measure
 
 if TYPE_CHECKING:
@@ -140,14 +140,12 @@ class JudgeStages:
         """adapter/ in `folder`, from all training labels or from the first `count` in the order of `chosen`."""
         run = self.run
         inputs = {"model": run.model.identity, "labels": self.path / TRAIN_FILE, "count": count, **self._asked()}
-        stage = Stage(folder, TRAINING, OUTPUTS, {**inputs, **run.settings.described()})
+        stage = Stage(folder, TRAINING, outputs_of(run.settings), {**inputs, **run.settings.described()})
 
         def work(report: OnProgress) -> None:
             examples = chosen(self.examples(TRAIN_FILE), count, run.settings.seed)
             self.console.print(memory_line(run, examples), soft_wrap=True, highlight=False)
-            result = train_judge(run.model.name, examples, folder, run.settings, report)
-            if not result.changed:
-                echo("warning: training has changed no weight: raise --lr or --epochs")
+            train_judge(run.model.name, examples, folder, run.settings, report)
 
         self._do(stage, "training, tokens", work)
         release_memory()
@@ -159,10 +157,10 @@ class JudgeStages:
         inputs = {"trained": trained, "base": run.model.identity, "dtype": run.merge_dtype}
 
         def work(_: OnProgress) -> None:
-            adapter, merged = folder / ADAPTER_FOLDER, folder / MERGED_FOLDER
+            trained_model, merged = folder / run.settings.output, folder / MERGED_FOLDER
             # As the service loads it: with a chat template that the base does not have, other prompts would be asked.
             tokenizer = load_tokenizer(resolve_model(run.model.name))
-            warning = merge_and_measure(adapter, merged, run.model.name, run.merge_dtype, tokenizer)
+            warning = merge_and_measure(trained_model, merged, run.model.name, run.merge_dtype, tokenizer)
             if warning is not None:
                 echo(f"warning: {warning}")
 
@@ -199,7 +197,7 @@ class JudgeStages:
         numbers = {"held-out labels": evidence.model_dump(), "labels": counts, "training": training}
         if self.run.teacher is not None:
             numbers[TEACHER] = json.loads((self.path / TEACHER_SUMMARY).read_bytes())
-        card = model_card(self.path.name, self.run.model.name, numbers, tags=("judge", "lora"))
+        card = model_card(self.path.name, self.run.model.name, numbers, tags=("judge", self.run.settings.method))
         write_whole(self.path / MERGED_FOLDER / CARD_FILE, card.encode())
         return evidence
 

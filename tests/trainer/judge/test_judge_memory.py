@@ -32,6 +32,18 @@ def test_a_prompt_longer_than_a_pass_counts(tiny_model: Path) -> None:
     assert long > short
 
 
+def test_methods_need_their_own(tiny_model: Path) -> None:
+    """A base in NF4 needs less than one in bf16, and training all its weights the most."""
+    qlora, lora, full = (
+        needed_bytes(tiny_model, toy_settings(method=method, rank=1), 100, 2) for method in ("qlora", "lora", "full")
+    )
+
+    assert qlora is not None
+    assert lora is not None
+    assert full is not None
+    assert qlora < lora < full
+
+
 def test_a_model_of_unknown_size_has_no_estimate(tiny_model: Path, tmp_path: Path) -> None:
     """Without readable weights there is none, and the system's free memory is known or not."""
     shutil.copy(tiny_model / "config.json", tmp_path)

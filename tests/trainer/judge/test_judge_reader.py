@@ -14,13 +14,13 @@ from tests.ladder.families import COMPILED, PACKED, SINGLE, build
 from tests.support.causal import prefix_items
 from tests.support.reference import Reference
 from tests.trainer.judge.makers import examples_of, toy_labels, toy_settings
-from trainer.tuning.judge.adapted import Adapted
 from trainer.tuning.judge.loss import LossWeights, loss_of
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.reader import OwnReader, PackedReader, choose_reader, packing_problem, passes, read_prompts
+from trainer.tuning.judge.trainable import Trainable
 
 
-def gradients(adapted: Adapted, reader: Any, examples: list[Example]) -> list[torch.Tensor]:
+def gradients(adapted: Trainable, reader: Any, examples: list[Example]) -> list[torch.Tensor]:
     """The gradients of the loss with this reader."""
     prompts = [prompt for example in examples for prompt in example.prompts]
     loss_of(examples, read_prompts(reader, prompts), LossWeights(1.0, 0.5, 0.25)).loss.backward()
@@ -38,7 +38,7 @@ def test_log_odds_are_those_of_the_scoring_rule(tiny_model: Path) -> None:
     reference = Reference(tiny_model)
     texts = [reference.tokenizer.decode(prompt.token_ids) for prompt in prompts]
     expected = [reference.judge(text, "Yes", "No") for text in texts]
-    adapted = Adapted.load(tiny_model, toy_settings(), 512)
+    adapted = Trainable.load(tiny_model, toy_settings(), 512)
 
     readings = read_prompts(PackedReader(adapted.base), prompts)
 
@@ -49,7 +49,7 @@ def test_log_odds_are_those_of_the_scoring_rule(tiny_model: Path) -> None:
 def test_gradients_of_packed_prompts_are_the_models_own(tiny_model: Path) -> None:
     """Shared prefixes, attention and fused LoRA layers give the gradients of plain forwards with PEFT's own layers."""
     examples = examples_of(tiny_model, toy_labels(3))
-    adapted = Adapted.load(tiny_model, toy_settings(), 512)
+    adapted = Trainable.load(tiny_model, toy_settings(), 512)
     with torch.no_grad():  # with B at 0, A would get no gradient
         for weight in adapted.weights:
             weight.normal_(std=0.1)
@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_packed_is_read_prompt_by_prompt(
     """If packing gives other logits than the model itself, the model's own forward is taken, and stderr says so."""
     examples = examples_of(tiny_model, toy_labels(2))
     prompts = [prompt for example in examples for prompt in example.prompts]
-    adapted = Adapted.load(tiny_model, toy_settings(), 512)
+    adapted = Trainable.load(tiny_model, toy_settings(), 512)
     honest = PackedReader.logits
     monkeypatch.setattr(PackedReader, "logits", lambda self, prompts: honest(self, prompts).roll(1, dims=1))
 

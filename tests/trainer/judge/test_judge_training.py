@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tests.trainer.judge.makers import (
 )
 from trainer.errors import InputError, ModelError
 from trainer.policy.models import quiet_libraries
+from trainer.run.model_files import TensorFiles
 from trainer.run.stages import content_digest
 from trainer.tuning.checkpoints import TrainingError
 from trainer.tuning.judge.labels import Label
@@ -182,6 +184,49 @@ def test_memory_can_be_saved(tiny_model: Path, examples: list[Example], undistur
     expected, found = adapter_of(undisturbed), adapter_of(tmp_path)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-2, atol=1e-3)
+
+
+def test_full_training_changes_all_but_embeddings_and_head(
+    tiny_model: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    """--method full saves a whole model in fp32: its layers are others, embeddings and output layer the base's."""
+    result = train_toy(tiny_model, examples, tmp_path, method="full", lr=1e-3)
+
+    with TensorFiles(tiny_model) as base, TensorFiles(tmp_path / "model") as tuned:
+        changed = {name for name in base.names if not torch.equal(base[name].float(), tuned[name])}
+        assert {tuned[name].dtype for name in tuned.names} == {torch.float32}
+        assert {name for name in base.names if ".layers." in name} <= changed
+        assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+    log = log_of(tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"] / 2
+    assert result.changed
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_interrupted_full_training_ends_like_an_undisturbed_one(
+    tiny_model: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    """Checkpoints hold whatever is trained."""
+    whole, cut, settings = tmp_path / "whole", tmp_path / "cut", toy_settings(method="full", lr=1e-3)
+    train_judge(str(tiny_model), examples, whole, settings, Reports())
+    with pytest.raises(KeyboardInterrupt):
+        train_judge(str(tiny_model), examples, cut, settings, Reports(KeyboardInterrupt(), at=4))
+
+    train_judge(str(tiny_model), examples, cut, settings, Reports())
+
+    assert content_digest(cut / "model") == content_digest(whole / "model")
+
+
+def test_qlora_trains_or_says_what_is_missing(tiny_model: Path, examples: list[Example], tmp_path: Path) -> None:
+    """With bitsandbytes it gives an adapter that has learnt something; without, an error says what to install."""
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(ModelError, match="pip install bitsandbytes"):
+            train_toy(tiny_model, examples, tmp_path, method="qlora")
+        return
+    train_toy(tiny_model, examples, tmp_path, method="qlora")
+
+    assert log_of(tmp_path)[-1]["loss"] < log_of(tmp_path)[0]["loss"]
+    assert {weight.dtype for weight in adapter_of(tmp_path).values()} == {torch.float32}
 
 
 def test_single_labels_and_soft_ones_train(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from service.models.resolve import fingerprint
 from tests.support.html import assert_self_contained
 from tests.support.live import live_service
 from tests.support.tiny import tiny_tokenizer
+from tests.support.training import files_no_longer_than
 from tests.trainer.judge.makers import TOY_FLAGS, same_adapter, toy_file, toy_labels
 from trainer import judge_stages
 from trainer.tune_judge import main
@@ -68,7 +72,7 @@ def test_the_evidence_says_what_training_changed(tuned: Path) -> None:
 
 
 def test_the_served_judge_gives_the_trainers_numbers(tuned: Path) -> None:
-    """A service with the merged model says of the labels what after.jsonl says, and takes the calibration file."""
+    """A service with the merged model says of the labels what after.jsonl says, by each route; and it is calibrated."""
     merged = tuned / "merged"
     rows = [json.loads(line) for line in (tuned / "after.jsonl").read_text().splitlines()]
     labels = {row["id"]: row for row in map(json.loads, (tuned / "held_out.jsonl").read_text().splitlines())}
@@ -77,10 +81,31 @@ def test_the_served_judge_gives_the_trainers_numbers(tuned: Path) -> None:
         asked = [(labels[row["id"]], row) for row in rows[:3]]
         bodies = [{"prompt": a["prompt"], "response": a["answers"][0], "category": "math"} for a, _ in asked]
         served = [live.http.post("/score", json=body).json() for body in bodies]
+        both = {"prompt": asked[0][0]["prompt"], "responses": asked[0][0]["answers"], "category": "math"}
+        compared = live.http.post("/compare", json=both).json()
+        question = {"type": "predicate", "instructions": "Is it about foxes?"}
+        decided = live.http.post("/v1/decisions", json={"input": "fox 1 dog", "questions": [question]}).json()
+        predicate = {"prompt": "fox 1 dog", "response": "Is it about foxes?", "template": "predicate"}
+        scored = live.http.post("/score", json=predicate).json()
 
     assert [one["log_odds"] for one in served] == pytest.approx([row["log_odds"][0] for _, row in asked], abs=1e-4)
+    assert [one["log_odds"] for one in compared["scores"]] == pytest.approx(asked[0][1]["log_odds"], abs=1e-4)
+    assert decided["answers"][0]["x_log_odds"] == scored["log_odds"]
     assert all(one["calibrated"] is not None for one in served)
     assert calibration.load(tuned / "calibration.json").fingerprint == fingerprint(merged)
+
+
+def test_full_training_ends_in_a_merged_model_too(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """--method full leaves model/ in place of adapter/, and merged/ is the same to serve."""
+    output = tmp_path / "run"
+
+    assert main(flags(tiny_model, pairs, output, "--method", "full", "--lr", "1e-3", "--epochs", "6")) == 0
+
+    evidence = read(output / "evidence.json")
+    assert evidence["after"]["accuracy"]["value"] > 0.9
+    assert (output / "model" / "model.safetensors").exists()
+    assert not (output / "adapter").exists()
+    assert read(output / "merge.json")["changed"]
 
 
 def test_a_base_without_a_chat_template_stays_without_one(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
@@ -128,11 +153,40 @@ def test_a_rerun_does_nothing_and_says_so(
 
 
 STAGES = ["write_records", "read_held_out", "train_judge", "merge_and_measure", "compare_readings", "write_calibration"]
+RESULTS = ("after.jsonl", "evidence.json", "labels.json", "calibration.json")
+KILLED = """
+import os, signal, sys
+from trainer import judge_stages, tune_judge
+
+def killed(work):
+    def work_and_die(*args, **options):
+        work(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work_and_die
+
+setattr(judge_stages, sys.argv[1], killed(getattr(judge_stages, sys.argv[1])))
+tune_judge.main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert main(flags(tiny_model, pairs, output)) == 0
+    return output
+
+
+def assert_same_results(run: Path, other: Path) -> None:
+    """The adapters are equal to the last bit, and so are the numbers."""
+    assert same_adapter(run, other)
+    for file in RESULTS:
+        assert (run / file).read_bytes() == (other / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_interrupted_at_any_stage_the_result_is_the_same(
-    tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tiny_model: Path, pairs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Ctrl-C after a stage's work, before it is marked as done: exit code 130, and the next run ends like another."""
     work: Callable[..., Any] = getattr(judge_stages, name)
@@ -141,16 +195,54 @@ def test_interrupted_at_any_stage_the_result_is_the_same(
         work(*args, **options)
         raise KeyboardInterrupt
 
-    assert main(flags(tiny_model, pairs, tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
         patch.setattr(judge_stages, name, interrupted)
-        assert main(flags(tiny_model, pairs, tmp_path / "cut")) == 130
+        assert main(flags(tiny_model, pairs, tmp_path / "run")) == 130
 
-    assert main(flags(tiny_model, pairs, tmp_path / "cut")) == 0
+    assert main(flags(tiny_model, pairs, tmp_path / "run")) == 0
 
-    assert same_adapter(tmp_path / "cut", tmp_path / "whole")
-    for file in ("after.jsonl", "evidence.json", "labels.json"):
-        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert_same_results(tmp_path / "run", whole)
+
+
+def test_killed_at_every_stage_the_result_is_the_same(
+    tiny_model: Path, pairs: Path, whole: Path, tmp_path: Path
+) -> None:
+    """One run is killed at each of its stages, one after the other, and in the end it is like an undisturbed one."""
+    command = flags(tiny_model, pairs, tmp_path / "run")
+    for name in STAGES:
+        program = subprocess.run([sys.executable, "-c", KILLED, name, *command], capture_output=True, check=False)
+        assert program.returncode == -signal.SIGKILL, program.stderr.decode()
+
+    assert main(command) == 0
+
+    assert_same_results(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("name", [*STAGES, "write_json"])
+def test_a_full_disk_at_any_stage_is_said(
+    tiny_model: Path,
+    pairs: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    """Exit code 1 with the reason and no traceback; with room again the same command ends like an undisturbed run."""
+    work: Callable[..., Any] = getattr(judge_stages, name)
+
+    def without_room(*args: Any, **options: Any) -> Any:
+        with files_no_longer_than(60):
+            return work(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge_stages, name, without_room)
+        code = main(flags(tiny_model, pairs, tmp_path / "run"))
+    told = capsys.readouterr().err
+
+    assert (code, "File too large" in told, "Traceback" in told) == (1, True, False), told
+    assert main(flags(tiny_model, pairs, tmp_path / "run")) == 0
+    assert_same_results(tmp_path / "run", whole)
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:

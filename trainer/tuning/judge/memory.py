@@ -21,6 +21,8 @@ _PER_INTERMEDIATE: Final = 8
 _AT_A_TIME: Final = 4
 # For each trained number: copy and gradient in 16 bits, weight, gradient and AdamW's two moments in fp32.
 _PER_TRAINED: Final = 20
+# Bytes for each number of a matrix in NF4: 4 bits, and the blocks' scales.
+_NF4: Final = 0.55
 
 
 def needed_bytes(folder: Path, settings: JudgeSettings, longest: int, dtype_bytes: int) -> int | None:
@@ -37,5 +39,10 @@ def needed_bytes(folder: Path, settings: JudgeSettings, longest: int, dtype_byte
     checkpointed = dtype_bytes * hidden * layers + _AT_A_TIME * per_layer
     kept = checkpointed if settings.gradient_checkpointing else layers * per_layer
     tokens = max(settings.pass_tokens, longest)
-    trained = _PER_TRAINED * size.lora_parameters(settings.rank)
-    return round(_PROCESS + dtype_bytes * size.parameters + trained + tokens * kept)
+    tied = config.get("tie_word_embeddings", True)
+    embeddings = int(config.get("vocab_size", 0)) * hidden * (1 if tied else 2)
+    layer_bytes = _NF4 if settings.method == "qlora" else dtype_bytes
+    weights = dtype_bytes * embeddings + layer_bytes * (size.parameters - embeddings)
+    full = settings.method == "full"
+    trained = size.parameters - embeddings if full else size.lora_parameters(settings.rank)
+    return round(_PROCESS + weights + _PER_TRAINED * trained + tokens * kept)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Final, Literal, TypeAlias, get_args
 
 from trainer.policy.models import DType
+from trainer.run.records import ADAPTER_FOLDER, MODEL_FOLDER
 from trainer.tuning.judge.prompts import Asking
 from trainer.tuning.settings import Schedule
+
+Method: TypeAlias = Literal["lora", "qlora", "full"]
 
 # Settings that do not decide the weights, except for rounding: a run may be resumed with others.
 _WITHOUT_EFFECT: Final = frozenset({"device", "pass_tokens", "gradient_checkpointing", "save_steps"})
@@ -28,6 +31,13 @@ class JudgeSettings:
     length_control: bool = field(
         default=False,
         metadata={"help": "give the loss what lengths alone predict, so that the judge learns the rest"},
+    )
+    method: Method = field(
+        default="lora",
+        metadata={
+            "help": "lora; qlora: LoRA on a base in NF4 (bitsandbytes), less memory, slow on CPUs; full: all weights "
+            "but embeddings and output layer, with an --lr around 1e-5"
+        },
     )
     rank: int = field(default=16, metadata={"help": "LoRA rank, on all linear layers except the output layer"})
     alpha: int = field(default=32, metadata={"help": "LoRA alpha: the update is scaled by alpha/rank"})
@@ -54,6 +64,8 @@ class JudgeSettings:
     )
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {self.method!r}")
         numbers = [value for value in asdict(self).values() if isinstance(value, float)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("settings must be finite: NaN and infinity train nothing")
@@ -68,7 +80,15 @@ class JudgeSettings:
 
     def described(self) -> dict[str, object]:
         """The settings that decide the weights."""
-        return {key: value for key, value in asdict(self).items() if key not in _WITHOUT_EFFECT}
+        settings = {key: value for key, value in asdict(self).items() if key not in _WITHOUT_EFFECT}
+        if self.method == "lora":  # the only method of earlier versions, whose runs can be resumed
+            del settings["method"]
+        return settings
+
+    @property
+    def output(self) -> str:
+        """The folder that training writes: adapter/, or model/ after full fine-tuning."""
+        return MODEL_FOLDER if self.method == "full" else ADAPTER_FOLDER
 
     def steps(self, labels: int) -> int:
         """Optimizer steps for so many labels, at least one."""

@@ -2,11 +2,11 @@
 
 FOLDER/checkpoints/    while it trains: adapter, optimizer, step and random numbers; a rerun resumes the newest
 FOLDER/training.jsonl  a line for each step: loss and its terms, margin, gradient norm, learning rate, tokens
-FOLDER/adapter/        LoRA's weights as PEFT saves them, with the tokenizer
+FOLDER/adapter/        LoRA's weights as PEFT saves them, with the tokenizer; model/ after full fine-tuning
 FOLDER/training.json   the JudgeTraining
 
-The base is frozen in bf16. The adapters' own weights are fp32; a bf16 copy of them is what the forward multiplies by,
-written once a step. (autocast would copy every weight in every forward.)
+The base is in bf16. Trained weights are fp32; a bf16 copy of them is what the forward multiplies by, written once a
+step. (autocast would copy every weight in every forward.)
 """
 
 from __future__ import annotations
@@ -33,20 +33,24 @@ from trainer.policy.models import (
 )
 from trainer.run.files import put_in_place, write_json
 from trainer.run.model_files import model_digest
-from trainer.run.records import ADAPTER_FOLDER
 from trainer.tuning.checkpoints import TrainingError, discard_unusable, disk_full_as_error, newest_checkpoint
-from trainer.tuning.judge.adapted import Adapted
 from trainer.tuning.judge.loss import LossTerms, LossWeights, length_effect, loss_of
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.reader import LogitReader, choose_reader, passes, read_prompts
 from trainer.tuning.judge.settings import JudgeSettings
 from trainer.tuning.judge.steplog import StepLog
+from trainer.tuning.judge.trainable import Trainable
 from trainer.tuning.settings import CHECKPOINTS, rate_factor
+from trainer.tuning.training import is_changed
 
 LOG_FILE: Final = "training.jsonl"
 RESULT_FILE: Final = "training.json"
-OUTPUTS: Final = (ADAPTER_FOLDER, LOG_FILE, RESULT_FILE)
 _STATE_FILE: Final = "state.pt"
+
+
+def outputs_of(settings: JudgeSettings) -> tuple[str, ...]:
+    """The names of what a training leaves in its folder."""
+    return settings.output, LOG_FILE, RESULT_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +93,15 @@ def train_judge(
     }
     with quiet_libraries():
         longest = max(prompt.tokens for example in examples for prompt in example.prompts)
-        adapted = Adapted.load(source, settings, longest)
+        trainable = Trainable.load(source, settings, longest)
         probes = [prompt for example in examples[:8] for prompt in example.prompts]
-        reader = choose_reader(adapted.base, probes, adapted.packing_problem)
-        loop = _Loop(adapted, reader, examples, folder, settings, on_progress)
+        reader = choose_reader(trainable.base, probes, trainable.packing_problem)
+        loop = _Loop(trainable, reader, examples, folder, settings, on_progress)
         loop.resume(made_from)
         loop.run()
-        adapted.save(folder / ADAPTER_FOLDER, model, source)
+        trainable.save(folder / settings.output, model, source)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    result = loop.result(model)
+    result = loop.result(model, changed=is_changed(source, folder / settings.output))
     write_json(folder / RESULT_FILE, asdict(result))
     return result
 
@@ -115,19 +119,19 @@ class _Loop:
 
     def __init__(
         self,
-        adapted: Adapted,
+        model: Trainable,
         reader: LogitReader,
         examples: Sequence[Example],
         folder: Path,
         settings: JudgeSettings,
         on_progress: OnProgress,
     ) -> None:
-        self._adapted, self._reader, self._examples = adapted, reader, examples
+        self._model, self._reader, self._examples = model, reader, examples
         self._folder, self._settings, self._report = folder, settings, on_progress
         self._steps = settings.steps(len(examples))
         effect = length_effect(examples) if settings.length_control else 0.0
         self._weights = LossWeights(settings.pair_weight, settings.single_weight, settings.mass_weight, effect)
-        self._optimizer = torch.optim.AdamW(adapted.weights, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._optimizer = torch.optim.AdamW(model.weights, lr=settings.lr, weight_decay=settings.weight_decay)
         self._log = StepLog(folder / LOG_FILE)
         self._step = 0
         self._updating = False
@@ -146,9 +150,9 @@ class _Loop:
             return
         state = torch.load(newest / _STATE_FILE, weights_only=True)
         with torch.no_grad():
-            for weight, saved in zip(self._adapted.weights, state["weights"], strict=True):
+            for weight, saved in zip(self._model.weights, state["weights"], strict=True):
                 weight.copy_(saved)
-        self._adapted.refresh()
+        self._model.refresh()
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         self._step = state["step"]
@@ -170,7 +174,7 @@ class _Loop:
                     self._save(torch.get_rng_state())
         self._seconds = time.monotonic() - started
 
-    def result(self, model: str) -> JudgeTraining:
+    def result(self, model: str, *, changed: bool) -> JudgeTraining:
         """What came of it."""
         tokens = self._progress.done - self._progress.known
         return JudgeTraining(
@@ -181,7 +185,7 @@ class _Loop:
             seconds=self._seconds,
             tokens_per_second=tokens / self._seconds if self._seconds else 0.0,
             packed=self._reader.packs,
-            changed=self._adapted.changed,
+            changed=changed,
             length_effect=self._weights.length,
             settings=asdict(self._settings),
         )
@@ -189,7 +193,7 @@ class _Loop:
     def _do_step(self) -> None:
         batch = self._batch(self._step)
         terms = [self._backward(group, len(batch)) for group in passes(batch, self._settings.pass_tokens)]
-        norm = float(nn.utils.clip_grad_norm_(self._adapted.weights, self._settings.clip))
+        norm = float(nn.utils.clip_grad_norm_(self._model.weights, self._settings.clip))
         numbers = _numbers(terms, len(batch), norm)
         broken = [name for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
@@ -200,7 +204,7 @@ class _Loop:
         self._updating = True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._adapted.refresh()
+        self._model.refresh()
         self._step += 1
         self._progress.done += sum(example.tokens for example in batch)
         self._log.add({"step": self._step, **numbers, "lr": rate, "tokens": self._progress.done})
@@ -214,7 +218,7 @@ class _Loop:
         if not terms.loss.isfinite():
             raise _not_finite(f"the loss of step {self._step + 1}")
         (terms.loss / batch).backward()  # type: ignore[no-untyped-call]
-        self._adapted.collect_gradients()
+        self._model.collect_gradients()
         return terms
 
     def _batch(self, step: int) -> list[Example]:
@@ -248,7 +252,7 @@ class _Loop:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         state = {
-            "weights": [weight.detach() for weight in self._adapted.weights],
+            "weights": [weight.detach() for weight in self._model.weights],
             "optimizer": self._optimizer.state_dict(),
             "random": random,
             "step": self._step,
