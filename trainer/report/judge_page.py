@@ -53,7 +53,7 @@ def write_judge_report(folder: Path) -> Path:
     page = render_page(
         "judge.html.j2",
         package="trainer.report",
-        title=f"A judge made of {training.get('base', 'a model')}",
+        title=f"A judge made of {Path(training.get('base', 'a model')).name}",
         evidence=evidence,
         labels=_json(folder / "labels.json"),
         teacher=_json(folder / "teacher.json"),

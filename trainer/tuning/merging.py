@@ -1,7 +1,7 @@
 """Merging an adapter into its base: one folder with weights, tokenizer, chat template, generation config, model card.
 
-The sum is computed in fp32 and rounded once, to the dtype asked for. An adapter trained on an NF4 base (QLoRA) is
-merged into the base as it was before quantisation.
+The sum is computed in fp32 and rounded once, to the dtype asked for: to bfloat16 by chance, which keeps small updates
+(stochastic.py). An adapter trained on an NF4 base (QLoRA) is merged into the base as it was before quantisation.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trainer.run.files import put_in_place
 from trainer.run.model_files import TensorFiles
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.checkpoints import disk_full_as_error
+from trainer.tuning.stochastic import round_to_bfloat16
 
 # How far logits may be off after merging in fp32: a share of what the adapter does to them, plus a share of their size.
 _TOLERANCE_OF_EFFECT: Final = 0.01
@@ -76,8 +77,7 @@ def merge(
         if not full:
             model = _with_adapter(model, adapter, source, probes)
         target = getattr(torch, _stored_dtype(config) if dtype == "auto" else dtype)
-        for weight in model.parameters():  # buffers, such as rotary frequencies, stay in fp32
-            weight.data = weight.data.to(target)
+        _round(model, target)
         _require_finite(model, adapter)
         _save(model, tokenizer, part, model_card(output.name, base_name, numbers or {}))
         expected = _logits(model.float(), probes)
@@ -176,6 +176,19 @@ def _untie_adapted(tuned: Any) -> None:
             for name, weight in layer.named_parameters(recurse=False):
                 if owners[id(weight)] > 1:
                     setattr(layer, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+
+
+def _round(model: Any, target: Any) -> None:
+    """Round the parameters in place; buffers, such as rotary frequencies, stay in fp32.
+
+    By chance only matrices, and not the embeddings: adapters leave those alone, and some bases store them in fp32.
+    """
+    import torch
+
+    embeddings = model.get_input_embeddings().weight
+    for name, weight in model.named_parameters():
+        by_chance = target == torch.bfloat16 and weight.dim() > 1 and weight is not embeddings
+        weight.data = round_to_bfloat16(weight.data, name) if by_chance else weight.data.to(target)
 
 
 def _require_finite(model: Any, trained: Path) -> None:

@@ -1,8 +1,8 @@
 """How much of what training changed survives rounding in a merged model.
 
-bfloat16 has 8 significant bits, and a base's weights already lie on its grid: a change of less than half a step is
-lost, and a LoRA at a small learning rate often changes a weight by no more. For weights with a standard deviation of
-0.05, random changes of 1e-4 keep 80% of their length in their own direction, those of 3e-5 a third.
+A base's weights already lie on the grid of their 16-bit format, and a LoRA at a small learning rate often changes them
+by less than half a step. Rounding to bfloat16 keeps such changes (stochastic.py), unless they are so small that hardly
+a weight of a matrix moves; rounding to float16 does not.
 """
 
 from __future__ import annotations

@@ -23,10 +23,12 @@ from trainer.errors import ModelError
 from trainer.merge import main
 from trainer.policy.models import load_model, quiet_libraries, resolve_model
 from trainer.policy.tokenizers import load_tokenizer
+from trainer.run.model_files import TensorFiles
 from trainer.tuning.dpo import train_dpo
 from trainer.tuning.merging import merge
 from trainer.tuning.preferences import Split
 from trainer.tuning.rounding import kept_update, merge_and_measure
+from trainer.tuning.stochastic import round_to_bfloat16
 
 IDS = torch.arange(3, 43)[None]
 
@@ -312,6 +314,36 @@ def test_an_update_lost_to_rounding_is_reported(tiny_model: Path, tmp_path: Path
     assert warning is not None
     assert "nothing of the training is left" in warning
     assert json.loads((tmp_path / "merge.json").read_text())["changed"] is False
+
+
+def test_bf16_keeps_updates_far_below_its_step(tiny_model: Path, tmp_path: Path) -> None:
+    """An update of a twentieth of a weight's step is kept in expectation, and embeddings are the base's."""
+    base = merge(tiny_model, tmp_path / "base")
+    adapter = made_adapter(base, tmp_path / "adapter", lora_alpha=0.02)
+
+    merged = merge(adapter, tmp_path / "merged")
+
+    kept = kept_update(base, adapter, merged)
+    assert kept == pytest.approx(1, abs=0.25)
+    with TensorFiles(base) as before, TensorFiles(merged) as after:
+        changed = [name for name in before.names if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_rounding_by_chance_is_unbiased_and_always_the_same() -> None:
+    """A number between two neighbours becomes either, its own value on average; numbers on the grid stay."""
+    between = torch.full((100_000,), 1 + 2**-7 * 0.3)
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    rounded = round_to_bfloat16(between, "a")
+
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    assert rounded.float().mean() == pytest.approx(float(between[0]), abs=1e-4)
+    assert torch.equal(round_to_bfloat16(-between, "a"), -rounded)
+    assert torch.equal(rounded, round_to_bfloat16(between, "a"))
+    assert not torch.equal(rounded, round_to_bfloat16(between, "b"))
+    assert torch.equal(round_to_bfloat16(exact.float(), "a"), exact)
 
 
 @pytest.mark.parametrize("config", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 64, "v_proj": 64}}, {}])
