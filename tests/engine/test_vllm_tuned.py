@@ -34,10 +34,12 @@ class Tuned:
     folder: Path
     held_out: Sequence[Example]
 
-    def own(self, dtype: DType) -> list[float]:
-        """What the trainer's after.jsonl says of them: the log-odds of each answer."""
-        file = self.folder / f"after-{dtype}.jsonl"
-        rows = read_held_out(self.folder / "merged", self.held_out, toy_settings(dtype=dtype), file, lambda _: None)
+    def own(self, dtype: DType, model: Path | None = None) -> list[float]:
+        """What the trainer reads of them, by default in the merged model: the log-odds of each answer."""
+        file = self.folder / f"{'after' if model is None else 'before'}-{dtype}.jsonl"
+        rows = read_held_out(
+            model or self.folder / "merged", self.held_out, toy_settings(dtype=dtype), file, lambda _: None
+        )
         return [log_odds for row in rows for log_odds in row.log_odds]
 
     def served(self, model: Path, dtype: DType, lora: Lora | None = None) -> list[float]:
@@ -73,9 +75,9 @@ def test_the_merged_judge_has_the_trainers_numbers(tuned: Tuned, dtype: DType) -
 
 def test_the_adapter_has_the_merged_judges_numbers(tuned: Tuned) -> None:
     """Served by `--lora` on the base as it was, training has the same effect as in the merged model."""
-    adapted = tuned.served(tuned.base, "float32", Lora("judge", tuned.folder / "adapter"))
+    bare, own = tuned.own("float32", tuned.base), tuned.own("float32")
 
-    bare, own = tuned.served(tuned.base, "float32"), tuned.own("float32")
+    adapted = tuned.served(tuned.base, "float32", Lora("judge", tuned.folder / "adapter"))
 
     effect = max(abs(one - other) for one, other in zip(own, bare, strict=True))
     assert effect > 1
