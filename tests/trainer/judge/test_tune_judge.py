@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from client import calibration
 from service.engine.torch.engine import TorchEngine
 from service.models.resolve import fingerprint
+from service.process.child import ChildError, in_child
 from tests.support.html import assert_self_contained
 from tests.support.live import live_service
 from tests.support.tiny import tiny_tokenizer
@@ -154,19 +156,6 @@ def test_a_rerun_does_nothing_and_says_so(
 
 STAGES = ["write_records", "read_held_out", "train_judge", "merge_and_measure", "compare_readings", "write_calibration"]
 RESULTS = ("after.jsonl", "evidence.json", "labels.json", "calibration.json")
-KILLED = """
-import os, signal, sys
-from trainer import judge_stages, tune_judge
-
-def killed(work):
-    def work_and_die(*args, **options):
-        work(*args, **options)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return work_and_die
-
-setattr(judge_stages, sys.argv[1], killed(getattr(judge_stages, sys.argv[1])))
-tune_judge.main(sys.argv[2:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +193,27 @@ def test_interrupted_at_any_stage_the_result_is_the_same(
     assert_same_results(tmp_path / "run", whole)
 
 
+def run_killed_at(name: str, command: Sequence[str]) -> bytes:
+    """Run the program in this process, and kill it after the stage's work, before it is marked as done."""
+    work: Callable[..., Any] = getattr(judge_stages, name)
+
+    def killed(*args: Any, **options: Any) -> None:
+        work(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)  # the parent's threads do not survive the fork
+    setattr(judge_stages, name, killed)
+    return bytes([main(command)])
+
+
 def test_killed_at_every_stage_the_result_is_the_same(
     tiny_model: Path, pairs: Path, whole: Path, tmp_path: Path
 ) -> None:
     """One run is killed at each of its stages, one after the other, and in the end it is like an undisturbed one."""
     command = flags(tiny_model, pairs, tmp_path / "run")
     for name in STAGES:
-        program = subprocess.run([sys.executable, "-c", KILLED, name, *command], capture_output=True, check=False)
-        assert program.returncode == -signal.SIGKILL, program.stderr.decode()
+        with pytest.raises(ChildError, match="SIGKILL"):
+            in_child(partial(run_killed_at, name, command), 100)
 
     assert main(command) == 0
 

@@ -35,6 +35,7 @@ from trainer.run.files import put_in_place, write_json
 from trainer.run.model_files import model_digest
 from trainer.tuning.checkpoints import TrainingError, discard_unusable, disk_full_as_error, newest_checkpoint
 from trainer.tuning.judge.loss import LossTerms, LossWeights, length_effect, loss_of
+from trainer.tuning.judge.memory import return_blocks
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.reader import LogitReader, choose_reader, passes, read_prompts
 from trainer.tuning.judge.settings import JudgeSettings
@@ -91,6 +92,7 @@ def train_judge(
         "micro_batch": None,
         "processes": 1,
     }
+    return_blocks()
     with quiet_libraries():
         longest = max(prompt.tokens for example in examples for prompt in example.prompts)
         trainable = Trainable.load(source, settings, longest)
