@@ -27,7 +27,7 @@ from service.models.resolve import fingerprint
 from service.models.tokenizers import load_tokenizer
 from trainer.errors import StageError
 from trainer.policy.models import release_memory, resolve_model
-from trainer.run.files import read_record, read_records, write_json, write_record, write_records, write_whole
+from trainer.run.files import read_record, read_records, unwritable, write_json, write_record, write_records, write_whole
 from trainer.run.progress import echo
 from trainer.run.records import HELD_OUT_FILE, MERGED_FOLDER
 from trainer.run.stages import RunFolder, Stage, recorded_input
@@ -221,14 +221,13 @@ class JudgeStages:
         prompts = self.run.prompts()
         prompts.examples(read_records(self.path / HELD_OUT_FILE, Label))
         merged = self.path / MERGED_FOLDER
-        write_calibration(
-            self.path / CALIBRATION_FILE,
-            read_records(self.path / AFTER_FILE, Reading),
-            merged.resolve().name,
-            fingerprint(merged),
-            prompts.asked_with(),
-            self.run.settings.seed,
-        )
+        readings = read_records(self.path / AFTER_FILE, Reading)
+        judge = merged.resolve().name, fingerprint(merged), prompts.asked_with()
+        path = self.path / CALIBRATION_FILE
+        try:
+            write_calibration(path, readings, *judge, self.run.settings.seed)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     def _asked(self) -> dict[str, Any]:
         """What decides the prompts, besides labels and model."""
