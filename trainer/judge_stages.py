@@ -27,7 +27,15 @@ from service.models.resolve import fingerprint
 from service.models.tokenizers import load_tokenizer
 from trainer.errors import StageError
 from trainer.policy.models import release_memory, resolve_model
-from trainer.run.files import read_record, read_records, unwritable, write_json, write_record, write_records, write_whole
+from trainer.run.files import (
+    read_record,
+    read_records,
+    unwritable,
+    write_json,
+    write_record,
+    write_records,
+    write_whole,
+)
 from trainer.run.progress import echo
 from trainer.run.records import HELD_OUT_FILE, MERGED_FOLDER
 from trainer.run.stages import RunFolder, Stage, recorded_input

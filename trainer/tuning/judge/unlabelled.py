@@ -60,7 +60,8 @@ def _undecided(row: TableRow, category: str) -> Iterator[Label]:
     groups = list(pairwise(answers)) if len(answers) > 1 else [answers]
     for number, group in enumerate(groups, 1):
         id_ = sample.id if len(groups) == 1 else f"{sample.id}#{number}"
-        yield Label(id=id_, prompt=sample.prompt, answers=group, target=UNDECIDED, category=name)
+        template = str(fields.get("template") or "") or None
+        yield Label(id=id_, prompt=sample.prompt, answers=group, target=UNDECIDED, category=name, template=template)
 
 
 def _useless(label: Label) -> str | None:
