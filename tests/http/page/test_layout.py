@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect
@@ -76,6 +77,34 @@ def test_nothing_is_cut_off_at_the_side(page: Page) -> None:
         needed.append(page.evaluate("document.documentElement.scrollWidth"))
 
     assert needed == widths
+
+
+def test_the_other_tabs_never_scroll_sideways(page: Page) -> None:
+    """Nor do typed decisions and a file's scores, with unbreakable words, from 320 px up."""
+    word = "w" * 300
+    page.get_by_role("tab", name="Typed decisions").click()
+    page.locator("#decide-example").click()
+    page.locator("#input").fill(word)
+    page.locator("#question-2-lines").fill(f"{word}\nanother")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator("#decided h2")).to_be_visible()
+    row: Any = {
+        "name": "a.jsonl",
+        "mimeType": "application/jsonl",
+        "buffer": f'{{"prompt":"{word}","response":"{word}"}}'.encode(),
+    }
+    page.locator("#file").set_input_files(files=[row])
+    needed = []
+    for tab in ("Typed decisions", "Score a file"):
+        page.get_by_role("tab", name=tab).click()
+        if tab == "Score a file":
+            page.get_by_role("button", name="Score", exact=True).click()
+            expect(page.locator("#scored h2")).to_be_visible()
+        for width in (320, 390, 768, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            needed.append(page.evaluate("document.documentElement.scrollWidth"))
+
+    assert needed == [320, 390, 768, 1280] * 2
 
 
 def test_the_tabs_follow_the_arrow_keys_and_the_address(page: Page) -> None:
