@@ -159,7 +159,7 @@ function headline(answer) {
   if (answer.type === "choice") return { text: close ? "too close to call" : String(answer.choice), close };
   const likeliest = answer.probabilities.reduce((best, each) => (each.probability > best.probability ? each : best));
   const mean = `${answer.score.toFixed(2)} of ${answer.probabilities.length - 1}`;
-  return { text: close ? mean : `${mean}, likeliest ${likeliest.label}`, close };
+  return { text: `${mean}, ${close ? "likeliest level too close to call" : `likeliest ${likeliest.label}`}`, close };
 }
 
 function answerCard(answer, question, index) {
@@ -174,7 +174,7 @@ function answerCard(answer, question, index) {
   return el(
     "li",
     { class: "card" },
-    el("h3", {}, el("span", { class: "place" }, `${index + 1}`), el("span", {}, text), close ? el("span", { class: "tag warn" }, "close") : null),
+    el("h3", {}, el("span", { class: "place" }, `${index + 1}`), el("span", {}, text)),
     el("p", { class: "said" }, question.instructions),
     el(
       "ul",
