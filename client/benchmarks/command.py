@@ -39,7 +39,7 @@ from client.runtime.cli import fail, stderr_console, stdout_console
 from client.runtime.files import write_whole
 from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
-from client.schema import ModelInfo, TemplateInfo
+from client.schema import ModelInfo, TemplatesResult
 from client.transport.proxies import exempt_loopback
 
 REPORT_FILE: Final = "report.html"
@@ -118,7 +118,7 @@ def run_config(
     samples: Sequence[Sample],
     asking: Asking,
     info: ModelInfo,
-    templates: Sequence[TemplateInfo],
+    offered: TemplatesResult,
 ) -> dict[str, object]:
     """Everything that identifies a run: a rerun with the same configuration resumes it."""
     return {
@@ -127,7 +127,7 @@ def run_config(
         "samples": len(samples),
         **asking.described(),
         "judge": judge_identity(info),
-        TEMPLATES: template_digests(templates),
+        TEMPLATES: template_digests([*offered.templates, *offered.panels]),
     }
 
 
@@ -136,11 +136,11 @@ async def _run_benchmark(entry: CatalogEntry, options: RunOptions, samples: Sequ
     async with options.judge.client() as judge:
         info = await ready_model(judge)
         asking = options.judge.asking(*_suited_to(info.judge, options, plan))
-        templates = (await judge.templates()).templates
-        config = run_config(entry, samples, asking, info, templates)
+        offered = await judge.templates()
+        config = run_config(entry, samples, asking, info, offered)
         if info.judge == "self-reward":
             # Older services report in no other way whether grades are read off probabilities or written.
-            config["asks_for"] = sorted({template.mode for template in templates})
+            config["asks_for"] = sorted({template.mode for template in offered.templates})
         folder = RunFolder(options.out or _default_folder(config), config)
         console.print(f"{name}: {len(samples)} samples, judge {info.id}, into {folder.path}")
         with progress_bar(console, name) as on_progress:

@@ -10,7 +10,15 @@ from typing import Final, get_args
 
 from client.benchmarks.catalog import CatalogEntry
 from client.benchmarks.paper import PaperPrompts, PaperStudy
-from client.benchmarks.questions import Plan, PlanError, Question, by_category, from_map, one_for_all
+from client.benchmarks.questions import (
+    PANEL_SEPARATOR,
+    Plan,
+    PlanError,
+    Question,
+    by_category,
+    from_map,
+    one_for_all,
+)
 from client.benchmarks.rows import Mode
 from client.benchmarks.run import Asking
 from client.bulk import BulkOptions
@@ -98,7 +106,8 @@ class QuestionOptions:
     @classmethod
     def of(cls, args: argparse.Namespace) -> QuestionOptions:
         """From the flags of `add_question_flags`."""
-        return cls(args.category, args.template, args.map, args.paper, args.paper_format, args.paper_study)
+        template = None if args.template is None else PANEL_SEPARATOR.join(args.template)
+        return cls(args.category, template, args.map, args.paper, args.paper_format, args.paper_study)
 
     @property
     def flag(self) -> str | None:
@@ -181,7 +190,12 @@ def add_question_flags(parser: argparse.ArgumentParser, *, paper: bool) -> None:
     )
     exclusive = group.add_mutually_exclusive_group()
     exclusive.add_argument("--category", help="this category for everything")
-    exclusive.add_argument("--template", help="this template for everything, e.g. general@1")
+    exclusive.add_argument(
+        "--template",
+        nargs="+",
+        metavar="NAME",
+        help="this template for everything, e.g. general@1; of several each is asked, and their log-odds are averaged",
+    )
     exclusive.add_argument(
         "--map", type=Path, metavar="FILE", help='JSON: {"subset or pattern": {"category": …} or {"template": …}}'
     )

@@ -45,6 +45,7 @@ def judged_answer(result: ScoreResult, text: str) -> JudgedAnswer:
         length=len(text),
         truncated=result.truncated,
         calibrated=result.calibrated,
+        members={member.template: member.log_odds for member in result.panel} if result.panel else None,
     )
 
 

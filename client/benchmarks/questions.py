@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from pydantic import ValidationError
 
 from client.runtime.validation import first_problem
 from client.schema import InlineTemplate
+
+PANEL_SEPARATOR: Final = ","
+"""Between the templates in the name of a panel, as results have it."""
 
 
 class PlanError(ValueError):
@@ -23,7 +26,8 @@ class PlanError(ValueError):
 class Question:
     """One way of asking the judge: a category, a template's name, or an inline template, which needs a `name`.
 
-    With none of these the judge asks in its own way, which is the only one that some judges have.
+    Several names with commas between them are a panel. With none of these the judge asks in its own way, which is the
+    only one that some judges have.
     """
 
     category: str | None = None
@@ -37,6 +41,13 @@ class Question:
         if self.category is None and self.template is None:
             return "the judge's own"
         return f"category {self.category}" if self.category is not None else str(self.template)
+
+    @property
+    def asked(self) -> str | list[str] | InlineTemplate | None:
+        """The template as requests say it."""
+        if isinstance(self.template, str) and PANEL_SEPARATOR in self.template:
+            return self.template.split(PANEL_SEPARATOR)
+        return self.template
 
     def described(self) -> dict[str, object]:
         """Everything that identifies the question, as JSON: a run is resumed only with the same."""
@@ -62,7 +73,8 @@ def one_for_all(subsets: Iterable[str], question: Question) -> Plan:
 def from_map(subsets: Iterable[str], path: Path) -> Plan:
     """Questions from a JSON file {"subset or pattern": question}; the first matching pattern counts, "*" is the rest.
 
-    A question is {"category": name}, {"template": name} or {"template": {inline template}}. Raises PlanError.
+    A question is {"category": name}, {"template": name}, {"template": [names]} or {"template": {inline template}}.
+    Raises PlanError.
     """
     data = read_json(path)
     if not isinstance(data, dict):
@@ -80,8 +92,8 @@ def from_map(subsets: Iterable[str], path: Path) -> Plan:
 def load_candidates(path: Path) -> dict[str, list[Question]]:
     """Candidate questions by category from a JSON file {"category": [question, …]}.
 
-    A question is {"name": …, "template": {inline template} or a template's name}, or a bare template's name. Raises
-    PlanError.
+    A question is {"name": …, "template": {inline template}, a template's name or a list of names}, or a bare template's
+    name. Raises PlanError.
     """
     data = read_json(path)
     if not isinstance(data, dict) or not all(isinstance(value, list) and value for value in data.values()):
@@ -113,4 +125,8 @@ def _question(value: Any, where: str) -> Question:
         except ValidationError as error:
             raise PlanError(f"{where}: {first_problem(error)}") from error
         return Question(template=inline, name=value.get("name") or "inline")
+    if isinstance(template, list) and all(isinstance(name, str) for name in template):
+        template = PANEL_SEPARATOR.join(template)
+    if template is not None and not isinstance(template, str):
+        raise PlanError(f"{where}: template must be a name, a list of names or an inline template")
     return Question(category=value.get("category"), template=template)

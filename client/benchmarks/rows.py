@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from client.runs.resumable import RecordedError
 from client.runtime.jsonl import read_lines
@@ -33,7 +33,8 @@ class FrozenModel(BaseModel):
 class JudgedAnswer(FrozenModel):
     """The judge's verdict on one answer; in pairwise mode the means over its comparisons.
 
-    `length` is the answer's in characters. `calibrated` is None if the service has no calibration.
+    `length` is the answer's in characters. `calibrated` is None if the service has no calibration. `members` are the
+    log-odds of a panel's templates, absent where one was asked, or answers were judged two by two.
     """
 
     log_odds: FiniteFloat
@@ -42,6 +43,7 @@ class JudgedAnswer(FrozenModel):
     length: int
     truncated: bool = False
     calibrated: float | None = None
+    members: Annotated[dict[str, FiniteFloat] | None, Field(exclude_if=lambda members: members is None)] = None
 
 
 class Row(FrozenModel):

@@ -73,7 +73,9 @@ class RunFolder:
             raise RunError(f"{error}; remove that line or the folder") from error
 
     def _used_templates(self) -> set[str | None]:
-        return {row.template for row in self.rows if row.error is None or row.error.is_final}
+        rows = [row for row in self.rows if row.error is None or row.error.is_final]
+        members = {name for row in rows for answer in row.answers for name in answer.members or ()}
+        return {row.template for row in rows} | members
 
 
 async def judge_samples(
@@ -170,7 +172,7 @@ def _requests(sample: Sample, asking: Asking) -> list[ScoreRequest] | list[Compa
     common: dict[str, Any] = {
         "prompt": sample.prompt if isinstance(sample.prompt, str) else list(sample.prompt),
         "category": question.category,
-        "template": question.template,
+        "template": question.asked,
         "truncation": asking.truncation,
     }
     if asking.mode == "pointwise":

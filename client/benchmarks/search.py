@@ -121,8 +121,7 @@ class _Search:
     async def _rows(self, folder: str, samples: Sequence[Sample], question: Question) -> list[Row]:
         plan = one_for_all({sample.subset for sample in samples}, question)
         asking = self._options.judge.asking(plan, self._options.judge.mode or "pointwise")
-        templates = (await self._judge.templates()).templates
-        config = run_config(self._entry, samples, asking, self._info, templates)
+        config = run_config(self._entry, samples, asking, self._info, await self._judge.templates())
         run = RunFolder(self._options.out / folder, config)
         with progress_bar(self._console, folder) as on_progress:
             return await judge_samples(self._judge, samples, asking, run, on_progress)

@@ -1,6 +1,7 @@
 """`python -m client.calibrate`: fit temperature and bias to a judge's log-odds, for the service's --calibration-file.
 
-run folders or pairs ── evidence ──> labelled log-odds by template ── fitting ──> table, file
+run folders or pairs ── evidence ──> labelled log-odds by template ── fitting ──> table, calibration file
+                                     those of a panel's templates ─── weights ──> table, template file
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from client.benchmarks.questions import PANEL_SEPARATOR
 from client.calibrate.evidence import Evidence, EvidenceError, from_judge, from_runs, read_pairs
 from client.calibrate.fitting import LabelledSample, calibrate
+from client.calibrate.panel_file import fit_weights, parse_name, print_panel
 from client.calibration import Calibration, FittedOn, Quality, TemplateCalibration, save
 from client.errors import JudgeError
 from client.judge import AsyncJudge
 from client.runtime.cli import CALL_TIMEOUT, add_judge_flags, fail, stderr_console, stdout_console
+from client.runtime.files import write_whole
 from client.runtime.parser import Parser
 from client.runtime.program import FAILED, INTERRUPTED, OK, USAGE
 
@@ -41,9 +45,22 @@ class CalibrateOptions:
     data: list[Path] | None
     judge_url: str
     api_key: str | None
+    template: list[str] | None
+    panel: str | None
     seed: int
-    out: Path
+    out: Path | None
     min_pairs: int
+
+    @property
+    def file(self) -> Path:
+        """What to write."""
+        return self.out or Path("calibration.json" if self.panel is None else "panel.toml")
+
+    @property
+    def asked(self) -> str | list[str] | None:
+        """The template or templates to ask in place of the pairs' own."""
+        names = [name for text in self.template or () for name in text.split(PANEL_SEPARATOR)]
+        return names if len(names) > 1 else names[0] if names else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +89,16 @@ def _calibrate(options: CalibrateOptions) -> int:
     console = stdout_console()
     if options.min_pairs < 2:
         raise EvidenceError("--min-pairs must be 2 or more: one half is for the fit, the other to measure it")
-    if not options.out.absolute().parent.is_dir():
-        raise EvidenceError(f"--out {options.out}: there is no such folder")
+    if not options.file.absolute().parent.is_dir():
+        raise EvidenceError(f"--out {options.file}: there is no such folder")
+    if options.run and options.template:
+        raise EvidenceError("--template is for --data: a run was asked already")
+    if options.panel is not None:
+        parse_name(options.panel)
     evidence = from_runs(options.run) if options.run else _ask_judge(options)
     model, fingerprint = evidence.judge()
+    if options.panel is not None:
+        return _write_panel(console, evidence, options.panel, options)
     fitted = [_fit_template(name, samples, options) for name, samples in sorted(evidence.templates.items())]
     _print_table(console, fitted, evidence, f"{model} (fingerprint {fingerprint})")
     templates = {
@@ -85,11 +108,25 @@ def _calibrate(options: CalibrateOptions) -> int:
     }
     if not templates:
         return fail("no template could be calibrated: nothing was written", FAILED)
-    sources = [str(path) for path in options.run or options.data or []]
-    fitted_on = FittedOn(sources=sources, seed=options.seed, left_out=dict(sorted(evidence.left_out.items())))
-    save(Calibration(model=model, fingerprint=fingerprint, templates=templates, fitted_on=fitted_on), options.out)
-    console.print(f"written: {options.out}", markup=False, soft_wrap=True)
+    left_out = dict(sorted(evidence.left_out.items()))
+    fitted_on = FittedOn(sources=_sources(options), seed=options.seed, left_out=left_out)
+    save(Calibration(model=model, fingerprint=fingerprint, templates=templates, fitted_on=fitted_on), options.file)
+    console.print(f"written: {options.file}", markup=False, soft_wrap=True)
     return OK
+
+
+def _write_panel(console: Console, evidence: Evidence, name: str, options: CalibrateOptions) -> int:
+    model, fingerprint = evidence.judge()
+    judge = f"{model} (fingerprint {fingerprint})"
+    fitted = fit_weights(evidence, name, options.seed, options.min_pairs)
+    print_panel(console, fitted, evidence, judge)
+    write_whole(options.file, fitted.text(judge, _sources(options)))
+    console.print(f"written: {options.file}", markup=False, soft_wrap=True)
+    return OK
+
+
+def _sources(options: CalibrateOptions) -> list[str]:
+    return [str(path) for path in options.run or options.data or []]
 
 
 def _ask_judge(options: CalibrateOptions) -> Evidence:
@@ -102,7 +139,7 @@ def _ask_judge(options: CalibrateOptions) -> Evidence:
             task = bar.add_task("judging", total=2 * len(pairs))
             async with AsyncJudge(options.judge_url, api_key=options.api_key, timeout=CALL_TIMEOUT) as judge:
                 await judge.ready()
-                return await from_judge(judge, pairs, lambda known: bar.update(task, completed=known))
+                return await from_judge(judge, pairs, lambda known: bar.update(task, completed=known), options.asked)
 
     return asyncio.run(ask())
 
@@ -160,8 +197,9 @@ def _calibrate_parser() -> argparse.ArgumentParser:
         prog="python -m client.calibrate",
         description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can "
         "report the probability that a response is good: sigmoid(log_odds / temperature + bias). Half of the pairs are "
-        "for the fit, the other half measures it. Raw scores stay as they are.",
-        epilog="Then: python -m service --calibration-file calibration.json",
+        "for the fit, the other half measures it. Raw scores stay as they are. With --panel: fit the weights of "
+        "several questions instead.",
+        epilog="Then: python -m service --calibration-file calibration.json, or --template-file panel.toml",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -176,12 +214,23 @@ def _calibrate_parser() -> argparse.ArgumentParser:
         "now by --judge-url",
     )
     add_judge_flags(parser, "for --data: ")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the division into halves (default: 0)")
+    parser.add_argument(
+        "--template",
+        nargs="+",
+        metavar="NAME",
+        help="for --data: ask this template in place of the pairs' own, or several as a panel",
+    )
+    parser.add_argument(
+        "--panel",
+        metavar="NAME",
+        help="fit a weight to each question of the panel that judged (of --template, or of the run), and write the "
+        "panel under this name as a template file for the service; what it gains is measured on five held-out folds",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the division into halves or folds (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("calibration.json"),
-        help="file to create or replace (default: calibration.json)",
+        help="file to create or replace (default: calibration.json, with --panel panel.toml)",
     )
     parser.add_argument("--min-pairs", type=int, default=50, help="leave out templates with fewer pairs (default: 50)")
     return parser

@@ -19,6 +19,7 @@ from client.benchmarks.outcomes import row_of
 from client.benchmarks.rows import ITEMS_FILE, JudgedAnswer, Row, read_rows
 from client.bulk import in_order, stream_scores
 from client.calibrate.fitting import LabelledSample
+from client.calibrate.weights import PanelSample
 from client.calibration import TEMPLATE_ID
 from client.data.samples import Sample
 from client.data.tables import DataError, read_table
@@ -35,13 +36,15 @@ class EvidenceError(ValueError):
 
 @dataclass(slots=True)
 class Evidence:
-    """Samples by template.
+    """Samples by template, and those of panels with what each of their templates says.
 
     `judges` are the (model, fingerprint) pairs of the rows, `asked_with` is that of each template's rows, if they have
     one, and `left_out` counts samples by reason.
     """
 
     templates: dict[str, list[LabelledSample]] = field(default_factory=dict)
+    panels: dict[tuple[str, ...], list[PanelSample]] = field(default_factory=dict)
+    """By the names of a panel's templates."""
     judges: set[tuple[str | None, str | None]] = field(default_factory=set)
     asked_with: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -62,6 +65,9 @@ class Evidence:
             return
         self._known.add((template, sample))
         self.templates.setdefault(template, []).append(sample)
+        if names := tuple(row.answers[0].members or ()):
+            chosen, rejected = _said(row.chosen_answers, names), _said(row.rejected_answers, names)
+            self.panels.setdefault(names, []).append(PanelSample(row.id, chosen, rejected))
 
     def _check_asked_with(self, row: Row) -> None:
         template, asked_with = row.template, row.asked_with
@@ -122,9 +128,14 @@ class Pair(BaseModel):
         text = self.prompt if isinstance(self.prompt, str) else "".join(turn.model_dump_json() for turn in self.prompt)
         return self.id or sha256(text.encode()).hexdigest()
 
-    def requests(self) -> tuple[ScoreRequest, ScoreRequest]:
-        """Requests for the chosen and the rejected answer. Raises pydantic.ValidationError if they are invalid."""
-        common = self.model_dump(include={"prompt", "category", "template"})
+    def requests(self, template: str | list[str] | None = None) -> tuple[ScoreRequest, ScoreRequest]:
+        """Requests for the chosen and the rejected answer, by this template in place of the pair's own, if given.
+
+        Raises pydantic.ValidationError if they are invalid.
+        """
+        common = self.model_dump(include={"prompt"} if template else {"prompt", "category", "template"})
+        if template:
+            common["template"] = template
         chosen, rejected = ({**common, "response": text} for text in (self.chosen, self.rejected))
         return ScoreRequest.model_validate(chosen), ScoreRequest.model_validate(rejected)
 
@@ -147,12 +158,19 @@ def read_pairs(files: Sequence[Path]) -> list[Pair]:
     return [pair for file in files for pair in _pairs_of(file)]
 
 
-async def from_judge(judge: AsyncJudge, pairs: Sequence[Pair], progress: Callable[[int], None]) -> Evidence:
+async def from_judge(
+    judge: AsyncJudge,
+    pairs: Sequence[Pair],
+    progress: Callable[[int], None],
+    template: str | list[str] | None = None,
+) -> Evidence:
     """Have the pairs judged; `progress` is called with how many of the `2 * len(pairs)` answers are judged.
+
+    `template` is as in Pair.requests.
 
     Raises JudgeError if the judge stays unreachable, and EvidenceError if it changes meanwhile.
     """
-    requests = [request for pair in pairs for request in pair.requests()]
+    requests = [request for pair in pairs for request in pair.requests(template)]
     results = await in_order(stream_scores(judge, requests), progress)
     evidence = Evidence()
     for pair, chosen, rejected in zip(pairs, results[::2], results[1::2], strict=True):
@@ -162,6 +180,14 @@ async def from_judge(judge: AsyncJudge, pairs: Sequence[Pair], progress: Callabl
 
 def _log_odds(answers: Sequence[JudgedAnswer]) -> tuple[float, ...]:
     return tuple(answer.log_odds for answer in answers)
+
+
+def _said(answers: Sequence[JudgedAnswer], names: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """What each template of a panel says of each answer. Raises EvidenceError where one says nothing."""
+    try:
+        return tuple(tuple((answer.members or {})[name] for name in names) for answer in answers)
+    except KeyError as error:
+        raise EvidenceError(f"a row lacks what the panel's template {error} says: judge again") from error
 
 
 def _unusable(row: Row) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final
 
-from client.schema import ModelInfo, TemplateInfo
+from client.schema import ModelInfo, PanelInfo, TemplateInfo
 
 # Keys of a configuration: the templates' digests by id, and the digest of the judge's settings.
 TEMPLATES: Final = "templates"
@@ -30,8 +30,8 @@ def judge_identity(info: ModelInfo) -> dict[str, object]:
     }
 
 
-def template_digests(templates: Sequence[TemplateInfo]) -> dict[str, str]:
-    """SHA-256, in hex, of each template's text by its id: an edited text can keep its name and version."""
+def template_digests(templates: Sequence[TemplateInfo | PanelInfo]) -> dict[str, str]:
+    """SHA-256, in hex, of each template's text, or panel's weights, by its id: they may change under one version."""
     return {
         f"{template.name}@{template.version}": sha256(template.model_dump_json().encode()).hexdigest()
         for template in templates

@@ -44,6 +44,7 @@ def test_a_map_takes_the_first_pattern_that_fits(tmp_path: Path) -> None:
         ('{"*": {"category": "code", "template": "x"}}', "either category or template"),
         ('{"*": {"instruction": "x"}}', "either category or template"),
         ('{"*": {"template": {"layout": ""}}}', "layout"),
+        ('{"*": {"template": ["x", 1]}}', "list of names"),
         ("[]", "object"),
         ("{", "JSON"),
     ],
@@ -148,3 +149,16 @@ def test_the_published_file_covers_both_benchmarks() -> None:
 
     assert set(prompts.plan(WEIGHTS, "rewardbench", "raw", "own", 0)) == set(WEIGHTS)
     assert len(prompts.plan(["chat", "code", "math", "safety-refuse", "safety-response"], "rmbench", "raw", "own", 0))
+
+
+def test_several_templates_are_one_question(tmp_path: Path) -> None:
+    """A list in a map or among candidates is a panel, asked as the list, and described by one name."""
+    file = tmp_path / "map.json"
+    file.write_text(json.dumps({"*": {"template": ["general@3", "math@2"]}}))
+
+    question = from_map(["a"], file)["a"]
+
+    assert question == Question(template="general@3,math@2")
+    assert question.asked == ["general@3", "math@2"]
+    assert question.described() == {"template": "general@3,math@2"}
+    assert Question(template="general@3").asked == "general@3"

@@ -120,6 +120,34 @@ def test_a_run_is_not_resumed_with_another_text(tmp_path: Path, kept: int, capsy
     assert (tmp_path / "run" / ITEMS_FILE).read_bytes().count(b"\n") == kept
 
 
+def test_a_panels_run_is_not_resumed_with_another_text_or_weight(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text of a panel's template, or a panel's weight, changed under the same version."""
+    data(tmp_path)
+    panels = '[[panels]]\nname = "both"\nversion = 1\nmembers = ["mine@1", "other@1"]\nweights = [1, 2]\n'
+    (file,), (other,) = templates(tmp_path), templates(tmp_path, "bad")
+    both, changed = tmp_path / "both.toml", tmp_path / "changed.toml"
+    both.write_text(panels)
+    changed.write_text(panels.replace("2]", "3]"))
+    said = []
+
+    for name in ("mine,other", "both"):
+        out = ["--template", *name.split(","), "--out", str(tmp_path / name)]
+        with live_service(template_file=[file, both]) as live:
+            codes = [bench(live, tmp_path, *out) for _ in range(2)]
+            row = json.loads((tmp_path / name / ITEMS_FILE).read_text().partition("\n")[0])
+        for files in ([other, both], [file, changed]):
+            with live_service(template_file=files) as live:
+                said.append((bench(live, tmp_path, *out), capsys.readouterr().err))
+        assert codes == [0, 0]
+        assert list(row["chosen"]["members"]) == ["mine@1", "other@1"]
+
+    assert [code for code, _ in said] == [1, 0, 1, 1]
+    assert ["text of mine@1" in err for _, err in said] == [True, False, True, False]
+    assert "text of both@1" in said[3][1]
+
+
 def test_another_templates_text_stops_nothing(tmp_path: Path) -> None:
     """A run goes on where only templates have changed by which it judged nothing."""
     data(tmp_path)

@@ -132,7 +132,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, live: Live) -> Path:
         "".join(json.dumps({"prompt": f"What is {n}?", "category": "chat"}) + "\n" for n in range(120)),
         encoding="utf-8",
     )
-    (folder / "mine.toml").write_text(block("toml", "templates.md").text, encoding="utf-8")
+    mine, panel = (each.text for each in blocks() if (each.language, each.document) == ("toml", "templates.md"))
+    (folder / "mine.toml").write_text(mine, encoding="utf-8")
+    (folder / "panel.toml").write_text(panel, encoding="utf-8")
     (folder / "rubric.toml").write_text(block("toml", "tuning.md").text, encoding="utf-8")
     for name, answer in (("answers", "It is number {n}: word{n}."), ("solutions", "def f(x):\n    return x + {n}\n")):
         answers = [
