@@ -31,10 +31,13 @@ OnProgress: TypeAlias = Callable[[Progress], None]
 
 @contextmanager
 def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
-    """A function that shows the Progress it is called with. Needs rich, as the console does."""
-    started = time.monotonic()
+    """A function that shows the Progress it is called with. Needs rich, as the console does.
+
+    Its rate counts from the first call, so that it does not include the time in which a model was loaded.
+    """
+    clock = _Clock()
     if not console.is_terminal:
-        yield _ProgressLines(console, title, started)
+        yield _ProgressLines(console, title, clock)
         return
     # `rich` is an extra: imported only where there is a console.
     from rich import progress as rich_progress
@@ -50,7 +53,7 @@ def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
         task = bar.add_task(title, total=None, pace="")
 
         def show(progress: Progress) -> None:
-            pace = pace_of(progress, time.monotonic() - started)
+            pace = pace_of(progress, clock.seconds())
             bar.update(task, total=progress.total, completed=progress.done, pace=pace)
 
         yield show
@@ -68,19 +71,32 @@ def pace_of(progress: Progress, seconds: float) -> str:
     return ", ".join([*words, progress.note] if progress.note else words)
 
 
+class _Clock:
+    """Seconds since it was first read."""
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+
+    def seconds(self) -> float:
+        """0 at the first call."""
+        now = time.monotonic()
+        self._started = now if self._started is None else self._started
+        return now - self._started
+
+
 class _ProgressLines:
     """Prints a line at the start, every LINE_EVERY seconds, and at the end."""
 
-    def __init__(self, console: Console, title: str, started: float) -> None:
+    def __init__(self, console: Console, title: str, clock: _Clock) -> None:
         self._console = console
         self._title = title
-        self._started = started
-        self._due = started
+        self._clock = clock
+        self._due = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
+        now = self._clock.seconds()
         if now < self._due and progress.done < progress.total:
             return
         self._due = now + LINE_EVERY
-        pace = pace_of(progress, now - self._started)
+        pace = pace_of(progress, now)
         self._console.print(f"{self._title}: {progress.done}/{progress.total} {pace}".rstrip(), soft_wrap=True)

@@ -64,7 +64,7 @@ def kill_at(step: int) -> Callable[[Progress], None]:
     """A progress function that ends the training after that step."""
 
     def tell(advance: Progress) -> None:
-        if advance.done >= step:
+        if advance.done >= step * TOY["batch"]:
             raise Killed
 
     return tell
@@ -72,9 +72,9 @@ def kill_at(step: int) -> Callable[[Progress], None]:
 
 def trained_steps(model: Path, data: Split, folder: Path, **changes: Any) -> list[int]:
     """Train; the steps that were reported: first 0, or that of the checkpoint which was resumed."""
-    steps: list[int] = []
-    train_dpo(model, data, folder, toy_settings(**changes), lambda advance: steps.append(advance.done))
-    return steps
+    pairs: list[int] = []
+    train_dpo(model, data, folder, toy_settings(**changes), lambda advance: pairs.append(advance.done))
+    return sorted({done // TOY["batch"] for done in pairs if done % TOY["batch"] == 0})
 
 
 def log_lines(log: Path, key: str = "loss") -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ torch and transformers are imported inside the functions, so that `--help` and s
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 import warnings
@@ -39,26 +40,38 @@ def needs_trainer() -> Iterator[None]:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the progress bars of transformers, PEFT and TRL and their deprecation warnings about each other."""
+    """Silence the progress bars and warnings of transformers, PEFT, TRL and, once it is imported, `datasets`.
+
+    What they warn about, such as a prompt that a chat template renders in two ways, is checked and reported here.
+    """
     import transformers.utils.logging
 
-    logging: Any = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    library: Any = transformers.utils.logging
+    bars: list[Any] = [library, *([sys.modules["datasets"]] if "datasets" in sys.modules else [])]
+    shown = [one for one in bars if one.is_progress_bar_enabled()]
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "accelerate", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for one in shown:
+        one.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for one in shown:
+            one.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a model given as a folder or as a hub id, `org/name` or `org/name@revision`.
+    """The folder of a model given as a folder, a hub id (`org/name` or `org/name@revision`) or a name that the service
+    knows.
 
-    Downloads go to the cache that HF_HOME names. Raises ModelError.
+    Downloads go to the cache that HF_HOME names, models that the service knows to the service's own. Raises ModelError.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -68,12 +81,16 @@ def resolve_model(name: str) -> Path:
             raise ModelError(f"{folder} has no config.json: give the folder of a model in the format of transformers")
         return folder
     match = _HUB_ID.fullmatch(name)
-    if match is None:
-        raise ModelError(
-            f"{name!r} is neither a folder here nor a hub id (org/name). For a model that the service knows by name, "
-            f"give its folder: `python -m service.models path {name}` prints it, after `… fetch {name}` if needed"
-        )
-    return _download(match[1], match[2])
+    return _known_to_the_service(name) if match is None else _download(match[1], match[2])
+
+
+def _known_to_the_service(name: str) -> Path:
+    from service.models import resolve as known
+
+    try:
+        return known.resolve(name).path
+    except known.ModelError as error:
+        raise ModelError(str(error)) from error
 
 
 def model_identity(name: str) -> list[str]:
@@ -85,10 +102,13 @@ def model_identity(name: str) -> list[str]:
 
 
 def name_and_revision(base: str) -> tuple[str, str | None]:
-    """How an adapter names its base: a folder by its absolute path, a hub id with its revision apart."""
+    """How an adapter names its base: a folder by its absolute path, a hub id with its revision apart.
+
+    A name that only this project knows becomes its folder, so that PEFT finds it. Raises ModelError.
+    """
     folder = Path(base).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve()), None
+    if folder.is_dir() or _HUB_ID.fullmatch(base) is None:
+        return str(resolve_model(base).resolve()), None
     name, _, revision = base.partition("@")
     return name, revision or None
 

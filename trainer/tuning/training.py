@@ -182,7 +182,8 @@ class Training:
         trainer.accelerator.wait_for_everyone()
         checkpoint = newest_checkpoint(checkpoints)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogCallback(self.folder / self.recipe.log, on_progress))
+        log, examples = self.folder / self.recipe.log, len(trainer.train_dataset)
+        trainer.add_callback(LogCallback(log, on_progress, examples, lambda: trainer.trained_tokens))
         with disk_full_as_error(self.folder), compact_head(trainer.args.device.type):
             result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         metrics: dict[str, Any] = result.metrics

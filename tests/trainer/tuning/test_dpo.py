@@ -137,6 +137,33 @@ def test_a_killed_training_ends_like_an_undisturbed_one(tiny_model: Path, killed
     assert [line["step"] for line in log_lines(killed / DPO.log)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_progress_moves_within_a_step(tiny_model: Path, tmp_path: Path) -> None:
+    """It is told after each micro-batch, in pairs, with tokens per second, and while held-out pairs are evaluated."""
+    told: list[tuple[int, int, str]] = []
+    settings = toy_settings(micro_batch=2, epochs=1.0)
+    train_dpo(tiny_model, DATA, tmp_path, settings, lambda now: told.append((now.done, now.total, now.note)))
+
+    assert {done for done, _, _ in told} == set(range(0, 25, 2))
+    assert {total for _, total, _ in told} == {24}
+    assert all("tokens/s" in note for _, _, note in told[1:])
+    assert any("evaluating 1/4" in note for _, _, note in told)
+    assert "step 3/3" in told[-1][2]
+
+
+def test_training_says_nothing_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    """No bar and no warning of the libraries reaches the terminal: the program has a bar of its own."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(preference.model_dump_json() + "\n" for preference in toy_preferences(10)))
+    command = ["--model", str(tiny_model), "--pairs", str(pairs), "--output", str(tmp_path / "out"), *TOY_FLAGS]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.dpo", *command], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+
+    said_on_stderr = done.stderr.splitlines()
+    assert done.returncode == 0
+    assert [line for line in said_on_stderr if not line.startswith(("DPO: ", "8 pairs to train on"))] == []
+
+
 def test_half_a_checkpoint_is_ignored(tiny_model: Path, killed: Path, undisturbed: Path) -> None:
     """A checkpoint that a kill left without its last file is removed, and training starts before it."""
     (killed / CHECKPOINTS / "checkpoint-2" / "trainer_state.json").write_text('{"global_')
@@ -152,7 +179,7 @@ def test_a_kill_by_the_system_is_survived(tiny_model: Path, tmp_path: Path, undi
     program = (
         "import sys, time; from pathlib import Path; from tests.support.training import *\n"
         "data = Split(train=toy_preferences(24), held_out=toy_preferences(32)[24:])\n"
-        "def tell(advance): time.sleep(60 * (advance.done == 5))\n"
+        "def tell(advance): time.sleep(60 * (advance.done == 40))\n"
         "train_dpo(Path(sys.argv[1]), data, Path(sys.argv[2]), toy_settings(), tell)"
     )
     process = subprocess.Popen(
