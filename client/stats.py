@@ -5,8 +5,10 @@ Probabilities and outcomes are numbers from 0 to 1. An empty sample raises Value
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -81,6 +83,29 @@ def quantile(values: Sequence[float], q: float) -> float:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def ranked_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's rho: Pearson's correlation of the ranks; equal values share their mean rank. None if one is constant.
+
+    Raises ValueError for lists of different lengths.
+    """
+    if len(one) != len(other):
+        raise ValueError(f"{len(one)} values against {len(other)}")
+    try:
+        return statistics.correlation(_ranks(one), _ranks(other))
+    except statistics.StatisticsError:  # fewer than two values, or all equal
+        return None
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    for _, group in itertools.groupby(enumerate(order), key=lambda item: values[item[1]]):
+        places = list(group)
+        for _, index in places:
+            ranks[index] = (places[0][0] + places[-1][0]) / 2
+    return ranks
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

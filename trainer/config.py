@@ -17,7 +17,8 @@ from trainer.evaluation.harness import HarnessOptions, add_harness_flags
 from trainer.flags import add_flags, given
 from trainer.instructions.selection import InstructionOptions
 from trainer.labels.judges import DEFAULT_COMMAND
-from trainer.labels.labelers import JudgeOptions, LabelOptions
+from trainer.labels.labelers import FILE, IPO, JudgeOptions, LabelOptions
+from trainer.labels.measuring import ReliabilityOptions
 from trainer.policy.models import DTYPES, DType
 from trainer.policy.requests import SampleSettings, add_server_flags, server_from
 from trainer.run.stages import content_digest
@@ -40,6 +41,7 @@ class LoopSettings:
     instructions: InstructionOptions
     sampling: SampleSettings
     labels: LabelOptions
+    reliability: ReliabilityOptions
     pairs: PairOptions
     dpo: DPOSettings
     dpo_held_out: float
@@ -69,6 +71,8 @@ class LoopSettings:
         # The judge of the evaluation would be the model before SFT, which may not answer yet.
         if self.command is not None and self.sft_data is not None and self.evaluates and self.eval_judge is None:
             raise ValueError("--judge-follows-policy with --sft leaves no judge to evaluate: give --eval-judge-url")
+        if self.reliability.reliable_pairs and self.labels.labeler != IPO:
+            raise ValueError(f"--reliable-pairs needs a question to reword: --labeler {self.labels.labeler} has none")
         if self.samples_from is not None and self.samples_from.resolve() == self.output.resolve():
             raise ValueError("--samples-from must be another run's folder, not --output itself")
 
@@ -91,7 +95,7 @@ class LoopSettings:
         values: dict[str, dict[str, object]] = {
             "instructions": self.instructions.described(),
             "sampling": self.sampling.described(),
-            "pairs": asdict(self.pairs),
+            "pairs": self._pairs_described(),
             "dpo": {**self.dpo.described(), "held_out": self.dpo_held_out},
         }
         # A file is identified by its contents, wherever it lies; a data set of the hub by its name.
@@ -101,6 +105,13 @@ class LoopSettings:
             values["sft"] = {**self.sft.described(), "data": content_digest(self.sft_data)}
         chosen = parts or tuple(values)
         return {f"{part}.{key}": value for part in chosen for key, value in values[part].items()}
+
+    def _pairs_described(self) -> dict[str, object]:
+        """What decides the pairs; options that are off are left out, so that runs of earlier versions go on."""
+        chosen = asdict(self.pairs)
+        if chosen["rejected"] == "worst":
+            del chosen["rejected"]
+        return {**chosen, **self.reliability.filter_described()}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -115,6 +126,8 @@ def settings_from(args: argparse.Namespace) -> LoopSettings:
     if args.judge_command and not args.judge_follows_policy:
         raise ValueError("--judge-command goes with --judge-follows-policy; a judge that stays is given by --judge-url")
     command = DEFAULT_COMMAND if args.judge_command is None else args.judge_command
+    if args.labels_from is not None and args.labeler is None:
+        args.labeler = FILE
     instructions = {"source": args.instructions, "limit": args.count, "judge": judge}
     shared = {name: getattr(args, name) for name in ("method", "max_length", *_SHARED)}
     return LoopSettings(
@@ -124,6 +137,7 @@ def settings_from(args: argparse.Namespace) -> LoopSettings:
         instructions=InstructionOptions(**{**given(args, InstructionOptions), **instructions}),
         sampling=SampleSettings(**given(args, SampleSettings), server=server_from(args)),
         labels=LabelOptions(**{**given(args, LabelOptions), "judge": judge}),
+        reliability=ReliabilityOptions(**given(args, ReliabilityOptions)),
         pairs=PairOptions(**given(args, PairOptions)),
         dpo=preset(args.preset, **given(args, DPOSettings)),
         dpo_held_out=args.dpo_held_out,
@@ -150,7 +164,9 @@ def add_loop_flags(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     add_flags(sampling, SampleSettings, omit=_SHARED)
     add_server_flags(sampling)
-    add_flags(parser.add_argument_group("pairs"), PairOptions)
+    pairs = parser.add_argument_group("pairs")
+    add_flags(pairs, PairOptions)
+    add_flags(pairs, ReliabilityOptions)
     training = parser.add_argument_group("training (DPO)")
     training.add_argument(
         "--preset",
@@ -179,7 +195,11 @@ def add_loop_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="the policy: a folder, or a hub id (org/name[@revision])")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the policy: a folder, a hub id (org/name[@revision]) or a name that the service knows",
+    )
     parser.add_argument(
         "--instructions",
         required=True,

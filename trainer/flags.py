@@ -54,4 +54,4 @@ def _options(hint: Any) -> dict[str, Any]:
         return {"choices": get_args(hint)}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"type": hint, "metavar": "N" if hint in (int, float) else "TEXT"}
+    return {"type": hint, "metavar": {int: "N", float: "N", Path: "FILE"}.get(hint, "TEXT")}

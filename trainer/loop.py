@@ -13,10 +13,11 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from client.labels.candidates import CandidatePair
 from client.labels.records import Score
 from client.runs.progress import progress_bar
 from trainer.config import LoopSettings
@@ -26,14 +27,16 @@ from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import INSTRUCTION_OUTPUTS, prepare_instructions
 from trainer.labels.early import EarlyLabels, early_file, take_early
 from trainer.labels.judges import JUDGE_LOG_FILE, FixedJudge, FollowingJudge, JudgeSource
-from trainer.labels.labelers import RANDOM, JudgeOptions
+from trainer.labels.labelers import JudgeOptions
 from trainer.labels.labeling import run_labelling
+from trainer.labels.measuring import REWORDED_FILE, Labelled, measure_reliability, reliability_outputs
 from trainer.labels.pairs import write_pairs
+from trainer.labels.reliability import RELIABILITY_FILE, Reliability, second_margin
 from trainer.policy.model_ref import ModelRef, model_ref
 from trainer.policy.models import release_memory
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.run.adoption import adopt
-from trainer.run.files import read_records, write_json
+from trainer.run.files import read_record, read_records, write_json
 from trainer.run.rates import ProgressMeter, save_rate
 from trainer.run.records import (
     HELD_OUT_FILE,
@@ -149,24 +152,76 @@ class LoopStages:
                 started, meter = time.monotonic(), ProgressMeter(report)
                 options = replace(self.settings.labels, judge=judge)
                 run_labelling(options, self._instructions(), samples, folder / SCORES_FILE, meter)
-            if self.settings.labels.labeler != RANDOM:
+            if self.settings.labels.asks_judge:
                 save_rate(folder, "labelling", meter.new_items, time.monotonic() - started)
 
         self._do(Stage(folder, "scores", (SCORES_FILE,), inputs), work)
 
+    def measure_judge(self, folder: Path, policy: ModelRef) -> None:
+        """reliability.json and what the judge said for it, before anything is trained on its labels."""
+        settings, options = self.settings, self.settings.reliability
+        if not options.measures:
+            return
+        inputs = {
+            "samples": folder / SAMPLES_FILE,
+            "scores": folder / SCORES_FILE,
+            **options.described(),
+            "choice": asdict(settings.pairs),
+            **self.judges.described(policy),
+        }
+
+        def work() -> None:
+            labelled = self._labelled(folder)
+            with self.judges.serving(policy) as judge, progress_bar(self.console, "judge's reliability") as report:
+                labels = replace(settings.labels, judge=judge)
+                measure_reliability(labelled, folder, labels, settings.pairs, options, report)
+
+        self._do(Stage(folder, "reliability", reliability_outputs(settings.labels), inputs), work)
+        for sentence in read_record(folder / RELIABILITY_FILE, Reliability).sentences:
+            self.console.print(f"  {sentence}", soft_wrap=True, highlight=False)
+
     def pair(self, folder: Path) -> None:
         """pairs.jsonl and pairs_stats.json. Raises NoPairsError."""
-        samples, scores, system = folder / SAMPLES_FILE, folder / SCORES_FILE, self.settings.sampling.system
-        inputs = {"samples": samples, "scores": scores, **self.settings.described("pairs")}
+        settings, system = self.settings, self.settings.sampling.system
+        files = {"samples": folder / SAMPLES_FILE, "scores": folder / SCORES_FILE}
+        if settings.reliability.reliable_pairs:
+            files["reworded"] = folder / REWORDED_FILE
+        inputs = {**files, **settings.described("pairs")}
         if system is not None:
             inputs["system"] = system
 
         def work() -> None:
-            files = read_records(samples, Sampled), read_records(scores, Score)
-            stats = write_pairs(folder, self._instructions(), *files, self.settings.pairs, system)
-            self.console.print(f"{stats.pairs} pairs of {stats.instructions} instructions", highlight=False)
+            labelled, is_reliable = self._labelled(folder), self._reliable(folder)
+            stats = write_pairs(
+                folder,
+                labelled.instructions,
+                labelled.samples,
+                labelled.scores,
+                settings.pairs,
+                system,
+                is_reliable,
+            )
+            left_out = f", {stats.unreliable} left out as unreliable" if is_reliable is not None else ""
+            self.console.print(f"{stats.pairs} pairs of {stats.instructions} instructions{left_out}", highlight=False)
 
         self._do(Stage(folder, "pairs", (PAIRS_FILE, PAIRS_STATS_FILE), inputs), work)
+
+    def _labelled(self, folder: Path) -> Labelled:
+        files = read_records(folder / SAMPLES_FILE, Sampled), read_records(folder / SCORES_FILE, Score)
+        return Labelled(self._instructions(), *files)
+
+    def _reliable(self, folder: Path) -> Callable[[CandidatePair], bool] | None:
+        """Whether the second wording prefers a pair's chosen response too, by enough; None if it need not."""
+        options = self.settings.reliability
+        if not options.reliable_pairs:
+            return None
+        second = {score.key: score for score in read_records(folder / REWORDED_FILE, Score)}
+
+        def is_reliable(pair: CandidatePair) -> bool:
+            margin = second_margin(pair, second)
+            return margin is not None and margin > 0 and margin >= options.reliable_margin
+
+        return is_reliable
 
     def train(self, folder: Path, policy: ModelRef, title: str) -> ModelRef:
         """adapter/ (or model/), dpo_log.jsonl and dpo.json, then merged/: the new policy."""

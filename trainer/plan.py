@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TextIO
 
 from client.data.sources import HUB
@@ -16,7 +15,8 @@ from trainer.config import LoopSettings
 from trainer.instructions.categories import DESCRIPTIONS, EXAMPLES
 from trainer.instructions.reading import read_instructions
 from trainer.instructions.selection import POOL_FACTOR
-from trainer.labels.labelers import RANDOM, shown_url
+from trainer.labels.labelers import IPO, shown_url
+from trainer.policy.models import local_folder
 from trainer.run.model_files import ModelSize, model_size
 from trainer.run.rates import rates_of_run
 
@@ -60,12 +60,23 @@ def plan_work(settings: LoopSettings, counts: Counts) -> list[Work]:
     work = [
         Work("categories", counts.category_questions, "judgements", "labelling"),
         Work("sampling", sampled * sampling.max_new_tokens, "tokens", "sampling"),
-        Work("labelling", 0 if settings.labels.labeler == RANDOM else samples, "judgements", "labelling"),
+        Work("labelling", samples if settings.labels.asks_judge else 0, "judgements", "labelling"),
+        Work("judge's reliability", rounds * _reliability_questions(settings, counts), "judgements", "labelling"),
         Work("DPO", math.ceil(rounds * train * settings.dpo.epochs), "pairs", "training"),
         Work("held-out answers", answers * sampling.max_new_tokens, "tokens", "answering"),
         Work("comparing", 4 * rounds * counts.held_out, "judgements", "comparing"),
     ]
     return [stage for stage in work if stage.amount]
+
+
+def _reliability_questions(settings: LoopSettings, counts: Counts) -> int:
+    """A round's: pairs in both orders, and the samples that a second wording judges."""
+    if settings.labels.labeler != IPO:
+        return 0
+    options = settings.reliability
+    measured = min(options.reliability_pairs, counts.chosen)
+    reworded = counts.chosen if options.reliable_pairs else measured
+    return 2 * measured + reworded * settings.sampling.samples
 
 
 def steps_of(settings: LoopSettings, counts: Counts) -> int:
@@ -112,15 +123,23 @@ def _settings_lines(settings: LoopSettings, counts: Counts | None) -> list[str]:
         f"samples       {sampling.samples} each, temperature {sampling.temperature:g}, "
         f"{sampling.max_new_tokens} new tokens at most"
         + (f", the first round's from {settings.samples_from}" if settings.samples_from else ""),
-        f"labels        {settings.labels.labeler}" + ("" if settings.labels.labeler == RANDOM else f" by {judge}"),
-        f"pairs         margin of {settings.pairs.min_margin:g} or more, cut-off responses: {settings.pairs.cut_off}",
-        f"DPO           {dpo.method}, lr {dpo.lr:g}, beta {dpo.beta:g}, batch {dpo.batch}, epochs {dpo.epochs:g}"
-        + (f": at most {steps_of(settings, counts)} steps a round" if counts else ""),
+        f"labels        {settings.labels.labeler}{_labels_shown(settings, judge)}",
+        f"pairs         best against {settings.pairs.rejected}, margin of {settings.pairs.min_margin:g} or more, "
+        f"cut-off responses: {settings.pairs.cut_off}"
+        + (", reliable ones only" if settings.reliability.reliable_pairs else ""),
+        f"DPO           {dpo.method}, loss {dpo.loss}, lr {dpo.lr:g}, beta {dpo.beta:g}, batch {dpo.batch}, "
+        f"epochs {dpo.epochs:g}" + (f": at most {steps_of(settings, counts)} steps a round" if counts else ""),
         f"evaluation    {referee if settings.evaluates else 'none'}",
     ]
     if settings.sft_data is not None:
         lines.append(f"SFT           on {settings.sft_data} before the first round")
     return lines
+
+
+def _labels_shown(settings: LoopSettings, judge: str) -> str:
+    if settings.labels.labels_from is not None:
+        return f" {settings.labels.labels_from}"
+    return f" by {judge}" if settings.labels.asks_judge else ""
 
 
 def _counts_shown(counts: Counts | None) -> str:
@@ -138,14 +157,15 @@ def _work_lines(settings: LoopSettings, counts: Counts | None, rates: dict[str, 
         time = "no time known" if rate is None else f"{_clock(work.amount / rate)} at {rate:.1f}/s"
         total += 0.0 if rate is None else work.amount / rate
         known = known and rate is not None
-        lines.append(f"{work.stage:<18}at most {work.amount:>12,} {work.unit:<11} {time}")
+        lines.append(f"{work.stage:<20}at most {work.amount:>12,} {work.unit:<11} {time}")
     if not rates:
         return [*lines, "no time: no earlier run here has measured rates (--rates-from DIR)"]
-    return [*lines, f"{'together':<18}{_clock(total)} at most" + ("" if known else ", not counting unknown times")]
+    return [*lines, f"{'together':<20}{_clock(total)} at most" + ("" if known else ", not counting unknown times")]
 
 
 def _disk_line(settings: LoopSettings) -> str:
-    size = model_size(Path(settings.model).expanduser())
+    folder = local_folder(settings.model)
+    size = None if folder is None else model_size(folder)
     if size is None:
         return "disk          unknown: the model is not in a folder here"
     merged, trained, checkpoint = disk_bytes(settings, size)

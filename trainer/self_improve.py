@@ -20,19 +20,25 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from client.data.sources import HUB
 from client.runtime.extras import install_command
 from client.runtime.parser import Parser
 from trainer.config import LoopSettings, add_loop_flags, settings_from
 from trainer.errors import InputError
+from trainer.instructions.reading import read_instructions
+from trainer.instructions.selection import require_enough
+from trainer.labels.from_file import read_labels
+from trainer.labels.judges import FollowingJudge
 from trainer.loop import LoopStages, connect_judges
 from trainer.plan import write_plan
 from trainer.policy.model_ref import ModelRef, model_ref
-from trainer.policy.models import quiet_libraries, resolve_model
+from trainer.policy.models import local_folder, quiet_libraries, resolve_model
 from trainer.programs import run_program, stderr_console
 from trainer.report.page import write_card, write_run_report
-from trainer.run.records import REPORT_FILE
+from trainer.run.records import CONFIG_FILE, REPORT_FILE
 from trainer.run.stages import open_run
 from trainer.tuning.settings import world_size
+from trainer.tuning.sft import load_examples
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +48,7 @@ PACKAGES: Final = ("torch", "transformers", "trl", "peft", "datasets", "jinja2",
 
 def improve(settings: LoopSettings, console: Console) -> None:
     """The whole loop. Raises StageError if it stops and can be resumed, ValueError for what cannot work."""
-    _check_machine(settings)
+    resolve_model(settings.model)
     judges, referee = connect_judges(settings)
     config = {**settings.config, "labels": judges.described(model_ref(settings.model))}
     if referee is not None:
@@ -66,6 +72,7 @@ def improve_once(stages: LoopStages, number: int, policy: ModelRef, start: Model
     stages.console.print(heading, soft_wrap=True, highlight=False)
     stages.sample(folder, policy, adoptable=number == 1)
     stages.label(folder, policy)
+    stages.measure_judge(folder, policy)
     stages.pair(folder)
     new = stages.train(folder, policy, f"round {number}")
     stages.evaluate(folder, start, new)
@@ -80,13 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: LoopSettings, *, dry: bool) -> None:
+    check_settings(settings)
     if dry:
         write_plan(settings, sys.stdout)
     else:
         improve(settings, stderr_console())
 
 
-def _check_machine(settings: LoopSettings) -> None:
+def check_settings(settings: LoopSettings) -> None:
+    """Refuse what cannot work, before anything is asked, fetched or written; a dry run refuses the same.
+
+    Raises InputError, ModelError, DataError or another ValueError, and ImportError.
+    """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} is missing: {install_command('trainer')}")
@@ -95,7 +107,18 @@ def _check_machine(settings: LoopSettings) -> None:
             "the loop runs in one process: for several GPUs let it make the pairs, then "
             "accelerate launch … -m trainer.dpo --pairs DIR/round-1/pairs.jsonl, and python -m trainer.merge"
         )
-    resolve_model(settings.model)
+    local_folder(settings.model)
+    if settings.command is not None:
+        FollowingJudge(settings.labels, settings.command, settings.output)
+    if settings.labels.labels_from is not None:
+        read_labels(settings.labels.labels_from)
+    if settings.sft_data is not None:
+        load_examples(settings.sft_data)
+    if settings.samples_from is not None and not (settings.samples_from / CONFIG_FILE).is_file():
+        raise InputError(f"--samples-from: {settings.samples_from} holds no run of this program")
+    options = settings.instructions
+    if not options.source.startswith(HUB):
+        require_enough(len(read_instructions(options.source, skip_bad=options.skip_bad).instructions), options)
 
 
 def argument_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ and where most responses are cut off, leaving them out would cost most of the pa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from statistics import fmean, median
@@ -23,6 +23,7 @@ from client.schema import Message
 from client.texts import EMPTY_RESPONSE, is_blank
 
 CutOff: TypeAlias = Literal["reject-only", "keep", "drop"]
+Rejected: TypeAlias = Literal["worst", "middle"]
 
 HISTOGRAM_BINS: Final = 20
 
@@ -43,8 +44,9 @@ class PairOptions:
     """How pairs are chosen. Raises ValueError for a negative margin.
 
     A pair needs a margin above 0 and of at least `min_margin` log-odds. `cut_off` decides about responses that were cut
-    off: rejected but never chosen, treated like others, or dropped. `length_balance` replaces best against worst by
-    pairs whose lengths even out; see client.labels.candidates.balance_lengths.
+    off: rejected but never chosen, treated like others, or dropped. `rejected` is the worst response, or the middle
+    one of those below the best. `length_balance` replaces best against worst by pairs whose lengths even out; see
+    client.labels.candidates.balance_lengths.
     """
 
     min_margin: float = field(
@@ -53,12 +55,17 @@ class PairOptions:
     cut_off: CutOff = field(
         default="reject-only", metadata={"help": "how to use responses that were cut off at --max-new-tokens"}
     )
+    rejected: Rejected = field(
+        default="worst", metadata={"help": "which response the best one is paired with; `middle` is nearer to it"}
+    )
     length_balance: bool = field(
         default=False,
         metadata={"help": "choose pairs so that chosen and rejected responses are equally long on average"},
     )
 
     def __post_init__(self) -> None:
+        if self.length_balance and self.rejected != "worst":
+            raise ValueError("--length-balance chooses the rejected response by itself: leave --rejected out")
         if not 0 <= self.min_margin < inf:
             raise ValueError(f"the minimum margin must be 0 or more log-odds, and finite, not {self.min_margin}")
 
@@ -87,12 +94,14 @@ def choose_pairs(
     scores: Mapping[SampleKey, Score],
     options: PairOptions,
     limits: RankLimits = BEST_AGAINST_WORST,
+    is_reliable: Callable[[CandidatePair], bool] | None = None,
 ) -> tuple[dict[str, list[CandidatePair]], PairStats]:
     """The pairs of each prompt that has any, by its id, in the order of the prompts; and how they came about.
 
-    Every sample's id must be that of a prompt. Prompts without samples do not count in the statistics.
+    Every sample's id must be that of a prompt. Prompts without samples do not count in the statistics. Two responses
+    that are not reliably ordered, if there is `is_reliable` to say so, make no pair.
     """
-    finder = CandidateFinder(scores, options)
+    finder = CandidateFinder(scores, options, is_reliable)
     grouped: dict[str, list[Answer]] = {}
     for sample in samples:
         grouped.setdefault(sample.id, []).append(sample)
@@ -100,10 +109,19 @@ def choose_pairs(
     found: dict[str, list[CandidatePair]] = {}
     for prompt in sampled:
         if candidates := finder.candidates(grouped[prompt.id]):
-            found[prompt.id] = candidates if options.length_balance else within_limits(candidates, limits)
+            found[prompt.id] = _chosen_of(candidates, options, limits)
     if options.length_balance:
         found = {name: [pair] for name, pair in balance_lengths(found).items()}
     return found, _pair_stats(sampled, samples, finder, found)
+
+
+def _chosen_of(candidates: Sequence[CandidatePair], options: PairOptions, limits: RankLimits) -> list[CandidatePair]:
+    if options.length_balance:
+        return list(candidates)
+    if options.rejected == "worst":
+        return within_limits(candidates, limits)
+    best = [pair for pair in candidates if pair.chosen is candidates[0].chosen]
+    return [best[len(best) // 2]]
 
 
 def pair_of(prompt: AskedPrompt, pair: CandidatePair, before: Sequence[Message] = ()) -> Pair:
@@ -135,8 +153,13 @@ def within_limits(candidates: Sequence[CandidatePair], limits: RankLimits) -> li
 class CandidateFinder:
     """Finds each prompt's candidate pairs, and counts what is left out by the names of PairStats' fields."""
 
-    def __init__(self, scores: Mapping[SampleKey, Score], options: PairOptions) -> None:
-        self._scores, self._options = scores, options
+    def __init__(
+        self,
+        scores: Mapping[SampleKey, Score],
+        options: PairOptions,
+        is_reliable: Callable[[CandidatePair], bool] | None = None,
+    ) -> None:
+        self._scores, self._options, self._is_reliable = scores, options, is_reliable
         self.counts: Counter[str] = Counter()
         self.error_codes: list[str] = []
 
@@ -163,7 +186,10 @@ class CandidateFinder:
         if widest < max(self._options.min_margin, 0.0):
             self.counts["below_margin"] += 1
             return []
-        return [pair for pair in pairs if pair.margin > 0 and pair.margin >= self._options.min_margin]
+        wide = [pair for pair in pairs if pair.margin > 0 and pair.margin >= self._options.min_margin]
+        reliable = wide if self._is_reliable is None else list(filter(self._is_reliable, wide))
+        self.counts["unreliable"] += not reliable
+        return reliable
 
     def _usable(self, samples: Sequence[Answer]) -> list[ScoredSample]:
         usable: dict[str, ScoredSample] = {}
@@ -229,8 +255,9 @@ def _pair_stats(
         too_few=counts["too_few"],
         unfinished=counts["unfinished"],
         ties=counts["ties"],
-        tie_share=_share(counts["ties"], len(found) + counts["ties"] + counts["below_margin"]),
+        tie_share=_share(counts["ties"], len(found) + counts["ties"] + counts["below_margin"] + counts["unreliable"]),
         below_margin=counts["below_margin"],
+        unreliable=counts["unreliable"],
         pairs=len(pairs),
         chosen_cut_off=sum(pair.chosen.sample.finish == "length" for pair in pairs),
         margin_mean=fmean(margins) if margins else None,

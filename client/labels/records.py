@@ -98,9 +98,9 @@ class PairStats(LabelLine):
     Samples: `samples = usable + failed + unscored + empty + cut_off + duplicates`. `failures` counts the failed ones by
     error code; `cut_off` counts those left out because they were cut off, `cut_off_share` is the share of all samples
     that were cut off.
-    Instructions: `instructions = pairs + too_few + unfinished + ties + below_margin`. `too_few` had fewer than two
-    usable samples, `unfinished` none that may be chosen, `ties` a best pair of equal log-odds; `tie_share` is
-    ties / (pairs + ties + below_margin).
+    Instructions: `instructions = pairs + too_few + unfinished + ties + below_margin + unreliable`. `too_few` had fewer
+    than two usable samples, `unfinished` none that may be chosen, `ties` a best pair of equal log-odds, `unreliable` no
+    pair that a second wording orders alike; `tie_share` is ties / (pairs + ties + below_margin + unreliable).
     Pairs: `length_difference` is the mean of chosen minus rejected, `chosen_longer` the share of pairs whose chosen
     response is longer (equal lengths count half), `chosen_cut_off` how many chosen responses were cut off.
     A mean over nothing is null.
@@ -121,6 +121,7 @@ class PairStats(LabelLine):
     ties: int
     tie_share: float | None
     below_margin: int
+    unreliable: int = 0
     pairs: int
     chosen_cut_off: int
     margin_mean: float | None

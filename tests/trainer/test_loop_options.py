@@ -108,20 +108,32 @@ def test_sft_comes_before_the_first_round(loop_flags: list[str], tmp_path: Path)
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--judge-command", "x"], "goes with --judge-follows-policy"),
         (["--judge-follows-policy", "--judge-command", "serve"], "must hold {model} and {port}"),
-        (["--model", "nowhere"], "neither a folder here nor a hub id"),
+        (["--model", "nowhere"], "no folder here, no hub id (org/name) and no known name"),
         (["--batch", "6"], "change --batch or --micro-batch"),
         (["--lm-eval", "mmlu"], "pip install 'lm_eval"),
         (["--count", "1000"], "20 usable instructions, and 1006 are wanted"),
+        (["--labeler", "random", "--reliable-pairs"], "--reliable-pairs needs a question to reword"),
+        (["--labeler", "file"], "goes with --labels-from FILE"),
+        (["--reliable-margin", "1"], "--reliable-margin goes with --reliable-pairs"),
+        (["--rejected", "middle", "--length-balance"], "leave --rejected out"),
+        (["--label-smoothing", "0.1"], "does nothing with --loss sigmoid"),
+        (["--labels-from", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["--sft", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--samples-from", "nowhere"], "nowhere holds no run of this program"),
     ],
 )
 def test_settings_that_make_no_sense_are_usage_errors(
     more: list[str], message: str, loop_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, with what to change."""
-    code = main(["--output", str(tmp_path / "run"), *loop_flags, *more])
+    """Exit code 2, with what to change, and a dry run refuses the same."""
+    command = ["--output", str(tmp_path / "run"), *loop_flags, *more]
+    codes = [main(command), main([*command, "--dry-run"])]
 
-    assert code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert codes == [2, 2]
+    assert said.err.count(message) == 2
+    assert not said.out
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_instruction_line_is_named(

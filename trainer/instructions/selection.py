@@ -126,19 +126,24 @@ def choose_instructions(
     instructions: Sequence[Instruction], options: InstructionOptions
 ) -> tuple[list[Instruction], list[Instruction]]:
     """Those to train on and those to hold out, each in the order of `instructions`. Raises DataError for too few."""
-    if options.held_out < 0 or (options.limit is not None and options.limit < 1):
-        raise DataError("give 1 or more instructions to train on, and 0 or more to hold out")
-    needed = options.held_out + (1 if options.limit is None else options.limit)
-    if needed > len(instructions):
-        raise DataError(
-            f"{options.source}: {len(instructions)} usable instructions, and {needed} are wanted, {options.held_out} "
-            "of them held out for evaluation: give more, or ask for fewer"
-        )
+    require_enough(len(instructions), options)
     # First, so that runs of different sizes are evaluated on the same instructions.
     held_out = _stratified(instructions, options.held_out, options)
     held_out_ids = {instruction.id for instruction in held_out}
     rest = [instruction for instruction in instructions if instruction.id not in held_out_ids]
     return _stratified(rest, len(rest) if options.limit is None else options.limit, options), held_out
+
+
+def require_enough(usable: int, options: InstructionOptions) -> None:
+    """Raise DataError if so many usable instructions are fewer than the options want."""
+    if options.held_out < 0 or (options.limit is not None and options.limit < 1):
+        raise DataError("give 1 or more instructions to train on, and 0 or more to hold out")
+    needed = options.held_out + (1 if options.limit is None else options.limit)
+    if needed > usable:
+        raise DataError(
+            f"{options.source}: {usable} usable instructions, and {needed} are wanted, {options.held_out} "
+            "of them held out for evaluation: give more, or ask for fewer (--count, --held-out)"
+        )
 
 
 def equal_shares(total: int, sizes: Mapping[str, int]) -> dict[str, int]:

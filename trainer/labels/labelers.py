@@ -4,6 +4,7 @@ ipo            P(Yes)/(P(Yes)+P(No)) from /score, by the template of the instruc
 self-reward    /score of a service whose --judge is self-reward
 reward-model   /score of a service whose --judge is reward-model
 random         the control: no judge, numbers from a hash of seed and text
+file           no judge either: numbers that the user has from elsewhere (--labels-from), such as a program's checks
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from client.bulk import BulkOptions
@@ -25,10 +27,13 @@ from client.labels.service import JudgeLabeler, LabelQuestion
 from client.runtime.cli import CALL_TIMEOUT
 from client.schema import InlineTemplate, ModelInfo, TemplatesResult, Truncation
 from trainer.errors import StageError
+from trainer.labels.from_file import FileLabeler
 
-Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random"]
+Arm: TypeAlias = Literal["ipo", "self-reward", "reward-model", "random", "file"]
 
+IPO: Final = "ipo"
 RANDOM: Final = "random"
+FILE: Final = "file"
 # The kind of judge that GET /v1/models must report for each arm.
 JUDGE_OF_ARM: Final[Mapping[Arm, str]] = {
     "ipo": "yes-no",
@@ -54,13 +59,19 @@ class JudgeOptions:
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """How samples are labelled. `judge` may be None for the random arm only.
+    """How samples are labelled. `judge` may be None for the arms random and file only.
 
     `template` is one template for all instructions instead of their categories' (ipo only). `max_failures` is the
     share of samples that may fail; empty responses do not count, since they are the policy's fault.
     """
 
-    labeler: Arm = field(default="ipo", metadata={"help": "who says which response is better"})
+    labeler: Arm = field(
+        default="ipo", metadata={"help": "who says which response is better; `random` is a control, `file` no judge"}
+    )
+    labels_from: Path | None = field(
+        default=None,
+        metadata={"help": "JSON lines of prompt, responses, scores: labels from elsewhere (implies --labeler file)"},
+    )
     judge: JudgeOptions | None = None
     template: str | InlineTemplate | None = field(
         default=None,
@@ -78,6 +89,15 @@ class LabelOptions:
     )
     max_failures: float = 0.02
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.labeler == FILE) != (self.labels_from is not None):
+            raise ValueError("--labeler file goes with --labels-from FILE, and no other labeler does")
+
+    @property
+    def asks_judge(self) -> bool:
+        """Whether the labels come from a service."""
+        return self.labeler in JUDGE_OF_ARM
 
 
 class RandomLabeler:
@@ -149,6 +169,9 @@ async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
     if options.labeler == RANDOM:
         yield RandomLabeler(options.seed)
         return
+    if options.labels_from is not None:
+        yield FileLabeler(options.labels_from)
+        return
     if options.judge is None:
         raise StageError(f"the labeler {options.labeler} needs a judge: give --judge-url")
     async with connected(options.judge) as (judge, info):
@@ -159,7 +182,7 @@ async def open_labeler(options: LabelOptions) -> AsyncIterator[Labeler]:
                 f"{shown_url(options.judge)} runs {info.judge}: start it with --judge {wanted}, or give another "
                 "--labeler"
             )
-        yield ServiceLabeler(judge, info, await _offered(judge, options.judge), options)
+        yield ServiceLabeler(judge, info, await offered_by(judge, options.judge), options)
 
 
 def lost(options: JudgeOptions, error: JudgeError) -> StageError:
@@ -170,7 +193,8 @@ def lost(options: JudgeOptions, error: JudgeError) -> StageError:
     )
 
 
-async def _offered(judge: AsyncJudge, options: JudgeOptions) -> TemplatesResult:
+async def offered_by(judge: AsyncJudge, options: JudgeOptions) -> TemplatesResult:
+    """The judge's templates and categories. Raises StageError."""
     try:
         return await judge.templates()
     except JudgeError as error:

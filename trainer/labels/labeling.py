@@ -21,7 +21,7 @@ from trainer.labels.labelers import LabelOptions, open_labeler
 from trainer.run.files import read_records, write_records
 from trainer.run.records import Instruction, Sample
 
-_START_OVER: Final = "give another --output, or --overwrite"
+START_OVER: Final = "give another --output, or --overwrite"
 
 
 def describe_labeler(options: LabelOptions) -> dict[str, object]:
@@ -68,7 +68,7 @@ async def label_samples(labeler: Labeler, task: Labelling, on_progress: OnProgre
     the judge stays out of reach or has changed, and if more than `max_failures` of the samples failed.
     """
     known = read_records(task.path, Score) if task.path.exists() else []
-    job = LabelJob(_texts_of(task), task.path, task.max_failures, _START_OVER)
+    job = LabelJob(texts_of(task), task.path, task.max_failures, START_OVER)
     try:
         lines = await label_texts(labeler, job, known, on_progress)
     except RunError as error:
@@ -79,7 +79,8 @@ async def label_samples(labeler: Labeler, task: Labelling, on_progress: OnProgre
     return scores
 
 
-def _texts_of(task: Labelling) -> dict[SampleKey, Text]:
+def texts_of(task: Labelling) -> dict[SampleKey, Text]:
+    """What is to be judged. Raises StageError for a sample of no instruction."""
     instructions = {instruction.id: instruction for instruction in task.instructions}
     texts: dict[SampleKey, Text] = {}
     for sample in task.samples:

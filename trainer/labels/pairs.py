@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from client.labels.pairs import PairOptions, choose_pairs, pair_of
+from client.labels.candidates import CandidatePair
+from client.labels.pairs import BEST_AGAINST_WORST, PairOptions, choose_pairs, pair_of
 from client.labels.records import Pair, PairStats, Score
 from client.schema import Message
 from trainer.errors import StageError
@@ -24,12 +25,13 @@ def write_pairs(
     scores: Sequence[Score],
     options: PairOptions,
     system: str | None = None,
+    is_reliable: Callable[[CandidatePair], bool] | None = None,
 ) -> PairStats:
     """Make the pairs, and write pairs.jsonl and pairs_stats.json into `folder`.
 
     Raises NoPairsError if there are none; the statistics are written even then.
     """
-    pairs, stats = make_pairs(instructions, samples, scores, options, system)
+    pairs, stats = make_pairs(instructions, samples, scores, options, system, is_reliable)
     write_record(folder / PAIRS_STATS_FILE, stats)
     if not pairs:
         raise NoPairsError(explain_no_pairs(stats, options))
@@ -43,17 +45,19 @@ def make_pairs(
     scores: Sequence[Score],
     options: PairOptions,
     system: str | None = None,
+    is_reliable: Callable[[CandidatePair], bool] | None = None,
 ) -> tuple[list[Pair], PairStats]:
     """At most one pair per instruction, in the instructions' order; the last of several scores of a sample counts.
 
-    `system` is the system message the samples were generated with; training repeats it. Raises StageError for a sample
-    of an unknown instruction.
+    `system` is the system message the samples were generated with; training repeats it. `is_reliable` is that of
+    client.labels.pairs.choose_pairs. Raises StageError for a sample of an unknown instruction.
     """
     known = {instruction.id for instruction in instructions}
     for sample in samples:
         if sample.id not in known:
             raise StageError(f"sample {sample.id}/{sample.sample} belongs to no instruction of this run")
-    found, stats = choose_pairs(instructions, samples, {score.key: score for score in scores}, options)
+    by_key = {score.key: score for score in scores}
+    found, stats = choose_pairs(instructions, samples, by_key, options, BEST_AGAINST_WORST, is_reliable)
     before = [] if system is None else [Message(role="system", content=system)]
     pairs = [
         pair_of(instruction, pair, before) for instruction in instructions for pair in found.get(instruction.id, ())
@@ -77,6 +81,7 @@ def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
         "--max-new-tokens)": stats.unfinished,
         "have samples of equal log-odds": stats.ties,
         f"are below the minimum margin of {options.min_margin:g} log-odds": stats.below_margin,
+        "have no pair that a second wording of the question orders alike (--reliable-pairs)": stats.unreliable,
     }
     return (
         f"no usable pairs: of {stats.samples} samples {_listed(samples)}; "

@@ -84,6 +84,18 @@ def resolve_model(name: str) -> Path:
     return _known_to_the_service(name) if match is None else _download(match[1], match[2])
 
 
+def local_folder(name: str) -> Path | None:
+    """What `resolve_model` would return if it need not download, else None. Raises ModelError for what is no model."""
+    from service.models import resolve as known
+
+    if Path(name).expanduser().is_dir():
+        return resolve_model(name)
+    try:
+        return known.find_local(name, None)
+    except known.ModelError:
+        return resolve_model(name)  # raises what is wrong with the name
+
+
 def _known_to_the_service(name: str) -> Path:
     from service.models import resolve as known
 

@@ -21,7 +21,9 @@ from trainer.tuning.training import Recipe, Training, TrainingResult
 
 DPO: Final = Recipe("dpo", "pair", ("chosen", "rejected"))
 
-Loss: TypeAlias = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero"]
+Loss: TypeAlias = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "apo_zero", "apo_down"]
+# The losses in which TRL uses a label smoothing; in all others it would do nothing.
+_SMOOTHED: Final = ("robust", "exo_pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,33 @@ class DPOSettings(TuneSettings):
     """How preferences are trained on; see PRESETS."""
 
     beta: float = field(default=0.1, metadata={"help": "how strongly the model is kept near the reference"})
-    loss: Loss = field(default="sigmoid", metadata={"help": "sigmoid is DPO's own; `ipo` is Azar et al.'s"})
-    label_smoothing: float = field(default=0.0, metadata={"help": "share of labels assumed to be wrong (robust)"})
+    loss: Loss = field(
+        default="sigmoid",
+        metadata={
+            "help": "TRL's losses: sigmoid is DPO's own, sigmoid_norm the same for each token (length-normalised), ipo "
+            "Azar et al.'s, robust expects a share of wrong labels (--label-smoothing)"
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "share of labels assumed to be wrong (--loss robust, exo_pair)"}
+    )
+    rpo_alpha: float = field(
+        default=0.0,
+        metadata={"help": "weight of a further SFT loss on the chosen responses, the model's own (RPO); 0: none"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError("beta must be above 0, label smoothing 0 or more and below 0.5")
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5 or self.rpo_alpha < 0:
+            raise ValueError("beta must be above 0, label smoothing 0 or more and below 0.5, rpo_alpha 0 or more")
+        if self.label_smoothing and self.loss not in _SMOOTHED:
+            raise ValueError(f"--label-smoothing does nothing with --loss {self.loss}: take {' or '.join(_SMOOTHED)}")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("--loss exo_pair needs a --label-smoothing above 0, such as 0.001")
+
+    def described(self) -> dict[str, object]:
+        """See TuneSettings; an SFT loss without weight is left out, so that runs of earlier versions go on."""
+        return {key: value for key, value in super().described().items() if key != "rpo_alpha" or value}
 
 
 # `default`: LoRA of moderate rank on all linear layers. The rate is some ten times that of full fine-tuning (1e-6,
@@ -72,6 +94,17 @@ def preset(name: str = "default", **changes: Any) -> DPOSettings:
     return DPOSettings(**values)
 
 
+def _losses(settings: DPOSettings) -> dict[str, Any]:
+    """TRL's names for the loss and, with `rpo_alpha`, for the mean negative log-likelihood of the chosen tokens.
+
+    That term is RPO's (Pang et al., 2024, arXiv:2404.19733): it keeps chosen responses likely, whose probability
+    DPO alone may let fall as long as that of rejected ones falls faster.
+    """
+    if not settings.rpo_alpha:
+        return {"loss_type": [settings.loss]}
+    return {"loss_type": [settings.loss, "sft"], "loss_weights": [1.0, settings.rpo_alpha]}
+
+
 def train_dpo(
     model: str | Path,
     data: Split,
@@ -83,7 +116,7 @@ def train_dpo(
     settings = settings or preset()
     options = {
         "beta": settings.beta,
-        "loss_type": [settings.loss],
+        **_losses(settings),
         "label_smoothing": settings.label_smoothing,
         # TRL turns all dropout off by default, LoRA's own included, which would make --dropout do nothing.
         "disable_dropout": settings.dropout == 0,

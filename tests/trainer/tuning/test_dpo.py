@@ -128,6 +128,42 @@ def test_a_large_beta_keeps_the_model_near(tiny_model: Path, tmp_path: Path, und
     assert near / 2.0 < 0.8 * far / 0.1
 
 
+def first_loss(model: Path, folder: Path, **changes: Any) -> float:
+    """The loss of the first step, where the model is its own reference."""
+    train_dpo(model, DATA, folder, toy_settings(epochs=1.0, **changes))
+    found: float = logged(folder / DPO.log)[0]
+    return found
+
+
+def test_each_loss_begins_where_its_formula_does(tiny_model: Path, tmp_path: Path) -> None:
+    """Without any difference to the reference: log 2 for sigmoid, 1 for hinge, (1 / 2 beta)² for Azar et al.'s IPO …"""
+    begin = {
+        loss: first_loss(tiny_model, tmp_path / loss, loss=loss, **more)
+        for loss, more in (
+            ("sigmoid_norm", {}),
+            ("hinge", {}),
+            ("ipo", {"beta": 0.5}),
+            ("robust", {"label_smoothing": 0.2}),
+            ("apo_zero", {}),
+        )
+    }
+
+    wanted = {"sigmoid_norm": math.log(2), "hinge": 1.0, "ipo": 1.0, "robust": math.log(2), "apo_zero": 1.0}
+    assert begin == pytest.approx(wanted, abs=1e-3)
+
+
+def test_rpo_adds_the_likelihood_of_the_chosen(tiny_model: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """The loss begins higher by alpha times their mean negative log-likelihood, and they end up likelier."""
+    plain = first_loss(tiny_model, tmp_path / "plain")
+    begin = {alpha: first_loss(tiny_model, tmp_path / str(alpha), rpo_alpha=alpha) for alpha in (0.5, 1.0)}
+    train_dpo(tiny_model, DATA, tmp_path / "whole", toy_settings(rpo_alpha=1.0))
+
+    assert begin[1.0] - plain == pytest.approx(2 * (begin[0.5] - plain), rel=1e-3)
+    assert begin[1.0] > plain + 1
+    likelihoods = [logged(folder / DPO.log, "logps/chosen")[-1] for folder in (tmp_path / "whole", undisturbed)]
+    assert likelihoods[0] > likelihoods[1]
+
+
 def test_a_killed_training_ends_like_an_undisturbed_one(tiny_model: Path, killed: Path, undisturbed: Path) -> None:
     """A rerun resumes the checkpoint: the same weights, no step twice, and each step once in the log."""
     steps = trained_steps(tiny_model, DATA, killed)
@@ -271,7 +307,17 @@ def test_full_fine_tuning_has_its_own_learning_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"beta": 0.0}, {"batch": 6, "micro_batch": 4}, {"rank": 0}, {"dropout": 1.0}, {"method": "dora"}]
+    "changes",
+    [
+        {"beta": 0.0},
+        {"batch": 6, "micro_batch": 4},
+        {"rank": 0},
+        {"dropout": 1.0},
+        {"method": "dora"},
+        {"label_smoothing": 0.1},
+        {"loss": "exo_pair"},
+        {"rpo_alpha": -1.0},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any]) -> None:
     """A wrong number is an error before anything is loaded."""
