@@ -18,7 +18,8 @@ from tests.support.rows import pair
 from trainer.evaluation.metrics import measure
 from trainer.evaluation.verdicts import make_duels
 from trainer.labels.pairs import make_pairs
-from trainer.report.page import MAX_TEXT, TEXTS, spread, write_run_report
+from trainer.report.evidence import MAX_TEXT, SHOWN, shown_answers
+from trainer.report.page import write_run_report
 from trainer.run.files import write_record, write_records
 from trainer.run.records import Instruction, Sample
 
@@ -130,17 +131,49 @@ def test_an_empty_run_has_a_page(tmp_path: Path) -> None:
     assert "0 rounds" in write_run_report(tmp_path).read_text()
 
 
-def test_shown_answers_are_spread_from_losses_to_wins() -> None:
-    """Evenly spaced, with the worst and the best among them."""
+def test_shown_answers_are_the_clearest_and_some_at_random() -> None:
+    """Wins and losses with the best and the worst first, others drawn once and for all; none twice, and no ties."""
     names = [f"{n}" for n in range(50)]
     instructions = [Instruction(id=name, prompt="Why?") for name in names]
     duels = make_duels(instructions, *([response(name, 0, text) for name in names] for text in ("old", "new")))
-    shown = spread(duels, {name: verdict(name, float(name) - 25) for name in names}, TEXTS)
+    rows = {name: verdict(name, float(name) - 25) for name in names}
+    shown = shown_answers(duels, rows)
 
-    log_odds = [example.log_odds for example in shown]
-    assert len(log_odds) == TEXTS
-    assert (log_odds[0], log_odds[-1]) == (-25, 24)
-    assert log_odds == sorted(log_odds)
+    wins, losses, drawn = ([one.log_odds for one in answers] for answers in shown.values())
+    assert wins == [24, 23, 22, 21]
+    assert losses == [-25, -24, -23, -22]
+    assert len(set(drawn) - set(wins) - set(losses)) == SHOWN
+    assert shown_answers(duels, rows) == shown
+
+
+def test_few_steps_are_a_table_not_a_plot(run: Path) -> None:
+    """A plot of one dot says nothing."""
+    log = run / "round-1" / "dpo_log.jsonl"
+    log.write_text(json.dumps({"step": 1, "loss": 0.6931, "rewards/margins": 0.01, "rewards/accuracies": 0.5}) + "\n")
+    text = write_run_report(run).read_text()
+
+    assert "<td>0.693</td>" in text
+    assert "over 1 steps" not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [("/data/models/tiny/", "tiny"), ("org/model@v1", "org/model@v1"), ("smollm2-135m-instruct",) * 2],
+)
+def test_the_title_is_a_name(run: Path, model: str, title: str) -> None:
+    """A folder is shown by its last part."""
+    (run / "config.json").write_text(json.dumps({"model": model}))
+
+    assert f"<h1>Self-improvement of {title}</h1>" in write_run_report(run).read_text()
+
+
+def test_a_gain_that_cannot_be_told_from_none_is_called_that(run: Path) -> None:
+    """20 wins in 30 comparisons are no evidence; the page says so, and that labeler and judge are one."""
+    text = " ".join(write_run_report(run).read_text().split())
+
+    assert "is no better than" in text
+    assert "as far as can be told from 30 comparisons (66.7%, 95% interval 48.8 to 80.8)" in text
+    assert "The judge of this comparison also gave the labels" in text
 
 
 def test_long_texts_are_cut_where_it_shows() -> None:

@@ -159,7 +159,7 @@ def second_templates(
 ) -> dict[str, str]:
     """A second wording for each category, given the template that each was asked with, such as chat@1.
 
-    That is `second`, or the next version of the same template, else general's; a category for which there is none is
+    That is `second`, or another version of the same template, else general's; a category for which there is none is
     left out. Raises StageError if the service has no `second`.
     """
     known = [f"{one.name}@{one.version}" for one in offered.templates if one.mode == "pointwise"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 
 from client.benchmarks.report.svg import BAD, GOOD, INK, short_name, svg_figure
 from trainer.evaluation.winrate import WinRate
+
+# A curve of fewer points is a table.
+FEWEST_POINTS: Final = 3
 
 
 def win_rates(name: str, rates: Mapping[str, WinRate]) -> str:
@@ -39,10 +42,13 @@ def win_rates(name: str, rates: Mapping[str, WinRate]) -> str:
 
 
 def curves(name: str, what: str, log: Sequence[Mapping[str, Any]], key: str) -> str:
-    """A number of the training log over the steps, and its `eval_` counterpart on held-out pairs if there is one."""
+    """A number of the training log over the steps, and its `eval_` counterpart on held-out pairs if there is one.
+
+    "" for fewer than FEWEST_POINTS steps: the page has them as a table.
+    """
     trained = _points(log, key)
     held_out = _points(log, f"eval_{key}")
-    if not trained:
+    if len(trained) < FEWEST_POINTS:
         return ""
 
     def draw(axes: Axes) -> None:

@@ -10,16 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from client.benchmarks.report.formats import cut_text
 from client.benchmarks.report.page import render_page
-from client.benchmarks.rows import ITEMS_FILE, Row, read_rows
+from client.benchmarks.rows import ITEMS_FILE, read_rows
+from client.data.sources import HUB
 from client.labels.records import Pair, PairStats
-from trainer.evaluation.metrics import Metrics, preference
-from trainer.evaluation.verdicts import Duel, make_duels
+from trainer.evaluation.metrics import Metrics
+from trainer.evaluation.verdicts import make_duels
 from trainer.evaluation.winrate import WinRate
+from trainer.labels.reliability import RELIABILITY_FILE, Reliability
 from trainer.policy.models import needs_trainer
+from trainer.report.evidence import AnswerPair, conclusions, shown_answers
 from trainer.run.files import read_record, read_records, write_whole
 from trainer.run.records import (
     CONFIG_FILE,
@@ -37,22 +39,6 @@ from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.dpo import DPO
 from trainer.tuning.rounding import MERGE_FILE
 
-# Pairs of answers in a round, and characters of each text.
-TEXTS: Final = 12
-MAX_TEXT: Final = 3000
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerPair:
-    """A held-out instruction with both answers, and the log-odds that the new one is better; None if not judged."""
-
-    id: str
-    category: str
-    prompt: str
-    base: str
-    new: str
-    log_odds: float | None
-
 
 @dataclass(frozen=True, slots=True)
 class RoundView:
@@ -64,7 +50,10 @@ class RoundView:
     merge: Mapping[str, Any] | None
     metrics: Metrics | None
     figures: Mapping[str, Any]
-    texts: Sequence[AnswerPair]
+    texts: Mapping[str, Sequence[AnswerPair]]
+    reliability: Reliability | None = None
+    conclusions: Sequence[str] = ()
+    steps: Sequence[Mapping[str, Any]] = ()
     problems: Sequence[tuple[str, int]] = field(default_factory=tuple)
 
 
@@ -78,9 +67,9 @@ def write_run_report(folder: Path) -> Path:
     page = render_page(
         "report.html.j2",
         package="trainer.report",
-        title=f"Self-improvement of {config.get('model', 'a model')}",
+        title=f"Self-improvement of {_model_name(config.get('model'))}",
         rounds=rounds,
-        instructions=_json(folder / INSTRUCTIONS_STATS_FILE),
+        instructions=_instructions(folder),
         overview=_safe(figures.win_rates("overview", rates)),
         labeler=(config.get("labels") or {}).get("labeler"),
         config=json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False),
@@ -104,9 +93,14 @@ def _write_if_changed(path: Path, data: bytes) -> Path:
 
 def round_view(run: Path, folder: Path) -> RoundView:
     """A round as far as it went."""
+    with needs_trainer():
+        from trainer.report import figures
     stats = read_record(folder / PAIRS_STATS_FILE, PairStats) if (folder / PAIRS_STATS_FILE).exists() else None
     metrics = read_record(folder / METRICS_FILE, Metrics) if (folder / METRICS_FILE).exists() else None
     dpo = _json(folder / DPO.file)
+    known = (folder / RELIABILITY_FILE).exists()
+    reliability = read_record(folder / RELIABILITY_FILE, Reliability) if known else None
+    log = [line for line in _lines(folder / DPO.log) if line.get("loss") is not None and "step" in line]
     return RoundView(
         number=_number(folder),
         stats=stats,
@@ -114,21 +108,12 @@ def round_view(run: Path, folder: Path) -> RoundView:
         merge=_json(folder / MERGE_FILE),
         metrics=metrics,
         figures=_figures(folder, stats, metrics),
-        texts=_texts(run, folder) if metrics is not None else [],
+        texts=_texts(run, folder) if metrics is not None else {},
+        reliability=reliability,
+        conclusions=conclusions(metrics, reliability),
+        steps=log if len(log) < figures.FEWEST_POINTS else [],
         problems=_problems(stats, dpo, metrics),
     )
-
-
-def spread(duels: Sequence[Duel], rows: Mapping[str, Row], count: int) -> list[AnswerPair]:
-    """`count` of the judged duels, from the clearest loss of the new model to its clearest win, evenly spaced."""
-    pairs = [_answer_pair(duel, rows.get(duel.instruction.id)) for duel in duels if not duel.identical]
-    judged = sorted(
-        (pair for pair in pairs if pair.log_odds is not None),
-        key=lambda pair: (pair.log_odds, pair.id),
-    )
-    if len(judged) <= count:
-        return judged
-    return [judged[round(index * (len(judged) - 1) / (count - 1))] for index in range(count)]
 
 
 def _figures(folder: Path, stats: PairStats | None, metrics: Metrics | None) -> dict[str, Any]:
@@ -155,24 +140,13 @@ def _rate_rows(metrics: Metrics) -> dict[str, WinRate]:
     return {name: rate for name, rate in {**named, **metrics.by_category}.items() if rate is not None}
 
 
-def _texts(run: Path, folder: Path) -> list[AnswerPair]:
+def _texts(run: Path, folder: Path) -> dict[str, list[AnswerPair]]:
     files = (run / "base.jsonl", folder / "new.jsonl", folder / "pairwise" / ITEMS_FILE, run / HELD_OUT_FILE)
     if not all(file.exists() for file in files):
-        return []
+        return {}
     base, new = (read_records(file, Sample) for file in files[:2])
     duels = make_duels(read_records(files[3], Instruction), base, new)
-    return spread(duels, {row.id: row for row in read_rows(files[2])}, TEXTS)
-
-
-def _answer_pair(duel: Duel, row: Row | None) -> AnswerPair:
-    return AnswerPair(
-        id=duel.instruction.id,
-        category=duel.instruction.category,
-        prompt=cut_text(duel.instruction.prompt, MAX_TEXT),
-        base=cut_text(duel.base.response, MAX_TEXT),
-        new=cut_text(duel.new.response, MAX_TEXT),
-        log_odds=preference(duel, row),
-    )
+    return shown_answers(duels, {row.id: row for row in read_rows(files[2])})
 
 
 def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: Metrics | None) -> list[tuple[str, int]]:
@@ -187,6 +161,7 @@ def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: M
             ("instructions of which every sample is cut off", stats.unfinished),
             ("instructions whose samples tie", stats.ties),
             ("instructions below the minimum margin", stats.below_margin),
+            ("instructions without a reliable pair", stats.unreliable),
         ]
     if dpo is not None:
         counts.append(("pairs that the chat template renders otherwise than they were sampled", dpo.get("unlike", 0)))
@@ -201,6 +176,23 @@ def _problems(stats: PairStats | None, dpo: Mapping[str, Any] | None, metrics: M
             ("held-out instructions without an answer", metrics.missing),
         ]
     return [(what, count) for what, count in counts if count]
+
+
+def _instructions(folder: Path) -> dict[str, Any] | None:
+    """The statistics of the instructions; a source in a file by the file's name."""
+    stats = _json(folder / INSTRUCTIONS_STATS_FILE)
+    return None if stats is None else {**stats, "source": _file_name(stats.get("source"))}
+
+
+def _model_name(given: object) -> str:
+    """A model for a title: a hub id or a known name as it is, a folder by its last part."""
+    name = str(given or "a model")
+    return _file_name(name) if name.count("/") != 1 or Path(name).expanduser().is_dir() else name
+
+
+def _file_name(given: object) -> str:
+    name = str(given or "")
+    return name if name.startswith(HUB) else Path(name).name or name
 
 
 def _safe(svg: str) -> Any:
