@@ -55,12 +55,12 @@ class PairOptions:
     cut_off: CutOff = field(
         default="reject-only", metadata={"help": "how to use responses that were cut off at --max-new-tokens"}
     )
-    rejected: Rejected = field(
-        default="worst", metadata={"help": "which response the best one is paired with; `middle` is nearer to it"}
-    )
     length_balance: bool = field(
         default=False,
         metadata={"help": "choose pairs so that chosen and rejected responses are equally long on average"},
+    )
+    rejected: Rejected = field(
+        default="worst", metadata={"help": "which response the best one is paired with; `middle` is nearer to it"}
     )
 
     def __post_init__(self) -> None:

@@ -217,6 +217,21 @@ def mean_difference(pairs: dict[str, CandidatePair]) -> float:
     return fmean(pair.length_difference for pair in pairs.values())
 
 
+def test_the_best_can_meet_the_middle() -> None:
+    """Of four responses the best meets the third; of two the other."""
+    four, two = (make_pairs(*ranked(count), PairOptions(rejected="middle"))[0][0] for count in (4, 2))
+
+    assert [four.chosen[0].content, four.rejected[0].content] == ["text 3", "text 1"]
+    assert [two.chosen[0].content, two.rejected[0].content] == ["text 1", "text 0"]
+
+
+def ranked(count: int) -> tuple[list[Instruction], list[Sample], list[Score]]:
+    """One instruction whose responses get better with their number."""
+    samples = [Sample(id="a", sample=n, response=f"text {n}", tokens=2, finish="stop") for n in range(count)]
+    scores = [Score(id="a", sample=n, log_odds=float(n), score=0.5) for n in range(count)]
+    return [Instruction(id="a", prompt="Why?")], samples, scores
+
+
 def test_length_balance_evens_out_the_lengths() -> None:
     """Chosen responses that were much longer on average no longer are, and margins stay wide."""
     candidates = by_length(200)
