@@ -283,7 +283,7 @@ class LoopStages:
         self, folder: Path, policy: ModelRef, asked: list[Instruction]
     ) -> AbstractContextManager[object]:
         labels = self.settings.labels
-        if not labels.overlap or labels.labeler == RANDOM:
+        if not labels.overlap or not labels.asks_judge:
             return nullcontext()
         return EarlyLabels(labels, asked, folder, self.settings.sampling.samples, self._early_file(folder, policy))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from client import Judge, JudgeError
-from trainer.labels.labelers import RANDOM, JudgeOptions, LabelOptions
+from trainer.labels.labelers import JudgeOptions, LabelOptions
 from trainer.labels.labeling import describe_labeler
 from trainer.policy.model_ref import ModelRef
 from trainer.run.child_server import START_TIMEOUT, ServerCommand
@@ -67,8 +67,8 @@ class FollowingJudge:
 
     def __post_init__(self) -> None:
         ServerCommand(JUDGE_COMMAND_FLAG, self.command)  # raises what is wrong with it
-        if self.labels.labeler == RANDOM:
-            raise ValueError("the random arm has no judge that could follow the policy")
+        if not self.labels.asks_judge:
+            raise ValueError(f"the {self.labels.labeler} arm has no judge that could follow the policy")
 
     def described(self, policy: ModelRef) -> Mapping[str, object]:
         """See JudgeSource."""
