@@ -4,7 +4,9 @@
     python -m bench.screenshots --url http://127.0.0.1:8000        # a running service
     python -m bench.screenshots --file runs/X/report.html          # a report instead
 
-The README shows docs/images/playground-1280.png: `--out docs/images --only playground --widths 1280 --schemes light`.
+The README shows docs/images/playground-1280.png, of the default model:
+
+    python -m bench.screenshots --url URL --out docs/images --only playground --widths 1280 --schemes light
 
 Needs Chromium (`apt-get install chromium`); Playwright's own download is not used.
 """
