@@ -16,10 +16,13 @@ from typing import Final
 from platformdirs import user_cache_dir
 
 from client.runtime.files import write_whole
+from service.models.progress import Stages
 
 CACHE_VARIABLE: Final = "JUDGE_CACHE_DIR"
 LARGE: Final = 8 << 20
 """The digests of files of this many bytes or more are remembered."""
+LONG: Final = 500_000_000
+"""Reading this many bytes or more takes so long that it is told."""
 CLOCK_TICK_NS: Final = 2_000_000_000
 """A file system's time resolution at worst: a file modified more recently may change once more and look the same."""
 _THREADS: Final = 4
@@ -37,12 +40,15 @@ def sha256_of(path: Path) -> str:
 
 
 def digests_of(paths: Iterable[Path]) -> list[str]:
-    """`digest_of` each file, some in parallel, in order."""
+    """`digest_of` each file, some in parallel, in order. Says so if that takes long."""
+    paths = list(paths)
+    if (unread := _unread_bytes(paths)) >= LONG:
+        Stages().say(f"reading {unread / 1e9:.1f} GB of weights once, for their digests")
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(digest_of, paths))
 
 
-def unread_bytes(paths: Iterable[Path]) -> int:
+def _unread_bytes(paths: Iterable[Path]) -> int:
     """How much of these files `digests_of` would have to read, besides small ones. Raises OSError."""
     large = {path: state for path in paths if (state := _state(path))[0] >= LARGE}
     return sum(state[0] for path, state in large.items() if _remembered(_memo(path), state) is None)

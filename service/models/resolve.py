@@ -9,7 +9,7 @@ from pathlib import Path
 
 from client.runtime.parser import did_you_mean
 from service.models.converted import PROVENANCE, converted_folder, damage, fetch_converted, is_converted
-from service.models.digests import digests_of, unread_bytes
+from service.models.digests import digests_of
 from service.models.hub import HubError, cached_snapshot, fetch_snapshot, is_hub_id
 from service.models.manifest import DEFAULT_MODEL, KnownModel, ModelError, known_models
 from service.models.progress import Stages
@@ -43,8 +43,6 @@ _OTHERS = ("additional_chat_templates/*.jinja", "*.safetensors", "*.bin")
 _FINGERPRINT_DIGITS = 16
 # What begins so is a path, although ./name looks like a hub id.
 _PATHS = (".", "/", "~")
-# From this many bytes on, hashing takes so long that it is told.
-_LONG_HASH = 500_000_000
 _ADVICE = (
     "What to do: give the folder of a model that is on this machine (--model FOLDER), or set HF_ENDPOINT to a mirror "
     "of the hub, HTTPS_PROXY to a proxy, or PIP_INDEX_URL to a package index that this machine can reach."
@@ -161,9 +159,6 @@ def fingerprint(folder: Path) -> str:
     files += sorted({path for pattern in _OTHERS for path in folder.glob(pattern)})
     for path in files:
         _check_whole(path)
-    unread = unread_bytes(files)
-    if unread >= _LONG_HASH:
-        Stages().say(f"reading {unread / 1e9:.1f} GB of weights once, for the model's fingerprint")
     digests = [[path.name, digest] for path, digest in zip(files, digests_of(files), strict=True)]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
