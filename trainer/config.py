@@ -14,6 +14,7 @@ from client.labels.pairs import PairOptions
 from client.runtime.cli import add_judge_flags
 from trainer.evaluation.comparison import OneResponse
 from trainer.evaluation.harness import HarnessOptions, add_harness_flags
+from trainer.evaluation.tasks.options import TaskOptions, add_task_flags
 from trainer.flags import add_flags, given
 from trainer.instructions.selection import InstructionOptions
 from trainer.labels.judges import DEFAULT_COMMAND
@@ -52,6 +53,7 @@ class LoopSettings:
     sft: SFTSettings
     samples_from: Path | None
     rates_from: Path | None
+    tasks: TaskOptions | None
     harness: HarnessOptions | None
     merge_dtype: DType
     upload: Upload | None
@@ -71,6 +73,8 @@ class LoopSettings:
         # The judge of the evaluation would be the model before SFT, which may not answer yet.
         if self.command is not None and self.sft_data is not None and self.evaluates and self.eval_judge is None:
             raise ValueError("--judge-follows-policy with --sft leaves no judge to evaluate: give --eval-judge-url")
+        if self.tasks is not None and not self.evaluates:
+            raise ValueError("--tasks are part of the evaluation, which --held-out 0 leaves out: hold some out")
         if self.reliability.reliable_pairs and self.labels.labeler != IPO:
             raise ValueError(f"--reliable-pairs needs a question to reword: --labeler {self.labels.labeler} has none")
         if self.samples_from is not None and self.samples_from.resolve() == self.output.resolve():
@@ -150,6 +154,7 @@ def settings_from(args: argparse.Namespace) -> LoopSettings:
         ),
         samples_from=args.samples_from,
         rates_from=args.rates_from,
+        tasks=TaskOptions.from_args(args),
         harness=HarnessOptions.from_args(args),
         merge_dtype=args.merge_dtype,
         upload=Upload.from_args(args),
@@ -190,6 +195,7 @@ def add_loop_flags(parser: argparse.ArgumentParser) -> None:
     sft.add_argument("--sft", type=Path, metavar="DATA", help="messages, or prompt and response (default: no SFT)")
     sft.add_argument("--sft-lr", type=float, metavar="N", help="peak learning rate (default: 2e-4; full: 2e-5)")
     sft.add_argument("--sft-epochs", type=float, metavar="N", help="passes over the data (default: 2)")
+    add_task_flags(parser)
     add_harness_flags(parser)
     add_hub_flags(parser)
 

@@ -249,12 +249,15 @@ class LoopStages:
             new=new,
             sampling=self.settings.answering,
             referee=self.referee,
+            tasks=self.settings.tasks,
             harness=self.settings.harness,
             console=self.console,
         )
         if self.settings.samples_from is not None:
             adopt(evaluation.base_stage, self.settings.samples_from, self.run.overwrite, required=False)
-        self.console.print(evaluation.perform().summary, soft_wrap=True, highlight=False)
+        metrics = evaluation.perform()
+        for sentence in (metrics.summary, *(metrics.tasks.sentences if metrics.tasks is not None else ())):
+            self.console.print(sentence, soft_wrap=True, highlight=False)
 
     def push(self, folder: Path) -> None:
         """Upload what --push-to-hub asks for, once."""

@@ -114,6 +114,8 @@ def check_settings(settings: LoopSettings) -> None:
         read_labels(settings.labels.labels_from)
     if settings.sft_data is not None:
         load_examples(settings.sft_data)
+    if settings.tasks is not None:
+        settings.tasks.read()
     if settings.samples_from is not None and not (settings.samples_from / CONFIG_FILE).is_file():
         raise InputError(f"--samples-from: {settings.samples_from} holds no run of this program")
     options = settings.instructions

@@ -66,6 +66,24 @@ def test_one_command_gives_a_model_and_the_evidence(whole: Path) -> None:
     assert "metrics" in (part / "merged" / "README.md").read_text()
 
 
+def test_tasks_can_be_added_to_a_finished_run(copied: Path, loop_flags: list[str], tmp_path: Path) -> None:
+    """Only the tasks are done: base and new model answer them, and metrics and report have the numbers."""
+    rows = [{"input": f"Is {n} even?", "target": "yes"} for n in range(3)]
+    (tmp_path / "bbh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = (copied / "round-1" / "pairwise" / "items.jsonl").stat().st_mtime_ns
+    tasks = ["--tasks", "bbh", "--bbh", str(tmp_path / "bbh.jsonl"), "--task-max-new-tokens", "4"]
+
+    code = main(["--output", str(copied), *loop_flags, *tasks])
+
+    found = json_of(copied / "round-1" / "metrics.json")["tasks"]
+    assert code == 0
+    assert [found["scores"]["bbh"][arm]["answered"] for arm in ("base", "new")] == [3, 3]
+    assert (copied / "tasks/bbh/base.answers.jsonl").exists()
+    assert (copied / "round-1/tasks/bbh/new.items.jsonl").exists()
+    assert "Tasks that a program checks" in (copied / "report.html").read_text("utf-8")
+    assert (copied / "round-1" / "pairwise" / "items.jsonl").stat().st_mtime_ns == before
+
+
 def test_held_out_instructions_are_not_trained_on(whole: Path) -> None:
     """No instruction is on both sides."""
     sides = [

@@ -17,6 +17,7 @@ from client.benchmarks.rows import ITEMS_FILE, read_rows
 from client.data.sources import HUB
 from client.labels.records import Pair, PairStats
 from trainer.evaluation.metrics import Metrics
+from trainer.evaluation.tasks.report import checked_tasks_section
 from trainer.evaluation.verdicts import make_duels
 from trainer.evaluation.winrate import WinRate
 from trainer.labels.reliability import RELIABILITY_FILE, Reliability
@@ -69,6 +70,7 @@ def write_run_report(folder: Path) -> Path:
         package="trainer.report",
         title=f"Self-improvement of {_model_name(config.get('model'))}",
         rounds=rounds,
+        checked_tasks_section=checked_tasks_section,
         instructions=_instructions(folder),
         overview=_safe(figures.win_rates("overview", rates)),
         labeler=(config.get("labels") or {}).get("labeler"),
