@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="known name, hub id or folder")
     args = parser.parse_args(argv)
     console = Console(width=min(WIDTH, Console().width))
-    console.print(f"Starting the service with {args.model}; the first start fetches it …", highlight=False)
+    console.print(f"Starting {args.model}; the first start fetches it …", highlight=False)
     try:
         with (
             running_service("--model", args.model, start_timeout=3600) as service,
