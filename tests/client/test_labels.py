@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ from client.__main__ import main as client_main
 from client.labels.candidates import CandidatePair, ScoredSample
 from client.labels.pairs import RankLimits, within_limits
 from client.labels.reading import Response
+from service.engine.fake import FakeEngine
 from tests.support.html import EVIL, Page
-from tests.support.live import Live, live_service
+from tests.support.live import Live, live_service, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,25 @@ def test_a_rerun_asks_what_is_missing(live: Live, tmp_path: Path) -> None:
     assert label(live.url, tmp_path, sets(6)) == 0
     assert file.read_bytes() == whole
     assert asked(live) <= before + 11
+
+
+def test_a_labelling_killed_by_the_system_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL while answers come in, then the same command: every file as without the kill."""
+    with live_service(FakeEngine(delay=0.05), max_batch_items=2) as slow:
+        assert label(slow.url, tmp_path, sets(30)) == 0
+        whole = {name: (tmp_path / "out" / name).read_bytes() for name in ("scores.jsonl", "pairs.jsonl", "stats.json")}
+        killed = tmp_path / "killed"
+        command = ["--data", str(tmp_path / "data.jsonl"), "--judge-url", slow.url, "--out", str(killed)]
+        process = subprocess.Popen([sys.executable, "-m", "client", "label", *command], cwd=Path(__file__).parents[2])
+        assert wait_for(lambda: (killed / "scores.jsonl").exists() and (killed / "scores.jsonl").stat().st_size > 0, 60)
+        process.kill()
+        ended = process.wait()
+        begun = len((killed / "scores.jsonl").read_bytes().splitlines())
+        again = client_main(["label", *command])
+
+    assert (ended, again) == (-signal.SIGKILL, 0)
+    assert 0 < begun < 90
+    assert {name: (killed / name).read_bytes() for name in whole} == whole
 
 
 def test_other_pairs_of_the_same_scores_ask_nothing(live: Live, tmp_path: Path) -> None:
