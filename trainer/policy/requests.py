@@ -22,7 +22,8 @@ BATCH_ROWS_ELSEWHERE: Final = 256
 # Responses asked of a server at the same time: its own scheduler makes the batches.
 IN_FLIGHT: Final = 64
 
-SAMPLER_COMMAND: Final = "vllm serve {model} --host 127.0.0.1 --port {port}"
+# Not `vllm serve`, which fails in vLLM's build for CPUs: it looks for a package of the name vllm.
+SAMPLER_COMMAND: Final = "python -m vllm.entrypoints.openai.api_server --model {model} --host 127.0.0.1 --port {port}"
 SAMPLER_KEY_VARIABLE: Final = "SAMPLER_API_KEY"
 SERVER: Final = "server"
 PATIENCE: Final = 300.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ _COMMAND_FLAG: Final = "--sampler-command"
 def uses_vllm(settings: SampleSettings) -> bool:
     """Whether the settings ask for a server of the run's own. Raises ModelError for an unknown device."""
     if settings.sampler == "auto":
-        return choose_device(settings.device).type == "cuda" and find_program(VLLM) is not None
+        return choose_device(settings.device).type == "cuda" and find_spec(VLLM) is not None
     return settings.sampler == VLLM
 
 
@@ -41,11 +42,10 @@ def serving_policy(folder: Path, settings: SampleSettings, log: Path) -> Iterato
     """Start a server for the policy, its output in `log`, and stop it afterwards. Raises ModelError and StageError."""
     command = ServerCommand(_COMMAND_FLAG, settings.sampler_command)
     program = command.text.split()[0]
-    if find_program(program) is None:
+    if find_program(program) is None or (command.text == SAMPLER_COMMAND and find_spec(VLLM) is None):
         raise ModelError(
-            f"--sampler vllm starts {program}, which is not there: pip install vllm (in an environment of its own, if "
-            f"its torch is another one, and then {_COMMAND_FLAG} '/path/to/bin/{SAMPLER_COMMAND}'), or take --sampler "
-            "transformers"
+            "--sampler vllm starts a vLLM that is not there: pip install vllm, or name the Python of an environment "
+            f"that has it ({_COMMAND_FLAG} '/path/to/bin/{SAMPLER_COMMAND}'), or take --sampler transformers"
         )
     text = command.text.replace(program, find_program(program) or program, 1)
     with replace(command, text=text).serving(str(folder.resolve()), log, _lists_models) as url:

@@ -23,6 +23,7 @@ from trainer.errors import InputError, StageError
 START_TIMEOUT: Final = 900.0  # a large model is read and compiled for minutes
 _STOP_TIMEOUT: Final = 60.0  # seconds until SIGKILL; servers drain accepted requests before they end
 _POLL_SECONDS: Final = 0.2
+_LINE_CHARS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,9 @@ class ServerCommand:
 
     def _not_ready(self, process: subprocess.Popen[bytes], log: Path) -> StageError:
         how = "took too long" if process.poll() is None else f"ended with exit code {process.returncode}"
-        return StageError(f"the server started by {self.flag} {how} before it was ready: see {log}")
+        lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines()]
+        last = next((f": {line[:_LINE_CHARS]}" for line in reversed(lines) if line), "")
+        return StageError(f"the server started by {self.flag} {how} before it was ready{last} (its output: {log})")
 
 
 def find_program(name: str) -> str | None:
