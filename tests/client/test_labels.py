@@ -166,6 +166,21 @@ def test_a_labelling_killed_by_the_system_ends_like_an_undisturbed_one(tmp_path:
     assert {name: (killed / name).read_bytes() for name in whole} == whole
 
 
+def test_a_data_set_is_labelled_by_name(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hub:NAME@SPLIT, here a folder: the rows of that split."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sets(count)))
+    out = tmp_path / "out"
+    code = client_main(["label", "--data", f"hub:{folder}@test", "--judge-url", live.url, "--out", str(out)])
+
+    assert code == 0
+    assert [pair["prompt"][0]["content"] for pair in lines(tmp_path, "pairs.jsonl")] == ["Question 0?", "Question 1?"]
+
+
 def test_other_pairs_of_the_same_scores_ask_nothing(live: Live, tmp_path: Path) -> None:
     """--min-margin and --top are not part of what a folder was begun with."""
     assert label(live.url, tmp_path, sets(6)) == 0
