@@ -52,8 +52,10 @@ class FittedPanel:
         )
 
     def text(self, judge: str, sources: Sequence[str]) -> str:
-        """The template file, in TOML, with the evidence as comments."""
+        """The template file, in TOML, with the evidence as comments. Raises EvidenceError if one question is left."""
         weights = self.weights
+        if len(weights) < 2:
+            raise EvidenceError(f"the other questions add nothing to {', '.join(weights)}: ask it alone")
         comments = [
             f"Weights fitted by python -m client.calibrate to {self.fit.pairs} pairs of {json.dumps(list(sources))},",
             f"judged by {json.dumps(judge)}. On {FOLDS} held-out folds:",
@@ -95,11 +97,7 @@ def fit_weights(evidence: Evidence, name: str, seed: int, min_pairs: int) -> Fit
     fit = fit_panel(samples, seed)
     if fit is None:
         raise EvidenceError("no signal: none of the questions puts chosen answers above rejected ones")
-    fitted = FittedPanel(*parse_name(name), members, fit)
-    if len(fitted.weights) < 2:
-        (only,) = fitted.weights
-        raise EvidenceError(f"the other questions add nothing to {only}: ask it alone")
-    return fitted
+    return FittedPanel(*parse_name(name), members, fit)
 
 
 def print_panel(console: Console, fitted: FittedPanel, evidence: Evidence, judge: str) -> None:

@@ -233,14 +233,16 @@ def test_what_cannot_be_fitted_is_said(
 
 
 def test_a_question_that_says_all_is_to_be_asked_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No panel is written where the fit leaves one question."""
+    """No panel is written where the fit leaves one question; the table says why."""
     rows = [row(sample) for sample in drawn(200, [0.8, -0.8])]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), "utf-8")
 
     code = main(["--run", str(tmp_path), "--panel", "mine", "--out", str(tmp_path / "out.toml")])
 
     assert (code, (tmp_path / "out.toml").exists()) == (2, False)
-    assert "add nothing to a@1: ask it alone" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "add nothing to a@1: ask it alone" in shown.err
+    assert "fitted weights" in shown.out
 
 
 def row(sample: PanelSample) -> dict[str, Any]:
