@@ -2,8 +2,8 @@
 
 `P(the better one wins) = sigmoid(Σ b_i · d_i)`, with d_i by how many log-odds question i puts it above the other
 (Bradley-Terry): a logistic regression without an intercept, in which whatever a prompt does to both answers cancels
-out. The b_i are 0 or more, and only their proportions matter to a panel. Gaussian priors hold them near each other, and
-weakly near 0, so that few pairs leave the weights almost equal.
+out. The b_i are 0 or more, and only their proportions matter to a panel. A Gaussian prior holds them near each other,
+so that few pairs, or a weak signal, leave the weights almost equal.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Final
 
 from client.stats import brier, ece, mcnemar_exact, mean, negative_log_likelihood, sigmoid
 
-# Standard deviations of the priors on the slopes' differences from their mean and on their mean, in units in which the
-# differences of log-odds, all questions together, have the mean square 1.
-EQUAL_SD: Final = 0.25
+# Standard deviation of the prior on the slopes' mean, in units in which the differences of log-odds, all questions
+# together, have the mean square 1. That on their differences from the mean is EQUAL_SD, or less where the signal is
+# weak: the slope that the best question has alone, divided by the number of questions.
 PRIOR_SD: Final = 10.0
+EQUAL_SD: Final = 0.25
 FOLDS: Final = 5
 # Newton's method stops when half the squared decrement, in nats per pair, falls below this.
 TOLERANCE: Final = 1e-12
@@ -114,23 +115,34 @@ def split_folds(samples: Sequence[PanelSample], seed: int) -> list[list[tuple[fl
 
 
 def fit_slopes(pairs: Differences) -> tuple[float, ...] | None:
-    """The slopes b_i >= 0 that minimise the negative log-likelihood, with the module's priors; None if all are 0.
+    """The slopes b_i >= 0 that minimise the negative log-likelihood, with the module's priors.
 
-    Newton's method in the coordinates that are not held at 0 by their gradient, projected (Bertsekas 1982): the loss is
-    strictly convex. Raises ArithmeticError if it does not converge.
+    None if no question has a slope alone. Raises ArithmeticError if the fit does not converge.
     """
     scale = math.sqrt(mean([x * x for pair in pairs for x in pair]))
     if scale == 0:
         return None
-    loss = _Loss([[x / scale for x in pair] for pair in pairs])
+    columns = [[x / scale for x in column] for column in zip(*pairs, strict=True)]
+    alone = [_minimum(_Loss([(x,) for x in column], math.inf))[0] for column in columns]
+    if max(alone) <= 0:
+        return None
+    slopes = _minimum(_Loss(list(zip(*columns, strict=True)), min(EQUAL_SD, max(alone) / len(alone))))
+    return tuple(slope / scale for slope in slopes) if any(slopes) else None
+
+
+def _minimum(loss: _Loss) -> list[float]:
+    """Newton's method in the coordinates that no gradient holds at 0, projected (Bertsekas 1982).
+
+    The loss is strictly convex.
+    """
     slopes = [1 / loss.size] * loss.size
     for _ in range(MAX_STEPS):
         gradient, hessian = loss.derivatives(slopes)
         free = [i for i in range(loss.size) if slopes[i] > 0 or gradient[i] < 0]
         step = _solve([[hessian[i][j] for j in free] for i in free], [-gradient[i] for i in free])
         decrement = -math.fsum(gradient[i] * d for i, d in zip(free, step, strict=True))
-        if decrement / 2 <= TOLERANCE * len(pairs):
-            return tuple(slope / scale for slope in slopes) if any(slopes) else None
+        if decrement / 2 <= TOLERANCE * loss.pairs:
+            return slopes
         slopes = loss.search(slopes, gradient, dict(zip(free, step, strict=True)))
     raise ArithmeticError(f"the fit did not converge in {MAX_STEPS} steps")
 
@@ -138,10 +150,10 @@ def fit_slopes(pairs: Differences) -> tuple[float, ...] | None:
 class _Loss:
     """The loss of slopes, in units in which the pairs' differences have the mean square 1."""
 
-    def __init__(self, pairs: Differences) -> None:
-        self.size = len(pairs[0])
+    def __init__(self, pairs: Differences, apart_sd: float) -> None:
+        self.size, self.pairs = len(pairs[0]), len(pairs)
         self._pairs = pairs
-        apart, whole = EQUAL_SD**-2, PRIOR_SD**-2
+        apart, whole = apart_sd**-2, PRIOR_SD**-2
         shared = (whole - apart) / self.size
         self._prior = [[shared + apart * (i == j) for j in range(self.size)] for i in range(self.size)]
 
