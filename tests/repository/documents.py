@@ -14,7 +14,7 @@ _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 _INDENTED = re.compile(r"(?:^ {4}.*\n|^\n(?= {4}))+", re.M)
 _INLINE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 _ASSIGNED = re.compile(r"[A-Z][A-Z_]*=\S*")
-PROGRAMS = ("make", "python", "curl", "docker", "pip", "accelerate", "helm", "systemctl", "cp")
+PROGRAMS = ("make", "python", "curl", "docker", "pip", "accelerate", "helm", "systemctl", "cp", "judge")
 
 
 @dataclass(frozen=True)

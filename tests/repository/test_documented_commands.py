@@ -27,6 +27,8 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from client.__main__ import main as client_main
+from client.commands.ask import main as ask_main
+from client.commands.catalog import find
 from client.schema import ScoreResult
 from deploy.compose import load
 from service.cli import settings_from
@@ -62,11 +64,13 @@ MEASURING = (
     "bench.amx",
     "bench.decision_speed",
     "bench.decisions",
+    "bench.dpo_memory",
     "bench.engine",
     "bench.generation",
     "bench.invariance",
     "bench.startup",
     "bench.trainer",
+    "bench.tuning_labels",
     "bench.vllm_agreement",
     "tests.chaos",
 )
@@ -193,6 +197,14 @@ def measured(words: list[str], site: Site) -> None:
     assert client_main([*site.here(words), *short]) == 0
 
 
+def told(words: list[str], site: Site) -> None:
+    """`judge score` and `judge compare`, really; of the other programs of `judge`, that there is one of that name."""
+    if words[0] in ("score", "compare") and len(words) > 1:
+        assert ask_main([*words, "--judge-url", site.live.url]) == 0
+    elif words[0] != "--help":
+        assert find(words) is not None
+
+
 def measured_in_container(words: list[str], site: Site) -> None:
     """What the image `bench` runs."""
     measured([*words, "--judge-url", site.live.url], site)
@@ -244,7 +256,8 @@ def looked_up(words: list[str], site: Site) -> None:
 
 def made(words: list[str], _: Site) -> None:
     """The target is there, and so are the programs that it runs."""
-    (target,) = words
+    target, *variables = words
+    assert all(re.search(rf"^{each.partition('=')[0]} \?=", MAKEFILE, re.M) for each in variables)
     recipe = re.search(rf"^{re.escape(target)}:[^\n]*##[^\n]*\n((?:\t.*\n|\n)*)", MAKEFILE, re.M)
     assert recipe, target
     assert all(find_spec(module) for module in re.findall(r"python -m (?!pip|venv)([\w.]+)", recipe[1]))
@@ -333,6 +346,7 @@ def explained(module: str, words: list[str], _: Site) -> None:
 
 HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("curl", asked),
+    ("judge", told),
     ("python -m client", measured),
     ("python -m trainer.self_improve", planned),
     ("python -m trainer.tune_judge", counted),

@@ -1,0 +1,170 @@
+"""Labels for a general judge, from public data: `python -m bench.tuning_labels --data ../shared/data --out labels`.
+
+Writes what `python -m trainer.tune_judge --pairs labels/pairs.jsonl --from-rubric labels/rubric.toml` takes:
+
+    pairs.jsonl       people's choices among answers of like length, and right and wrong solutions of GSM8K problems
+    solutions.jsonl   functions of Python packages that are installed anyway: signature and docstring, and the body
+    complied.jsonl    harmful requests with an answer that does not decline
+    rubric.toml       contrasts made of these and of the better answers: another request's answer, code with one bug,
+                      refusals where they are right and where they are not
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import random
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+# Of the standard library, and packages that torch brings: functions with docstrings that say what they do.
+MODULES: Final = (
+    "statistics random heapq bisect textwrap string difflib fractions calendar colorsys shlex fnmatch posixpath "
+    "functools collections _pydecimal inspect tokenize csv urllib.parse ipaddress graphlib mimetypes locale zipfile "
+    "tarfile reprlib enum types contextlib dataclasses linecache filecmp shutil base64 quopri"
+)
+PACKAGES: Final = (
+    "networkx.algorithms networkx.classes networkx.utils sympy.ntheory sympy.combinatorics sympy.utilities sympy.polys "
+    "sympy.functions.combinatorial sympy.geometry"
+)
+COLUMNS: Final = ("prompt", "response", "chosen", "rejected", "category")
+_DECLINES: Final = re.compile(
+    r"sorry|can.t help|cannot|won.t|not (comfortable|appropriate|able)|don.t think|illegal|shouldn|immoral|ethical",
+    re.I,
+)
+RUBRIC: Final = """
+data = "answers.jsonl"
+harmful = ["safety"]
+
+[[contrast]]
+kind = "other_request"
+count = {other}
+length_ratio = 1.5
+
+[[contrast]]
+kind = "broken_code"
+data = "solutions.jsonl"
+category = "code"
+count = {code}
+
+[[contrast]]
+kind = "refusal"
+data = "complied.jsonl"
+count = {refusals}
+
+[[contrast]]
+kind = "refusal"
+data = "asked_for.jsonl"
+category = "safety"
+count = {refusals}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tuning_labels", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=7, help="seed of every choice (default: 7)")
+    for name, default in (("like", 180), ("gsm8k", 150), ("other", 260), ("code", 220), ("refusals", 110)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"how many (default: {default})")
+    args = parser.parse_args(argv)
+    rng = random.Random(args.seed)
+    pairs = list(_rows(args.data / "preference_pairs_train.jsonl"))
+    people = [row for row in pairs if row["category"] != "safety" and _short(row)]
+    alike = [row for row in people if 0.8 < len(row["chosen"]) / max(1, len(row["rejected"])) < 1.25]
+    solved = [{**row, "category": "math"} for row in _rows(args.data / "gsm8k_pairs_dev.jsonl")]
+    complied = [
+        {"prompt": row["prompt"], "response": row["rejected"], "category": "safety"}
+        for row in pairs
+        if row["category"] == "safety" and len(row["rejected"]) > 40 and not _DECLINES.search(row["rejected"])
+    ]
+    answers = [_answer(row) for row in people if len(row["prompt"]) + 2 * len(row["chosen"]) < 2200]
+    args.out.mkdir(parents=True, exist_ok=True)
+    _write(args.out / "pairs.jsonl", _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k))
+    _write(args.out / "answers.jsonl", answers)
+    _write(args.out / "solutions.jsonl", [{**row, "category": "code"} for row in functions()])
+    _write(args.out / "complied.jsonl", complied)
+    _write(args.out / "asked_for.jsonl", [row for row in answers if len(row["prompt"]) < 400])
+    (args.out / "rubric.toml").write_text(RUBRIC.format_map(vars(args)), encoding="utf-8")
+    return 0
+
+
+def functions() -> Iterator[dict[str, str]]:
+    """{prompt, response} of every function of 2 to 22 lines with a docstring of a sentence or more; names once."""
+    seen = set()
+    for module in _modules():
+        try:
+            source = inspect.getsource(module)
+        except (OSError, TypeError):
+            continue
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef) or node.name in seen or len(node.body) < 2:
+                continue
+            docstring, written = ast.get_docstring(node) or "", node.body[0]
+            end = written.end_lineno or 0
+            body = "\n".join(lines[end : node.end_lineno])
+            if (
+                60 < len(docstring) < 1200
+                and 2 <= len(body.strip().splitlines()) <= 22
+                and written.lineno != node.lineno
+            ):
+                seen.add(node.name)
+                head = textwrap.dedent("\n".join(lines[node.lineno - 1 : end]))
+                indent = len(lines[node.lineno - 1]) - len(lines[node.lineno - 1].lstrip())
+                yield {"prompt": head + "\n", "response": "\n".join(line[indent:] for line in body.split("\n"))}
+
+
+def _modules() -> Iterator[ModuleType]:
+    names = MODULES.split()
+    for name in PACKAGES.split():
+        package = importlib.import_module(name)
+        found = sorted(each.name for each in pkgutil.walk_packages(package.__path__, f"{name}."))
+        names += [each for each in found if "test" not in each and "bench" not in each]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            try:
+                yield importlib.import_module(name)
+            except ImportError:
+                continue
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    kept = [
+        {key: row[key] for key in row if key in ("prompt", "response", "chosen", "rejected", "category")}
+        for row in rows
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def _answer(row: dict[str, Any]) -> dict[str, str]:
+    return {"prompt": row["prompt"], "response": row["chosen"], "category": row["category"]}
+
+
+def _short(row: dict[str, Any]) -> bool:
+    return sum(len(row[key]) for key in ("prompt", "chosen", "rejected")) < 2400
+
+
+def _sample(rng: random.Random, rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    return rng.sample(rows, min(count, len(rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
