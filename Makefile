@@ -16,8 +16,10 @@ INTEGRATIONS := .venv-integrations
 TORCH_CPU ?=
 # pip's output, cut down to what takes time: large downloads, and how many packages are unpacked.
 PIP_INSTALL = python -m pip install --no-input --disable-pip-version-check --progress-bar off
-LARGE_STEPS = awk '/^ *Downloading .* MB\)/ { n = split($$2, path, "/"); print "  downloading", substr(path[n], 1, 50), $$3, $$4 } \
-  /^Installing collected/ { print "  unpacking", NF - 3, "packages" } { fflush() }'
+# Not awk: Debian's holds its input back until a block is full.
+LARGE_STEPS = while read -ra words; do \
+  if [ "$${words[0]} $${words[3]}" = 'Downloading MB)' ]; then name=$${words[1]\#\#*/}; echo "  downloading $${name:0:50} $${words[2]} MB)"; \
+  elif [ "$${words[0]} $${words[1]}" = 'Installing collected' ]; then echo "  unpacking $$(($${\#words[@]} - 3)) packages"; fi; done
 VLLM_STAMP := $(VLLM_VENV)/.installed
 MODEL ?= qwen2.5-coder-1.5b-instruct
 ENGINE_MODEL ?= smollm2-135m-instruct
@@ -47,7 +49,7 @@ define install
 	@echo "Installing torch"
 	@PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) $(TORCH_CPU) $$(grep '^torch==' constraints/base.txt) | $(LARGE_STEPS)
 	@echo "Installing judge-as-api[$(1)] and what it needs"
-	@PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[$(1)]' | $(LARGE_STEPS)
+	@PYTHONUNBUFFERED=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[$(1)]' | $(LARGE_STEPS)
 	@echo "Installed into $(VENV): $$(du -sh $(VENV) | cut -f1)"
 	@touch $@
 endef
@@ -153,7 +155,7 @@ bench-invariance: install-dev ## 200 pairs in 20 random compositions of batches:
 	for dtype in bfloat16 float32; do $(BIN)/python -m bench.invariance --model $(ENGINE_MODEL) --dtype $$dtype || exit 1; done
 
 bench-queue: install-dev ## Memory, Redis and LitServe side by side; 1 to 8 workers; overload
-	PYTHONUNBUFFERED=1 $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[bench]' | $(LARGE_STEPS)
+	PYTHONUNBUFFERED=1 PYTHONWARNINGS='ignore:Editable installation' $(BIN)/$(PIP_INSTALL) -c constraints/base.txt -e '.[bench]' | $(LARGE_STEPS)
 	$(BIN)/python -m bench.queue
 	$(BIN)/python -m bench.queue --overload
 

@@ -42,8 +42,9 @@ def verdict_of(result: CompareResult, margin: float = MARGIN) -> Verdict:
         return Verdict("tie", f"A tie between responses {first + 1} and {second + 1}", (first, second))
     close = tuple(index for index in result.ranking if index == first or _lead(result, first, index) < margin)
     if len(close) > 1:
-        apart = f"{abs(_lead(result, first, close[1])):.2f}" if len(close) == 2 else f"within {margin:g}"
-        return Verdict("close", f"Too close to call between responses {_listed(close)}: {apart} log-odds apart", close)
+        gap = f"{abs(_lead(result, first, close[1])):.2f} log-odds apart"
+        apart = gap if len(close) == 2 else f"within {margin:g} log-odds"
+        return Verdict("close", f"Too close to call between responses {_listed(close)}: {apart}", close)
     if bias is not None and bias.pairs and 2 * bias.flips >= bias.pairs:
         flips = f"{bias.flips} of {bias.pairs} pairs change their winner with the order"
         return Verdict("ahead", f"Response {first + 1} is ahead, but {flips}")

@@ -13,6 +13,8 @@ from typing import Any, Final, NoReturn
 from client.runtime.program import called
 
 ERROR_HINT: Final = "--help lists the flags"
+# difflib's 0.6 takes --bogus for --host.
+_ALIKE: Final = 0.7
 _captured: list[bool] = []
 
 
@@ -108,5 +110,12 @@ def capturing() -> Iterator[None]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean WORD?` with the known word that is most like this one, or nothing."""
-    close = get_close_matches(word, list(known), n=1)
+    words = list(known)
+    close = get_close_matches(word, words, n=1, cutoff=_ALIKE) or _longer_forms(word, words)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _longer_forms(flag: str, known: Iterable[str]) -> list[str]:
+    """The flags that end with this one's name: `--judge-url` for `--url`."""
+    name = flag.removeprefix("--")
+    return [one for one in known if flag.startswith("--") and one.endswith(f"-{name}")]

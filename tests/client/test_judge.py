@@ -327,3 +327,9 @@ def test_a_bad_argument_is_a_plain_value_error() -> None:
 
     assert type(refused.value) is ValueError
     assert "secret" not in str(refused.value)
+
+
+def test_the_members_of_a_union_are_no_part_of_an_arguments_name() -> None:
+    """A prompt is a text or messages: an empty one is told as `prompt`, without pydantic's name of what it tried."""
+    with Judge("http://127.0.0.1:9") as judge, pytest.raises(ValueError, match=r"^prompt: "):
+        judge.score("", "one")

@@ -68,6 +68,8 @@ def test_nothing_heavy_is_imported_to_find_a_command() -> None:
         (["serve", "--modle", "x"], "judge serve: error: there is no flag --modle; did you mean --model?"),
         (["bench", "rewardbench", "--dta", "x"], "there is no flag --dta; did you mean --data?"),
         (["score", "--promt", "x"], "judge score: error: there is no flag --promt; did you mean --prompt?"),
+        (["score", "--url", "x"], "judge score: error: there is no flag --url; did you mean --judge-url?"),
+        (["serve", "--bogus", "x"], "judge serve: error: there is no flag --bogus (--help lists the flags)"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_right_one(arguments: list[str], said: str) -> None:

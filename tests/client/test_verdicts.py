@@ -120,3 +120,9 @@ def test_low_label_mass_is_said_in_words() -> None:
     assert mass_warning([0.9, 0.6]) is None
     assert "in 2 of 3 judgements" in str(mass_warning([0.9, 0.2, 0.006]))
     assert "0.6% of its probability" in str(mass_warning([0.9, 0.2, 0.006]))
+
+
+def test_the_gap_of_two_is_a_number_and_that_of_more_a_bound() -> None:
+    """As on the page: three close responses have no single distance."""
+    assert verdict_of(comparison(0.50, 0.48)).sentence.endswith("responses 1 and 2: 0.02 log-odds apart")
+    assert verdict_of(comparison(0.50, 0.49, 0.48)).sentence.endswith("responses 1, 2 and 3: within 0.1 log-odds")

@@ -120,3 +120,14 @@ def test_the_trainer_needs_no_package_of_the_server(module: str) -> None:
     program = f"import sys; sys.modules.update(dict.fromkeys({SERVER_PACKAGES})); import {module}"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_every_step_tells_how_many_tokens_it_drew() -> None:
+    """Together as many as the texts have and the tokens that ended them: progress can be shown within a batch."""
+    model, told = random_model("full attention"), list[int]()
+    params = SamplingParams(8, stop_ids=tuple(range(0, 64, 4)), temperature=1.0)
+
+    texts = [text for own in generate(model, PROMPTS, [[0, 1]] * 3, params, told.append) for text in own]
+
+    assert told[0] == len(texts)
+    assert sum(told) == sum(len(text.token_ids) + text.ended for text in texts)

@@ -169,6 +169,23 @@ def test_a_prompt_without_room_is_counted(tmp_path: Path) -> None:
     assert stats.instructions == len(INSTRUCTIONS) - stats.too_long
 
 
+def test_progress_is_told_within_a_batch(tiny_model: Path, tmp_path: Path) -> None:
+    """In tokens, as a batch takes minutes on a CPU; at the end they are those of the samples."""
+    told: list[tuple[int, str]] = []
+
+    stats = sample_responses(
+        tiny_model,
+        INSTRUCTIONS,
+        tmp_path / "s.jsonl",
+        SampleSettings(**SMALL),
+        lambda progress: told.append((progress.done, progress.note)),
+    )
+
+    assert sum(done == 0 and "tokens, " in note for done, note in told) > 1
+    assert told[-1][0] == len(INSTRUCTIONS)
+    assert told[-1][1].startswith(f"{stats.tokens:,} tokens, ")
+
+
 def test_ids_that_repeat_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     """Two instructions with one id could not be told apart later."""
     with pytest.raises(InputError, match="share their id"):
@@ -177,7 +194,7 @@ def test_ids_that_repeat_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_model_is_refused_with_a_way_out(tmp_path: Path) -> None:
     """The error for a name that is neither folder nor hub id lists the models that the service knows."""
-    with pytest.raises(ModelError, match=r"no known name; known: .*smollm2-135m-instruct"):
+    with pytest.raises(ModelError, match=r"no known name \(known: .*smollm2-135m-instruct"):
         sample_responses("smollm2", INSTRUCTIONS, tmp_path / "s.jsonl")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -59,8 +59,13 @@ def _lists_models(url: str) -> bool:
         return False
 
 
-def make_sampler(folder: Path, tokenizer: Any, settings: SampleSettings) -> tuple[int, Sampler]:
-    """How many responses to generate per batch in this process, and the function that does it. Raises ModelError."""
+def make_sampler(
+    folder: Path, tokenizer: Any, settings: SampleSettings, on_step: Callable[[int], None] | None = None
+) -> tuple[int, Sampler]:
+    """How many responses to generate per batch in this process, and the function that does it.
+
+    `on_step` is told how many tokens each step drew. Raises ModelError.
+    """
     device = choose_device(settings.device)
     import torch
 
@@ -75,7 +80,7 @@ def make_sampler(folder: Path, tokenizer: Any, settings: SampleSettings) -> tupl
     def sample(requests: Sequence[SamplingRequest]) -> list[list[Generated]]:
         prompts, seeds = [request.token_ids for request in requests], [request.seeds for request in requests]
         try:
-            return generate(model, prompts, seeds, params)
+            return generate(model, prompts, seeds, params, on_step)
         except torch.OutOfMemoryError as error:
             raise ModelError("not enough memory for a single response: lower --max-new-tokens") from error
         except ArithmeticError as error:

@@ -186,7 +186,7 @@ def _sample_missing(
     if uses_vllm(settings):
         with serving_policy(folder, settings, writer.output.with_name(SERVER_LOG)) as server:
             return _sample_remotely(server, name, folder, ordered, settings, writer)
-    rows, sampler = make_sampler(folder, writer.tokenizer, settings)
+    rows, sampler = make_sampler(folder, writer.tokenizer, settings, writer.count_step)
     size = max(1, (settings.rows or rows) // settings.samples)
     _sample_batches([ordered[start : start + size] for start in range(0, len(ordered), size)], sampler, writer)
     del sampler  # it holds the model
@@ -234,7 +234,7 @@ class _Writer:
 
     def __init__(self, output: Path, tokenizer: Any, total: int, done: Set[str], on_progress: OnProgress) -> None:
         self.output, self.tokenizer, self.tokens = output, tokenizer, 0
-        self._done, self._on_progress = set(done), on_progress
+        self._done, self._on_progress, self._unwritten = set(done), on_progress, 0
         self._progress = Progress(total, len(done), len(done))
         self._started = time.monotonic()
         self._files = ExitStack()
@@ -264,9 +264,19 @@ class _Writer:
             self._done.add(request.id)
             self._progress.done += 1
 
+    def count_step(self, tokens: int) -> None:
+        """Show that a step of the batch in progress drew so many tokens: a batch takes minutes on a CPU."""
+        self._unwritten += tokens
+        self._show()
+
     def report(self) -> None:
-        """Show how far it is."""
-        self._progress.note = f"{self.tokens / (time.monotonic() - self._started):.0f} tokens/s"
+        """Show how far it is after a batch, whose tokens are now those that were written."""
+        self._unwritten = 0
+        self._show()
+
+    def _show(self) -> None:
+        tokens = self.tokens + self._unwritten
+        self._progress.note = f"{tokens:,} tokens, {tokens / (time.monotonic() - self._started):.0f}/s"
         self._on_progress(self._progress)
 
 

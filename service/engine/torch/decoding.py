@@ -13,7 +13,7 @@ Imports nothing that only the judge's server needs: the trainer uses this module
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -46,27 +46,30 @@ def has_kv_cache(model: Any) -> bool:
 
 
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    params: SamplingParams,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[list[Generated]]:
     """One text for each seed of each prompt. The model is in evaluation mode and satisfies `has_kv_cache`.
 
-    A batch that does not fit the memory is halved. Raises torch.OutOfMemoryError if a single text does not fit, and
+    `on_step` is called after each step with the number of tokens that it drew. A batch that does not fit the memory is halved. Raises torch.OutOfMemoryError if a single text does not fit, and
     ArithmeticError for logits that are NaN or infinite.
     """
     try:
         with torch.inference_mode():
-            return _Batch(model, prompts, seeds, params).run()
+            return _Batch(model, prompts, seeds, params, on_step).run()
     except torch.OutOfMemoryError:
         if len(prompts) == len(seeds[0]) == 1:
             raise
     # Outside the handler, whose traceback would keep the failed batch's tensors alive.
     if len(prompts) > 1:
         half = len(prompts) // 2
-        return generate(model, prompts[:half], seeds[:half], params) + generate(
-            model, prompts[half:], seeds[half:], params
-        )
+        halves = ((prompts[:half], seeds[:half]), (prompts[half:], seeds[half:]))
+        return [texts for part in halves for texts in generate(model, *part, params, on_step)]
     half = len(seeds[0]) // 2
-    parts = [generate(model, prompts, [part], params) for part in (seeds[0][:half], seeds[0][half:])]
+    parts = [generate(model, prompts, [part], params, on_step) for part in (seeds[0][:half], seeds[0][half:])]
     return [parts[0][0] + parts[1][0]]
 
 
@@ -77,9 +80,14 @@ class _Batch:
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        params: SamplingParams,
+        on_step: Callable[[int], None] | None,
     ) -> None:
-        self._model, self._prompts, self._params = model, prompts, params
+        self._model, self._prompts, self._params, self._on_step = model, prompts, params, on_step
         self._prompt_of = [index for index, own in enumerate(seeds) for _ in own]
         device, count = model.device, len(self._prompt_of)
         accepted = inspect.signature(model.forward).parameters
@@ -99,10 +107,12 @@ class _Batch:
 
     def run(self) -> list[list[Generated]]:
         """All texts, grouped by prompt."""
-        logits = self._prefill()
+        logits, left = self._prefill(), len(self._prompt_of)
         for step in range(self._params.max_new_tokens):
-            tokens = self._draw(logits, step)
+            tokens, drawn = self._draw(logits, step), left
             left = int(self._open.sum())
+            if self._on_step is not None:
+                self._on_step(drawn)
             if left == 0 or step + 1 == self._params.max_new_tokens:
                 break
             if self._selectable and len(self._rows) - left >= max(1.0, _LEAVE_SHARE * len(self._rows)):
