@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console(width=min(WIDTH, Console().width))
     console.print(f"Starting {args.model}; the first start fetches it …", highlight=False)
+    console.print("Loading it, and choosing the fastest exact kernels, can take a minute or two.", highlight=False)
     try:
         with (
             running_service("--model", args.model, start_timeout=3600) as service,

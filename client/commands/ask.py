@@ -75,11 +75,11 @@ def score_lines(result: ScoreResult) -> list[str]:
 def compare_lines(result: CompareResult, responses: Sequence[str]) -> list[str]:
     """The verdict on a comparison, for people: the ranking with every response's score."""
     verdict = verdict_of(result)
-    lines = [verdict.sentence, ""]
+    lines, digits = [verdict.sentence, ""], len(str(len(responses)))
     for place, index in enumerate(result.ranking, start=1):
         score, text = result.scores[index], " ".join(responses[index].split())
         shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
-        lines.append(f"  {place}. {shown:<{_SHOWN}}  {score.score:.3f}  {score.log_odds:+7.3f}")
+        lines.append(f"  {place:>{digits}}. {shown:<{_SHOWN}}  {score.score:.3f}  {score.log_odds:+7.3f}")
     lines += ["", f"  P(Yes) and log-odds; gaps under {MARGIN:g} log-odds are not called. Asked: {result.template}, "]
     lines[-1] += f"{result.mode}, {result.model}"
     warning = mass_warning(score.label_mass for score in result.scores)
@@ -98,7 +98,15 @@ def _text(given: str) -> str:
     """The text that an argument stands for. Raises OSError or ValueError if its file cannot be read."""
     if given == "-":
         return sys.stdin.read()
-    return Path(given[1:]).read_text("utf-8") if given.startswith("@") else given
+    if not given.startswith("@"):
+        return given
+    path = Path(given[1:])
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
 
 
 def _ask_parser(command: str) -> Parser:

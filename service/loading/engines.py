@@ -19,7 +19,7 @@ from service.engine.contract import Engine
 from service.engine.fake import FakeEngine, fake_tokenizer
 from service.loading.model import Model, find_local_model
 from service.loading.upstream import find_upstream, load_upstream
-from service.settings import CommonSettings, FakeSettings, ModelSettings, TorchSettings, VllmSettings
+from service.settings import CommonSettings, FakeSettings, LogSettings, ModelSettings, TorchSettings, VllmSettings
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +78,7 @@ def _load_engine(settings: CommonSettings, model: Model) -> Engine:
         if settings.device != "auto":
             raise ValueError("--device is for the torch engine: vLLM takes the GPUs listed in CUDA_VISIBLE_DEVICES")
         return _load_vllm(settings, model.folder, model.max_tokens)
+    _quiet_transformers(settings)
     return _load_torch(settings, model.folder, model.max_tokens)
 
 
@@ -94,6 +95,12 @@ def _load_fake(settings: FakeSettings, model: Model) -> Engine:
     )
 
 
+def _quiet_transformers(settings: LogSettings) -> None:
+    """Leave out its bars in a file, where each step would be a line, and where only warnings are wanted."""
+    if settings.log_level in ("warning", "error") or not sys.stderr.isatty():
+        import_module("transformers.utils.logging").disable_progress_bar()  # by name, as it is untyped
+
+
 def _load_torch(settings: TorchSettings, folder: Path, max_tokens: int) -> Engine:
     # Imported here because an API process whose workers run elsewhere has no torch.
     from service.engine.torch.engine import TorchEngine
@@ -108,9 +115,6 @@ def _load_torch(settings: TorchSettings, folder: Path, max_tokens: int) -> Engin
         threads=settings.threads,
         native_kernels=settings.native_kernels,
     )
-    if not sys.stderr.isatty():
-        # A bar would be a line for each step in a file. Weights load in seconds.
-        import_module("transformers.utils.logging").disable_progress_bar()  # by name, as it is untyped
     if settings.task == "generate":
         return TorchGenerator.load(folder, **options)
     return TorchEngine.load(folder, settings.task, **options)

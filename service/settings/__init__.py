@@ -44,6 +44,7 @@ __all__ = [
     "EngineSettings",
     "FakeSettings",
     "LocalSettings",
+    "LogSettings",
     "ModelSettings",
     "Settings",
     "SettingsGroup",

@@ -124,6 +124,20 @@ def test_a_score_is_printed_as_a_verdict(live: Live) -> None:
     assert "log-odds" in good.stdout
 
 
+@pytest.mark.parametrize(("content", "said"), [(None, "there is no file "), (b"\xa6\x00", "is not text in UTF-8")])
+def test_a_file_that_cannot_be_read_is_named(content: bytes | None, said: str, tmp_path: Path) -> None:
+    """In a sentence, before the service is asked."""
+    path = tmp_path / "answer.txt"
+    if content is not None:
+        path.write_bytes(content)
+
+    shown = judge("score", "--prompt", "2+2?", "--response", f"@{path}")
+
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert said in shown.stderr
+    assert str(path) in shown.stderr
+
+
 def test_a_comparison_ranks_the_responses(live: Live) -> None:
     """A verdict, then every response in the order of the ranking."""
     asked = ["--prompt", "2+2?", "--response", "4", "--response", "5 " * 40, "--judge-url", live.url]

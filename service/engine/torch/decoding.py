@@ -54,8 +54,9 @@ def generate(
 ) -> list[list[Generated]]:
     """One text for each seed of each prompt. The model is in evaluation mode and satisfies `has_kv_cache`.
 
-    `on_step` is called after each step with the number of tokens that it drew. A batch that does not fit the memory is halved. Raises torch.OutOfMemoryError if a single text does not fit, and
-    ArithmeticError for logits that are NaN or infinite.
+    `on_step` is called after each step with the number of tokens that it drew. A batch that does not fit the memory is
+    halved. Raises torch.OutOfMemoryError if a single text does not fit, and ArithmeticError for logits that are NaN or
+    infinite.
     """
     try:
         with torch.inference_mode():
