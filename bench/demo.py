@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the imports that take a while
 
     program.begin("python -m bench.demo", "service")
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from rich.text import Text
 
 from bench.support.process import running_service
 from client import Judge, JudgeAPIError, JudgeError
+from client.runtime.parser import Parser
 from client.schema import ScoreRequest, ScoreResult
 from client.verdicts import MARGIN, verdict_of
 
@@ -117,7 +117,9 @@ COMPARED = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; returns 0 if every answer was judged, whatever the verdicts."""
-    parser = argparse.ArgumentParser(description="Judge right and wrong answers with a real model over HTTP.")
+    parser = Parser(
+        prog="python -m bench.demo", description="Judge right and wrong answers with a real model over HTTP."
+    )
     parser.add_argument("--model", default="qwen2.5-coder-1.5b-instruct", help="known name, hub id or folder")
     args = parser.parse_args(argv)
     console = Console(width=min(WIDTH, Console().width))

@@ -144,7 +144,7 @@ def _add_flag(
         options["metavar"] = _METAVARS.get(dest, of_kind)
     if options["help"] == SUPPRESS and shown is not None:
         options["help"] = shown.model_fields[dest].description
-    help_text = re.sub(r" \(default: (None|\[\]|\{\})\)$", "", options["help"])
+    help_text = re.sub(r" \(default: (None|\[\]|\{\}|)\)$", "", options["help"])
     options["help"] = help_text.replace("(default: True)", "(default: on)").replace(
         "(default: False)", "(default: off)"
     )

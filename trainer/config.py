@@ -229,7 +229,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto is bfloat16 where the hardware multiplies it"
     )
-    parser.add_argument("--device", default="auto", metavar="TEXT", help="cpu, cuda, mps; auto takes the best there is")
+    parser.add_argument(
+        "--device", default="auto", metavar="TEXT", help="cpu, cuda or mps; auto is the fastest available"
+    )
     parser.add_argument(
         "--samples-from",
         type=Path,

@@ -128,7 +128,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m trainer.self_improve",
         description="Sample a model, have a judge label the samples, train on the best against the worst (DPO), and "
-        "measure whether the model got better, as often as --rounds says.",
+        "measure whether the model got better. --rounds repeats all of it.",
         epilog="After an interruption the same command resumes. --labeler random is the control: with --samples-from, "
         "two arms differ in their labels alone.",
     )

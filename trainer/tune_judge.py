@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="make labels where there are none, or more of them: a TOML file that names good answers, and the faults "
-        "to put into them (docs/tuning.md); they are said to be synthetic everywhere",
+        "to put into them (docs/tuning.md); they are marked as synthetic everywhere",
     )
     add_run_flags(parser, "labels")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")
@@ -266,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: refuse)",
     )
     data.add_argument(
-        "--curve", default="", metavar="N,N,…", help="also train on so many labels each, for a learning curve"
+        "--curve", default="", metavar="N,N,…", help="also train on these numbers of labels, for a learning curve"
     )
     add_flags(parser.add_argument_group("training"), JudgeSettings)
     parser.add_argument(

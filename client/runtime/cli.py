@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from client.runtime.extras import needs
 from client.runtime.parser import did_you_mean
-from client.runtime.program import BROKEN_PIPE, INTERRUPTED, OK, USAGE
+from client.runtime.program import BROKEN_PIPE, INTERRUPTED, OK, USAGE, call_as
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,8 @@ def find_command(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in commands:
+        if argv is None:  # this process is the command, and its usage says what was typed
+            call_as(f"{program} {arguments[0]}")
         return partial(import_module(commands[arguments[0]][0]).main, arguments[1:])
     if not arguments or arguments[0] in ("-h", "--help"):
         return partial(_list_commands, program, commands, wants_help=bool(arguments))
@@ -70,7 +72,7 @@ def find_command(
 
 
 def _list_commands(program: str, commands: Mapping[str, tuple[str, str]], *, wants_help: bool) -> int:
-    lines = [f"  {name:<12} {description}" for name, (_, description) in commands.items()]
+    lines = [f"  {name:<13} {description}" for name, (_, description) in commands.items()]
     text = "\n".join([f"usage: {program} COMMAND [--help | flags]", "", *lines, ""])
     (sys.stdout if wants_help else sys.stderr).write(text)
     return OK if wants_help else USAGE

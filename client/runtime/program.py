@@ -37,7 +37,7 @@ _called: list[str] = []
 
 
 def call_as(command: str) -> None:
-    """From now on this process is the command `judge …`, and its messages and usages say so."""
+    """From now on this process is this command, such as `judge label`, and its messages and usages say so."""
     _called[:] = [command]
 
 

@@ -36,8 +36,8 @@ def check_engine(settings: ModelSettings) -> None:
 def find_model(settings: CommonSettings) -> Model:
     """Find the model, fetching its files if necessary, and load its tokenizer.
 
-    Raises ValueError for settings that contradict each other, ModelError if the files cannot be had, UpstreamError if
-    an upstream server does not answer or has no such model.
+    Raises ValueError for settings that contradict each other, ModelError if the files cannot be obtained, UpstreamError
+    if an upstream server does not answer or has no such model.
     """
     if settings.lora is not None and settings.engine != "vllm":
         raise ValueError(f"--lora needs --engine vllm: the engine {settings.engine} runs no adapters")

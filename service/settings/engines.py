@@ -68,7 +68,8 @@ class EngineSettings(ModelSettings, title="batching"):
         1.0,
         ge=0,
         le=1000,
-        description="max_wait of the scheduler: milliseconds that an idle engine lets a job wait for others to join it",
+        description="milliseconds that an idle engine waits for further jobs to batch with the first (the "
+        "scheduler's max_wait)",
     )
     stall_timeout: float | None = Field(
         None,

@@ -102,7 +102,9 @@ class HttpSettings(SettingsGroup, title="HTTP"):
         "https://app.example.com; *: any, if there are keys; unset: only the service's own page",
     )
     root_path: Annotated[str, AfterValidator(parse_root_path)] = Field(
-        "", description="path below which a proxy serves this, such as /judge, whether it strips that prefix or not"
+        "",
+        description="path below which a proxy serves this, such as /judge, whether it strips that prefix or not; "
+        "unset: none",
     )
     playground: bool = Field(True, description="serve a page at / to try the judge in a browser")
 

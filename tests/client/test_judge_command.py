@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from client.commands.catalog import COMMANDS, find
-from tests.support.fleet import ROOT
+from tests.support.fleet import ROOT, run_module
 from tests.support.live import Live, live_service
 
 # What pip writes as the script `judge`: the folder that the user is in is not on its path.
@@ -104,6 +104,16 @@ def test_a_file_called_client_shadows_nothing(tmp_path: Path) -> None:
     (tmp_path / "client.py").write_text("raise SystemExit('shadowed')\n")
 
     assert judge("load", "--help", cwd=tmp_path).returncode == 0
+
+
+def test_a_program_is_called_what_was_typed() -> None:
+    """`python -m client pairs` does not call itself by the name of its module."""
+    ended = run_module("client", "pairs", "--dta", "x")
+
+    assert ended.returncode == 2
+    usage, said = ended.stderr.splitlines()
+    assert usage.startswith("usage: python -m client pairs --data ")
+    assert said.startswith("python -m client pairs: error: there is no flag --dta; did you mean --data?")
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ class TuneSettings:
     max_length: int = field(default=1024, metadata={"help": "tokens; longer examples are counted and left out"})
     seed: int = field(default=42, metadata={"help": "seed for LoRA's initial weights, the order and the dropout"})
     dtype: DType = field(default="auto", metadata={"help": "auto is bfloat16 where the hardware multiplies it"})
-    device: str = field(default="auto", metadata={"help": "cpu, or auto: the best there is"})
+    device: str = field(default="auto", metadata={"help": "cpu, or auto: the fastest available"})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "saves memory, a third slower; unset: on, except on a CPU"}
     )

@@ -54,7 +54,7 @@ class JudgeSettings:
     )
     seed: int = field(default=42, metadata={"help": "seed for the split, LoRA's initial weights, order and dropout"})
     dtype: DType = field(default="auto", metadata={"help": "auto is bfloat16 where the hardware multiplies it"})
-    device: str = field(default="auto", metadata={"help": "cpu, or auto: the best there is"})
+    device: str = field(default="auto", metadata={"help": "cpu, or auto: the fastest available"})
     pass_tokens: int = field(
         default=2048, metadata={"help": "tokens in one forward and backward: more are faster and take more memory"}
     )
@@ -91,5 +91,5 @@ class JudgeSettings:
         return MODEL_FOLDER if self.method == "full" else ADAPTER_FOLDER
 
     def steps(self, labels: int) -> int:
-        """Optimizer steps for so many labels, at least one."""
+        """Optimizer steps for this number of labels, at least one."""
         return max(1, math.ceil(math.ceil(labels / self.batch) * self.epochs))
