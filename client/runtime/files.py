@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
+
+# Windows flushes only what is open for writing.
+_SYNC_MODE: Final = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -42,7 +46,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def sync(path: Path) -> None:
     """Flush a file's contents, or a folder's list of names, to the disk. Raises OSError if a file cannot be flushed."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, _SYNC_MODE)
         try:
             os.fsync(descriptor)
         finally:

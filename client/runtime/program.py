@@ -29,7 +29,8 @@ STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 
 # Exit codes. By the shell's convention, 128 plus a signal's number means that the signal ended the program.
 OK, FAILED, USAGE = 0, 1, 2
-INTERRUPTED, TERMINATED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGPIPE
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+BROKEN_PIPE: Final = 128 + 13  # SIGPIPE, which Python on Windows lacks
 
 _OURS: Final = {"bench", "client", "deploy", "service", "tests", "trainer"}
 _terminated: list[bool] = []

@@ -37,7 +37,8 @@ class Writer:
         self._descriptor = descriptor
         self._start()
         # A forked child inherits the queue, but not the thread.
-        os.register_at_fork(after_in_child=self._start)
+        if sys.platform != "win32":
+            os.register_at_fork(after_in_child=self._start)
 
     def _start(self) -> None:
         # A finalizer that warns may call `put` in the middle of `put`; Queue's lock would deadlock on its own thread.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import struct
-import termios
+import sys
 from contextlib import suppress
 from typing import Final
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+if sys.platform != "win32":  # there only the process's own buffer is counted
+    import fcntl
+    import termios
 
 MAX_HEAD_BYTES: Final = 2**16
 
@@ -189,7 +192,7 @@ class GuardedHttp(HttpToolsProtocol):
         """Bytes that the caller has not read. Those in the kernel count: draining only them is progress, if slow."""
         waiting = self.transport.get_write_buffer_size()
         connection = self.transport.get_extra_info("socket")
-        if waiting and connection is not None:
+        if waiting and connection is not None and sys.platform != "win32":
             with suppress(OSError):
                 (queued,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0" * 4))
                 waiting += queued

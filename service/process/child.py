@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
-import resource
 import signal
 import sys
 import time
@@ -102,6 +101,8 @@ def _answer(work: Callable[[], bytes], seconds: int) -> bytes:
 
 def _isolate(seconds: int) -> None:
     """No crash reports, no core dump, no output; the alarm is the child's own deadline."""
+    import resource  # here, because Windows lacks it
+
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # If the parent is stopped while it waits, nothing must go on computing.

@@ -5,16 +5,14 @@ Imports nothing that only the judge's server needs: the trainer loads its policy
 
 from __future__ import annotations
 
-import ctypes
 import gc
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 import torch
 
-from client.runtime.memory import available_bytes
+from client.runtime.memory import allocator, available_bytes
 from service.engine.contract import DType, Task
 
 if TYPE_CHECKING:
@@ -105,13 +103,14 @@ def free_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     # glibc keeps what was freed: gigabytes after a training, which the judge next to it may need.
-    with suppress(OSError, AttributeError, TypeError):  # another C library, or Windows
-        ctypes.CDLL(None).malloc_trim(0)
+    malloc_trim = allocator("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _keep_blocks() -> None:
     """Let glibc keep large freed blocks: returned and requested again, each costs a page fault for every 4 KB."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = allocator("mallopt")
     if mallopt is not None:
         for option in _MALLOC_OPTIONS:
             mallopt(*option)

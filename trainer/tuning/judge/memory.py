@@ -6,11 +6,11 @@ Llama and Qwen2 models. They count what is in use, so freed blocks must not stay
 
 from __future__ import annotations
 
-import ctypes
 import json
 from pathlib import Path
 from typing import Final
 
+from client.runtime.memory import allocator
 from trainer.run.model_files import model_size
 from trainer.tuning.judge.settings import JudgeSettings
 
@@ -36,7 +36,7 @@ def return_blocks() -> None:
     training of SmolLM2-135M took 3.4 GiB in place of 2.5 after two steps, and 5.2 after thirteen. Returned and
     requested again, each page costs a fault: 18% of the time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = allocator("mallopt")
     if mallopt is not None:  # another C library does as it likes
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 20)
