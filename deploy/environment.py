@@ -20,8 +20,8 @@ from deploy.processes import CheckError
 # A command may import torch on a busy machine; a training of a tiny model does little more.
 COMMAND_SECONDS: Final = 600.0
 READY_SECONDS: Final = 120.0
-# pip's warnings about indexes and its own version are no failure.
-_PIP: Final = ("-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check")
+# Without bytecode: an environment is used once, and imports a small part of what is in it.
+_PIP: Final = ("-m", "pip", "install", "--quiet", "--no-compile", "--no-input", "--disable-pip-version-check")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from transformers.utils.logging import disable_progress_bar
+
 from deploy import distribution
 from deploy.environment import Environment
 from deploy.package_sets import SETS, InstallSet
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(folder: Path, names: Sequence[str], python: str) -> distribution.Distributions:
     """Build in `folder`, and check the files and the sets of these names. Raises CheckError."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     built = distribution.build(folder)
     if found := distribution.problems(built):
         raise CheckError("; ".join(found))
