@@ -98,7 +98,7 @@ def use_torch(environment: Environment, say: Say) -> None:
     model = make_tiny_model(environment.work / "model", heads=2, rounded=True)
     with environment.serving("--model", str(model)) as (url, log):
         _ask(environment, url)
-        rung = re.search(r"rung=(\w+)", log.read_text("utf-8"))
+        rung = re.search(r"rung=([\w-]+)", log.read_text("utf-8"))
     say(f"judge serve with a tiny model, asked by judge score; rung on this machine: {rung[1] if rung else 'unknown'}")
 
 
