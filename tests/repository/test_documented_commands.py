@@ -356,7 +356,7 @@ HOW: list[tuple[str, Callable[[list[str], Site], None]]] = [
     ("python -m service.models", looked_up),
     ("python -m service.worker", configured(WorkerSettings)),
     ("python -m service", configured(Settings)),
-    *((f"python -m {module}", partial(explained, module)) for module in MEASURING),
+    *((f"python -m {module}", partial(explained, module)) for module in (*MEASURING, "deploy.package")),
     ("make help", made_really),
     ("make", made),
     ("pip install", installed),
