@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "--instructions",
         type=Path,
         metavar="FILE",
-        help="JSON lines with id, prompt, category: a judge compares base's and new's answers. Without it no "
-        "judge is asked",
+        help="JSON lines with prompt, and optionally id and category: a judge compares base's and new's answers. "
+        "Without it no judge is asked",
     )
     parser.add_argument("--out", "--output", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument(

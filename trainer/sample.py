@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Responses are written as they come; after an interruption, repeat the command to resume.",
     )
     parser.add_argument(
-        "--instructions", type=Path, required=True, metavar="FILE", help="JSON lines with id, prompt, category"
+        "--instructions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines with prompt, and optionally id and category",
     )
     add_run_flags(parser, "instructions")
     group = parser.add_argument_group("sampling")

@@ -73,7 +73,7 @@ def _parse_line(path: Path, number: int, line: bytes, kind: type[M]) -> M:
     try:
         return kind.model_validate_json(line)
     except ValidationError as error:
-        raise ValueError(f"{path}, line {number}: not a {kind.__name__}: {first_problem(error)}") from error
+        raise ValueError(f"{path}, line {number}: no valid {kind.__name__}: {first_problem(error)}") from error
 
 
 def _cut_torn_line(file: IO[bytes]) -> int:

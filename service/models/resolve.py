@@ -76,7 +76,7 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: bool = True) 
     known = known_models()
     if name not in known:
         raise ModelError(
-            f"{name!r} is no folder here, no hub id (org/name) and no known name{did_you_mean(name, known)} "
+            f"{name!r} is neither a folder here nor a hub id (org/name) nor a known name{did_you_mean(name, known)} "
             f"(known: {', '.join(sorted(known))})"
         )
     return _files(name, _from_known(known[name], cache_dir, progress=progress), known[name].note)

@@ -108,7 +108,7 @@ def test_sft_comes_before_the_first_round(loop_flags: list[str], tmp_path: Path)
         (["--rounds", "0"], "--rounds must be 1 or more"),
         (["--judge-command", "x"], "goes with --judge-follows-policy"),
         (["--judge-follows-policy", "--judge-command", "serve"], "must hold {model} and {port}"),
-        (["--model", "nowhere"], "no folder here, no hub id (org/name) and no known name"),
+        (["--model", "nowhere"], "neither a folder here nor a hub id (org/name) nor a known name"),
         (["--batch", "6"], "change --batch or --micro-batch"),
         (["--lm-eval", "mmlu"], "pip install 'lm_eval"),
         (["--count", "1000"], "20 usable instructions, and 1006 are wanted"),

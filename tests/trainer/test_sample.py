@@ -16,6 +16,7 @@ from client.schema import Message
 from tests.support.tiny import greedy_tokens, make_tiny_model
 from tests.support.training import with_nan
 from trainer.errors import InputError, ModelError, StageError
+from trainer.instructions.reading import read_instructions
 from trainer.policy.models import load_model
 from trainer.policy.requests import SampleSettings, response_seed
 from trainer.policy.sampling import Sampled, sample_responses
@@ -194,7 +195,7 @@ def test_ids_that_repeat_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_model_is_refused_with_a_way_out(tmp_path: Path) -> None:
     """The error for a name that is neither folder nor hub id lists the models that the service knows."""
-    with pytest.raises(ModelError, match=r"no known name \(known: .*smollm2-135m-instruct"):
+    with pytest.raises(ModelError, match=r"nor a known name \(known: .*smollm2-135m-instruct"):
         sample_responses("smollm2", INSTRUCTIONS, tmp_path / "s.jsonl")
 
 
@@ -213,6 +214,17 @@ def test_the_command_samples_once(command: list[str], tmp_path: Path, capsys: py
     assert codes == [0, 0, 1]
     assert "is complete" in capsys.readouterr().err
     assert len({line.id for line in read_records(tmp_path / "out" / "samples.jsonl", Sampled)}) == 2
+
+
+def test_instructions_need_no_ids(command: list[str], tmp_path: Path) -> None:
+    """A line without one gets the id that the training loop gives it."""
+    (tmp_path / "i.jsonl").write_text('{"prompt": "What is 2+2?"}\n')
+
+    assert main([*command, "--samples", "1", "--max-new-tokens", "4"]) == 0
+
+    (sample,) = read_records(tmp_path / "out" / "samples.jsonl", Sampled)
+    (given,) = read_instructions(str(tmp_path / "i.jsonl")).instructions
+    assert sample.id == given.instruction.id
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text('{"id": "1", "sample": 0, "response": "r", "tokens": 1, "finish": "stop"}\n{"id": "2"}\n')
 
-    with pytest.raises(RecordError, match=r"samples\.jsonl, line 2: not a Sample: sample"):
+    with pytest.raises(RecordError, match=r"samples\.jsonl, line 2: no valid Sample: sample"):
         read_records(file, Sample)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from importlib import import_module
 from itertools import filterfalse
 from pathlib import Path
@@ -25,10 +24,9 @@ from client.data.tables import DataError, TableRow, iter_table
 from client.labels.records import GENERAL
 from client.runtime.extras import install_command
 from client.texts import is_blank, messages_in, role_and_text
-from trainer.run.records import CATEGORIES, Instruction
+from trainer.run.records import CATEGORIES, Instruction, prompt_id
 
 _MAX_PROBLEMS: Final = 10
-_ID_DIGITS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +145,7 @@ def _source_instruction(record: TableRow) -> SourceInstruction:
 def _id(record: TableRow, prompt: str) -> str:
     value = record.fields.get("id")
     if value is None or value == "":
-        return sha256(prompt.encode()).hexdigest()[:_ID_DIGITS]
+        return prompt_id(prompt)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise record.problem(f"id must be a text or a whole number, not {value!r}")
     return str(value)

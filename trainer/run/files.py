@@ -36,7 +36,7 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise RecordError(f"{error}; remove that line or the file") from error
+        raise RecordError(f"{error}; correct that line, or remove it") from error
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> None:

@@ -11,9 +11,10 @@ Unknown fields are ignored, so that files of a newer version, or with a user's o
 
 from __future__ import annotations
 
-from typing import Final
+from hashlib import sha256
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from client.labels.records import GENERAL, FinishReason, SampleKey
 from client.schema import Message
@@ -36,6 +37,14 @@ REPORT_FILE: Final = "report.html"
 CATEGORIES: Final = (GENERAL, "chat", "code", "math", "safety")
 
 
+_ID_DIGITS: Final = 12
+
+
+def prompt_id(prompt: str) -> str:
+    """The id of an instruction that was given none."""
+    return sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_DIGITS]
+
+
 class Record(BaseModel):
     """One line of a file."""
 
@@ -48,6 +57,14 @@ class Instruction(Record):
     id: str
     prompt: str
     category: str = GENERAL
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_id(cls, record: Any) -> Any:
+        """A record without an id gets the one that the training loop would give it."""
+        if isinstance(record, dict) and record.get("id") in (None, "") and isinstance(record.get("prompt"), str):
+            return {**record, "id": prompt_id(record["prompt"])}
+        return record
 
     @field_validator("prompt")
     @classmethod
