@@ -73,8 +73,9 @@ def test_the_judge_can_follow_the_policy(tiny_model: Path, loop_flags: list[str]
     code = main(["--output", str(run), *command, "--judge-follows-policy", "--judge-command", started])
 
     assert code == 0
-    # The first start is the rehearsal.
-    assert (tmp_path / "served").read_text().splitlines() == [str(tiny_model)] * 2 + [str(run / "round-1" / "merged")]
+    # The first start is the rehearsal; a round's labels and the judge's reliability have one each.
+    served = (tmp_path / "served").read_text().splitlines()
+    assert served == [str(tiny_model)] * 3 + [str(run / "round-1" / "merged")] * 2
 
 
 def test_a_judge_command_that_ends_stops_the_run(
