@@ -138,6 +138,19 @@ def test_a_label_of_two_tokens_is_refused_with_the_reason(tiny_model: Path, tmp_
         JudgePrompts(tiny_model, "pointwise", "two", [file], 2048)
 
 
+@pytest.mark.parametrize("category", ["general", "math"])
+def test_a_category_that_a_panel_asks_is_refused(tiny_model: Path, tmp_path: Path, category: str) -> None:
+    """Not asked by another template than the service asks: an input error says what to give."""
+    file = tmp_path / "panel.toml"
+    file.write_text(
+        f'[[panels]]\nname = "{category}"\nversion = 9\ncategory = "{category}"\nmembers = ["general@3", "math@2"]\n'
+    )
+    label = Label(id="1", prompt="Why?", answers=("A", "B"), category=category)
+
+    with pytest.raises(InputError, match=f"{category}@9 is a panel.*--template"):
+        JudgePrompts(tiny_model, "pointwise", None, [file], 2048).examples([label])
+
+
 @pytest.mark.parametrize("template", ["unheard-of", "pairwise-general"])
 def test_a_template_that_does_not_fit_is_refused(tiny_model: Path, template: str) -> None:
     """A template that does not exist, or of the other mode, is an input error."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from client.errors import ErrorCode
 from client.schema import Format
 from service.errors import ServiceError
 from service.judge.judges import YES_NO
@@ -112,12 +113,14 @@ class JudgePrompts:
 
     def _chosen(self, label: Label) -> Template:
         """The template that the label names, or that of its category. Raises InputError."""
-        if label.template is None:
-            return _of_category(self._library, label, self._asking)
         try:
-            return self._library.get(label.template)
+            if label.template is not None:
+                return self._library.get(label.template)
+            return _of_category(self._library, label, self._asking)
         except ServiceError as error:
-            raise InputError(f"label {label.id}: there is no template {label.template}") from error
+            if error.code == ErrorCode.TEMPLATE_NOT_FOUND:
+                raise InputError(f"label {label.id}: there is no template {label.template}") from error
+            raise InputError(f"label {label.id}: {error.message}: give --template, or the labels a template") from error
 
     def _usable(self, template: Template) -> Template:
         """The template, once it has been tried. Raises InputError."""
@@ -131,10 +134,15 @@ class JudgePrompts:
 
 
 def _of_category(library: TemplateLibrary, label: Label, asking: Asking) -> Template:
-    """The template that the service uses for this category, or its default for one that it does not have."""
+    """The template that the service uses for this category, or its default for one that it does not have.
+
+    Raises ServiceError if that is a panel of several templates.
+    """
     try:
         return library.for_category(label.category or GENERAL, asking)
-    except ServiceError:
+    except ServiceError as error:
+        if error.code != ErrorCode.TEMPLATE_NOT_FOUND:
+            raise
         return library.default(asking)
 
 
