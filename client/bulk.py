@@ -39,9 +39,6 @@ BatchCall: TypeAlias = Callable[[Sequence[Q]], calls.Call[list[A | JudgeAPIError
 # Longer than the 300 s after which a service gives an item up (its --request-timeout), so that the service reports it.
 MIN_CALL_TIMEOUT: Final = 330.0
 
-# Items of the first two calls; every two calls hold twice as many, so that first answers come soon from a slow judge.
-_FIRST_ITEMS: Final = 4
-
 _TRANSIENT_STATUS: Final = RETRYABLE_STATUS | {500}
 _TOO_LARGE: Final = 413
 _BODY_TIMEOUT: Final = 408
@@ -54,8 +51,9 @@ class BulkOptions:
     """How to send requests in bulk. Raises ValueError for numbers that cannot work.
 
     Args:
-        batch_items: Requests per call; fewer in the first calls, and once the service has proved slow or refused so
-            many.
+        batch_items: Requests per call; fewer once the service has proved slow, or refused so many.
+        first_items: Requests in each of the first two calls, and twice as many in every two after them, so that the
+            first answers of a slow judge come soon; None: as many as in all others.
         max_in_flight: Upper bound of concurrent calls. The actual number starts at 2 and follows the service's answers.
         patience: Seconds that the judge may be unreachable, or refuse everything, before its last error is raised.
         attempts: Tries in all for an item whose own error is transient (429, 500, 502, 503 or 504 within an answered
@@ -63,13 +61,14 @@ class BulkOptions:
     """
 
     batch_items: int = 32
+    first_items: int | None = None
     max_in_flight: int = 16
     patience: float = 300.0
     attempts: int = 3
 
     def __post_init__(self) -> None:
-        if min(self.batch_items, self.max_in_flight, self.attempts) < 1:
-            raise ValueError(f"batch_items, max_in_flight and attempts must be 1 or more: {self}")
+        if min(self.batch_items, self.first_items or 1, self.max_in_flight, self.attempts) < 1:
+            raise ValueError(f"batch_items, first_items, max_in_flight and attempts must be 1 or more: {self}")
         if not self.patience >= 0:
             raise ValueError(f"patience must be 0 or more seconds, not {self.patience}")
 
@@ -177,7 +176,8 @@ class _Stream(Generic[Q, A]):
     def _next_batch(self) -> _Batch[Q] | None:
         if self._again:
             return self._again.popleft()
-        items = list(islice(self._fresh, min(self._size, _FIRST_ITEMS << self._begun // 2)))
+        first = self._options.first_items
+        items = list(islice(self._fresh, self._size if first is None else min(self._size, first << self._begun // 2)))
         self._begun += 1
         return _Batch(items) if items else None
 

@@ -31,6 +31,9 @@ from client.schema import Format, Truncation
 
 HUB: Final = "hub"
 
+# Progress on a slow judge begins with the first answers.
+FIRST_ITEMS: Final = 4
+
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
@@ -80,7 +83,12 @@ class JudgeOptions:
             raise ValueError(
                 "--batch-items and --concurrency must be 1 or more, --patience 0 or more, --max-failures from 0 to 1"
             )
-        bulk = BulkOptions(batch_items=args.batch_items, max_in_flight=args.concurrency, patience=args.patience)
+        bulk = BulkOptions(
+            batch_items=args.batch_items,
+            first_items=FIRST_ITEMS,
+            max_in_flight=args.concurrency,
+            patience=args.patience,
+        )
         return cls(args.judge_url, args.api_key, args.mode, args.truncation, args.max_failures, bulk)
 
     def client(self) -> AsyncJudge:

@@ -99,6 +99,7 @@ class TorchEngine:
         loaded = load_model(folder, task, options)
         logger.info("weights loaded; checking what computes them exactly here")
         engine = cls(loaded, task, native_kernels=native, rung=rung)
+        del loaded  # the engine may have given up the model's own weights, which this would hold
         free_memory()
         return engine
 
