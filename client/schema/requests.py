@@ -51,7 +51,9 @@ class Message(Request):
     """One turn of the conversation that the response answers."""
 
     role: Literal["system", "user", "assistant"]
+    """Who says it."""
     content: Text
+    """What is said."""
 
 
 class Labels(Request):
@@ -61,7 +63,9 @@ class Labels(Request):
     """
 
     yes: list[Text] = Field(min_length=1, max_length=MAX_LABELS)
+    """Spellings of the answer that counts for the response."""
     no: list[Text] = Field(min_length=1, max_length=MAX_LABELS)
+    """Spellings of the answer that counts against it."""
 
 
 class InlineTemplate(Request):
@@ -79,6 +83,7 @@ class InlineTemplate(Request):
     instruction: str = ""
     """What {instruction} stands for."""
     labels: Labels = Labels(yes=["Yes"], no=["No"])
+    """The answers that count as yes and no."""
 
 
 class JudgeRequest(Request):
@@ -144,9 +149,11 @@ class ScoreBatchRequest(Request):
     """Many independent score requests; an item that is refused does not fail the others."""
 
     items: list[ScoreRequest] = Field(min_length=1)
+    """Each is judged by itself, and fails by itself."""
 
 
 class CompareBatchRequest(Request):
     """Many independent compare requests; an item that is refused does not fail the others."""
 
     items: list[CompareRequest] = Field(min_length=1)
+    """Each is judged by itself, and fails by itself."""

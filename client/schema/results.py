@@ -37,6 +37,7 @@ class SampleCount(Result):
     """How many texts a judge that answers in text generated for this judgement."""
 
     drawn: int
+    """How many were generated."""
     parsed: int
     """From how many of them a grade could be read."""
 
@@ -45,19 +46,26 @@ class Timing(Result):
     """Milliseconds in each stage; where one result takes several judgements, the slowest one's."""
 
     tokenize: float
+    """Rendering and tokenizing."""
     queue: float
+    """Waiting for the engine."""
     inference: float
+    """The batch that it was judged in."""
 
 
 class PanelMember(Result):
     """What one template of a panel says; the fields are those of a request that names this template alone."""
 
     template: str
+    """Its name and version."""
     weight: Weight
     """The panel's log-odds are the mean of its members', weighted by this."""
     log_odds: FiniteFloat
+    """As in ScoreResult."""
     score: Share
+    """As in ScoreResult."""
     label_mass: ProbabilityMass
+    """As in ScoreResult."""
 
 
 PanelMembers: TypeAlias = Annotated[list[PanelMember] | None, Field(exclude_if=lambda members: members is None)]
@@ -95,8 +103,11 @@ class ScoreResult(Result):
     """The template's name and version, e.g. `math@1`; of a list of templates all of them, e.g. `general@3,math@2`,
     which requests may give as a name too."""
     model: str
+    """The model's id, as in GET /v1/models."""
     usage: Usage
+    """Tokens of this result."""
     timing_ms: Timing
+    """Milliseconds in each stage."""
     calibrated: Share | None = None
     """The fitted probability that the response is good, `sigmoid(log_odds / temperature + bias)`; null if the service
     has no calibration for this model and template."""
@@ -127,10 +138,15 @@ class ResponseScore(Result):
     log_odds: FiniteFloat
     """pairwise: the mean of the log-odds that it is better than another response."""
     label_mass: ProbabilityMass
+    """pairwise: the mean of its comparisons'."""
     truncated: bool
+    """Whether something of its prompts was cut."""
     calibrated: Share | None = None
+    """As in ScoreResult."""
     grade: Grade | None = None
+    """As in ScoreResult."""
     samples: SampleCount | None = None
+    """As in ScoreResult."""
     floored: bool = False
     """pairwise: whether any of its judgements was floored."""
     panel: PanelMembers = None
@@ -141,9 +157,11 @@ class PositionBias(Result):
     """What changes when the same two responses are shown in the other order (pairwise mode only)."""
 
     pairs: int
+    """Comparisons of two responses."""
     flips: int
     """Comparisons, of `pairs`, whose winner changes with the order."""
     flip_rate: float
+    """`flips / pairs`."""
     first_log_odds: FiniteFloat
     """Mean log-odds for whichever response is shown first; 0 for a judge without position bias."""
 
@@ -156,17 +174,24 @@ class CompareResult(Result):
     ranking: list[int]
     """The n indices, best first."""
     scores: list[ResponseScore]
+    """One for each response."""
     win_probability: list[list[float]]
     """n by n: `win_probability[i][j]` is the probability that response i is better than response j, and 0.5 for i = j.
     pointwise: `sigmoid(log_odds_i - log_odds_j)`; pairwise: the sigmoid of the log-odds averaged over both orders."""
     tie: bool
     """Whether the two best responses are within the request's `tie_margin`."""
     position_bias: PositionBias | None = None
+    """pairwise only."""
     mode: CompareMode
+    """How they were compared."""
     template: str
+    """As in ScoreResult."""
     model: str
+    """As in ScoreResult."""
     usage: Usage
+    """Tokens of all judgements."""
     timing_ms: Timing
+    """Of the slowest judgement in each stage."""
     fingerprint: str | None = None
     """As in ScoreResult."""
     asked_with: Digest = None
@@ -190,57 +215,76 @@ class ErrorResult(Result):
     """The body of every answer that is not a success."""
 
     error: ErrorBody
+    """What went wrong."""
 
 
 class ScoreBatchItem(Result):
     """Exactly one of `result` and `error` is set."""
 
     index: int
+    """The item's place in the request, from 0."""
     result: ScoreResult | None = None
+    """Its judgement."""
     error: ErrorBody | None = None
+    """Why it was not judged."""
 
 
 class CompareBatchItem(Result):
     """Exactly one of `result` and `error` is set."""
 
     index: int
+    """The item's place in the request, from 0."""
     result: CompareResult | None = None
+    """Its ranking."""
     error: ErrorBody | None = None
+    """Why it was not judged."""
 
 
 class ScoreBatchResult(Result):
     """One entry for each item, in the order of the request."""
 
     results: list[ScoreBatchItem]
+    """As many as items."""
 
 
 class CompareBatchResult(Result):
     """One entry for each item, in the order of the request."""
 
     results: list[CompareBatchItem]
+    """As many as items."""
 
 
 class TemplateInfo(Result):
     """A template that requests may name."""
 
     name: str
+    """What requests call its newest version."""
     version: int
+    """`NAME@VERSION` is this one."""
     mode: Literal["pointwise", "pairwise", "graded", "rubric"]
     """The requests it fits: /score and pointwise, or pairwise. Only the judge `self-reward` lists `graded` templates,
     whose labels are the grades from 0 to 5, and `rubric` ones, which ask for a text that ends in a grade."""
     format: Format
+    """Whether its text goes through the model's chat template."""
     layout: str
+    """Its text, with places for question, prompt and responses."""
     instruction: str
+    """What it says of the task, before the question."""
     labels: Labels | None = None
+    """The answers that count as yes and no; null for grades."""
     grades: list[str] | None = None
+    """The labels of the grades 0 to 5, or null."""
 
 
 class PanelInfo(Result):
     """A panel of templates that requests may name like a template."""
 
     name: str
+    """What requests call its newest version."""
     version: int
+    """`NAME@VERSION` is this one."""
     mode: Literal["pointwise", "pairwise"]
+    """That of all its templates."""
     members: list[str]
     """The templates that are asked."""
     weights: list[Weight]
@@ -251,7 +295,9 @@ class TemplatesResult(Result):
     """Every template and panel of this service, and the categories that requests may name."""
 
     templates: list[TemplateInfo]
+    """Every version of each."""
     categories: list[str]
+    """What requests may give as `category`."""
     panels: Annotated[list[PanelInfo], Field(exclude_if=lambda panels: not panels)] = []
     """Absent where there are none."""
 
@@ -260,7 +306,9 @@ class WorkerStatus(Result):
     """A worker that takes jobs now. Older workers leave out all that may be null."""
 
     engine: str
+    """What runs the model."""
     dtype: str
+    """The number format of its weights."""
     max_tokens: int
     """The longest prompt that it takes."""
     rung: str | None = None
@@ -277,29 +325,39 @@ class ModelInfo(Result):
     """The model behind the service."""
 
     id: str
+    """Its name."""
     object: Literal["model"] = "model"
+    """For OpenAI's clients."""
     created: int = 0
     """For OpenAI's clients; when the model was made is not known."""
     owned_by: str = "judge-as-api"
+    """For OpenAI's clients."""
     fingerprint: str
     """Changes with the model's weights, tokenizer and configuration."""
     engine: str
+    """What runs the model."""
     judge: str
     """`yes-no`, `pairwise`, `self-reward` or `reward-model`; see ScoreResult and CompareRequest."""
     max_tokens: int
+    """The longest prompt, in tokens."""
     default_format: Format
+    """That of templates that name none: `chat` if the model has a chat template."""
     note: str | None = None
+    """What callers should know of this model."""
     settings: Digest = None
     """Digest of the settings that judgements depend on besides the model and the template. Older services leave it
     out."""
     workers: list[WorkerStatus] = []
+    """Those that take jobs now."""
 
 
 class ModelName(Result):
     """A model as TypeSafe's clients read it."""
 
     name: str
+    """The model's id."""
     description: str
+    """What it is."""
     release_date: str = "1970-01-01"
     """When the model was made is not known."""
 
@@ -308,7 +366,9 @@ class ModelsResult(Result):
     """The models that this service judges with: one, in the forms of OpenAI and of TypeSafe."""
 
     object: Literal["list"] = "list"
+    """For OpenAI's clients."""
     data: list[ModelInfo]
+    """The model."""
     models: list[ModelName] = []
     """Older services leave it out."""
 
@@ -317,11 +377,15 @@ class HealthResult(Result):
     """The process answers. Says nothing about the model."""
 
     status: Literal["ok"] = "ok"
+    """Always `ok`."""
     version: str
+    """That of judge-as-api."""
 
 
 class ReadyResult(Result):
     """The service can judge now. Otherwise the answer is a 503 whose error says why."""
 
     status: Literal["ready"] = "ready"
+    """Always `ready`."""
     model: str
+    """The model's id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from client.schema import (
     ScoreRequest,
     ScoreResult,
     TemplatesResult,
+    requests,
+    results,
 )
 
 # Each minimal request, and how the service reads it.
@@ -299,3 +302,12 @@ def test_log_probabilities_must_be_finite(name: str) -> None:
     """An infinite number in a judgement is refused, in JSON too."""
     with pytest.raises(ValidationError, match="finite"):
         ScoreResult.model_validate_json(json.dumps({**SCORE_RESULT, name: float("inf")}))
+
+
+@pytest.mark.parametrize("module", [requests, results])
+def test_every_field_is_described(module: ModuleType) -> None:
+    """So /docs explains the native bodies without another page."""
+    models = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, BaseModel)]
+    fields = [(model.__name__, name, field) for model in models for name, field in model.model_fields.items()]
+
+    assert [(model, name) for model, name, field in fields if not field.description] == []
