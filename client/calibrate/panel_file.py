@@ -14,6 +14,7 @@ from client.calibrate.weights import FOLDS, HeldOut, PanelFit, fit_panel
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LONGEST: Final = 120
 _NAME: Final = re.compile(r"([A-Za-z0-9][A-Za-z0-9._/-]*)(?:@([1-9][0-9]*))?")
 # Weights are written with this many decimals; a question that rounds to 0 is left out.
 _DECIMALS: Final = 4
@@ -78,8 +79,10 @@ class FittedPanel:
 def parse_name(text: str) -> tuple[str, int]:
     """`mine@2` as name and version, 1 if there is none. Raises EvidenceError."""
     match = _NAME.fullmatch(text)
-    if match is None:
-        raise EvidenceError(f"--panel {text}: give a name of letters, digits and . _ / -, and @2 for version 2")
+    if match is None or len(text) > _LONGEST or match[1] == "inline":
+        raise EvidenceError(
+            f"--panel {text}: give a name of up to {_LONGEST} letters, digits and . _ / -, and @2 for version 2"
+        )
     return match[1], int(match[2] or 1)
 
 

@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = list(sys.argv[1:] if argv is None else argv)
     args = _ask_parser(command).parse_args(rest)
     try:
+        # Once: what is read from a pipe is gone afterwards.
+        prompt, responses = _text(args.prompt), [_text(text) for text in args.response]
         with Judge(args.judge_url, api_key=args.api_key, timeout=args.timeout) as judge:
-            result = _asked(judge, command, args)
+            result = _asked(judge, command, args, prompt, responses)
     except JudgeError as error:
         return fail(error, FAILED)
     except (ValueError, OSError) as error:
@@ -43,16 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif isinstance(result, ScoreResult):
         lines = score_lines(result)
     else:
-        lines = compare_lines(result, _responses(args.response))
+        lines = compare_lines(result, responses)
     sys.stdout.write("\n".join(lines) + "\n")
     return OK
 
 
-def _asked(judge: Judge, command: str, args: argparse.Namespace) -> ScoreResult | CompareResult:
+def _asked(
+    judge: Judge, command: str, args: argparse.Namespace, prompt: str, responses: list[str]
+) -> ScoreResult | CompareResult:
     options: dict[str, Any] = {
         name: value for name in ("category", "template", "mode") if (value := getattr(args, name, None)) is not None
     }
-    prompt, responses = _text(args.prompt), _responses(args.response)
     if command == "compare":
         if len(responses) < 2:
             raise ValueError("a comparison needs two responses or more: give --response once for each")
@@ -77,7 +80,7 @@ def compare_lines(result: CompareResult, responses: Sequence[str]) -> list[str]:
     verdict = verdict_of(result)
     lines, digits = [verdict.sentence, ""], len(str(len(responses)))
     for place, index in enumerate(result.ranking, start=1):
-        score, text = result.scores[index], " ".join(responses[index].split())
+        score, text = result.scores[index], _printable(responses[index])
         shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
         lines.append(f"  {place:>{digits}}. {shown:<{_SHOWN}}  {score.score:.3f}  {score.log_odds:+7.3f}")
     lines += ["", f"  P(Yes) and log-odds; gaps under {MARGIN:g} log-odds are not called. Asked: {result.template}, "]
@@ -90,19 +93,23 @@ def _score_line(name: str, score: float, log_odds: float, mass: float) -> str:
     return f"  {name:<10}  {score:.3f}   log-odds {log_odds:+.3f}   label mass {mass:.3f}"
 
 
-def _responses(given: Sequence[str]) -> list[str]:
-    return [_text(text) for text in given]
+def _printable(text: str) -> str:
+    """In one line, without control characters: an answer must not steer the terminal that shows it."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
 
 
 def _text(given: str) -> str:
     """The text that an argument stands for. Raises OSError or ValueError if its file cannot be read."""
     if given == "-":
+        if sys.stdin is None:
+            raise ValueError("there is no standard input to read")
         return sys.stdin.read()
     if not given.startswith("@"):
         return given
     path = Path(given[1:])
     try:
-        return path.read_text("utf-8")
+        # Bytes: reading as text would change the ends of lines, and with them the score.
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except UnicodeDecodeError:

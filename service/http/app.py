@@ -57,7 +57,10 @@ class Site:
 
 
 def create_app(service: Service, lifespan: Lifespan, site: Site) -> FastAPI:
-    """The ASGI application over a composed service; it owns nothing and closes nothing."""
+    """The ASGI application over a composed service; it owns nothing and closes nothing.
+
+    Raises ValueError for a root path that is the beginning of a route: what a proxy has stripped could not be told.
+    """
     app = _Application(
         title="judge-as-api",
         version=VERSION,
@@ -78,6 +81,13 @@ def create_app(service: Service, lifespan: Lifespan, site: Site) -> FastAPI:
     documentation.add_docs(app, documentation.swagger_files())
     if site.page:
         playground.add_playground(app)
+    taken = [
+        path
+        for path in (getattr(route, "path", "") for route in app.routes)
+        if f"{path}/".startswith(f"{site.root_path}/")
+    ]
+    if site.root_path and taken:
+        raise ValueError(f"--root-path {site.root_path} is where {taken[0]} is served: choose another prefix")
     # Added last runs first.
     app.add_middleware(
         WholeBody,

@@ -106,7 +106,8 @@ class TemplateEntry(_Part):
         return self
 
 
-_Weight = Annotated[FiniteFloat, Field(gt=0)]
+# Far from where sums of weights overflow or lose digits.
+_Weight = Annotated[FiniteFloat, Field(ge=1e-6, le=1e6)]
 
 
 class PanelEntry(_Part):

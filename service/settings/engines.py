@@ -11,7 +11,7 @@ from pydantic_settings import CliSuppress
 from service.engine.contract import Task
 from service.engine.upstream.openai_client import base_url
 from service.settings.groups import SettingsGroup
-from service.settings.values import CommaSeparated, JsonObject, OptionalName, OptionalPath, secret_from_file
+from service.settings.values import CommaSeparated, JsonObject, OptionalName, secret_from_file
 
 
 class ModelSettings(SettingsGroup, title="model and judge"):
@@ -175,7 +175,7 @@ class UpstreamKey(SettingsGroup):
     """The key of the upstream server, from the environment only: other users can see flags."""
 
     upstream_api_key: SecretStr | None = None
-    upstream_api_key_file: OptionalPath = None
+    upstream_api_key_file: Path | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,6 @@ from service.process.hosts import parse_host_pattern
 from service.settings.values import (
     ApiKeys,
     CommaSeparated,
-    OptionalPath,
     parse_origin,
     parse_root_path,
     secret_from_file,
@@ -51,7 +50,7 @@ class QueueSettings(SettingsGroup, title="queue"):
     queue_password: SecretStr | None = Field(
         None, description="password for --queue-url, so that the URL need not hold it; best as JUDGE_QUEUE_PASSWORD"
     )
-    queue_password_file: OptionalPath = Field(None, description="file that holds --queue-password")
+    queue_password_file: Path | None = Field(None, description="file that holds --queue-password")
     key_prefix: str = Field("judge", min_length=1, description="prefix of all Redis keys")
 
     @model_validator(mode="before")
@@ -93,7 +92,7 @@ class HttpSettings(SettingsGroup, title="HTTP"):
         description="keys, comma-separated; callers must send one of them as `Authorization: Bearer KEY`, or in the "
         "URL (http://:KEY@host); unset: no authentication",
     )
-    api_key_file: OptionalPath = Field(
+    api_key_file: Path | None = Field(
         None, description="file that holds the keys of --api-key, on a line each or comma-separated"
     )
     cors_origins: CommaSeparated[Annotated[str, AfterValidator(parse_origin)]] = Field(

@@ -64,9 +64,11 @@ def secret_from_file(values: Any, name: str) -> Any:
     empty (a secret that failed to load must not open the service), or if the secret is given as well.
     """
     file = values.get(f"{name}_file") if isinstance(values, dict) else None
-    if not file:
+    if file is None:
         return values
     variable = f"JUDGE_{name.upper()}"
+    if not str(file):
+        raise ValueError(f"{variable}_FILE is set to nothing: name a file, or unset it")
     if values.get(name):
         raise ValueError(f"give either {variable} or {variable}_FILE, not both")
     try:
@@ -101,7 +103,7 @@ def parse_origin(origin: str) -> str:
 def parse_root_path(path: str) -> str:
     """A path prefix without a final slash, "" for none. Raises ValueError if it does not begin with a slash."""
     plain = path.rstrip("/")
-    if plain and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", plain):
+    if plain and (not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", plain) or "/." in plain):
         raise ValueError("expected a path such as /judge")
     return plain
 
@@ -109,7 +111,6 @@ def parse_root_path(path: str) -> str:
 Entry = TypeVar("Entry")
 # Compose files set a variable to nothing to leave it unset.
 OptionalName = Annotated[str | None, BeforeValidator(lambda value: value or None)]
-OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 CommaSeparated = Annotated[list[Entry], NoDecode, BeforeValidator(split_list)]
 # An empty value is refused here: a secret that failed to load must not open the service to everybody.
 ApiKeys = Annotated[list[Annotated[SecretStr, AfterValidator(sendable_key)]], NoDecode, BeforeValidator(split_commas)]

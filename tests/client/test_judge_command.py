@@ -164,6 +164,29 @@ def test_a_comparison_ranks_the_responses(live: Live) -> None:
     assert max(map(len, places)) <= 80
 
 
+def test_texts_are_read_once_and_shown_without_what_steers_a_terminal(live: Live) -> None:
+    """A pipe holds a text once; an escape sequence in an answer is not passed on."""
+    asked = ["--prompt", "2+2?", "--response", "-", "--response", "5", "--judge-url", live.url]
+
+    shown = judge("compare", *asked, stdin="four\x1b]0;title\x07")
+
+    assert "four ]0;title" in shown.stdout
+    assert "\x1b" not in shown.stdout
+
+
+def test_a_file_and_the_standard_input_are_the_same_text(live: Live, tmp_path: Path) -> None:
+    """Also where lines end in CRLF: another text would get another score."""
+    (tmp_path / "answer.txt").write_bytes(b"a\r\nb")
+    asked = ["--prompt", "2+2?", "--judge-url", live.url, "--json"]
+
+    read, piped = (
+        json.loads(judge("score", *asked, "--response", given, stdin="a\r\nb").stdout)["log_odds"]
+        for given in (f"@{tmp_path / 'answer.txt'}", "-")
+    )
+
+    assert read == piped
+
+
 def test_the_address_and_the_key_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """JUDGE_URL and JUDGE_API_KEY, as for every program; a wrong key is told with the flag and the variable."""
     asked = ["score", "--prompt", "2+2?", "--response", "4"]

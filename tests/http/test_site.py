@@ -93,7 +93,7 @@ def test_the_prefix_alone_leads_to_the_page() -> None:
     assert other.status_code == 404
 
 
-@pytest.mark.parametrize("path", ["judge", "/judge?", "/a b", "//judge"])
+@pytest.mark.parametrize("path", ["judge", "/judge?", "/a b", "//judge", "/.."])
 def test_a_prefix_that_is_no_path_is_refused(path: str) -> None:
     """At startup, not at the first request."""
     with pytest.raises(ValidationError, match="/judge"):
@@ -111,3 +111,10 @@ def test_the_description_asks_for_a_key_where_one_is_needed() -> None:
     assert closed["paths"]["/score"]["post"]["security"] == [{"key": []}]
     assert "security" not in closed["paths"]["/health"]["get"]
     assert "securitySchemes" not in open_["components"]
+
+
+@pytest.mark.parametrize("path", ["/v1", "/score", "/docs"])
+def test_a_prefix_that_begins_a_route_is_refused(path: str) -> None:
+    """What a proxy has stripped could not be told from what it has not."""
+    with pytest.raises(ValueError, match="choose another prefix"), live_service(root_path=path):
+        pass

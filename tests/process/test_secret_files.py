@@ -44,6 +44,19 @@ def test_an_empty_file_does_not_open_the_service(
     assert f"{tmp_path}/secret is empty" in capsys.readouterr().err
 
 
+def test_a_variable_set_to_nothing_does_not_open_the_service(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with the key itself: a name that was not filled in is not the wish for no keys."""
+    monkeypatch.setenv("JUDGE_API_KEY_FILE", "")
+
+    with pytest.raises(SystemExit) as ended:
+        settings_from(Settings, [])
+
+    assert ended.value.code == 2
+    assert "JUDGE_API_KEY_FILE is set to nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["api_key", "queue_password"])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     """With the variable, and why it cannot be read."""

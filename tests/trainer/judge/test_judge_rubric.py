@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from client.data.tables import DataError
 from tests.trainer.judge.makers import TOY_FLAGS, toy_file
 from tests.trainer.judge.test_judge_contrasts import LONG, PYTHON
 from trainer.errors import InputError
@@ -52,8 +53,14 @@ def test_data_of_all_contrasts_and_of_one(tmp_path: Path) -> None:
 
 
 def test_bad_answers_and_blank_ones_are_not_used(tmp_path: Path) -> None:
-    """A row whose label says no is no good answer."""
-    data = [*rows(1, label="no"), {"prompt": "Why?", "response": LONG, "label": 1}, {"prompt": " ", "response": LONG}]
+    """A row whose label says no, in words or as a probability, is no good answer."""
+    data = [
+        *rows(1, label="no"),
+        *rows(1, label=0.3),
+        *rows(1, label="0.00"),
+        {"prompt": "Why?", "response": LONG, "label": 1},
+        {"prompt": " ", "response": LONG},
+    ]
 
     assert [label.prompt for label in labels(rubric(tmp_path, f'data = "answers.jsonl"\n{ONE}', data)).values()] == [
         "Why?"
@@ -174,3 +181,10 @@ def test_other_answers_are_another_run(tiny_model: Path, tmp_path: Path, capsys:
     assert "another configuration (other labels: rubric)" in capsys.readouterr().err
     assert main(flags) == 2
     assert "give --pairs, or --from-rubric" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("label", ["perhaps", "nan", 2])
+def test_a_label_that_says_neither_is_refused(label: object, tmp_path: Path) -> None:
+    """With its row, rather than taken for a good answer."""
+    with pytest.raises(DataError, match="neither yes, no nor a number"):
+        labels(rubric(tmp_path, f'data = "answers.jsonl"\n{ONE}', rows(1, label=label)))

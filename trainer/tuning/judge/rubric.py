@@ -20,6 +20,7 @@ and `label`, by which bad answers are left out.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -172,7 +173,7 @@ def _answers(row: TableRow, column: str, harmful: Sequence[str]) -> Iterator[Goo
     name = next((name for name in ("response", "chosen") if name in fields), None)
     if name is None:
         raise row.problem(f"neither response nor chosen (columns: {', '.join(map(str, fields)) or 'none'})")
-    if _word(fields, "label") in _NO:
+    if not _good(row):
         return
     # The layout of pairs reads every form that prompts and answers have; there is nothing to compare here.
     sample = layouts.pairs(
@@ -188,6 +189,22 @@ def _answers(row: TableRow, column: str, harmful: Sequence[str]) -> Iterator[Goo
     )
     if not is_blank(answer.request) and not is_blank(answer.text):
         yield answer
+
+
+def _good(row: TableRow) -> bool:
+    """Whether the row's `label`, if it has one, calls the answer good. Raises DataError for one that says neither."""
+    word = _word(row.fields, "label")
+    if word in _YES or word in ("", "good", "none"):
+        return True
+    if word in _NO:
+        return False
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise row.problem(f"label is {row.fields['label']!r}, neither yes, no nor a number from 0 to 1")
+    return number > 0.5
 
 
 def _word(fields: dict[str, Any], name: str) -> str:

@@ -258,8 +258,9 @@ class _Asking:
         prompt = label.prompt if isinstance(label.prompt, str) else list(label.prompt)
         if self.info.judge not in _ASKED_BY_CATEGORY:
             return {"prompt": prompt}
-        if self.options.template is not None:
-            return {"prompt": prompt, "template": self.options.template}
+        template = self.options.template or label.template
+        if template is not None:
+            return {"prompt": prompt, "template": template}
         return {"prompt": prompt, "category": label.category if label.category in self.offered.categories else GENERAL}
 
 
@@ -268,17 +269,18 @@ def _line(label: Label, outcome: CompareResult | ScoreResult | JudgeAPIError, se
         return TeacherLine(id=label.id, seconds=seconds, error=ScoreError(code=outcome.code, message=outcome.message))
     masses: tuple[float, ...]
     if isinstance(outcome, ScoreResult):
-        margin, masses, judgements = outcome.log_odds, (outcome.label_mass,), 1
+        margin, masses, panel = outcome.log_odds, (outcome.label_mass,), outcome.panel
     else:
         first, second = outcome.scores
         # A pairwise judge's numbers are already those of the first against the second.
         margin = first.log_odds - (second.log_odds if outcome.mode == "pointwise" else 0.0)
-        masses, judgements = (first.label_mass, second.label_mass), 2
+        masses, panel = (first.label_mass, second.label_mass), first.panel
     return TeacherLine(
         id=label.id,
         margin=margin,
         label_mass=masses,
-        judgements=judgements,
+        # Both orders or both answers; of a panel, by each of its templates.
+        judgements=len(masses) * len(panel or [None]),
         seconds=seconds,
         template=outcome.template,
         model=outcome.model,
