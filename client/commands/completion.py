@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take a while
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Final
@@ -57,13 +58,11 @@ def parser_of(command: Command) -> Parser | None:
     """The command's own parser; None if its packages are not installed here."""
     try:
         main: Any = import_module(f"{command.module}.__main__" if _is_package(command.module) else command.module).main
-        with capturing():
+        with capturing() as parsers, suppress(Captured):
             main([*command.arguments])
-    except Captured as caught:
-        return caught.parser
     except ImportError:
         return None
-    return None
+    return parsers[0] if parsers else None
 
 
 def _is_package(module: str) -> bool:

@@ -15,7 +15,7 @@ from client.runtime.program import called
 ERROR_HINT: Final = "--help lists the flags"
 # difflib's 0.6 takes --bogus for --host.
 _ALIKE: Final = 0.7
-_captured: list[bool] = []
+_captured: list[list[Parser]] = []
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See ArgumentParser; inside `capturing` it raises Captured instead."""
         if _captured:
-            raise Captured(self)
+            _captured[-1].append(self)
+            raise Captured("its arguments would be read now")
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -92,18 +93,15 @@ class Parser(argparse.ArgumentParser):
 
 
 class Captured(Exception):  # noqa: N818 - nothing failed
-    """Carries the parser of a program out of its `main`."""
-
-    def __init__(self, parser: Parser) -> None:
-        self.parser = parser
+    """Ends a program's `main` inside `capturing`, where it would read its arguments."""
 
 
 @contextmanager
-def capturing() -> Iterator[None]:
-    """Inside, a program's `main` raises Captured where it would read its arguments: nothing of it runs."""
-    _captured.append(True)
+def capturing() -> Iterator[list[Parser]]:
+    """Inside, a program's `main` raises Captured where it would read its arguments, and its parser is in the list."""
+    _captured.append([])
     try:
-        yield
+        yield _captured[-1]
     finally:
         _captured.pop()
 
