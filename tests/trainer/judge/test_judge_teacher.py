@@ -57,6 +57,26 @@ def test_pairs_and_single_answers(service: Live, tmp_path: Path) -> None:
     assert all(line.prompt_tokens > 0 and line.template == first["template"] for line in lines)
 
 
+def test_a_labels_own_template_is_the_teachers_too(service: Live, tmp_path: Path) -> None:
+    """Beside labels of the same category without one, and one that the options name wins over both."""
+    plain, other = toy_labels(2)
+    own = other.model_copy(update={"template": "general@1"})
+
+    lines = ask(service, [plain, own], tmp_path / "teacher.jsonl")
+    fixed = ask(service, [plain, own], tmp_path / "fixed.jsonl", template="safety@2")
+
+    assert plain.category == own.category
+    assert [line.template for line in lines] == ["math@2", "general@1"]
+    assert [line.template for line in fixed] == ["safety@2", "safety@2"]
+
+
+def test_a_panels_templates_are_counted(service: Live, tmp_path: Path) -> None:
+    """Two answers by two templates are four judgements."""
+    [line] = ask(service, toy_labels(1), tmp_path / "teacher.jsonl", template="general@3,math@2")
+
+    assert line.judgements == 4
+
+
 def test_a_pairwise_judge_compares(tmp_path: Path) -> None:
     """Its own log-odds are the margin; it cannot say whether one answer is good."""
     pair = toy_labels(1)[0]

@@ -220,7 +220,7 @@ class _Asking:
             model=self.info.id,
             fingerprint=self.info.fingerprint,
             key_of=attrgetter("id"),
-            question_of=lambda line: f"{by_id[line.id].category} {by_id[line.id].is_pair}",
+            question_of=lambda line: _question(by_id[line.id]),
             max_failures=self.options.max_failures,
             start_over=_START_OVER,
         )
@@ -262,6 +262,12 @@ class _Asking:
         if template is not None:
             return {"prompt": prompt, "template": template}
         return {"prompt": prompt, "category": label.category if label.category in self.offered.categories else GENERAL}
+
+
+def _question(label: Label) -> str:
+    """The same for labels that are asked by one template, which must not change within a run."""
+    asked = f"category {label.category}" if label.template is None else f"template {label.template}"
+    return f"{asked} {label.is_pair}"
 
 
 def _line(label: Label, outcome: CompareResult | ScoreResult | JudgeAPIError, seconds: float) -> TeacherLine:
