@@ -64,27 +64,27 @@ def playground(page: Page) -> None:
 
 def two(page: Page) -> None:
     """Two responses, one of them clearly better."""
-    _fill(page, "What is 17 * 6?", "17 * 6 = 102", "17 * 6 = 96")
+    fill(page, "What is 17 * 6?", "17 * 6 = 102", "17 * 6 = 96")
     _edit_comparison(page, [1.3, -0.9])
     _run(page)
 
 
 def sixteen(page: Page) -> None:
     """As many responses as there may be."""
-    _fill(page, "Name a prime number.", *(f"{number} is a prime number." for number in range(2, 18)))
+    fill(page, "Name a prime number.", *(f"{number} is a prime number." for number in range(2, 18)))
     _run(page)
 
 
 def close(page: Page) -> None:
     """A difference too small to call."""
-    _fill(page, "Which is the better greeting?", "Good morning!", "Good morning to you.", "What?")
+    fill(page, "Which is the better greeting?", "Good morning!", "Good morning to you.", "What?")
     _edit_comparison(page, [0.083, 0.071, -1.4])
     _run(page)
 
 
 def biased(page: Page) -> None:
     """A judge that goes by the order alone."""
-    _fill(page, "Which is the better greeting?", "Good morning!", "Good morning to you.", "What?")
+    fill(page, "Which is the better greeting?", "Good morning!", "Good morning to you.", "What?")
     bias = {"pairs": 3, "flips": 3, "flip_rate": 1.0, "first_log_odds": 1.42}
     _edit_comparison(page, [0.3, 0.1, -0.4], position_bias=bias)
     page.get_by_label("Pairwise").check()
@@ -93,14 +93,14 @@ def biased(page: Page) -> None:
 
 def faint(page: Page) -> None:
     """A model that hardly meant to answer."""
-    _fill(page, "2 + 2?", "4")
+    fill(page, "2 + 2?", "4")
     _edit_answers(page, "**/score", lambda body: {**body, "label_mass": 0.021, "label_is_argmax": False})
     _run(page)
 
 
 def failed(page: Page) -> None:
     """A request that the service refuses, at the end of a long form."""
-    _fill(page, "A long question. " * 200, "4")
+    fill(page, "A long question. " * 200, "4")
     page.get_by_text("Instruction, layout and labels").click()
     page.get_by_label("Labels for yes").fill("certainly so, no doubt at all")
     page.locator("#run").click()
@@ -159,7 +159,8 @@ def _example(page: Page) -> None:
     _run(page)
 
 
-def _fill(page: Page, prompt: str, *responses: str) -> None:
+def fill(page: Page, prompt: str, *responses: str) -> None:
+    """Fill in a prompt and as many responses."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     while page.locator("#responses textarea").count() < len(responses):
         page.get_by_role("button", name="Add a response").click()

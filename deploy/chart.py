@@ -64,12 +64,9 @@ def services(documents: Sequence[Mapping[str, Any]], secrets: Path) -> dict[str,
     Redis is known by its component's name in place of the Service's; `secrets` is the folder of the mounted Secret.
     """
     images = stages(DOCKERFILE.read_text(encoding="utf-8"))
+    pods = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
     found = {}
-    for component in ("redis", "api", "worker"):
-        if not any(document["metadata"]["name"] == f"{RELEASE}-{component}" for document in documents):
-            continue
-        deployment = named(documents, "Deployment", f"-{component}")
-        pod = deployment["spec"]["template"]["spec"]
+    for pod in pods:
         for container in (*pod.get("initContainers", []), *pod["containers"]):
             found[container["name"]] = _service(container, pod["terminationGracePeriodSeconds"], images, secrets)
     return found

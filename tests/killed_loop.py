@@ -12,8 +12,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,53 +23,14 @@ import trainer.policy.sampling
 import trainer.tuning.callbacks
 from client.benchmarks.rows import Row
 from client.runs.resumable import ResumableRun
-from trainer.run.stages import Stage
+from tests.support.killing import Install, before_the_marker, while_writing
 from trainer.self_improve import main
 
 LINES_BEFORE = 5
 
 
-def _at_the_end_of(stage: str) -> Callable[[], None]:
-    """Kill before the marker of the finished stage is written."""
-
-    def install() -> None:
-        finish = Stage.finish
-
-        def dying(self: Stage) -> None:
-            if self.name == stage:
-                os.kill(os.getpid(), signal.SIGKILL)
-            finish(self)
-
-        Stage.finish = dying  # type: ignore[method-assign]
-
-    return install
-
-
-def _while_writing(module: Any, number: signal.Signals) -> Callable[[], None]:
-    """Kill after some lines of a JSONL file, in the middle of another one."""
-
-    def install() -> None:
-        appending = module.appending
-
-        @contextmanager
-        def dying(path: Path) -> Iterator[Callable[[Any], None]]:
-            with appending(path) as append:
-                written = 0
-
-                def append_or_die(record: Any) -> None:
-                    nonlocal written
-                    if written == LINES_BEFORE:
-                        with path.open("ab") as file:
-                            file.write(b'{"id": "torn')
-                        os.kill(os.getpid(), number)
-                    append(record)
-                    written += 1
-
-                yield append_or_die
-
-        module.appending = dying
-
-    return install
+def _at_the_end_of(stage: str) -> Install:
+    return before_the_marker(lambda name: name == stage)
 
 
 def _in_training() -> None:
@@ -98,12 +57,12 @@ def _while_comparing() -> None:
     ResumableRun.record = dying  # type: ignore[method-assign]
 
 
-POINTS: dict[str, Callable[[], None]] = {
+POINTS: dict[str, Install] = {
     "at the end of instructions": _at_the_end_of("instructions"),
-    "Ctrl-C while sampling": _while_writing(trainer.policy.sampling, signal.SIGINT),
-    "while sampling": _while_writing(trainer.policy.sampling, signal.SIGKILL),
+    "Ctrl-C while sampling": while_writing(trainer.policy.sampling, LINES_BEFORE, signal.SIGINT),
+    "while sampling": while_writing(trainer.policy.sampling, LINES_BEFORE),
     "at the end of samples": _at_the_end_of("samples"),
-    "while labelling": _while_writing(client.runs.resumable, signal.SIGKILL),
+    "while labelling": while_writing(client.runs.resumable, LINES_BEFORE),
     "at the end of scores": _at_the_end_of("scores"),
     "at the end of reliability": _at_the_end_of("reliability"),
     "at the end of pairs": _at_the_end_of("pairs"),

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import jinja2  # noqa: F401 (imported before the forks)
 import rich.progress  # noqa: F401
@@ -25,66 +20,23 @@ import service.engine.torch.loading  # noqa: F401
 import trainer.evaluation.tasks.divergence
 import trainer.evaluation.tasks.likelihood
 import trainer.policy.sampling
+from tests.support.killing import Install, before_the_marker, while_writing
 from trainer.evaluate import main
-from trainer.run.stages import Stage
 
 LINES_BEFORE = 3
 
 
-def _while_writing(module: Any) -> Callable[[], None]:
-    """Kill after some lines of a file, in the middle of another one."""
-
-    def install() -> None:
-        appending = module.appending
-
-        @contextmanager
-        def dying(path: Path) -> Iterator[Callable[[Any], None]]:
-            with appending(path) as append:
-                written = 0
-
-                def append_or_die(record: Any) -> None:
-                    nonlocal written
-                    if written == LINES_BEFORE:
-                        with path.open("ab") as file:
-                            file.write(b'{"id": "torn')
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    append(record)
-                    written += 1
-
-                yield append_or_die
-
-        module.appending = dying
-
-    return install
-
-
-def _at_the_end_of(kind: str) -> Callable[[], None]:
-    """Kill when a stage's files are complete, before its marker says so."""
-
-    def install() -> None:
-        finish = Stage.finish
-
-        def dying(self: Stage) -> None:
-            if self.name.endswith(kind):
-                os.kill(os.getpid(), signal.SIGKILL)
-            finish(self)
-
-        Stage.finish = dying  # type: ignore[method-assign]
-
-    return install
-
-
-POINTS: tuple[Callable[[], None], ...] = (
-    _while_writing(trainer.policy.sampling),
-    _at_the_end_of("answers"),
-    _while_writing(trainer.evaluation.tasks.likelihood),
-    _while_writing(trainer.evaluation.tasks.divergence),
-    _at_the_end_of("items"),
+POINTS: tuple[Install, ...] = (
+    while_writing(trainer.policy.sampling, LINES_BEFORE),
+    before_the_marker(lambda name: name.endswith("answers")),
+    while_writing(trainer.evaluation.tasks.likelihood, LINES_BEFORE),
+    while_writing(trainer.evaluation.tasks.divergence, LINES_BEFORE),
+    before_the_marker(lambda name: name.endswith("items")),
     lambda: None,
 )
 
 
-def _run(install: Callable[[], None], flags: list[str]) -> int:
+def _run(install: Install, flags: list[str]) -> int:
     child = os.fork()
     if child == 0:
         install()

@@ -22,7 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from client.runs.progress import OnProgress, progress_bar
+from client.runs.progress import OnProgress
 from service.models.resolve import fingerprint
 from service.models.tokenizers import load_tokenizer
 from trainer.errors import StageError
@@ -36,7 +36,7 @@ from trainer.run.files import (
     write_records,
     write_whole,
 )
-from trainer.run.progress import echo
+from trainer.run.progress import echo, run_in_bar
 from trainer.run.records import HELD_OUT_FILE, MERGED_FOLDER
 from trainer.run.stages import RunFolder, Stage, recorded_input
 from trainer.tuning.card import CARD_FILE, model_card
@@ -242,11 +242,7 @@ class JudgeStages:
         return {"asked": self.folder.config["asked"]}
 
     def _do(self, stage: Stage, title: str, work: Callable[[OnProgress], None]) -> None:
-        def in_bar() -> None:
-            with progress_bar(self.console, title) as report:
-                work(report)
-
-        self.folder.run_stage(stage, in_bar)
+        run_in_bar(self.folder, stage, self.console, title, work)
 
 
 def chosen(examples: Sequence[Example], count: int | None, seed: int) -> list[Example]:

@@ -8,7 +8,7 @@ of the answers in pairs, fewer where a sample has more rejected answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
@@ -57,9 +57,14 @@ def calibrate(samples: Sequence[LabelledSample], seed: int = 0) -> TemplateCalib
 
 def split_halves(samples: Sequence[LabelledSample], seed: int) -> tuple[list[LabelledSample], list[LabelledSample]]:
     """The half to fit to and the half to measure on, by the SHA-256 of seed and id, whatever the samples' order."""
-    ids = sorted({sample.id for sample in samples}, key=lambda name: (sha256(f"{seed}:{name}".encode()).digest(), name))
+    ids = shuffled({sample.id for sample in samples}, seed)
     first = set(ids[: (len(ids) + 1) // 2])
     return [s for s in samples if s.id in first], [s for s in samples if s.id not in first]
+
+
+def shuffled(ids: Iterable[str], seed: int) -> list[str]:
+    """The ids in an order that they and the seed decide, whatever their own: that of the SHA-256 of both."""
+    return sorted(ids, key=lambda name: (sha256(f"{seed}:{name}".encode()).digest(), name))
 
 
 def fit(log_odds: Sequence[float], labels: Sequence[bool]) -> tuple[float, float] | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Final
 
+from client.calibrate.fitting import shuffled
 from client.stats import brier, ece, mcnemar_exact, mean, negative_log_likelihood, sigmoid
 
 # Standard deviation of the prior on the slopes' mean, in units in which the differences of log-odds, all questions
@@ -106,7 +106,7 @@ def fit_panel(samples: Sequence[PanelSample], seed: int = 0) -> PanelFit | None:
 
 def split_folds(samples: Sequence[PanelSample], seed: int) -> list[list[tuple[float, ...]]]:
     """The pairs' differences in FOLDS parts, by the SHA-256 of seed and id, whatever the samples' order."""
-    ids = sorted({sample.id for sample in samples}, key=lambda name: (sha256(f"{seed}:{name}".encode()).digest(), name))
+    ids = shuffled({sample.id for sample in samples}, seed)
     fold_of = {name: place % FOLDS for place, name in enumerate(ids)}
     return [
         [pair for sample in samples if fold_of[sample.id] == fold for pair in sample.differences]

@@ -81,13 +81,6 @@ def create_app(service: Service, lifespan: Lifespan, site: Site) -> FastAPI:
     documentation.add_docs(app, documentation.swagger_files())
     if site.page:
         playground.add_playground(app)
-    taken = [
-        path
-        for path in (getattr(route, "path", "") for route in app.routes)
-        if f"{path}/".startswith(f"{site.root_path}/")
-    ]
-    if site.root_path and taken:
-        raise ValueError(f"--root-path {site.root_path} is where {taken[0]} is served: choose another prefix")
     # Added last runs first.
     app.add_middleware(
         WholeBody,
@@ -99,6 +92,7 @@ def create_app(service: Service, lifespan: Lifespan, site: Site) -> FastAPI:
     app.add_middleware(KnownHost, hosts=service.hosts, metrics=service.metrics)
     app.add_middleware(RequestContext, metrics=service.metrics, tracing=service.tracing)
     if site.root_path:
+        _refuse_taken(app, site.root_path)
         app.add_middleware(RootPath, prefix=site.root_path)
     if site.cors_origins:
         # Outermost, because a page can read no error without these headers either.
@@ -110,3 +104,9 @@ def create_app(service: Service, lifespan: Lifespan, site: Site) -> FastAPI:
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     return app
+
+
+def _refuse_taken(app: FastAPI, prefix: str) -> None:
+    for path in (getattr(route, "path", "") for route in app.routes):
+        if f"{path}/".startswith(f"{prefix}/"):
+            raise ValueError(f"--root-path {prefix} is where {path} is served: choose another prefix")

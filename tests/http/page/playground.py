@@ -9,6 +9,8 @@ from typing import Any
 
 from playwright.sync_api import BrowserContext, Page, Route, expect
 
+from bench.screenshots import fill as fill
+
 PATIENCE = 120_000
 
 OWN = {
@@ -27,17 +29,6 @@ def opened(context: BrowserContext, url: str) -> Page:
     page.goto(url)
     expect(page.locator("#model")).not_to_contain_text("Asking")
     return page
-
-
-def fill(page: Page, prompt: str, *responses: str) -> None:
-    """Fill in a prompt and as many responses."""
-    page.get_by_label("Prompt", exact=True).fill(prompt)
-    while page.locator("#responses textarea").count() < len(responses):
-        page.get_by_role("button", name="Add a response").click()
-    while page.locator("#responses textarea").count() > len(responses):
-        page.get_by_role("button", name="Remove response 1").click()
-    for number, text in enumerate(responses, 1):
-        page.get_by_label(f"Response {number}", exact=True).fill(text)
 
 
 def run(page: Page) -> None:

@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from client.runs.progress import OnProgress, progress_bar
+from client.runs.progress import OnProgress
 from client.texts import is_blank
 from trainer.evaluation.tasks.contrasts import contrasts
 from trainer.evaluation.tasks.divergence import (
@@ -41,6 +41,7 @@ from trainer.policy.requests import SampleSettings
 from trainer.policy.sampling import Sampled, sample_responses
 from trainer.run.files import read_records, write_record, write_records
 from trainer.run.model_files import same_weights
+from trainer.run.progress import run_in_bar
 from trainer.run.records import METRICS_FILE, Instruction
 from trainer.run.stages import RunFolder, Stage
 
@@ -94,6 +95,9 @@ class TaskRun:
     def _answers(self, task: Task, arm: Arm) -> Path:
         return arm.folder / FOLDER / task.name / f"{arm.name}.answers.jsonl"
 
+    def _options(self, task: Task, arm: Arm) -> Path:
+        return arm.folder / FOLDER / task.name / f"{arm.name}.options.jsonl"
+
     def _greedy(self) -> SampleSettings:
         settings = replace(self.settings, samples=1, temperature=0.0, top_p=1.0)
         return replace(settings, max_new_tokens=self.options.max_new_tokens)
@@ -124,10 +128,9 @@ class TaskRun:
             "system": reading.system,
         }
         stage = self._stage(arm, task.name, "options", inputs)
-        output = stage.folder / stage.outputs[0]
 
         def work(report: OnProgress) -> None:
-            score_options(arm.model.name, task.items, output, reading, report)
+            score_options(arm.model.name, task.items, self._options(task, arm), reading, report)
 
         self._do(stage, f"{task.name}: options of {arm.name}", work)
 
@@ -175,7 +178,7 @@ class TaskRun:
 
         def work(report: OnProgress) -> None:
             del report  # seconds
-            options = arm.folder / FOLDER / task.name / f"{arm.name}.options.jsonl"
+            options = self._options(task, arm)
             likelihoods = read_records(options, OptionLikelihoods) if options.exists() else []
             write_records(output, checked_items(task, read_records(self._answers(task, arm), Sampled), likelihoods))
 
@@ -188,7 +191,7 @@ class TaskRun:
             "items": _items_digest(task),
             "answers": self._answers(task, arm),
         }
-        options = arm.folder / FOLDER / task.name / f"{arm.name}.options.jsonl"
+        options = self._options(task, arm)
         return {**inputs, "options": options} if options.exists() else inputs
 
     def _metrics(
@@ -226,11 +229,7 @@ class TaskRun:
         )
 
     def _do(self, stage: Stage, title: str, work: Callable[[OnProgress], None]) -> None:
-        def shown() -> None:
-            with progress_bar(self.console, title) as report:
-                work(report)
-
-        self.run.run_stage(stage, shown)
+        run_in_bar(self.run, stage, self.console, title, work)
 
 
 def run_tasks(

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
 from client import stats
-from client.calibrate.fitting import LabelledSample, calibrate, fit
+from client.calibrate.fitting import LabelledSample, calibrate, fit, shuffled
 from client.calibration import Calibration, FittedOn, TemplateCalibration, save
 from trainer.run.records import Record
 from trainer.tuning.judge.readings import Reading
@@ -136,8 +135,7 @@ def _temperature(pairs: Sequence[Reading]) -> float | None:
 
 def _folds(pairs: Sequence[Reading], seed: int) -> list[list[Reading]]:
     """The pairs in FOLDS parts; those of one prompt are in the same."""
-    prompts = {reading.group for reading in pairs}
-    order = sorted(prompts, key=lambda prompt: sha256(f"{seed}:{prompt}".encode()).digest())
+    order = shuffled({reading.group for reading in pairs}, seed)
     place = {prompt: index % FOLDS for index, prompt in enumerate(order)}
     return [[reading for reading in pairs if place[reading.group] == fold] for fold in range(FOLDS)]
 

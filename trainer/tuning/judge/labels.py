@@ -173,7 +173,10 @@ def _labels(row: TableRow, category: str) -> Iterator[Label]:
     sample = layouts.pairs(TableRow(row.source, row.unit, row.number, {**fields, **_as_pair(fields)}))
     if len(sample.chosen) > 1:
         raise row.problem(f"response holds {len(sample.chosen)} answers, and a label is about one: give each its row")
-    yield Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen, target=_verdict(row), **common)
+    verdict = verdict_of(fields["label"])
+    if verdict is None:
+        raise row.problem(f"label is {fields['label']!r}, not a number from 0 to 1")
+    yield Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen, target=verdict, **common)
 
 
 def _name(value: object) -> str | None:
@@ -185,17 +188,22 @@ def _as_pair(fields: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": fields["response"], "rejected": fields["response"]}
 
 
-def _verdict(row: TableRow) -> float:
-    """How good the answer is, from 0 to 1."""
-    value = row.fields["label"]
-    word = _WORDS.get(str(value).strip().lower())
-    return _number(row, "label", None, highest=1.0) if word is None else word
+def verdict_of(value: object) -> float | None:
+    """How good an answer is by a label in words or as a number, from 0 to 1; None if it says neither."""
+    text = str(value).strip().lower()
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number <= 1 else None
 
 
-def _number(row: TableRow, column: str, default: float | None, *, highest: float) -> float:
+def _number(row: TableRow, column: str, default: float, *, highest: float) -> float:
     """A number from 0 to `highest`; files without types hold it as text."""
     value = row.fields.get(column)
-    if value in (None, "") and default is not None:
+    if value in (None, ""):
         return default
     try:
         number = float(str(value))

@@ -20,7 +20,6 @@ and `label`, by which bad answers are left out.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,10 +37,9 @@ from client.runtime.validation import first_problem
 from client.texts import is_blank
 from trainer.errors import InputError
 from trainer.tuning.judge.contrasts import Contrast, GoodAnswer, Kind, contrasts
-from trainer.tuning.judge.labels import Label
+from trainer.tuning.judge.labels import UNDECIDED, Label, verdict_of
 
 _YES: Final = frozenset({"true", "yes", "1", "1.0"})
-_NO: Final = frozenset({"false", "no", "bad", "0", "0.0"})
 # What no answer had if a contrast could not be made once.
 _MISSING: Final[dict[Kind, str]] = {
     "other_request": "there is no answer to another, similar request",
@@ -193,18 +191,13 @@ def _answers(row: TableRow, column: str, harmful: Sequence[str]) -> Iterator[Goo
 
 def _good(row: TableRow) -> bool:
     """Whether the row's `label`, if it has one, calls the answer good. Raises DataError for one that says neither."""
-    word = _word(row.fields, "label")
-    if word in _YES or word in ("", "good", "none"):
+    label = _word(row.fields, "label")
+    if label in ("", "none"):
         return True
-    if word in _NO:
-        return False
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
+    verdict = verdict_of(label)
+    if verdict is None:
         raise row.problem(f"label is {row.fields['label']!r}, neither yes, no nor a number from 0 to 1")
-    return number > 0.5
+    return verdict > UNDECIDED
 
 
 def _word(fields: dict[str, Any], name: str) -> str:
