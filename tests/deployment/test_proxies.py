@@ -110,7 +110,7 @@ def test_metrics_stay_inside(proxied: tuple[httpx.Client, Live]) -> None:
     assert live.http.get("/metrics").status_code == 200
 
 
-@pytest.mark.parametrize(("size", "status"), [(2**25, 413), (2**20, 415)])
+@pytest.mark.parametrize(("size", "status"), [(2**25, 413), (2**24 + 1, 413), (2**24, 415), (2**20, 415)])
 def test_only_bodies_over_the_bound_are_refused(proxied: tuple[httpx.Client, Live], size: int, status: int) -> None:
     """Those below it reach the service, which wants JSON."""
     client, _ = proxied
