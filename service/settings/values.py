@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
+
+# Of a file with secrets, in characters. Something else, such as a device, would fill the memory.
+_LONGEST_SECRET: Final = 1_000_000
 
 
 def sendable_key(key: SecretStr) -> SecretStr:
@@ -72,11 +75,14 @@ def secret_from_file(values: Any, name: str) -> Any:
     if values.get(name):
         raise ValueError(f"give either {variable} or {variable}_FILE, not both")
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        with Path(file).open(encoding="utf-8") as secret:
+            text = secret.read(_LONGEST_SECRET + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ValueError(f"{variable}_FILE: cannot read {file}: {reason}") from None
-    entries = [line.strip() for line in lines if line.strip()]
+    if len(text) > _LONGEST_SECRET:
+        raise ValueError(f"{variable}_FILE: {file} is longer than {_LONGEST_SECRET:,} characters")
+    entries = [line.strip() for line in text.split("\n") if line.strip()]
     if not entries:
         raise ValueError(f"{variable}_FILE: {file} is empty")
     return {**values, name: ",".join(entries)}
@@ -94,10 +100,18 @@ def with_password(url: str, password: str) -> str:
 
 
 def parse_origin(origin: str) -> str:
-    """An entry of --cors-origins in lower case. Raises ValueError unless it is scheme://host[:port] or *."""
-    if origin != "*" and not re.fullmatch(r"https?://[^\s/?#@*]+", origin, re.IGNORECASE):
+    """An entry of --cors-origins as browsers send it: in lower case, without the scheme's own port.
+
+    Raises ValueError unless it is scheme://host[:port] or *, with a host in ASCII (browsers send xn--…).
+    """
+    if origin == "*":
+        return origin
+    match = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?", origin.lower())
+    if match is None or (match[3] and not 0 < int(match[3]) <= 65535):
         raise ValueError("expected origins such as https://app.example.com, without a path or a final slash, or *")
-    return origin.lower()
+    scheme, host, port = match.groups()
+    own_port = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+    return f"{scheme}://{host}" if own_port else f"{scheme}://{host}:{int(port)}"
 
 
 def parse_root_path(path: str) -> str:

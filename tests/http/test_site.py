@@ -54,7 +54,35 @@ def test_other_origins_are_not_admitted(origins: list[str]) -> None:
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
-@pytest.mark.parametrize("origin", ["*", "app.example.com", f"{APP}/", f"{APP}/path", "https://*.example.com", "null"])
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://App.example.com:443", "https://app.example.com"),
+        ("http://localhost:080", "http://localhost"),
+        ("http://localhost:8443", "http://localhost:8443"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
+    ],
+)
+def test_an_origin_is_compared_as_browsers_send_it(given: str, sent: str) -> None:
+    """In lower case, and without the scheme's own port."""
+    assert Settings(cors_origins=[given]).cors_origins == [sent]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "app.example.com",
+        f"{APP}/",
+        f"{APP}/path",
+        "https://*.example.com",
+        "null",
+        "https://bücher.example",
+        "https://app.example.com:0",
+        "https://app.example.com:65536",
+        "https://user:word@app.example.com",
+    ],
+)
 def test_an_origin_that_would_admit_nobody_or_everybody_is_refused(origin: str) -> None:
     """`*` without keys would let any page use the service through its visitors."""
     with pytest.raises(ValidationError):

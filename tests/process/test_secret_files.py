@@ -44,6 +44,12 @@ def test_an_empty_file_does_not_open_the_service(
     assert f"{tmp_path}/secret is empty" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_secret_is_not_read_whole() -> None:
+    """A device has no end."""
+    with pytest.raises(ValidationError, match="/dev/zero is longer than 1,000,000 characters"):
+        Settings(api_key_file="/dev/zero")
+
+
 def test_a_variable_set_to_nothing_does_not_open_the_service(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

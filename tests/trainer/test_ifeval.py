@@ -120,6 +120,7 @@ def test_a_checker_that_breaks_gives_no_verdict(tmp_path: Path) -> None:
             [{"relation": "about", "num_words": 5}],
             "length_constraints:number_words cannot be checked with these kwargs",
         ),
+        (["language:response_language"], [{"language": "klingon"}], "with these kwargs: KeyError: 'klingon'"),
     ],
 )
 def test_items_that_cannot_be_checked_are_refused(ids: Any, kwargs: Any, message: str, tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_answers_without_options_are_compared_as_words(tmp_path: Path) -> None:
         ({"input": "Is it?", "target": " "}, "line 1: target must be a text"),
         ({"input": ["Is it?"], "target": "yes"}, "line 1: input must be a text"),
         ({"input": LETTERS, "target": "(D)"}, "line 1: the target is (D), but the input lists no such option"),
+        ({"input": "Is it?\nOptions:\n(A) yes", "target": "(A)"}, "line 1: the input lists a single option"),
+        ({"input": "Is it?\nOptions:\n- yes", "target": "yes"}, "line 1: the input lists a single option"),
         ({"input": LISTED, "target": "maybe"}, "line 1: the target 'maybe' is none of the options valid, invalid"),
     ],
 )

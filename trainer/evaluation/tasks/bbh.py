@@ -8,7 +8,7 @@ apart that do not keep to the form.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Final
 
@@ -47,6 +47,7 @@ def _read_item(row: TableRow) -> TaskItem:
         if target[1] not in lettered:
             raise row.problem(f"the target is {target}, but the input lists no such option")
         options = tuple(f"({letter})" for letter in lettered)
+        _require_choice(row, lettered)
         form = '"Answer: (X)", where X is the letter of the right option'
         return make(
             prompt=_asking(question, form),
@@ -59,6 +60,7 @@ def _read_item(row: TableRow) -> TaskItem:
     if words:
         if target not in words:
             raise row.problem(f"the target {target!r} is none of the options {', '.join(words)}")
+        _require_choice(row, words)
         return make(
             prompt=_asking(question, " or ".join(f'"Answer: {word}"' for word in words)),
             check=lambda response: _check(find_word(response, words), target),
@@ -68,6 +70,11 @@ def _read_item(row: TableRow) -> TaskItem:
         )
     check, form = _free_check(target)
     return make(prompt=_asking(question, form), check=check)
+
+
+def _require_choice(row: TableRow, options: Collection[str]) -> None:
+    if len(options) == 1:
+        raise row.problem("the input lists a single option: any model would choose it")
 
 
 def _free_check(target: str) -> tuple[Callable[[str], Check], str]:

@@ -119,8 +119,9 @@ def _require_arguments(row: TableRow, name: str, arguments: Mapping[str, Any]) -
     try:
         with _seeded(name):
             checker.build_description(**arguments)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise row.problem(f"the instruction {name} cannot be checked with these kwargs: {error}") from error
+    except Exception as error:  # whatever a checker raises for arguments that it does not know
+        reason = f"{type(error).__name__}: {error}"
+        raise row.problem(f"the instruction {name} cannot be checked with these kwargs: {reason}") from error
 
 
 @contextmanager

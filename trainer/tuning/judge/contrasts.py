@@ -35,6 +35,8 @@ from trainer.tuning.judge.similarity import SimilarTexts, overlap, words_of
 Kind: TypeAlias = Literal["other_request", "broken_code", "broken_number", "refusal", "cut_off", "repeated"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
+# More than memory holds, so that a count with too many zeros is told at once.
+_MOST_LABELS: Final = 10_000_000
 # Requests and answers that are more alike than this may be right for each other.
 _SAME_REQUEST: Final = 0.8
 _SAME_ANSWER: Final = 0.5
@@ -69,8 +71,8 @@ class Contrast(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Kind
-    count: int | None = Field(default=None, ge=1)
-    each: int = Field(default=1, ge=1)
+    count: int | None = Field(default=None, ge=1, le=_MOST_LABELS, strict=True)
+    each: int = Field(default=1, ge=1, le=_MOST_LABELS, strict=True)
     category: str | None = None
     only: tuple[str, ...] | None = None
     length_ratio: float | None = Field(default=None, ge=1, allow_inf_nan=False)

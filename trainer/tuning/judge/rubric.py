@@ -82,7 +82,9 @@ def read_rubric(file: Path) -> Rubric:
         raise InputError(f"{file}: not UTF-8") from error
     except ValidationError as error:
         raise InputError(f"{file}: {first_problem(error, 'rubric')}") from error
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise InputError(f"{file}: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError is one, and so is what Python says of a number with too many digits
         raise InputError(f"{file}: not TOML: {error}") from error
     placed = []
     for number, contrast in enumerate(rubric.contrast, 1):
@@ -134,8 +136,12 @@ def synthetic_line(counts: dict[str, int]) -> str:
 def _placed(source: str, file: Path) -> str:
     if source.startswith(HUB):
         return source
-    path = file.parent / Path(source).expanduser()
-    if not path.is_file():
+    try:
+        path = file.parent / Path(source).expanduser()
+        found = path.is_file()
+    except (RuntimeError, ValueError, OSError) as error:  # ~ of a user that there is not; a zero byte; too long a name
+        raise InputError(f"{file}: {source!r} is no path of a file: {error}") from error
+    if not found:
         raise InputError(f"{file}: {path}: there is no such file")
     return str(path)
 
