@@ -100,8 +100,7 @@ def compare(prompt: Prompt, responses: Sequence[str], options: CompareOptions) -
 
     def read(answer: Answer) -> CompareResult:
         result = parse(CompareResult, answer)
-        _check_indices(sorted(result.ranking), len(request.responses))
-        _check_indices(range(len(result.scores)), len(request.responses))
+        _check_responses(result, request)
         return result
 
     return Call("POST", "/compare", read, request)
@@ -120,7 +119,11 @@ def compare_batch(items: Sequence[CompareRequest]) -> Call[list[CompareResult | 
     """POST /compare/batch; the value has one entry per item."""
 
     def read(answer: Answer) -> list[CompareResult | JudgeAPIError]:
-        return _outcomes(parse(CompareBatchResult, answer).results, len(items), answer.request_id)
+        outcomes = _outcomes(parse(CompareBatchResult, answer).results, len(items), answer.request_id)
+        for outcome, item in zip(outcomes, items, strict=True):
+            if isinstance(outcome, CompareResult):
+                _check_responses(outcome, item)
+        return outcomes
 
     return Call("POST", "/compare/batch", read, _valid(CompareBatchRequest, {"items": list(items)}))
 
@@ -191,6 +194,11 @@ def _check_indices(indices: Sequence[int], count: int) -> None:
     """A result must never be taken for its neighbour's."""
     if list(indices) != list(range(count)):
         raise JudgeError(f"the answer should have one entry for each of {count} asked, and has {list(indices)}")
+
+
+def _check_responses(result: CompareResult, request: CompareRequest) -> None:
+    _check_indices(sorted(result.ranking), len(request.responses))
+    _check_indices(range(len(result.scores)), len(request.responses))
 
 
 def _outcomes(entries: Sequence[_BatchEntry[T]], count: int, request_id: str) -> list[T | JudgeAPIError]:

@@ -120,9 +120,13 @@ def test_an_inconsistent_batch_is_an_error(results: list[Any]) -> None:
 
 @pytest.mark.parametrize("wrong", [{"ranking": [1, 1]}, {"scores": [RESPONSE_SCORE]}])
 def test_an_inconsistent_ranking_is_an_error(wrong: dict[str, Any]) -> None:
-    """compare() refuses an answer that does not have each of its responses exactly once."""
+    """compare() and compare_batch() refuse an answer that does not have each of its responses exactly once."""
     with pytest.raises(JudgeError, match="each of 2 asked"):
         ask_sync(Service(httpx.Response(200, json={**COMPARE, **wrong})), "compare", "p", ["a", "b"])
+    entry = {"index": 0, "result": {**COMPARE, **wrong}}
+    with pytest.raises(JudgeError, match="each of 2 asked"):
+        service = Service(httpx.Response(200, json={"results": [entry]}))
+        ask_sync(service, "compare_batch", [CompareRequest(prompt="p", responses=["a", "b"])])
 
 
 @both
