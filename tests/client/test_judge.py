@@ -124,8 +124,8 @@ def test_an_inconsistent_ranking_is_an_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(JudgeError, match="each of 2 asked"):
         ask_sync(Service(httpx.Response(200, json={**COMPARE, **wrong})), "compare", "p", ["a", "b"])
     entry = {"index": 0, "result": {**COMPARE, **wrong}}
+    service = Service(httpx.Response(200, json={"results": [entry]}))
     with pytest.raises(JudgeError, match="each of 2 asked"):
-        service = Service(httpx.Response(200, json={"results": [entry]}))
         ask_sync(service, "compare_batch", [CompareRequest(prompt="p", responses=["a", "b"])])
 
 

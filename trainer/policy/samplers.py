@@ -70,10 +70,13 @@ def make_sampler(
     import torch
 
     from service.engine.torch.decoding import SamplingParams, generate, has_kv_cache
+    from service.engine.torch.prepacked import prepack
 
     model = load_model(folder, choose_dtype(settings.dtype, device), device)
     if not has_kv_cache(model):
         raise ModelError(f"{type(model).__name__} does not continue from a KV cache: use --sampler vllm")
+    rows = BATCH_ROWS.get(device.type, BATCH_ROWS_ELSEWHERE)
+    prepack(model, rows)
     stops = stop_ids(tokenizer, folder)
     params = SamplingParams(settings.max_new_tokens, stops, settings.temperature, settings.top_p)
 
@@ -89,4 +92,4 @@ def make_sampler(
                 "again with a lower --lr), or too large for the dtype (--dtype float32)"
             ) from error
 
-    return BATCH_ROWS.get(device.type, BATCH_ROWS_ELSEWHERE), sample
+    return rows, sample

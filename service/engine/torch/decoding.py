@@ -26,6 +26,8 @@ from service.engine.contract import Generated
 
 # The batch shrinks once this share of its rows has ended; for fewer, copying the cache costs more than it saves.
 _LEAVE_SHARE: Final = 0.125
+# A row of a vocabulary of 150,000 is 0.6 MB in fp32.
+_ROWS_IN_CACHE: Final = 4
 # Just under 1: u times the sum of the probabilities must stay below that sum in fp32.
 _MAX_UNIFORM: Final = 1 - 1e-6
 
@@ -153,7 +155,7 @@ class _Batch:
         return tokens[keep]
 
     def _forward(self, ids: Tensor) -> Tensor:
-        """Token ids, [rows, tokens] -> fp32 logits after the last token of each row, [rows, vocabulary]."""
+        """Token ids, [rows, tokens] -> logits after the last token of each row, [rows, vocabulary]."""
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(
             input_ids=ids,
@@ -163,7 +165,7 @@ class _Batch:
             **({"position_ids": positions} if self._takes_positions else {}),
             **self._last_only,
         )
-        logits: Tensor = output.logits[:, -1].float()
+        logits: Tensor = output.logits[:, -1]
         # -inf is a token the model never generates; NaN, +inf or a row of nothing but -inf cannot be drawn from.
         if not logits.amax(dim=1).isfinite().all():
             raise ArithmeticError("the model's logits are NaN or infinite: broken weights, or too narrow a dtype")
@@ -180,10 +182,17 @@ class _Batch:
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
-    """One token per row from fp32 logits, [rows, vocabulary], and numbers in [0, 1), [rows]."""
+    """One token per row from logits, [rows, vocabulary], and numbers in [0, 1), [rows]; computed in fp32."""
     if params.temperature == 0:
         return logits.argmax(dim=1)
-    probabilities = (logits / params.temperature).softmax(dim=1)
+    # On a CPU a few rows at a time: they stay in its cache through all of the steps below.
+    size = _ROWS_IN_CACHE if logits.device.type == "cpu" else len(logits)
+    parts = zip(torch.split(logits, size), torch.split(uniforms, size), strict=True)
+    return torch.cat([_draw(rows, numbers, params) for rows, numbers in parts])
+
+
+def _draw(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:
+    probabilities = (logits.float() / params.temperature).softmax(dim=1)
     if params.top_p < 1:
         ordered, order = probabilities.sort(dim=1, descending=True)
         ordered[ordered.cumsum(1) - ordered >= params.top_p] = 0
