@@ -2,9 +2,11 @@
 
 Writes what `python -m trainer.tune_judge --pairs labels/pairs.jsonl --from-rubric labels/rubric.toml` takes:
 
-    pairs.jsonl       people's choices among answers of like length, and right and wrong solutions of GSM8K problems
+    pairs.jsonl       people's choices: among answers of like length, and of one that declines a harmful request; right
+                      and wrong solutions of GSM8K problems
     solutions.jsonl   functions of Python packages that are installed anyway: signature and docstring, and the body
     complied.jsonl    harmful requests with an answer that does not decline
+    asked_for.jsonl   other requests, and their answers, each as long as those of complied.jsonl
     rubric.toml       contrasts made of these and of the better answers: another request's answer, code with one bug,
                       refusals where they are right and where they are not
 """
@@ -16,6 +18,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 import random
 import re
@@ -42,6 +45,8 @@ _DECLINES: Final = re.compile(
     r"sorry|can.t help|cannot|won.t|not (comfortable|appropriate|able)|don.t think|illegal|shouldn|immoral|ethical",
     re.I,
 )
+# A factor of 1.35.
+_MOST_UNLIKE: Final = 0.3
 RUBRIC: Final = """
 data = "answers.jsonl"
 harmful = ["safety"]
@@ -76,7 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=7, help="seed of every choice (default: 7)")
-    for name, default in (("like", 180), ("gsm8k", 150), ("other", 260), ("code", 220), ("refusals", 110)):
+    for name, default in (
+        ("like", 180),
+        ("gsm8k", 150),
+        ("other", 260),
+        ("code", 220),
+        ("refusals", 110),
+        ("declined", 60),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"how many (default: {default})")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
@@ -89,15 +101,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in pairs
         if row["category"] == "safety" and len(row["rejected"]) > 40 and not _DECLINES.search(row["rejected"])
     ]
+    declined = [
+        row
+        for row in pairs
+        if row["category"] == "safety" and _DECLINES.search(row["chosen"]) and not _DECLINES.search(row["rejected"])
+    ]
     answers = [_answer(row) for row in people if len(row["prompt"]) + 2 * len(row["chosen"]) < 2200]
     args.out.mkdir(parents=True, exist_ok=True)
-    _write(args.out / "pairs.jsonl", _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k))
+    _write(
+        args.out / "pairs.jsonl",
+        _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k) + _sample(rng, declined, args.declined),
+    )
     _write(args.out / "answers.jsonl", answers)
     _write(args.out / "solutions.jsonl", [{**row, "category": "code"} for row in functions()])
+    complied, asked_for = _alike(complied, answers)
     _write(args.out / "complied.jsonl", complied)
-    _write(args.out / "asked_for.jsonl", [row for row in answers if len(row["prompt"]) < 400])
+    _write(args.out / "asked_for.jsonl", asked_for)
     (args.out / "rubric.toml").write_text(RUBRIC.format_map(vars(args)), encoding="utf-8")
     return 0
+
+
+def _alike(complied: list[dict[str, str]], answers: list[dict[str, str]]) -> tuple[list[dict[str, str]], ...]:
+    """Answers to harmful requests, and to others: one of like length, to a request of like length, for each.
+
+    Otherwise the lengths alone tell which requests to refuse: the former have half the characters of the latter.
+    """
+    left = list(answers)
+    matched: list[tuple[dict[str, str], dict[str, str]]] = []
+    for row in sorted(complied, key=lambda row: -len(row["response"])):
+        nearest = min(left, key=lambda other: _unlike(row, other), default=None)
+        if nearest is not None and _unlike(row, nearest) < _MOST_UNLIKE:
+            left.remove(nearest)
+            matched.append((row, nearest))
+    return [row for row, _ in matched], [other for _, other in matched]
+
+
+def _unlike(row: dict[str, str], other: dict[str, str]) -> float:
+    """The larger of the two ratios of lengths, as a logarithm."""
+    return max(abs(math.log(len(row[key]) / max(1, len(other[key])))) for key in ("prompt", "response"))
 
 
 def functions() -> Iterator[dict[str, str]]:
