@@ -85,6 +85,20 @@ def test_files_with_the_same_ids(tmp_path: Path) -> None:
     assert sorted(made) == ["cut_off/1", "cut_off/1#2"]
 
 
+def test_contrasts_of_a_kind_with_rows_numbered_alike(tmp_path: Path) -> None:
+    """None is lost for its number; a label that two of them make is one label."""
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "Which?", "response": LONG}) + "\n")
+    text = f'data = "answers.jsonl"\n{ONE}{ONE}{ONE}data = "more.jsonl"\n'
+
+    made = labels(rubric(tmp_path, text, rows(2)))
+
+    assert {name: label.prompt for name, label in made.items()} == {
+        "cut_off/1": "How does bread 0 rise?",
+        "cut_off/2": "How does bread 1 rise?",
+        "cut_off/1#2": "Which?",
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -116,9 +116,17 @@ def rubric_labels(rubric: Rubric, column: str, seed: int) -> tuple[list[Label], 
         if contrast.count is not None and len(made) < contrast.count:
             notes.append(f"{contrast.kind}: {len(made)} of {contrast.count} could be made of {len(answers)} answers")
         for label in made:
-            labels.setdefault(label.id, label)
+            _add(labels, label)
     mixed = sorted(labels.values(), key=lambda label: sha256(f"{seed}\0{label.id}".encode()).digest())
     return mixed, notes
+
+
+def _add(labels: dict[str, Label], label: Label) -> None:
+    """Add a label; if another one has its id (rows of two files are numbered alike), under an id of its own."""
+    name, number = label.id, 1
+    while labels.setdefault(name, label.model_copy(update={"id": name})) != label.model_copy(update={"id": name}):
+        number += 1
+        name = f"{label.id}#{number}"
 
 
 def synthetic_counts(labels: Sequence[Label]) -> dict[str, int]:
