@@ -33,7 +33,8 @@ OnProgress: TypeAlias = Callable[[Progress], None]
 def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
     """A function that shows the Progress it is called with. Needs rich, as the console does.
 
-    Its rate counts from the first call, so that it does not include the time in which a model was loaded.
+    Its rate counts from the first call with a Progress, so that it does not include the time in which a model was
+    loaded, or that of another Progress shown before.
     """
     clock = _Clock()
     if not console.is_terminal:
@@ -53,7 +54,7 @@ def progress_bar(console: Console, title: str) -> Iterator[OnProgress]:
         task = bar.add_task(title, total=None, pace="")
 
         def show(progress: Progress) -> None:
-            pace = pace_of(progress, clock.seconds())
+            pace = pace_of(progress, clock.seconds(progress))
             bar.update(task, total=progress.total, completed=progress.done, pace=pace)
 
         yield show
@@ -72,15 +73,17 @@ def pace_of(progress: Progress, seconds: float) -> str:
 
 
 class _Clock:
-    """Seconds since it was first read."""
+    """Seconds since it was first read, for each run that is shown in one bar."""
 
     def __init__(self) -> None:
-        self._started: float | None = None
+        self._of: Progress | None = None
+        self._started = 0.0
 
-    def seconds(self) -> float:
-        """0 at the first call."""
+    def seconds(self, progress: Progress) -> float:
+        """0 at the first call with this Progress."""
         now = time.monotonic()
-        self._started = now if self._started is None else self._started
+        if self._of is not progress:
+            self._of, self._started = progress, now
         return now - self._started
 
 
@@ -94,8 +97,8 @@ class _ProgressLines:
         self._due = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        now = self._clock.seconds()
-        if now < self._due and progress.done < progress.total:
+        now = self._clock.seconds(progress)
+        if 0 < now < self._due and progress.done < progress.total:
             return
         self._due = now + LINE_EVERY
         pace = pace_of(progress, now)
