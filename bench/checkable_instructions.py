@@ -11,15 +11,15 @@ prompt's constraints that it strictly follows. The kinds are those of IFEval; it
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+from bench.support.jsonl import read_rows, write_rows
 from trainer.evaluation.tasks.ifeval import check_response, checkers
 
 # A language or a fixed reply would replace the answer; repeating the prompt and answering twice have their own forms.
@@ -47,15 +47,15 @@ def main() -> int:
         command.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "make":
-        _write(args.out, list(_asked(args.data, args.count, args.seed)))
+        write_rows(args.out, _asked(args.data, args.count, args.seed))
     else:
-        _write(args.out, list(_labelled(args.asked, args.samples)))
+        write_rows(args.out, _labelled(args.asked, args.samples))
     return 0
 
 
 def _asked(data: Path, count: int, seed: int) -> Iterator[dict[str, Any]]:
     rng = random.Random(seed)
-    rows = [row for row in _rows(data) if row["category"] in ("general", "chat") and len(row["prompt"]) <= _LONGEST]
+    rows = [row for row in read_rows(data) if row["category"] in ("general", "chat") and len(row["prompt"]) <= _LONGEST]
     for row in rng.sample(rows, min(count, len(rows))):
         # The checkers draw their arguments from the module's generator.
         random.seed(f"{seed} {row['id']}")
@@ -79,9 +79,9 @@ def _kinds(rng: random.Random) -> list[str]:
 
 def _labelled(asked: Path, samples: Path) -> Iterator[dict[str, Any]]:
     responses: defaultdict[str, list[str]] = defaultdict(list)
-    for sample in _rows(samples):
+    for sample in read_rows(samples):
         responses[sample["id"]].append(sample["response"])
-    for row in _rows(asked):
+    for row in read_rows(asked):
         if own := responses.get(row["id"]):
             scores = [_score(row, response) for response in own]
             yield {"prompt": row["prompt"], "responses": own, "scores": scores}
@@ -92,15 +92,6 @@ def _score(row: dict[str, Any], response: str) -> float | None:
     if check.error is not None:
         return None
     return sum(one.strict for one in check.instructions) / len(check.instructions)
-
-
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
-
-
-def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

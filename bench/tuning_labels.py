@@ -17,7 +17,6 @@ import argparse
 import ast
 import importlib
 import inspect
-import json
 import math
 import pkgutil
 import random
@@ -29,6 +28,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
+
+from bench.support.jsonl import read_rows, write_rows
 
 # Of the standard library, and packages that torch brings: functions with docstrings that say what they do.
 MODULES: Final = (
@@ -92,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"how many (default: {default})")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
-    pairs = list(_rows(args.data / "preference_pairs_train.jsonl"))
+    pairs = list(read_rows(args.data / "preference_pairs_train.jsonl"))
     people = [row for row in pairs if row["category"] != "safety" and _short(row)]
     alike = [row for row in people if 0.8 < len(row["chosen"]) / max(1, len(row["rejected"])) < 1.25]
-    solved = [{**row, "category": "math"} for row in _rows(args.data / "gsm8k_pairs_dev.jsonl")]
+    solved = [{**row, "category": "math"} for row in read_rows(args.data / "gsm8k_pairs_dev.jsonl")]
     complied = [
         {"prompt": row["prompt"], "response": row["rejected"], "category": "safety"}
         for row in pairs
@@ -182,17 +183,8 @@ def _modules() -> Iterator[ModuleType]:
                 continue
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
-
-
 def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    kept = [
-        {key: row[key] for key in row if key in ("prompt", "response", "chosen", "rejected", "category")}
-        for row in rows
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    write_rows(file, ({key: row[key] for key in row if key in COLUMNS} for row in rows))
 
 
 def _answer(row: dict[str, Any]) -> dict[str, str]:

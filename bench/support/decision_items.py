@@ -18,13 +18,14 @@ same input go out in one request.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
+
+from bench.support.jsonl import read_rows
 
 Kind: TypeAlias = Literal["predicate", "choice", "score"]
 Half: TypeAlias = Literal["dev", "report"]
@@ -111,7 +112,7 @@ def half_of(prompt: str) -> Half:
 
 
 def _bbh_choices(data: Path) -> Iterator[tuple[str, Item]]:
-    for row in _rows(data / "bbh_540.jsonl"):
+    for row in read_rows(data / "bbh_540.jsonl"):
         text, _, listed = row["input"].partition("\nOptions:\n")
         letters, options = zip(*_OPTION.findall(listed), strict=True) if _OPTION.search(listed) else ((), ())
         if letters:
@@ -120,7 +121,7 @@ def _bbh_choices(data: Path) -> Iterator[tuple[str, Item]]:
 
 
 def _bbh_predicates(data: Path) -> Iterator[tuple[str, Item]]:
-    for row in _rows(data / "bbh_540.jsonl"):
+    for row in read_rows(data / "bbh_540.jsonl"):
         if row["task"] in _YES_NO:
             text = row["input"].partition("\nOptions:\n")[0]
             right = YES if row["target"].lower() in _YES_WORDS else NO
@@ -128,12 +129,12 @@ def _bbh_predicates(data: Path) -> Iterator[tuple[str, Item]]:
 
 
 def _solutions(data: Path) -> Iterator[tuple[str, Item]]:
-    rows = _rows(data / "gsm8k_pairs_dev.jsonl")
+    rows = read_rows(data / "gsm8k_pairs_dev.jsonl")
     return _pairs(rows, "gsm8k", "Which solution is right?", "Is the solution right?", ("Problem", "Solution"))
 
 
 def _preferences(data: Path) -> Iterator[tuple[str, Item]]:
-    rows = [row for row in _rows(data / "rewardbench_dev.jsonl") if row["subset"].startswith(_SHORT_SUBSETS)]
+    rows = [row for row in read_rows(data / "rewardbench_dev.jsonl") if row["subset"].startswith(_SHORT_SUBSETS)]
     short = [row for row in rows if sum(len(row[key]) for key in ("prompt", "chosen", "rejected")) <= MOST_CHARACTERS]
     return _pairs(short, "rewardbench", "Which answer is better?", "Is this a good answer?", ("Request", "Answer"))
 
@@ -159,7 +160,7 @@ def _pairs(
 def _topics(data: Path) -> Iterator[tuple[str, Item]]:
     """As many of each topic, in the order of the file; each question begins with another option."""
     by_topic: dict[str, list[_Row]] = {topic: [] for topic in TOPICS}
-    for row in _rows(data / "instructions.jsonl"):
+    for row in read_rows(data / "instructions.jsonl"):
         if len(row["prompt"]) <= MOST_CHARACTERS:
             by_topic.get(row["category"], by_topic["other"]).append(row)
     fewest = min(map(len, by_topic.values()))
@@ -181,10 +182,6 @@ def _is_it_about(topic: str, id_: str) -> Asked:
     true = _coin(f"true {id_}")
     about = topic if true else others[_number(f"which {id_}", len(others))]
     return Asked("predicate", "topic", _DOES_IT_ASK[about], right=YES if true else NO)
-
-
-def _rows(file: Path) -> Iterator[_Row]:
-    return map(json.loads, file.read_text("utf-8").splitlines())
 
 
 def _digest(text: str) -> str:

@@ -2,7 +2,7 @@
 
 torch keeps weights row by row, and oneDNN rearranges them for the processor's matrix units at every product. With the
 few rows of a decode step that is a quarter of the time. torch's own compiler packs in the same way, with the same two
-operators; they are private to torch, so a layer whose operators are missing stays as it is.
+operators; they are private to torch, so where one is missing all layers stay as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def prepack(model: nn.Module, rows: int) -> int:
 
 def _supported() -> bool:
     try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.ops.mkldnn._linear_pointwise)
+        ops = torch.ops.mkldnn
+        return bool(ops._is_mkldnn_bf16_supported() and ops._linear_pointwise and ops._reorder_linear_weight)
     except (AttributeError, RuntimeError):
         return False
 
@@ -44,7 +45,6 @@ class _PrepackedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, rows: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
         with torch.no_grad():
             self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
             self._bias = None if layer.bias is None else layer.bias.detach()

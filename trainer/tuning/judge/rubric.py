@@ -123,10 +123,10 @@ def rubric_labels(rubric: Rubric, column: str, seed: int) -> tuple[list[Label], 
 
 def _add(labels: dict[str, Label], label: Label) -> None:
     """Add a label; if another one has its id (rows of two files are numbered alike), under an id of its own."""
-    name, number = label.id, 1
-    while labels.setdefault(name, label.model_copy(update={"id": name})) != label.model_copy(update={"id": name}):
+    named, number = label, 1
+    while labels.setdefault(named.id, named) != named:
         number += 1
-        name = f"{label.id}#{number}"
+        named = label.model_copy(update={"id": f"{label.id}#{number}"})
 
 
 def synthetic_counts(labels: Sequence[Label]) -> dict[str, int]:
