@@ -7,6 +7,9 @@ Writes what `python -m trainer.tune_judge --pairs labels/pairs.jsonl --from-rubr
     solutions.jsonl   functions of Python packages that are installed anyway: signature and docstring, and the body
     complied.jsonl    harmful requests with an answer that does not decline
     asked_for.jsonl   other requests, and their answers, each as long as those of complied.jsonl
+    replay.jsonl      for --replay, without labels: other answers that people compared, and solutions of GSM8K problems,
+                      one given and one of --samples
+    problems.jsonl    these problems, for `python -m trainer.sample --instructions labels/problems.jsonl --samples 1`
     rubric.toml       contrasts made of these and of the better answers: another request's answer, code with one bug,
                       refusals where they are right and where they are not
 """
@@ -81,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tuning_labels", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="samples.jsonl: a model's solutions, for replay")
     parser.add_argument("--seed", type=int, default=7, help="seed of every choice (default: 7)")
     for name, default in (
         ("like", 180),
@@ -89,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("code", 220),
         ("refusals", 110),
         ("declined", 60),
+        ("replay", 200),
+        ("problems", 170),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"how many (default: {default})")
     args = parser.parse_args(argv)
@@ -109,15 +115,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     answers = [_answer(row) for row in people if len(row["prompt"]) + 2 * len(row["chosen"]) < 2200]
     args.out.mkdir(parents=True, exist_ok=True)
-    _write(
-        args.out / "pairs.jsonl",
-        _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k) + _sample(rng, declined, args.declined),
-    )
+    chosen = _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k) + _sample(rng, declined, args.declined)
+    _write(args.out / "pairs.jsonl", chosen)
     _write(args.out / "answers.jsonl", answers)
     _write(args.out / "solutions.jsonl", [{**row, "category": "code"} for row in functions()])
     complied, asked_for = _alike(complied, answers)
     _write(args.out / "complied.jsonl", complied)
     _write(args.out / "asked_for.jsonl", asked_for)
+    known = {row["prompt"] for row in chosen}
+    others = _sample(rng, [row for row in people if row["prompt"] not in known], args.replay)
+    replay = [_unlabelled(row["prompt"], row["category"], row["chosen"], row["rejected"]) for row in others]
+    problems = [row for row in solved if row["prompt"] not in known][: args.problems]
+    write_rows(
+        args.out / "problems.jsonl", ({key: row[key] for key in ("id", "prompt", "category")} for row in problems)
+    )
+    sampled = {} if args.samples is None else {row["id"]: row["response"] for row in read_rows(args.samples)}
+    replay += [
+        _unlabelled(row["prompt"], row["category"], row["chosen"], sampled[row["id"]])
+        for row in problems
+        if row["id"] in sampled
+    ]
+    write_rows(args.out / "replay.jsonl", replay)
     (args.out / "rubric.toml").write_text(RUBRIC.format_map(vars(args)), encoding="utf-8")
     return 0
 
@@ -185,6 +203,10 @@ def _modules() -> Iterator[ModuleType]:
 
 def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_rows(file, ({key: row[key] for key in row if key in COLUMNS} for row in rows))
+
+
+def _unlabelled(prompt: str, category: str, *responses: str) -> dict[str, Any]:
+    return {"prompt": prompt, "category": category, "responses": list(responses)}
 
 
 def _answer(row: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,8 @@
     DIR/teacher.jsonl, teacher.json                 --teacher-url: what the teacher says of them; agreement and cost
     DIR/train.jsonl, held_out.jsonl, labels.json    the labels that can be used, split by prompt; what was left out
     DIR/before.jsonl                                what the base says of those held out
+    DIR/replay.jsonl, replay_held_out.jsonl         --replay: pairs to hold the judge to the base, and to measure that
+    DIR/replay_before.jsonl, replay_after.jsonl     what the base says of both, and the judge of those held out
     DIR/adapter/, training.jsonl, training.json     LoRA's weights, the log; model/ after full fine-tuning
     DIR/merged/, merge.json                         base and adapter as one model, to be served
     DIR/after.jsonl                                 what that model says of the labels held out
@@ -42,9 +44,10 @@ from trainer.run.stages import RunFolder, Stage, recorded_input
 from trainer.tuning.card import CARD_FILE, model_card
 from trainer.tuning.judge.calibrating import write_calibration
 from trainer.tuning.judge.evidence import Evidence, compare_readings
-from trainer.tuning.judge.labels import Label
+from trainer.tuning.judge.labels import Label, LabelSplit
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.readings import Reading, read_held_out
+from trainer.tuning.judge.replay import held, replay_numbers
 from trainer.tuning.judge.rubric import synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
 from trainer.tuning.judge.teacher import TeacherLine, TeacherSummary, ask_teacher, describe_teacher, summarize
@@ -66,6 +69,12 @@ EVIDENCE_FILE: Final = "evidence.json"
 CALIBRATION_FILE: Final = "calibration.json"
 CURVE_FILE: Final = "curve.json"
 CURVE_FOLDER: Final = "curve"
+REPLAY: Final = "replay"
+REPLAY_FILE: Final = "replay.jsonl"
+REPLAY_HELD_OUT: Final = "replay_held_out.jsonl"
+REPLAY_COUNTS: Final = "replay.json"
+REPLAY_BEFORE: Final = "replay_before.jsonl"
+REPLAY_AFTER: Final = "replay_after.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,24 +143,48 @@ class JudgeStages:
         if "synthetic" in counts:
             self.console.print(synthetic_line(counts["synthetic"]), soft_wrap=True, highlight=False)
 
-    def examples(self, file: str) -> list[Example]:
-        """The labels of train.jsonl or held_out.jsonl as prompts."""
-        examples, _ = self.run.prompts().examples(read_records(self.path / file, Label))
-        return examples
+    def split_replay(self) -> None:
+        """replay.jsonl, replay_held_out.jsonl and replay.json, if there is anything to replay."""
+        if self.run.labels.replay is None:
+            return
+
+        def work(_: OnProgress) -> None:
+            split, left_out = self.run.replayed(
+                LabelSplit(*(read_records(self.path / file, Label) for file in (TRAIN_FILE, HELD_OUT_FILE)))
+            )
+            write_records(self.path / REPLAY_FILE, split.train)
+            write_records(self.path / REPLAY_HELD_OUT, split.held_out)
+            counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
+            write_json(self.path / REPLAY_COUNTS, counts)
+
+        inputs = {"labels": self.path / HELD_OUT_FILE, **self.folder.config[REPLAY], **self._asked()}
+        self._do(Stage(self.path, REPLAY, (REPLAY_FILE, REPLAY_HELD_OUT, REPLAY_COUNTS), inputs), REPLAY, work)
+        counts = json.loads((self.path / REPLAY_COUNTS).read_bytes())
+        line = counts_line(counts["train"], counts["held_out"], counts["left_out"], "pairs to replay")
+        self.console.print(line, soft_wrap=True)
+
+    def examples(self, *files: str) -> list[Example]:
+        """The labels of train.jsonl, held_out.jsonl, or another file of labels, as prompts."""
+        labels = [label for file in files for label in read_records(self.path / file, Label)]
+        return self.run.prompts().examples(labels)[0]
 
     def read_before(self) -> None:
-        """before.jsonl."""
+        """before.jsonl, and replay_before.jsonl."""
         model = self.run.model
-        self._read(self.path, BEFORE_FILE, resolve_model(model.name), {"model": model.identity})
+        folder, made_from = resolve_model(model.name), {"model": model.identity}
+        self._read(self.path, BEFORE_FILE, folder, made_from, (HELD_OUT_FILE,))
+        if self.run.labels.replay is not None:
+            self._read(self.path, REPLAY_BEFORE, folder, made_from, (REPLAY_FILE, REPLAY_HELD_OUT))
 
     def train(self, folder: Path, count: int | None = None) -> None:
         """adapter/ in `folder`, from all training labels or from the first `count` in the order of `chosen`."""
         run = self.run
         inputs = {"model": run.model.identity, "labels": self.path / TRAIN_FILE, "count": count, **self._asked()}
+        inputs.update({REPLAY: self.path / REPLAY_BEFORE} if run.labels.replay is not None else {})
         stage = Stage(folder, TRAINING, outputs_of(run.settings), {**inputs, **run.settings.described()})
 
         def work(report: OnProgress) -> None:
-            examples = chosen(self.examples(TRAIN_FILE), count, run.settings.seed)
+            examples = chosen(self.examples(TRAIN_FILE), count, run.settings.seed) + self._held()
             self.console.print(memory_line(run, examples), soft_wrap=True, highlight=False)
             train_judge(run.model.name, examples, folder, run.settings, report)
 
@@ -176,9 +209,11 @@ class JudgeStages:
         release_memory()
 
     def read_after(self, folder: Path) -> None:
-        """after.jsonl in `folder`."""
-        merged = Stage(folder, MERGED_FOLDER, (), {}).identity()
-        self._read(folder, AFTER_FILE, folder / MERGED_FOLDER, {"merged": merged})
+        """after.jsonl in `folder`, and replay_after.jsonl."""
+        merged, made_from = folder / MERGED_FOLDER, {"merged": Stage(folder, MERGED_FOLDER, (), {}).identity()}
+        self._read(folder, AFTER_FILE, merged, made_from, (HELD_OUT_FILE,))
+        if self.run.labels.replay is not None:
+            self._read(folder, REPLAY_AFTER, merged, made_from, (REPLAY_HELD_OUT,))
 
     def measure_curve(self) -> None:
         """curve.json: what fewer labels give. Models are removed once they are measured; adapters stay."""
@@ -186,7 +221,8 @@ class JudgeStages:
         for count in self.run.curve:
             folder = self.path / CURVE_FOLDER / str(count)
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "after.done").exists():
+            last = AFTER_FILE if self.run.labels.replay is None else REPLAY_AFTER
+            if not (folder / last).with_suffix(".done").exists():
                 self.train(folder, count)
                 self.merge(folder)
                 self.read_after(folder)
@@ -209,21 +245,34 @@ class JudgeStages:
         write_whole(self.path / MERGED_FOLDER / CARD_FILE, card.encode())
         return evidence
 
-    def _read(self, folder: Path, output: str, model: Path, made_from: Mapping[str, Any]) -> None:
+    def _read(self, folder: Path, output: str, model: Path, made_from: Mapping[str, Any], files: Sequence[str]) -> None:
+        """What the model says of the labels in these files, into `output` in `folder`."""
         settings = self.run.settings
-        inputs = {**made_from, "held_out": self.path / HELD_OUT_FILE, "dtype": settings.dtype, **self._asked()}
+        read = {Path(file).stem: self.path / file for file in files}
+        inputs = {**made_from, **read, "dtype": settings.dtype, **self._asked()}
 
         def work(report: OnProgress) -> None:
-            read_held_out(model, self.examples(HELD_OUT_FILE), settings, folder / output, report)
+            read_held_out(model, self.examples(*files), settings, folder / output, report)
 
         name = output.removesuffix(".jsonl")
-        self._do(Stage(folder, name, (output,), inputs), f"{name}, labels", work)
+        self._do(Stage(folder, name, (output,), inputs), f"{name.replace('_', ', ')}, labels", work)
         release_memory()
+
+    def _held(self) -> list[Example]:
+        """The pairs that nobody labelled, with what the base says of them."""
+        if self.run.labels.replay is None:
+            return []
+        return held(self.examples(REPLAY_FILE), read_records(self.path / REPLAY_BEFORE, Reading))
 
     def _evidence(self, folder: Path) -> Evidence:
         before, after = read_records(self.path / BEFORE_FILE, Reading), read_records(folder / AFTER_FILE, Reading)
         order = {reading.id: reading for reading in after}
-        return compare_readings(before, [order[reading.id] for reading in before], self.run.settings.seed)
+        evidence = compare_readings(before, [order[reading.id] for reading in before], self.run.settings.seed)
+        if self.run.labels.replay is None:
+            return evidence
+        one, two = read_records(self.path / REPLAY_BEFORE, Reading), read_records(folder / REPLAY_AFTER, Reading)
+        trained = json.loads((self.path / REPLAY_COUNTS).read_bytes())["train"]
+        return evidence.model_copy(update={REPLAY: replay_numbers(one, two, trained)})
 
     def _calibrate(self) -> None:
         prompts = self.run.prompts()

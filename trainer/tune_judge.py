@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before the slow imports
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +32,7 @@ from trainer.report.judge_page import write_judge_report
 from trainer.run.records import MERGED_FOLDER, REPORT_FILE
 from trainer.run.stages import content_digest, open_run
 from trainer.tuning.judge.evidence import GIVEN, Evidence
+from trainer.tuning.judge.labels import LabelSplit
 from trainer.tuning.judge.rubric import read_rubric, rubric_files, synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, LabelSource, counts_line, memory_line
 from trainer.tuning.judge.settings import JudgeSettings
@@ -50,6 +51,7 @@ def tune(run: JudgeRun, output: Path, console: Console, *, overwrite: bool) -> N
         stages = JudgeStages(run, folder, console)
         stages.ask_teacher()
         stages.split()
+        stages.split_replay()
         stages.read_before()
         stages.train(folder.path)
         stages.merge(folder.path)
@@ -89,6 +91,7 @@ def config_of(run: JudgeRun) -> dict[str, Any]:
         "training": run.settings.described(),
         "merge_dtype": run.merge_dtype,
         **({} if teacher is None else {"teacher": {"asked": teacher.described(), "weight": teacher.weight}}),
+        **({} if labels.replay is None else {"replay": {"source": _digest(labels.replay)}}),
     }
 
 
@@ -105,18 +108,25 @@ def _rubric_digests(labels: LabelSource) -> dict[str, Any]:
 
 
 def summary(evidence: Evidence) -> str:
-    """The evidence in three lines."""
+    """The evidence in a few lines."""
     before, after, change = evidence.before, evidence.after, evidence.change
     fits = [numbers.pairs or numbers.answers for numbers in (before, after)]
     eces = " -> ".join("-" if fit is None else f"{fit.ece:.3f}" for fit in fits)
     made = after.accuracy.count - after.by_kind[GIVEN].count if GIVEN in after.by_kind else after.accuracy.count
     synthetic = f" ({made} synthetic)" if after.by_kind else ""
+    mass = f"label mass: {before.mass:.3f} -> {after.mass:.3f}"
     if after.calibrated is not None:
         eces += f", calibrated {after.calibrated.pairs.ece:.3f}"
+    if evidence.replay is not None:
+        found = evidence.replay
+        mass += (
+            f"\nreplay: {100 * found.kept.value:.1f}% of {found.kept.count} pairs held out keep their winner; their "
+            f"differences of {found.before:.2f} log-odds moved by {found.moved:.2f}"
+        )
     return (
         f"accuracy on {after.accuracy.count} labels held out{synthetic}: {100 * before.accuracy.value:.1f}% -> "
         f"{100 * after.accuracy.value:.1f}% ({100 * change.low:+.1f} to {100 * change.high:+.1f} points, "
-        f"p = {change.p:.3g})\nECE: {eces}; label mass: {before.mass:.3f} -> {after.mass:.3f}"
+        f"p = {change.p:.3g})\nECE: {eces}; {mass}"
     )
 
 
@@ -143,6 +153,8 @@ def _run_of(args: argparse.Namespace) -> JudgeRun:
         raise InputError("--limit must be 2 or more")
     if args.pairs is None and args.from_rubric is None:
         raise InputError("there are no labels: give --pairs, or --from-rubric to make some")
+    if args.replay is None and args.replay_weight is not None:
+        raise InputError("--replay-weight is for the pairs of --replay: give these")
     curve = _sizes(args.curve)
     for file in (*args.not_in, *args.template_file):
         if not file.is_file():
@@ -150,7 +162,14 @@ def _run_of(args: argparse.Namespace) -> JudgeRun:
     return JudgeRun(
         model=model_ref(args.model),
         labels=LabelSource(
-            args.pairs, args.category, args.limit, args.held_out, tuple(args.not_in), args.leaks, args.from_rubric
+            args.pairs,
+            args.category,
+            args.limit,
+            args.held_out,
+            tuple(args.not_in),
+            args.leaks,
+            args.from_rubric,
+            args.replay,
         ),
         settings=JudgeSettings(**given(args, JudgeSettings)),
         template=args.template,
@@ -185,7 +204,8 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _write_plan(run: JudgeRun) -> None:
     """What a run would do and need, on stdout."""
     split, left_out = run.usable()
-    examples, _ = run.prompts().examples(split.train)
+    replay, replay_left_out = (LabelSplit([], []), {}) if run.labels.replay is None else run.replayed(split)
+    examples, _ = run.prompts().examples([*split.train, *replay.train])
     settings = run.settings
     tokens = round(sum(example.tokens for example in examples) * settings.epochs)
     synthetic = synthetic_counts([*split.train, *split.held_out])
@@ -193,6 +213,7 @@ def _write_plan(run: JudgeRun) -> None:
     lines = [
         counts_line(len(split.train), len(split.held_out), left_out),
         *([synthetic_line(synthetic)] if synthetic else []),
+        *([_replay_line(replay, replay_left_out)] if replay.train else []),
         f"templates: {templates} ({settings.asking})",
         f"training: {settings.steps(len(examples))} steps of {settings.batch} labels, {tokens:,} tokens",
         memory_line(run, examples),
@@ -200,6 +221,10 @@ def _write_plan(run: JudgeRun) -> None:
     if run.teacher is not None:
         lines.insert(1, f"teacher: asked about {len(split.train) + len(split.held_out)} labels")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _replay_line(split: LabelSplit, left_out: Mapping[str, int]) -> str:
+    return counts_line(len(split.train), len(split.held_out), left_out, "pairs to replay")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -224,6 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="make labels where there are none, or more of them: a TOML file that names good answers, and the faults "
         "to put into them (docs/tuning.md); they are marked as synthetic everywhere",
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="FILE|hub:NAME[@SPLIT]",
+        help="pairs of answers that differ in what the labels say nothing about, such as their form: the judge is held "
+        "to what it says of them now. prompt, and responses, a list, or chosen and rejected; labels are not read",
     )
     add_run_flags(parser, "labels")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed, and stop")

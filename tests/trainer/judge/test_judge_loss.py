@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,12 +87,27 @@ def test_single_and_mass_are_the_labels_cross_entropy() -> None:
     assert terms == pytest.approx(-math.log(probability), rel=1e-5)
 
 
+def test_pairs_held_to_the_base_are_no_labels() -> None:
+    """They add the square of what moved, and the label mass, and to no other term or count."""
+    label = example()
+    held = replace(example(answers=("aaa" * 9, "b"), target=0.5), held_at=0.5)
+
+    terms = loss_of([label, held], readings(2.0, -1.0, 1.0, -1.0, mass=0.5), LossWeights(1.0, 1.0, 1.0, replay=2.0))
+    alone = loss_of([label], readings(2.0, -1.0, mass=0.5), LossWeights(1.0, 1.0, 1.0))
+
+    assert terms.replay == pytest.approx(1.5**2)
+    assert terms.loss.item() == pytest.approx(alone.loss.item() + 2 * 1.5**2 + math.log(2), rel=1e-5)
+    assert (terms.pair, terms.single, terms.margin) == (alone.pair, alone.single, alone.margin)
+    assert (terms.labels, terms.pairs, terms.right, terms.held) == (1, 1, 1, 1)
+    assert length_effect([label, held]) == length_effect([label])
+
+
 def test_what_lengths_predict_is_left_to_lengths() -> None:
     """Where the longer answer always wins, lengths get a coefficient, and the judge is asked for less of a margin."""
     judged = [example(answers=("a" * 30, "b" * 10)) for _ in range(20)]
     effect = length_effect(judged)
 
-    held_out = loss_of(judged[:1], readings(0.0, 0.0), LossWeights(1.0, 0.0, 0.0, effect)).loss.item()
+    held_out = loss_of(judged[:1], readings(0.0, 0.0), LossWeights(1.0, 0.0, 0.0, length=effect)).loss.item()
 
     assert effect > 1
     assert held_out < math.log(2)

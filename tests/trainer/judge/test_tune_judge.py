@@ -348,6 +348,92 @@ def test_labels_that_an_evaluation_knows(
         assert "memory: about" in out
 
 
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs that nobody labelled, some that cannot be used, and one with a label that does not count."""
+    rows = [{"prompt": f"Where is {n}?", "responses": [f"Rome is {n}", f"dog {n}", f"Rome is {n}"]} for n in range(30)]
+    rows += [{"prompt": "Alone?", "responses": ["x"]}, {"prompt": "Empty?", "responses": ["x", " "]}]
+    rows += [{"prompt": "Labelled?", "chosen": "fox", "rejected": "Paris"}]
+    path = tmp_path_factory.mktemp("replay") / "replay.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def replayed(model: Path, pairs: Path, replay: Path, output: Path, *more: str) -> list[str]:
+    """The command line of a run that is held to the base."""
+    return flags(model, pairs, output, "--replay", str(replay), "--held-out", "0.5", *more)
+
+
+def test_pairs_that_nobody_labelled_hold_the_judge_where_it_was(
+    tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held, their differences move less than when that is only measured; it still learns the labels."""
+    moved = {}
+    for weight in ("0", "5"):
+        output = tmp_path / weight
+        assert main(replayed(tiny_model, pairs, replay, output, "--replay-weight", weight, "--curve", "8")) == 0
+        evidence = read(output / "evidence.json")
+        moved[weight] = evidence["replay"]["moved"]
+        assert evidence["after"]["accuracy"]["value"] > evidence["before"]["accuracy"]["value"]
+        assert evidence["replay"]["trained"] + evidence["replay"]["kept"]["count"] == 31
+        assert read(output / "training.json")["labels"] == read(output / "labels.json")["train"]
+        assert read(output / "curve.json")["8"]["replay"]["trained"] == evidence["replay"]["trained"]
+
+    counts = read(tmp_path / "5" / "replay.json")
+    told = capsys.readouterr().err
+    assert moved["5"] < 0.5 * moved["0"]
+    assert counts["left_out"] == {"single answers": 1, "empty texts": 1, "duplicates": 30}
+    assert "pairs to replay to train on" in told
+    assert "pairs held out keep their winner" in told
+    assert "that nobody labelled" in (tmp_path / "5" / "report.html").read_text()
+
+
+def test_a_replay_that_was_interrupted_ends_like_another(
+    tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after each of its stages' work."""
+    assert main(replayed(tiny_model, pairs, replay, tmp_path / "whole")) == 0
+    command = replayed(tiny_model, pairs, replay, tmp_path / "run")
+    read_held_out, train_judge = judge_stages.read_held_out, judge_stages.train_judge
+    calls = 0
+
+    def interrupted(work: Callable[..., Any], at: Sequence[int], *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = work(*args, **options)
+        if calls in at:
+            raise KeyboardInterrupt
+        return result
+
+    # Each call's number counts those that were interrupted: before, replay_before, again, training, again, …
+    with monkeypatch.context() as patch:
+        patch.setattr(judge_stages, "read_held_out", partial(interrupted, read_held_out, (2, 7)))
+        patch.setattr(judge_stages, "train_judge", partial(interrupted, train_judge, (4,)))
+        codes = [main(command) for _ in range(4)]
+
+    assert codes == [130, 130, 130, 0]
+    assert same_adapter(tmp_path / "run", tmp_path / "whole")
+    for file in ("evidence.json", "replay_before.jsonl", "replay_after.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_replay_that_cannot_work(
+    tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too few pairs, pairs of an evaluation file, a weight without pairs: refused with the reason."""
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": "A?", "responses": ["x", "y"]}\n')
+    output = tmp_path / "run"
+
+    assert "of 1 pairs" in refused(capsys, replayed(tiny_model, pairs, few, output))
+    known = replayed(tiny_model, pairs, replay, tmp_path / "known", "--not-in", str(few))
+    few.write_text('{"prompt": "where is 7"}\n')
+    assert "1 labels have a prompt" not in refused(capsys, flags(tiny_model, pairs, output, "--replay-weight", "1"))
+    assert "have a prompt" in refused(capsys, known)
+    assert main([*known, "--leaks", "drop", "--dry-run"]) == 0
+    assert "in an evaluation file 1" in capsys.readouterr().out
+
+
 def test_other_labels_in_the_same_folder_are_refused(
     tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,13 +62,26 @@ class Change(Record):
     p: float
 
 
+class ReplayNumbers(Record):
+    """What became of pairs that nobody labelled, on those held out. `kept` is the share with the winner that they had
+    before, `moved` how far the difference of log-odds moved, `before` how large it was; both are means of absolute
+    values. `trained` were held to the base.
+    """
+
+    trained: int
+    kept: Share
+    moved: float
+    before: float
+
+
 class Evidence(Record):
-    """What evidence.json holds."""
+    """What evidence.json holds; `replay` with --replay."""
 
     before: JudgeNumbers
     after: JudgeNumbers
     change: Change
     changes_by_category: dict[str, Change]
+    replay: ReplayNumbers | None = None
 
 
 def compare_readings(before: Sequence[Reading], after: Sequence[Reading], seed: int) -> Evidence:
@@ -120,10 +133,14 @@ def _mean_gain(strata: Mapping[str, Sequence[tuple[Any, float]]]) -> float:
     return stats.mean([gain for group in strata.values() for _, gain in group])
 
 
+def share_of(right: float, count: int) -> Share:
+    """So many of `count`, at least one."""
+    low, high = stats.wilson(right, count)
+    return Share(value=right / count, low=low, high=high, count=count)
+
+
 def _share(readings: Sequence[Reading]) -> Share:
-    right = sum(reading.credit for reading in readings)
-    low, high = stats.wilson(right, len(readings))
-    return Share(value=right / len(readings), low=low, high=high, count=len(readings))
+    return share_of(sum(reading.credit for reading in readings), len(readings))
 
 
 def _shares(readings: Sequence[Reading], key: Callable[[Reading], str]) -> dict[str, Share]:

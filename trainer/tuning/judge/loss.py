@@ -1,10 +1,12 @@
 """The loss of an example: which answer is better, how sure a single score is, and that the answer stays a label.
 
-With z_i the log-odds of Yes after prompt i, m_i its label mass, t_i its target, d = sum(sign_i z_i) and t the label's:
+With z_i the log-odds of Yes after prompt i, m_i its label mass, t_i its target, d = sum(sign_i z_i) and t the label's,
+for pairs that nobody labelled d_base what the base gave them:
 
     pair    -(t log sigmoid(d - margin) + (1 - t) log sigmoid(-d - margin))   Bradley-Terry (1952) with soft labels
     single  mean over i of -(t_i log sigmoid(z_i) + (1 - t_i) log sigmoid(-z_i))
     mass    mean over i of -log m_i
+    replay  (d - d_base)^2 in place of pair and single
 
 `single` alone knows where Yes and No are even, so it keeps scores calibrated; `single` and `mass` together are the
 cross-entropy of the label over the whole vocabulary. Without `mass` a training for log-odds drifts: nothing but the
@@ -36,40 +38,52 @@ class LossWeights:
     pair: float
     single: float
     mass: float
+    replay: float = 0.0
     length: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """Sums over examples: the loss, with a gradient, and its terms; margins of pairs, and how many are above 0."""
+    """Sums over examples: the loss, with a gradient, and its terms; margins of labelled pairs, and how many are on the
+    label's side of 0. `labels`, `pairs` and `held` are what single, pair and replay are sums over.
+    """
 
     loss: Tensor
     pair: float
     single: float
     mass: float
+    replay: float
     margin: float
     right: int
+    labels: int
     pairs: int
+    held: int
 
 
 def loss_of(examples: Sequence[Example], readings: Readings, weights: LossWeights) -> LossTerms:
     """The loss of examples whose prompts were read in order."""
     sizes = [len(example.prompts) for example in examples]
-    singles = _cross_entropy(readings.log_odds, _like(readings, [t for e in examples for t in e.targets]))
-    single = _means(singles, sizes)
-    mass = _means(-readings.log_mass, sizes)
-    paired = [(e, z) for e, z in zip(examples, torch.split(readings.log_odds, sizes), strict=True) if e.signs]
-    margins = [(z * _like(readings, e.signs)).sum() for e, z in paired]
-    pairs = [_pair_loss(e, margin, weights) for (e, _), margin in zip(paired, margins, strict=True)]
-    pair = torch.stack(pairs).sum() if pairs else readings.log_odds.new_zeros(())
+    read = list(zip(examples, torch.split(readings.log_odds, sizes), strict=True))
+    labelled = [(e, z) for e, z in read if e.held_at is None]
+    margins = [(e, (z * _like(readings, e.signs)).sum()) for e, z in read if e.signs]
+    pairs = [(e, margin) for e, margin in margins if e.held_at is None]
+    held = [(margin - e.held_at) ** 2 for e, margin in margins if e.held_at is not None]
+    nothing = readings.log_odds.new_zeros(())
+    single = sum((_cross_entropy(z, _like(readings, e.targets)).mean() for e, z in labelled), nothing)
+    mass = sum((-part.mean() for part in torch.split(readings.log_mass, sizes)), nothing)
+    pair = sum((_pair_loss(e, margin, weights) for e, margin in pairs), nothing)
+    replay = sum(held, nothing)
     return LossTerms(
-        loss=weights.pair * pair + weights.single * single + weights.mass * mass,
+        loss=weights.pair * pair + weights.single * single + weights.mass * mass + weights.replay * replay,
         pair=pair.item(),
         single=single.item(),
         mass=mass.item(),
-        margin=sum(margin.item() for margin in margins),
-        right=sum((m.item() > 0) == (e.label.target > 0.5) for (e, _), m in zip(paired, margins, strict=True)),
-        pairs=len(margins),
+        replay=replay.item(),
+        margin=sum(margin.item() for _, margin in pairs),
+        right=sum((margin.item() > 0) == (e.label.target > 0.5) for e, margin in pairs),
+        labels=len(labelled),
+        pairs=len(pairs),
+        held=len(held),
     )
 
 
@@ -79,7 +93,7 @@ def length_effect(examples: Sequence[Example]) -> float:
     A logistic regression through the origin, fitted by Newton's method with a weak prior. Added to each margin in
     training and left out afterwards, it leaves to the judge what length does not tell.
     """
-    data = [(_length_difference(e), e.label.target) for e in examples if e.signs]
+    data = [(_length_difference(e), e.label.target) for e in examples if e.signs and e.held_at is None]
     coefficient = 0.0
     for _ in range(_STEPS):
         chances = [sigmoid(coefficient * x) for x, _ in data]
@@ -106,11 +120,6 @@ def _length_difference(example: Example) -> float:
 
 def _cross_entropy(log_odds: Tensor, targets: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
-
-
-def _means(values: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The sum over examples of the mean over their prompts."""
-    return torch.stack([part.mean() for part in torch.split(values, list(sizes))]).sum()
 
 
 def _like(readings: Readings, values: Sequence[float]) -> Tensor:

@@ -37,7 +37,8 @@ class Example:
     """A label as prompts. The label's margin is `sum(sign * log-odds)` over the prompts.
 
     `targets[i]` is the probability that prompt i is answered with Yes. Without `signs` the label is about one answer,
-    and has no margin. `lengths` are the answers' in characters.
+    and has no margin. `lengths` are the answers' in characters. `held_at` is the margin that the base gives a pair
+    that nobody labelled (replay.py).
     """
 
     label: Label
@@ -46,6 +47,7 @@ class Example:
     signs: tuple[float, ...]
     template: Template
     lengths: tuple[int, ...]
+    held_at: float | None = None
 
     @property
     def tokens(self) -> int:

@@ -16,6 +16,7 @@ from trainer.tuning.judge.labels import Label, LabelSplit, clean, read_labels, s
 from trainer.tuning.judge.leaks import leaking
 from trainer.tuning.judge.memory import needed_bytes
 from trainer.tuning.judge.prompts import Example, JudgePrompts
+from trainer.tuning.judge.replay import read_replay, split_replay
 from trainer.tuning.judge.rubric import read_rubric, rubric_labels
 from trainer.tuning.judge.settings import JudgeSettings
 from trainer.tuning.judge.teacher import TeacherLine, TeacherOptions, taught
@@ -26,7 +27,8 @@ from trainer.tuning.preferences import held_out_indices
 @dataclass(frozen=True, slots=True)
 class LabelSource:
     """Where labels come from, a file or a rubric that makes them or both, and which of them are used. `leaks` says what
-    happens to labels that one of the evaluation files `not_in` knows: refuse, drop or keep.
+    happens to labels that one of the evaluation files `not_in` knows: refuse, drop or keep. `replay` has pairs on which
+    the judge is held to the base.
     """
 
     source: str | None
@@ -36,6 +38,7 @@ class LabelSource:
     not_in: tuple[Path, ...] = ()
     leaks: str = "refuse"
     rubric: Path | None = None
+    replay: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,14 @@ class JudgeRun:
             _check(split, left_out)
         return split, left_out
 
+    def replayed(self, labels: LabelSplit) -> tuple[LabelSplit, Counter[str]]:
+        """The pairs of --replay, split by prompt, and how many were left out, by reason; DataError, InputError."""
+        options = self.labels
+        assert options.replay is not None
+        pairs, left_out = read_replay(options.replay, options.category)
+        pairs = self._fitting(_without_leaks(pairs, options, left_out), left_out)
+        return split_replay(pairs, labels, options.held_out, self.settings.seed), left_out
+
     def fitting(self) -> tuple[list[Label], Counter[str]]:
         """The labels that may be used and whose prompts fit, and how many were left out, by reason.
 
@@ -82,10 +93,12 @@ class JudgeRun:
         """
         options = self.labels
         labels, left_out = self._read()
-        labels = _without_leaks(labels[: options.limit], options, left_out)
+        return self._fitting(_without_leaks(labels[: options.limit], options, left_out), left_out), left_out
+
+    def _fitting(self, labels: Sequence[Label], left_out: Counter[str]) -> list[Label]:
         examples, unfit = self.prompts().examples(labels)
         left_out.update(unfit)
-        return [example.label for example in examples], left_out
+        return [example.label for example in examples]
 
     def _taught(
         self, labels: Sequence[Label], answers: Mapping[str, TeacherLine], weight: float, left_out: Counter[str]
@@ -128,10 +141,10 @@ def memory_line(run: JudgeRun, examples: Sequence[Example]) -> str:
     return line
 
 
-def counts_line(train: int, held_out: int, left_out: Mapping[str, int]) -> str:
+def counts_line(train: int, held_out: int, left_out: Mapping[str, int], what: str = "labels") -> str:
     """How many labels there are."""
     reasons = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in left_out.items())
-    return f"{train} labels to train on, {held_out} held out; left out: {reasons or 'none'}"
+    return f"{train} {what} to train on, {held_out} held out; left out: {reasons or 'none'}"
 
 
 def _without_leaks(labels: Sequence[Label], options: LabelSource, left_out: Counter[str]) -> list[Label]:

@@ -28,6 +28,9 @@ class JudgeSettings:
     pair_weight: float = field(default=1.0, metadata={"help": "loss: which answer of a pair is better"})
     single_weight: float = field(default=0.25, metadata={"help": "loss: single scores, which keeps them calibrated"})
     mass_weight: float = field(default=0.1, metadata={"help": "loss: the labels' probability, which keeps it high"})
+    replay_weight: float = field(
+        default=1.0, metadata={"help": "loss: how far the pairs of --replay have moved, squared; 0 only measures it"}
+    )
     length_control: bool = field(
         default=False,
         metadata={"help": "give the loss what lengths alone predict, so that the judge learns the rest"},
@@ -72,7 +75,7 @@ class JudgeSettings:
         positive = (self.rank, self.alpha, self.lr, self.epochs, self.batch, self.clip, self.max_length)
         if min(*positive, self.pass_tokens, self.save_steps) <= 0:
             raise ValueError("rank, alpha, lr, epochs, batch, clip, max_length, pass_tokens and save_steps: above 0")
-        weights = (self.pair_weight, self.single_weight, self.mass_weight)
+        weights = (self.pair_weight, self.single_weight, self.mass_weight, self.replay_weight)
         if min(weights) < 0 or not self.pair_weight + self.single_weight:
             raise ValueError("loss weights are 0 or more, and those of pairs and of single scores are not both 0")
         if not (0 <= self.dropout < 1 and 0 <= self.warmup < 1 and self.weight_decay >= 0):
@@ -81,8 +84,10 @@ class JudgeSettings:
     def described(self) -> dict[str, object]:
         """The settings that decide the weights."""
         settings = {key: value for key, value in asdict(self).items() if key not in _WITHOUT_EFFECT}
-        if self.method == "lora":  # the only method of earlier versions, whose runs can be resumed
-            del settings["method"]
+        # What earlier versions did not have: their runs can be resumed.
+        for name, value in (("method", "lora"), ("replay_weight", 1.0)):
+            if settings[name] == value:
+                del settings[name]
         return settings
 
     @property

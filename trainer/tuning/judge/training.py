@@ -56,8 +56,9 @@ def outputs_of(settings: JudgeSettings) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class JudgeTraining:
-    """What was trained. `tokens` were trained on, `seconds` and `tokens_per_second` are this process's own; `packed`:
-    see reader.py. `length_effect` is what --length-control took out. `changed` is False if no weight has changed.
+    """What was trained, on `labels` and on `replayed` pairs without. `tokens` were trained on, `seconds` and
+    `tokens_per_second` are this process's own; `packed`: see reader.py. `length_effect` is what --length-control took
+    out. `changed` is False if no weight has changed.
     """
 
     base: str
@@ -70,6 +71,7 @@ class JudgeTraining:
     changed: bool
     length_effect: float
     settings: dict[str, Any] = field(default_factory=dict)
+    replayed: int = 0
 
 
 def train_judge(
@@ -111,7 +113,9 @@ def train_judge(
 def _digest(examples: Sequence[Example]) -> str:
     digest = sha256()
     for example in examples:
-        parts = [example.label.model_dump_json(), example.template.id, [list(p.token_ids) for p in example.prompts]]
+        ids = [list(prompt.token_ids) for prompt in example.prompts]
+        parts: list[object] = [example.label.model_dump_json(), example.template.id, ids]
+        parts += [] if example.held_at is None else [example.held_at]
         digest.update(repr(parts).encode())
     return digest.hexdigest()
 
@@ -132,7 +136,9 @@ class _Loop:
         self._folder, self._settings, self._report = folder, settings, on_progress
         self._steps = settings.steps(len(examples))
         effect = length_effect(examples) if settings.length_control else 0.0
-        self._weights = LossWeights(settings.pair_weight, settings.single_weight, settings.mass_weight, effect)
+        self._weights = LossWeights(
+            settings.pair_weight, settings.single_weight, settings.mass_weight, settings.replay_weight, effect
+        )
         self._optimizer = torch.optim.AdamW(model.weights, lr=settings.lr, weight_decay=settings.weight_decay)
         self._log = StepLog(folder / LOG_FILE)
         self._step = 0
@@ -179,9 +185,10 @@ class _Loop:
     def result(self, model: str, *, changed: bool) -> JudgeTraining:
         """What came of it."""
         tokens = self._progress.done - self._progress.known
+        replayed = sum(example.held_at is not None for example in self._examples)
         return JudgeTraining(
             base=model,
-            labels=len(self._examples),
+            labels=len(self._examples) - replayed,
             steps=self._steps,
             tokens=self._progress.total,
             seconds=self._seconds,
@@ -190,13 +197,14 @@ class _Loop:
             changed=changed,
             length_effect=self._weights.length,
             settings=asdict(self._settings),
+            replayed=replayed,
         )
 
     def _do_step(self) -> None:
         batch = self._batch(self._step)
         terms = [self._backward(group, len(batch)) for group in passes(batch, self._settings.pass_tokens)]
         norm = float(nn.utils.clip_grad_norm_(self._model.weights, self._settings.clip))
-        numbers = _numbers(terms, len(batch), norm)
+        numbers = _numbers(terms, norm)
         broken = [name for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
             raise _not_finite(f"{', '.join(broken)} of step {self._step + 1}")
@@ -268,19 +276,21 @@ class _Loop:
                 shutil.rmtree(old)
 
 
-def _numbers(terms: Sequence[LossTerms], labels: int, norm: float) -> dict[str, float]:
-    """What the log says of a step: means over its labels, and over its pairs."""
-    pairs = sum(part.pairs for part in terms)
+def _numbers(terms: Sequence[LossTerms], norm: float) -> dict[str, float]:
+    """What the log says of a step: means over its examples, labels, labelled pairs and pairs held to the base."""
+    labels, pairs, held = (sum(getattr(part, name) for part in terms) for name in ("labels", "pairs", "held"))
     numbers = {
-        "loss": sum(float(part.loss.detach()) for part in terms) / labels,
+        "loss": sum(float(part.loss.detach()) for part in terms) / (labels + held),
         "pair": sum(part.pair for part in terms) / max(1, pairs),
-        "single": sum(part.single for part in terms) / labels,
-        "mass": sum(part.mass for part in terms) / labels,
+        "single": sum(part.single for part in terms) / max(1, labels),
+        "mass": sum(part.mass for part in terms) / (labels + held),
         "grad_norm": norm,
     }
     if pairs:
         numbers["margin"] = sum(part.margin for part in terms) / pairs
         numbers["accuracy"] = sum(part.right for part in terms) / pairs
+    if held:
+        numbers["replay"] = sum(part.replay for part in terms) / held
     return numbers
 
 
