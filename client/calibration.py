@@ -1,12 +1,14 @@
 """Calibration files: for each template, how log-odds become the probability that the response is good.
 
-`sigmoid(log_odds / temperature + bias)`, after Platt (1999) and Guo et al. (arXiv 1706.04599). `python -m
-client.calibrate` fits and writes a file, and the service reads it (`--calibration-file`). A file belongs to one model's
-weights, identified by their fingerprint. It is JSON:
+`sigmoid(log_odds / temperature + bias)`, after Platt (1999) and Guo et al. (arXiv 1706.04599). Of two responses the
+probability that one is better has a temperature of its own, and no bias. `python -m client.calibrate` fits and writes
+a file, and the service reads it (`--calibration-file`). A file belongs to one model's weights, identified by their
+fingerprint. It is JSON:
 
     {"format": 1, "model": "…", "fingerprint": "…",
      "templates": {"general@1": {"temperature": 2.5, "bias": -0.4, "pairs": 300,
-                                 "before": {"nll": …, "ece": …, "brier": …}, "after": {…}}},
+                                 "before": {"nll": …, "ece": …, "brier": …}, "after": {…},
+                                 "pair": {"temperature": 0.7, "before": {…}, "after": {…}}}},
      "fitted_on": {"sources": ["…"], "seed": 0, "left_out": {"truncated": 3}}}
 """
 
@@ -50,10 +52,25 @@ class Quality(_FileModel):
     brier: Loss
 
 
+class PairFit(_FileModel):
+    """How a difference of log-odds becomes the probability that the first response is the better one. `before` and
+    `after` are as in TemplateCalibration, of pairs, each of which counts in both orders.
+    """
+
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    before: Quality
+    after: Quality
+
+    def apply(self, difference: float) -> float:
+        """The fitted probability that a response which leads by so many log-odds is the better one."""
+        return sigmoid(difference / self.temperature)
+
+
 class TemplateCalibration(_FileModel):
     """One template's fit. Half of `pairs` were fitted to; `before` (the raw score) and `after` measure the other half.
 
-    `asked_with` is that of the judgements fitted to, as in ScoreResult; older files lack it.
+    `asked_with` is that of the judgements fitted to, as in ScoreResult; older files lack it, and `pair`, which is also
+    None where greater differences do not make a right verdict likelier.
     """
 
     temperature: Annotated[FiniteFloat, Field(gt=0)]
@@ -62,6 +79,7 @@ class TemplateCalibration(_FileModel):
     before: Quality
     after: Quality
     asked_with: Digest = None
+    pair: Annotated[PairFit | None, Field(exclude_if=lambda pair: pair is None)] = None
 
     def apply(self, log_odds: float) -> float:
         """The fitted probability that a response with these log-odds is good."""

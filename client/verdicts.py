@@ -73,7 +73,9 @@ def mass_warning(masses: Iterable[float]) -> str | None:
 
 
 def _lead(result: CompareResult, first: int, other: int) -> float:
-    """How far one response is ahead of another, in log-odds; calibrated ones, if both have them."""
+    """How far one response is ahead of another, in log-odds: calibrated as a pair, else as two answers, else raw."""
+    if result.calibrated_win_probability is not None:
+        return _logit(result.calibrated_win_probability[first][other])
     ours, theirs = result.scores[first].calibrated, result.scores[other].calibrated
     if ours is not None and theirs is not None:
         ahead = _logit(ours) - _logit(theirs)

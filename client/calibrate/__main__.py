@@ -160,9 +160,12 @@ def _fit_template(template: str, samples: Sequence[LabelledSample], options: Cal
 def _print_table(console: Console, fitted: Sequence[FittedTemplate], evidence: Evidence, judge: str) -> None:
     from rich.table import Table
 
-    table = Table(title=f"calibration of {judge}", caption="before -> after, on the held-out half; T: temperature")
+    table = Table(
+        title=f"calibration of {judge}",
+        caption="before -> after, on the held-out half; T: temperature; of pairs: of which is better",
+    )
     table.add_column("template", overflow="fold")
-    for name in ("pairs", "T", "bias", "NLL", "ECE", "Brier"):
+    for name in ("pairs", "T", "bias", "NLL", "ECE", "Brier", "T of pairs", "ECE of pairs"):
         table.add_column(name, justify="right")
     for result in fitted:
         if result.calibration:
@@ -189,15 +192,20 @@ def _verdict(template: str, fit: TemplateCalibration) -> str:
 def _fit_cells(calibration: TemplateCalibration) -> list[str]:
     before, after = calibration.before, calibration.after
     changes = [f"{getattr(before, name):.3f} -> {getattr(after, name):.3f}" for name in Quality.model_fields]
-    return [f"{calibration.temperature:.3g}", f"{calibration.bias:+.3g}", *changes]
+    pair = calibration.pair
+    of_pairs = (
+        ["-", "-"] if pair is None else [f"{pair.temperature:.3g}", f"{pair.before.ece:.3f} -> {pair.after.ece:.3f}"]
+    )
+    return [f"{calibration.temperature:.3g}", f"{calibration.bias:+.3g}", *changes, *of_pairs]
 
 
 def _calibrate_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m client.calibrate",
         description="Fit a temperature and a bias to a judge's log-odds for each template, so that the service can "
-        "report the probability that a response is good: sigmoid(log_odds / temperature + bias). Half of the pairs are "
-        "for the fit, the other half measures it. Raw scores stay as they are. With --panel: fit the weights of "
+        "report the probability that a response is good: sigmoid(log_odds / temperature + bias); and a temperature for "
+        "the probability that one response is better than another. Half of the pairs are for the fit, the other half "
+        "measures it. Raw scores stay as they are. With --panel: fit the weights of "
         "several questions instead.",
         epilog="Then: python -m service --calibration-file calibration.json, or --template-file panel.toml",
     )

@@ -2,7 +2,8 @@
 
 The fit is the logistic regression of an answer's label (chosen 1, rejected 0) on its log-odds (Platt 1999): slope
 `1 / temperature`, intercept `bias`. Its probabilities assume that good answers are as frequent as in the samples: half
-of the answers in pairs, fewer where a sample has more rejected answers.
+of the answers in pairs, fewer where a sample has more rejected answers. Pairs have a slope of their own, through the
+origin: how good a judge finds any answer varies from prompt to prompt, and in a difference that cancels out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from client.calibration import Quality, TemplateCalibration
+from client.calibration import PairFit, Quality, TemplateCalibration
 from client.stats import brier, ece, negative_log_likelihood, sigmoid
 
 # Standard deviation of a Gaussian prior on the intercept and on the slope of the standardised log-odds. Without a
@@ -52,7 +53,26 @@ def calibrate(samples: Sequence[LabelledSample], seed: int = 0) -> TemplateCalib
         pairs=len(samples),
         before=quality(log_odds, labels),
         after=quality([x / temperature + bias for x in log_odds], labels),
+        pair=_pair_fit(_differences(fitted_on), _differences(held_out)),
     )
+
+
+def fit_pairs(differences: Sequence[float]) -> float | None:
+    """The temperature of pairs, by which a better answer leads a worse one; None as in `fit`, and without pairs.
+
+    Each pair counts in both orders, so that the regression goes through the origin.
+    """
+    found = fit(*_both_orders(differences)) if differences else None
+    return None if found is None else found[0]
+
+
+def _pair_fit(fitted_on: Sequence[float], held_out: Sequence[float]) -> PairFit | None:
+    temperature = fit_pairs(fitted_on)
+    if temperature is None or not held_out:
+        return None
+    log_odds, labels = _both_orders(held_out)
+    after = quality([x / temperature for x in log_odds], labels)
+    return PairFit(temperature=temperature, before=quality(log_odds, labels), after=after)
 
 
 def split_halves(samples: Sequence[LabelledSample], seed: int) -> tuple[list[LabelledSample], list[LabelledSample]]:
@@ -137,6 +157,16 @@ def _newton_step(
 def _loss(inputs: Sequence[float], labels: Sequence[bool], slope: float, intercept: float) -> float:
     prior = (slope * slope + intercept * intercept) / (2 * PRIOR_SD**2)
     return prior + len(inputs) * negative_log_likelihood([slope * x + intercept for x in inputs], labels)
+
+
+def _differences(samples: Sequence[LabelledSample]) -> list[float]:
+    """By how much each chosen answer leads each rejected one."""
+    return [chosen - rejected for s in samples for chosen in s.chosen for rejected in s.rejected]
+
+
+def _both_orders(differences: Sequence[float]) -> tuple[list[float], list[bool]]:
+    log_odds = [*differences, *(-difference for difference in differences)]
+    return log_odds, [index < len(differences) for index in range(len(log_odds))]
 
 
 def _log_odds_and_labels(samples: Sequence[LabelledSample]) -> tuple[list[float], list[bool]]:

@@ -196,6 +196,8 @@ class CompareResult(Result):
     """As in ScoreResult."""
     asked_with: Digest = None
     """As in ScoreResult."""
+    calibrated_win_probability: list[list[float]] | None = None
+    """`win_probability` by the service's calibration of pairs; None if it has none for this template."""
 
 
 class ErrorBody(Result):

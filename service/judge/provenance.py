@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -33,6 +33,13 @@ class Provenance:
         """The fitted probability that the response is good; None for a template (its id) without a calibration."""
         calibration = self.calibrations.get(template)
         return calibration.apply(log_odds) if calibration else None
+
+    def calibrated_wins(self, template: str, log_odds: Sequence[float]) -> list[list[float]] | None:
+        """n by n: the fitted probability that one response is better than another; None without a fit of pairs."""
+        calibration = self.calibrations.get(template)
+        if calibration is None or calibration.pair is None:
+            return None
+        return [[calibration.pair.apply(ours - theirs) for theirs in log_odds] for ours in log_odds]
 
     def asked_with(self, template: Template | Panel | None) -> str:
         """See ScoreResult."""

@@ -105,6 +105,7 @@ def compare_result(
         timing_ms=_timing(cost),
         fingerprint=provenance.fingerprint,
         asked_with=provenance.asked_with(panel),
+        calibrated_win_probability=provenance.calibrated_wins(name, comparison.log_odds),
     )
 
 

@@ -142,6 +142,26 @@ def test_a_fit_improves_the_held_out_half() -> None:
     assert fitted.after.brier < fitted.before.brier
 
 
+def test_pairs_have_a_temperature_of_their_own() -> None:
+    """What a judge adds to all answers to a prompt spoils its single scores, and no comparison: it cancels out."""
+    rng = random.Random(3)
+    samples = []
+    for number in range(2000):
+        shift, lead = rng.gauss(0.0, 3.0), rng.gauss(0.0, 2.0)
+        better = rng.random() < sigmoid(lead / 1.5)
+        one, other = (shift + lead, shift) if better else (shift, shift + lead)
+        samples.append(LabelledSample(str(number), (one,), (other,)))
+
+    fitted = calibrate(samples)
+
+    assert fitted is not None
+    assert fitted.pair is not None
+    assert fitted.pair.temperature == pytest.approx(1.5, rel=0.15)
+    assert fitted.temperature > 2 * fitted.pair.temperature
+    assert fitted.pair.after.ece < 0.03 < fitted.pair.before.ece
+    assert fitted.pair.apply(1.5) + fitted.pair.apply(-1.5) == pytest.approx(1.0)
+
+
 def test_quality_is_measured_on_the_held_out_pairs() -> None:
     """`before` is the quality of the second half's raw scores."""
     samples = pairs(100)

@@ -29,6 +29,9 @@ def sigmoid(log_odds: float) -> float:
     return 0.5 * (1 + math.tanh(log_odds / 2))
 
 
+CALLED, EVEN = [[0.5, 0.9], [0.1, 0.5]], [[0.5, 0.51], [0.49, 0.5]]
+
+
 def comparison(*log_odds: float, calibrated: bool = False, **fields: object) -> CompareResult:
     """A pointwise comparison of responses with these log-odds; calibrated, they are a tenth as far apart."""
     ranking = sorted(range(len(log_odds)), key=lambda index: -log_odds[index])
@@ -70,6 +73,8 @@ def biased(flips: int, pairs: int) -> dict[str, float]:
         (comparison(1.0, 0.0, 0.97, 0.99), "close", "Too close to call between responses 1, 4 and 3: within 0.1"),
         (comparison(1.0, 0.5, calibrated=True), "close", "Too close to call between responses 1 and 2: 0.05"),
         (comparison(1.0, -1.0, calibrated=True), "best", "Response 1 is best"),
+        (comparison(1.0, 0.5, calibrated=True, calibrated_win_probability=CALLED), "best", "Response 1 is best"),
+        (comparison(9.0, 0.0, calibrated_win_probability=EVEN), "close", "Too close to call between responses 1 and 2"),
         (comparison(1.0, 0.9, tie=True), "tie", "A tie between responses 1 and 2"),
         (comparison(3.0, 0.0, position_bias=biased(1, 1)), "none", "No verdict: the winner changes with the order"),
         (comparison(3.0, 2.0, 1.0, position_bias=biased(3, 3)), "none", "No verdict: 3 of 3 pairs change their winner"),

@@ -103,6 +103,7 @@ COMPARE_RESULT = {
         {"score": 0.75, "log_odds": 1.0986, "truncated": True, **FARED, "panel": MEMBERS},
     ],
     "win_probability": [[0.5, 0.25], [0.75, 0.5]],
+    "calibrated_win_probability": [[0.5, 0.4], [0.6, 0.5]],
     "tie": False,
     "position_bias": {"pairs": 1, "flips": 0, "flip_rate": 0.0, "first_log_odds": -0.25},
     "mode": "pairwise",

@@ -18,7 +18,9 @@ from client.stats import sigmoid
 from tests.support.live import Live, live_service
 
 QUALITY = {"nll": 0.6, "ece": 0.1, "brier": 0.2}
-FIT = {"temperature": 2.5, "bias": -0.25, "pairs": 300, "before": QUALITY, "after": {**QUALITY, "nll": 0.5}}
+PAIR_FIT = {"temperature": 0.5, "before": QUALITY, "after": QUALITY}
+OLD = {"temperature": 2.5, "bias": -0.25, "pairs": 300, "before": QUALITY, "after": {**QUALITY, "nll": 0.5}}
+FIT = {**OLD, "pair": PAIR_FIT}
 FILE = {
     "format": 1,
     "model": "fake",
@@ -151,17 +153,33 @@ def test_a_remembered_judgement_is_calibrated_too(live: Live) -> None:
 
 
 def test_a_pointwise_comparison_calibrates_each_response(live: Live) -> None:
-    """Every response has its own probability."""
-    scores = post(live, "/compare", TWO)["scores"]
+    """Every response has its own probability, and each pair of them, by a temperature of its own."""
+    result = post(live, "/compare", TWO)
+    scores, log_odds = result["scores"], [score["log_odds"] for score in result["scores"]]
 
-    assert [each["calibrated"] for each in scores] == [sigmoid(each["log_odds"] / 2.5 - 0.25) for each in scores]
+    assert [each["calibrated"] for each in scores] == [sigmoid(value / 2.5 - 0.25) for value in log_odds]
+    assert result["calibrated_win_probability"] == [[sigmoid((a - b) / 0.5) for b in log_odds] for a in log_odds]
+    assert result["win_probability"] == [[sigmoid(a - b) for b in log_odds] for a in log_odds]
+
+
+def test_a_file_of_an_earlier_version_says_nothing_of_pairs(tmp_path: Path) -> None:
+    """It is read as before, and written as it was."""
+    path = written(tmp_path, templates={"general@3": OLD})
+    with live_service(calibration_file=[path]) as live:
+        result = post(live, "/compare", TWO)
+    calibration.save(calibration.load(path), path)
+
+    assert None not in [score["calibrated"] for score in result["scores"]]
+    assert result["calibrated_win_probability"] is None
+    assert json.loads(path.read_text("utf-8"))["templates"] == {"general@3": OLD}
 
 
 def test_a_pairwise_comparison_is_not_calibrated(live: Live) -> None:
     """Log-odds of being the better one of two are no log-odds of being good."""
-    scores = post(live, "/compare", {**TWO, "mode": "pairwise"})["scores"]
+    result = post(live, "/compare", {**TWO, "mode": "pairwise"})
 
-    assert [each["calibrated"] for each in scores] == [None, None]
+    assert [each["calibrated"] for each in result["scores"]] == [None, None]
+    assert result["calibrated_win_probability"] is None
 
 
 @pytest.mark.parametrize(("path", "body"), [("/score", PAIR), ("/compare", TWO)])

@@ -103,14 +103,16 @@ function warning(masses) {
 }
 
 function matrix(result) {
-  const numbers = result.win_probability.map((_, index) => index + 1);
-  const rows = result.win_probability.map((row, i) =>
+  const calibrated = result.calibrated_win_probability;
+  const wins = calibrated ?? result.win_probability;
+  const numbers = wins.map((_, index) => index + 1);
+  const rows = wins.map((row, i) =>
     el("tr", {}, el("th", { scope: "row" }, `${i + 1}`), ...row.map((value, j) => cell(value, i === j))),
   );
   return el(
     "section",
     {},
-    el("h3", { id: "matrix-title" }, "Win probability"),
+    el("h3", { id: "matrix-title" }, calibrated ? "Win probability, calibrated" : "Win probability"),
     el("p", { class: "hint" }, "How likely the row's response is better than the column's.", el("span", { id: "more", hidden: true }, " Scroll sideways for all columns.")),
     el(
       "div",

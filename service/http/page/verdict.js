@@ -12,6 +12,7 @@ const listed = (numbers) => `${numbers.slice(0, -1).join(", ")} and ${numbers.at
 
 // How far response `i` is ahead of `j`, in log-odds.
 function lead(result, i, j) {
+  if (result.calibrated_win_probability) return logit(result.calibrated_win_probability[i][j]);
   const calibrated = logit(result.scores[i].calibrated) - logit(result.scores[j].calibrated);
   return isNumber(calibrated) ? calibrated : logit(result.win_probability[i][j]);
 }

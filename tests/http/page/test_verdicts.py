@@ -26,6 +26,8 @@ def compared(page: Page, log_odds: list[float], *, mode: str = "Pointwise", flip
         ]
         for score, calibrated in zip(scores, extra.get("calibrated", []), strict=False):
             score["calibrated"] = calibrated
+        if "pair" in extra:
+            body = {**body, "calibrated_win_probability": extra["pair"]}
         bias = body["position_bias"] and {**body["position_bias"], "flips": flips}
         wins = [[sigmoid(a - b) for b in log_odds] for a in log_odds]
         ranking = list(range(len(log_odds)))
@@ -59,6 +61,15 @@ def test_a_clear_lead_is_called(page: Page) -> None:
     compared(page, [0.2, 0.09])
 
     expect(page.locator("#results h2")).to_have_text("Response 1 is best.")
+
+
+def test_a_calibration_of_pairs_decides_what_is_close(page: Page) -> None:
+    """Its probabilities are shown, and it counts before that of single answers."""
+    compared(page, [1.5, 0.5], calibrated=[0.9, 0.1], pair=[[0.5, 0.51], [0.49, 0.5]])
+
+    expect(page.locator("#results h2")).to_contain_text("Too close to call")
+    expect(page.locator("#matrix-title")).to_have_text("Win probability, calibrated")
+    assert page.locator(".matrix tbody td:not(.self)").all_inner_texts() == ["0.510", "0.490"]
 
 
 def test_a_calibration_decides_what_is_close(page: Page) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from client import stats
-from client.calibrate.fitting import LabelledSample, calibrate, fit, shuffled
+from client.calibrate.fitting import LabelledSample, calibrate, fit_pairs, shuffled
 from client.calibration import Calibration, FittedOn, TemplateCalibration, save
 from trainer.run.records import Record
 from trainer.tuning.judge.readings import Reading
@@ -124,13 +124,8 @@ def _noise(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
 
 
 def _temperature(pairs: Sequence[Reading]) -> float | None:
-    """A logistic regression through the origin: each margin counts as a right one and, turned round, as a wrong one."""
     margins = [reading.margin or 0.0 for reading in pairs]
-    better = [reading.target > 0.5 for reading in pairs]
-    found = (
-        fit([*margins, *(-margin for margin in margins)], [*better, *(not side for side in better)]) if pairs else None
-    )
-    return None if found is None else found[0]
+    return fit_pairs([margin if pair.target > 0.5 else -margin for margin, pair in zip(margins, pairs, strict=True)])
 
 
 def _folds(pairs: Sequence[Reading], seed: int) -> list[list[Reading]]:
