@@ -69,7 +69,7 @@ def test_a_calibration_of_pairs_decides_what_is_close(page: Page) -> None:
 
     expect(page.locator("#results h2")).to_contain_text("Too close to call")
     expect(page.locator("#matrix-title")).to_have_text("Win probability, calibrated")
-    assert page.locator(".matrix tbody td:not(.self)").all_inner_texts() == ["0.510", "0.490"]
+    assert page.locator(".matrix tbody td:not(.self)").all_inner_texts() == ["0.51", "0.49"]
 
 
 def test_a_calibration_decides_what_is_close(page: Page) -> None:
