@@ -2,8 +2,8 @@
 
 Writes what `python -m trainer.tune_judge --pairs labels/pairs.jsonl --from-rubric labels/rubric.toml` takes:
 
-    pairs.jsonl       people's choices: among answers of like length, and of one that declines a harmful request; right
-                      and wrong solutions of GSM8K problems
+    pairs.jsonl       people's choices: among answers of like length, of any length, and of one that declines a harmful
+                      request; right and wrong solutions of GSM8K problems
     solutions.jsonl   functions of Python packages that are installed anyway: signature and docstring, and the body
     complied.jsonl    harmful requests with an answer that does not decline
     asked_for.jsonl   other requests, and their answers, each as long as those of complied.jsonl
@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("code", 220),
         ("refusals", 110),
         ("declined", 60),
+        ("people", 0),
         ("replay", 200),
         ("problems", 170),
     ):
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = [_answer(row) for row in people if len(row["prompt"]) + 2 * len(row["chosen"]) < 2200]
     args.out.mkdir(parents=True, exist_ok=True)
     chosen = _sample(rng, alike, args.like) + _sample(rng, solved, args.gsm8k) + _sample(rng, declined, args.declined)
+    taken = {row["id"] for row in chosen}
+    chosen += _sample(rng, [row for row in people if row["id"] not in taken], args.people)
     _write(args.out / "pairs.jsonl", chosen)
     _write(args.out / "answers.jsonl", answers)
     _write(args.out / "solutions.jsonl", [{**row, "category": "code"} for row in functions()])

@@ -68,6 +68,7 @@ MEASURING = (
     "bench.engine",
     "bench.generation",
     "bench.invariance",
+    "bench.served_judge",
     "bench.startup",
     "bench.trainer",
     "bench.tuning_labels",
