@@ -3,7 +3,7 @@
     python -m bench.served_judge --run judge --judge-url http://127.0.0.1:8000 --labels 40
 
 `--run` is the folder of `python -m trainer.tune_judge`; the service has its merged/, or the base and its adapter/.
-Margins are the better answer's log-odds minus the worse one's.
+Margins are the first answer's log-odds minus the second's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from client.judge import Judge
 from client.schema import Message
 from trainer.policy.models import quiet_libraries, resolve_model
 from trainer.run.files import read_record, read_records
-from trainer.run.records import ADAPTER_FOLDER, HELD_OUT_FILE, Record
+from trainer.run.records import ADAPTER_FOLDER, CONFIG_FILE, HELD_OUT_FILE, Record
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.prompts import Example, JudgePrompts
 from trainer.tuning.judge.reader import OwnReader, read_prompts
@@ -31,6 +31,21 @@ class Trained(Record):
     base: str
 
 
+class Asked(Record):
+    """What is needed of config.json: how the run asked."""
+
+    template: str | None
+    template_files: list[str]
+    asking: str
+    max_length: int
+
+
+class Config(Record):
+    """config.json."""
+
+    asked: Asked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask, and print how far the answers are off."""
     assert __doc__ is not None
@@ -40,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=int, default=40, help="pairs at most (default: 40)")
     args = parser.parse_args(argv)
     labels = [label for label in read_records(args.run / HELD_OUT_FILE, Label) if label.is_pair][: args.labels]
+    asked = read_record(args.run / CONFIG_FILE, Config).asked
+    if not labels or asked.asking != "pointwise" or asked.template_files or not (args.run / ADAPTER_FOLDER).is_dir():
+        parser.error(f"{args.run}: not a run with an adapter, built-in pointwise templates and pairs held out")
     base = resolve_model(read_record(args.run / "training.json", Trained).base)
-    examples, _ = JudgePrompts(base, "pointwise", None, [], 2048).examples(labels)
+    examples, _ = JudgePrompts(base, "pointwise", asked.template, [], asked.max_length).examples(labels)
     expected = _trained(base, args.run / ADAPTER_FOLDER, examples)
     scored, compared = _served(args.judge_url, examples)
     print(f"{len(examples)} pairs, log-odds off by (mean, mean of absolute values, most):")

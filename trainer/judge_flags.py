@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from client.bulk import BulkOptions
+from client.data.sources import hub_source
 from client.runtime.parser import Parser
 from trainer.errors import InputError
 from trainer.flags import FlagGroup, add_flags, add_run_flags, given
@@ -31,7 +32,8 @@ def run_of(args: argparse.Namespace) -> JudgeRun:
     if args.replay is None and args.replay_weight is not None:
         raise InputError("--replay-weight is for the pairs of --replay: give these")
     curve = _sizes(args.curve)
-    for file in (*args.not_in, *args.template_file):
+    replay = [] if args.replay is None or hub_source(args.replay) is not None else [Path(args.replay)]
+    for file in (*args.not_in, *args.template_file, *replay):
         if not file.is_file():
             raise InputError(f"{file}: there is no such file")
     return JudgeRun(

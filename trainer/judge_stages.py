@@ -157,7 +157,8 @@ class JudgeStages:
             counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
             write_json(self.path / REPLAY_COUNTS, counts)
 
-        inputs = {"labels": self.path / HELD_OUT_FILE, **self.folder.config[REPLAY], **self._asked()}
+        terms = {name: self.folder.config[name] for name in (REPLAY, "labels")}
+        inputs = {"held_out": self.path / HELD_OUT_FILE, **terms}
         self._do(Stage(self.path, REPLAY, (REPLAY_FILE, REPLAY_HELD_OUT, REPLAY_COUNTS), inputs), REPLAY, work)
         counts = json.loads((self.path / REPLAY_COUNTS).read_bytes())
         line = counts_line(counts["train"], counts["held_out"], counts["left_out"], "pairs to replay")
@@ -179,16 +180,13 @@ class JudgeStages:
     def train(self, folder: Path, count: int | None = None) -> None:
         """adapter/ in `folder`, from all training labels or from the first `count` in the order of `chosen`."""
         run = self.run
-        inputs = {"model": run.model.identity, "labels": self.path / TRAIN_FILE, "count": count, **self._asked()}
-        inputs.update({REPLAY: self.path / REPLAY_BEFORE} if run.labels.replay is not None else {})
-        stage = Stage(folder, TRAINING, outputs_of(run.settings), {**inputs, **run.settings.described()})
 
         def work(report: OnProgress) -> None:
             examples = chosen(self.examples(TRAIN_FILE), count, run.settings.seed) + self._held()
             self.console.print(memory_line(run, examples), soft_wrap=True, highlight=False)
             train_judge(run.model.name, examples, folder, run.settings, report)
 
-        self._do(stage, "training, tokens", work)
+        self._do(self._training(folder, count), "training, tokens", work)
         release_memory()
 
     def merge(self, folder: Path) -> None:
@@ -222,7 +220,7 @@ class JudgeStages:
             folder = self.path / CURVE_FOLDER / str(count)
             folder.mkdir(parents=True, exist_ok=True)
             last = AFTER_FILE if self.run.labels.replay is None else REPLAY_AFTER
-            if not (folder / last).with_suffix(".done").exists():
+            if not (self._training(folder, count).done and (folder / last).with_suffix(".done").exists()):
                 self.train(folder, count)
                 self.merge(folder)
                 self.read_after(folder)
@@ -258,9 +256,15 @@ class JudgeStages:
         self._do(Stage(folder, name, (output,), inputs), f"{name.replace('_', ', ')}, labels", work)
         release_memory()
 
+    def _training(self, folder: Path, count: int | None) -> Stage:
+        run = self.run
+        inputs = {"model": run.model.identity, "labels": self.path / TRAIN_FILE, "count": count, **self._asked()}
+        inputs.update({REPLAY: self.path / REPLAY_BEFORE} if run.holds else {})
+        return Stage(folder, TRAINING, outputs_of(run.settings), {**inputs, **run.settings.described()})
+
     def _held(self) -> list[Example]:
         """The pairs that nobody labelled, with what the base says of them."""
-        if self.run.labels.replay is None:
+        if not self.run.holds:
             return []
         return held(self.examples(REPLAY_FILE), read_records(self.path / REPLAY_BEFORE, Reading))
 
@@ -271,7 +275,7 @@ class JudgeStages:
         if self.run.labels.replay is None:
             return evidence
         one, two = read_records(self.path / REPLAY_BEFORE, Reading), read_records(folder / REPLAY_AFTER, Reading)
-        trained = json.loads((self.path / REPLAY_COUNTS).read_bytes())["train"]
+        trained = json.loads((self.path / REPLAY_COUNTS).read_bytes())["train"] if self.run.holds else 0
         return evidence.model_copy(update={REPLAY: replay_numbers(one, two, trained)})
 
     def _calibrate(self) -> None:

@@ -27,6 +27,7 @@ from tests.trainer.judge.makers import TOY_FLAGS, same_adapter, toy_file, toy_la
 from trainer import judge_stages
 from trainer.tune_judge import main
 from trainer.tuning.judge.prompts import JudgePrompts
+from trainer.tuning.judge.replay import read_replay
 
 LABELS = 70
 
@@ -375,7 +376,7 @@ def test_pairs_that_nobody_labelled_hold_the_judge_where_it_was(
         evidence = read(output / "evidence.json")
         moved[weight] = evidence["replay"]["moved"]
         assert evidence["after"]["accuracy"]["value"] > evidence["before"]["accuracy"]["value"]
-        assert evidence["replay"]["trained"] + evidence["replay"]["kept"]["count"] == 31
+        assert evidence["replay"]["trained"] + evidence["replay"]["kept"]["count"] == (16 if weight == "0" else 31)
         assert read(output / "training.json")["labels"] == read(output / "labels.json")["train"]
         assert read(output / "curve.json")["8"]["replay"]["trained"] == evidence["replay"]["trained"]
 
@@ -386,6 +387,70 @@ def test_pairs_that_nobody_labelled_hold_the_judge_where_it_was(
     assert "pairs to replay to train on" in told
     assert "pairs held out keep their winner" in told
     assert "that nobody labelled" in (tmp_path / "5" / "report.html").read_text()
+
+
+def test_a_replay_without_weight_changes_nothing(tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path) -> None:
+    """It is measured alone: the adapter is that of a run without these pairs, and the page says what was done."""
+    assert main(replayed(tiny_model, pairs, replay, tmp_path / "measured", "--replay-weight", "0")) == 0
+    assert main(flags(tiny_model, pairs, tmp_path / "without", "--held-out", "0.5")) == 0
+
+    assert same_adapter(tmp_path / "measured", tmp_path / "without")
+    assert read(tmp_path / "measured" / "evidence.json")["replay"]["trained"] == 0
+    assert "Held to what it said" not in (tmp_path / "measured" / "report.html").read_text()
+
+
+def test_what_decides_the_replay_redoes_it(tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path) -> None:
+    """With --overwrite: an evaluation file that is named later, other pairs (the curve too), and none any more."""
+    output, evaluation, other = tmp_path / "run", tmp_path / "dev.jsonl", tmp_path / "other.jsonl"
+    evaluation.write_text("".join(f'{{"prompt": "Where is {n}?"}}\n' for n in range(15)))
+    rows = [{"prompt": f"Who is {n}?", "responses": [f"Paris is {n}", f"fox {n}"]} for n in range(30)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = ("--curve", "5", "--overwrite")
+    assert main(replayed(tiny_model, pairs, replay, output, "--curve", "5")) == 0
+
+    again = replayed(tiny_model, pairs, replay, output, "--not-in", str(evaluation), "--leaks", "drop", *curve)
+    assert main(again) == 0
+    assert read(output / "replay.json")["left_out"]["in an evaluation file"] == 15
+    assert main(replayed(tiny_model, pairs, other, output, *curve)) == 0
+    assert main(replayed(tiny_model, pairs, other, tmp_path / "fresh", "--curve", "5")) == 0
+    assert read(output / "curve.json") == read(tmp_path / "fresh" / "curve.json")
+    assert main(flags(tiny_model, pairs, output, "--held-out", "0.5", *curve)) == 0
+    assert main(flags(tiny_model, pairs, tmp_path / "without", "--held-out", "0.5", "--curve", "5")) == 0
+    assert read(output / "curve.json") == read(tmp_path / "without" / "curve.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "count"),
+    [
+        ({"chosen": "x", "rejected": "y", "probability": 0.5}, 1),
+        ({"chosen": "x", "rejected": "y", "probability": 7, "margin": -1}, 1),
+        ({"chosen": ["x", "y"], "rejected": ["z", "x"]}, 3),
+        ({"responses": ["x", "y"], "label": None, "chosen": None, "rejected": None}, 1),
+        ({"responses": '["x", "y", "z"]', "chosen": "", "rejected": ""}, 2),
+        ({"response": "x", "label": "maybe"}, 0),
+    ],
+)
+def test_labels_of_pairs_to_replay_do_not_matter(tmp_path: Path, row: dict[str, Any], count: int) -> None:
+    """Ties, disputed pairs and labels that make no sense are pairs like others."""
+    file = tmp_path / "replay.jsonl"
+    file.write_text(json.dumps({"prompt": "A?", **row}) + "\n" + json.dumps({"prompt": "B?", "responses": ["x", "y"]}))
+
+    found, _ = read_replay(str(file), "category")
+
+    assert len(found) == count + 1
+    assert not any(pair.is_decided for pair in found)
+
+
+def test_a_pair_that_was_decided_both_ways_is_replayed_once(tmp_path: Path) -> None:
+    """What people disagree on is a pair to hold in place."""
+    file = tmp_path / "replay.jsonl"
+    rows = [{"prompt": "A?", "chosen": "x", "rejected": "y"}, {"prompt": "A?", "chosen": "y", "rejected": "x"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    found, left_out = read_replay(str(file), "category")
+
+    assert len(found) == 1
+    assert left_out == {"duplicates": 1}
 
 
 def test_a_replay_that_was_interrupted_ends_like_another(
@@ -425,6 +490,9 @@ def test_replay_that_cannot_work(
     few.write_text('{"prompt": "A?", "responses": ["x", "y"]}\n')
     output = tmp_path / "run"
 
+    assert "there is no such file" in refused(capsys, replayed(tiny_model, pairs, tmp_path / "none", output))
+    assert "there is no such file" in refused(capsys, replayed(tiny_model, pairs, tmp_path, output))
+    assert not output.exists()
     assert "of 1 pairs" in refused(capsys, replayed(tiny_model, pairs, few, output))
     known = replayed(tiny_model, pairs, replay, tmp_path / "known", "--not-in", str(few))
     few.write_text('{"prompt": "where is 7"}\n')

@@ -14,19 +14,17 @@ from dataclasses import replace
 from client import stats
 from trainer.errors import InputError
 from trainer.tuning.judge.evidence import ReplayNumbers, share_of
-from trainer.tuning.judge.labels import UNDECIDED, Label, LabelSplit, split_labels
+from trainer.tuning.judge.labels import Label, LabelSplit, split_labels
 from trainer.tuning.judge.prompts import Example
 from trainer.tuning.judge.readings import Reading
-from trainer.tuning.judge.unlabelled import read_questions
+from trainer.tuning.judge.unlabelled import read_undecided
 from trainer.tuning.preferences import held_out_indices
 
 
 def read_replay(source: str, category: str) -> tuple[list[Label], Counter[str]]:
-    """The pairs in a file or hub data set, undecided, and counts of those left out. What their labels say, if they have
-    any, does not matter. Raises DataError.
-    """
-    labels, left_out = read_questions(source, category)
-    pairs = [label.model_copy(update={"target": UNDECIDED, "margin": 0.0}) for label in labels if label.is_pair]
+    """The pairs in a file or hub data set, undecided, and counts of those left out. Raises DataError."""
+    labels, left_out = read_undecided(source, category)
+    pairs = [label for label in labels if label.is_pair]
     left_out["single answers"] += len(labels) - len(pairs)
     return pairs, +left_out
 

@@ -54,6 +54,11 @@ class JudgeRun:
     curve: tuple[int, ...]
     teacher: TeacherOptions | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether the pairs of --replay are trained on, and not only measured."""
+        return self.labels.replay is not None and self.settings.replay_weight > 0
+
     def prompts(self) -> JudgePrompts:
         """What makes prompts of labels. Raises ModelError, InputError."""
         settings = self.settings

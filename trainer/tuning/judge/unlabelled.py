@@ -1,4 +1,4 @@
-"""Data that a teacher labels: with labels, or without, or some rows of each.
+"""Data that a teacher labels, with labels, or without, or some rows of each; and pairs whose labels do not matter.
 
 A row without labels holds `prompt`, and a list `responses` or a single `response`; optional are `id` and `category`. Of
 several responses, each is compared with the next: they are pairs `id#1`, `id#2`, …
@@ -7,9 +7,10 @@ several responses, each is compared with the next: they are pairs `id#1`, `id#2`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Final
 
 from client.data import layouts
 from client.data.sources import hub_rows, hub_source
@@ -17,19 +18,38 @@ from client.data.tables import TableRow, read_table
 from client.texts import is_blank
 from trainer.tuning.judge.labels import UNDECIDED, Label, clean, labels_of
 
+_WITHOUT_LABELS: Final = ("prompt", "responses", "response", "chosen", "rejected", "id", "template")
+
 
 def read_questions(source: str, category: str = "category") -> tuple[list[Label], Counter[str]]:
     """The labels of rows that have some, as `read_labels` gives them, and undecided ones of the others; counts of those
     left out. Raises DataError.
     """
+    rows = list(_rows(source))
+    labels, left_out = clean(labels_of([row for row in rows if not _is_open(row)], category))
+    _add_undecided(labels, left_out, filter(_is_open, rows), category)
+    return labels, left_out
+
+
+def read_undecided(source: str, category: str = "category") -> tuple[list[Label], Counter[str]]:
+    """Every row as undecided labels, whatever it says of its answers; counts of those left out. Raises DataError."""
+    labels: list[Label] = []
+    left_out: Counter[str] = Counter()
+    _add_undecided(labels, left_out, (_without_labels(row, category) for row in _rows(source)), category)
+    return labels, left_out
+
+
+def _rows(source: str) -> Iterable[TableRow]:
     hub = hub_source(source)
-    rows = read_table(Path(source)) if hub is None else hub_rows(*hub)
-    labelled = [row for row in rows if not _is_open(row)]
-    labels, left_out = clean(labels_of(labelled, category))
+    return read_table(Path(source)) if hub is None else hub_rows(*hub)
+
+
+def _add_undecided(labels: list[Label], left_out: Counter[str], rows: Iterable[TableRow], category: str) -> None:
+    """Append the rows' undecided labels, each question once."""
     seen = {label.question_key for label in labels}
     ids = {label.id for label in labels}
     for row in rows:
-        for label in _undecided(row, category) if _is_open(row) else ():
+        for label in _undecided(row, category):
             reason = _useless(label) or ("duplicates" if label.question_key in seen else None)
             if label.id in ids:
                 raise row.problem(f"id {label.id} is already that of another row")
@@ -39,7 +59,14 @@ def read_questions(source: str, category: str = "category") -> tuple[list[Label]
                 labels.append(label)
             else:
                 left_out[reason] += 1
-    return labels, left_out
+
+
+def _without_labels(row: TableRow, category: str) -> TableRow:
+    """The row without what it says of its answers."""
+    fields = {name: row.fields[name] for name in (*_WITHOUT_LABELS, category) if row.fields.get(name) not in (None, "")}
+    if "responses" in fields:
+        fields = {name: value for name, value in fields.items() if name not in ("chosen", "rejected")}
+    return TableRow(row.source, row.unit, row.number, fields)
 
 
 def _is_open(row: TableRow) -> bool:
@@ -57,7 +84,9 @@ def _undecided(row: TableRow, category: str) -> Iterator[Label]:
     answers = sample.chosen
     if not answers:
         raise row.problem("responses is an empty list")
-    groups = list(pairwise(answers)) if len(answers) > 1 else [answers]
+    groups: list[tuple[str, ...]] = [answers] if len(answers) == 1 else list(pairwise(answers))
+    if sample.rejected:
+        groups = list(product(answers, sample.rejected))
     for number, group in enumerate(groups, 1):
         id_ = sample.id if len(groups) == 1 else f"{sample.id}#{number}"
         template = str(fields.get("template") or "") or None
