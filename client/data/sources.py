@@ -65,10 +65,14 @@ def load_hub(name: str, split: str | None = None) -> list[Sample]:
 
 
 def hub_source(source: str) -> tuple[str, str | None] | None:
-    """Name and split of `hub:NAME[@SPLIT]`; None for another source, which is a file's path."""
+    """Name and split of `hub:NAME[@SPLIT]`; None for another source, which is a file's path. Raises DataError without a
+    name.
+    """
     if not source.startswith(HUB):
         return None
     name, _, split = source.removeprefix(HUB).partition("@")
+    if not name.strip():
+        raise DataError(f"{source}: name a data set, as in {HUB}ORG/NAME or {HUB}ORG/NAME@SPLIT")
     return name, split or None
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.data.samples import Sample, choose, digest, halves
-from client.data.sources import load_hub, load_pairs, load_rewardbench, load_rmbench
+from client.data.sources import hub_source, load_hub, load_pairs, load_rewardbench, load_rmbench
 from client.data.tables import DataError
 from client.schema import Message
 
@@ -319,6 +319,13 @@ def test_a_data_set_of_one_split_needs_no_split(offline_hub: Path) -> None:
 
     assert samples == load_pairs(offline_hub / "test.jsonl")
     assert samples[0].rejected == ("5", "6", "7")
+
+
+@pytest.mark.parametrize("source", ["hub:", "hub: ", "hub:@train"])
+def test_a_data_set_has_a_name(source: str) -> None:
+    """Without one, it says what a name looks like."""
+    with pytest.raises(DataError, match="hub:ORG/NAME@SPLIT"):
+        hub_source(source)
 
 
 def test_a_data_set_of_several_splits_wants_one(offline_hub: Path) -> None:
