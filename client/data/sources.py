@@ -72,7 +72,7 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
         return None
     name, _, split = source.removeprefix(HUB).partition("@")
     if not name.strip():
-        raise DataError(f"{source}: name a data set, as in {HUB}ORG/NAME or {HUB}ORG/NAME@SPLIT")
+        raise DataError(f"{HUB} needs the name of a data set: {HUB}ORG/NAME or {HUB}ORG/NAME@SPLIT")
     return name, split or None
 
 
