@@ -9,6 +9,7 @@ Margins are the first answer's log-odds minus the second's.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,33 +18,13 @@ import torch
 
 from client.judge import Judge
 from client.schema import Message
-from trainer.policy.models import quiet_libraries, resolve_model
-from trainer.run.files import read_record, read_records
-from trainer.run.records import ADAPTER_FOLDER, CONFIG_FILE, HELD_OUT_FILE, Record
+from trainer.policy.models import load_model, quiet_libraries, resolve_model
+from trainer.run.files import read_records
+from trainer.run.records import ADAPTER_FOLDER, CONFIG_FILE, HELD_OUT_FILE
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.prompts import Example, JudgePrompts
 from trainer.tuning.judge.reader import OwnReader, read_prompts
-
-
-class Trained(Record):
-    """What is needed of training.json."""
-
-    base: str
-
-
-class Asked(Record):
-    """What is needed of config.json: how the run asked."""
-
-    template: str | None
-    template_files: list[str]
-    asking: str
-    max_length: int
-
-
-class Config(Record):
-    """config.json."""
-
-    asked: Asked
+from trainer.tuning.judge.training import RESULT_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--labels", type=int, default=40, help="pairs at most (default: 40)")
     args = parser.parse_args(argv)
     labels = [label for label in read_records(args.run / HELD_OUT_FILE, Label) if label.is_pair][: args.labels]
-    asked = read_record(args.run / CONFIG_FILE, Config).asked
-    if not labels or asked.asking != "pointwise" or asked.template_files or not (args.run / ADAPTER_FOLDER).is_dir():
+    asked = json.loads((args.run / CONFIG_FILE).read_bytes())["asked"]
+    adapter = args.run / ADAPTER_FOLDER
+    if not labels or asked["asking"] != "pointwise" or asked["template_files"] or not adapter.is_dir():
         parser.error(f"{args.run}: not a run with an adapter, built-in pointwise templates and pairs held out")
-    base = resolve_model(read_record(args.run / "training.json", Trained).base)
-    examples, _ = JudgePrompts(base, "pointwise", asked.template, [], asked.max_length).examples(labels)
-    expected = _trained(base, args.run / ADAPTER_FOLDER, examples)
+    base = resolve_model(json.loads((args.run / RESULT_FILE).read_bytes())["base"])
+    examples, _ = JudgePrompts(base, "pointwise", asked["template"], [], asked["max_length"]).examples(labels)
+    expected = _trained(base, adapter, examples)
     scored, compared = _served(args.judge_url, examples)
     print(f"{len(examples)} pairs, log-odds off by (mean, mean of absolute values, most):")
     for name, served in (("/score", scored), ("/compare", compared)):
@@ -78,11 +60,9 @@ def _told(off: Sequence[float]) -> str:
 def _trained(base: Path, adapter: Path, examples: Sequence[Example]) -> list[list[float]]:
     """Log-odds of each example's answers by transformers' own forward, base and adapter in fp32."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     with quiet_libraries(), torch.inference_mode():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        reader = OwnReader(PeftModel.from_pretrained(model, str(adapter)))
+        reader = OwnReader(PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter)))
         return [read_prompts(reader, example.prompts).log_odds.tolist() for example in examples]
 
 

@@ -51,7 +51,7 @@ from trainer.tuning.judge.replay import held, replay_numbers
 from trainer.tuning.judge.rubric import synthetic_counts, synthetic_line
 from trainer.tuning.judge.run import JudgeRun, counts_line, memory_line
 from trainer.tuning.judge.teacher import TeacherLine, TeacherSummary, ask_teacher, describe_teacher, summarize
-from trainer.tuning.judge.training import outputs_of, train_judge
+from trainer.tuning.judge.training import RESULT_FILE, outputs_of, train_judge
 from trainer.tuning.rounding import MERGE_FILE, merge_and_measure
 
 if TYPE_CHECKING:
@@ -128,18 +128,11 @@ class JudgeStages:
             answers = {line.id: line for line in read_records(self.path / TEACHER_FILE, TeacherLine)}
 
         def work(_: OnProgress) -> None:
-            split, left_out = self.run.usable(answers)
-            write_records(self.path / TRAIN_FILE, split.train)
-            write_records(self.path / HELD_OUT_FILE, split.held_out)
-            counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
-            synthetic = synthetic_counts([*split.train, *split.held_out])
-            counts.update({"synthetic": synthetic} if synthetic else {})
-            write_json(self.path / LABELS_FILE, counts)
+            self._write_split(outputs, *self.run.usable(answers))
 
         outputs = (TRAIN_FILE, HELD_OUT_FILE, LABELS_FILE)
         self._do(Stage(self.path, "labels", outputs, inputs), "labels", work)
-        counts = json.loads((self.path / LABELS_FILE).read_bytes())
-        self.console.print(counts_line(counts["train"], counts["held_out"], counts["left_out"]), soft_wrap=True)
+        counts = self._show_counts(LABELS_FILE, "labels")
         if "synthetic" in counts:
             self.console.print(synthetic_line(counts["synthetic"]), soft_wrap=True, highlight=False)
 
@@ -149,20 +142,13 @@ class JudgeStages:
             return
 
         def work(_: OnProgress) -> None:
-            split, left_out = self.run.replayed(
-                LabelSplit(*(read_records(self.path / file, Label) for file in (TRAIN_FILE, HELD_OUT_FILE)))
-            )
-            write_records(self.path / REPLAY_FILE, split.train)
-            write_records(self.path / REPLAY_HELD_OUT, split.held_out)
-            counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
-            write_json(self.path / REPLAY_COUNTS, counts)
+            self._write_split(outputs, *self.run.replayed(read_records(self.path / HELD_OUT_FILE, Label)))
 
+        outputs = (REPLAY_FILE, REPLAY_HELD_OUT, REPLAY_COUNTS)
         terms = {name: self.folder.config[name] for name in (REPLAY, "labels")}
         inputs = {"held_out": self.path / HELD_OUT_FILE, **terms}
-        self._do(Stage(self.path, REPLAY, (REPLAY_FILE, REPLAY_HELD_OUT, REPLAY_COUNTS), inputs), REPLAY, work)
-        counts = json.loads((self.path / REPLAY_COUNTS).read_bytes())
-        line = counts_line(counts["train"], counts["held_out"], counts["left_out"], "pairs to replay")
-        self.console.print(line, soft_wrap=True)
+        self._do(Stage(self.path, REPLAY, outputs, inputs), REPLAY, work)
+        self._show_counts(REPLAY_COUNTS, "pairs to replay")
 
     def examples(self, *files: str) -> list[Example]:
         """The labels of train.jsonl, held_out.jsonl, or another file of labels, as prompts."""
@@ -235,13 +221,28 @@ class JudgeStages:
         write_record(self.path / EVIDENCE_FILE, evidence)
         self._calibrate()
         counts = json.loads((self.path / LABELS_FILE).read_bytes())
-        training = json.loads((self.path / "training.json").read_bytes())
+        training = json.loads((self.path / RESULT_FILE).read_bytes())
         numbers = {"held-out labels": evidence.model_dump(), "labels": counts, "training": training}
         if self.run.teacher is not None:
             numbers[TEACHER] = json.loads((self.path / TEACHER_SUMMARY).read_bytes())
         card = model_card(self.path.name, self.run.model.name, numbers, tags=("judge", self.run.settings.method))
         write_whole(self.path / MERGED_FOLDER / CARD_FILE, card.encode())
         return evidence
+
+    def _write_split(self, files: tuple[str, str, str], split: LabelSplit, left_out: Mapping[str, int]) -> None:
+        """The two sides of a split, and its counts, into these files."""
+        train, held_out, counted = files
+        write_records(self.path / train, split.train)
+        write_records(self.path / held_out, split.held_out)
+        counts = {"train": len(split.train), "held_out": len(split.held_out), "left_out": dict(left_out)}
+        synthetic = synthetic_counts([*split.train, *split.held_out])
+        write_json(self.path / counted, counts | ({"synthetic": synthetic} if synthetic else {}))
+
+    def _show_counts(self, file: str, what: str) -> dict[str, Any]:
+        counts: dict[str, Any] = json.loads((self.path / file).read_bytes())
+        line = counts_line(counts["train"], counts["held_out"], counts["left_out"], what)
+        self.console.print(line, soft_wrap=True)
+        return counts
 
     def _read(self, folder: Path, output: str, model: Path, made_from: Mapping[str, Any], files: Sequence[str]) -> None:
         """What the model says of the labels in these files, into `output` in `folder`."""
@@ -275,7 +276,7 @@ class JudgeStages:
         if self.run.labels.replay is None:
             return evidence
         one, two = read_records(self.path / REPLAY_BEFORE, Reading), read_records(folder / REPLAY_AFTER, Reading)
-        trained = json.loads((self.path / REPLAY_COUNTS).read_bytes())["train"] if self.run.holds else 0
+        trained = json.loads((folder / RESULT_FILE).read_bytes())["replayed"]
         return evidence.model_copy(update={REPLAY: replay_numbers(one, two, trained)})
 
     def _calibrate(self) -> None:

@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace) -> None:
 def _write_plan(run: JudgeRun) -> None:
     """What a run would do and need, on stdout."""
     split, left_out = run.usable()
-    replay, replay_left_out = (LabelSplit([], []), {}) if run.labels.replay is None else run.replayed(split)
+    replay, replay_left_out = (LabelSplit([], []), {}) if run.labels.replay is None else run.replayed(split.held_out)
     examples, _ = run.prompts().examples([*split.train, *(replay.train if run.holds else ())])
     settings = run.settings
     tokens = round(sum(example.tokens for example in examples) * settings.epochs)

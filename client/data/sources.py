@@ -76,6 +76,12 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
     return name, split or None
 
 
+def source_rows(source: str) -> list[TableRow]:
+    """The rows of a file, or of `hub:NAME[@SPLIT]`; at least one. Raises DataError."""
+    hub = hub_source(source)
+    return read_table(Path(source)) if hub is None else hub_rows(*hub)
+
+
 def hub_rows(name: str, split: str | None = None) -> list[TableRow]:
     """The rows of the data set `name`, in its order, at least one.
 

@@ -137,11 +137,7 @@ def read_label_data(source: LabelSource) -> LabelData:
 
 def _rows(source: str) -> Iterable[TableRow | DataError]:
     hub = hub_source(source)
-    if hub is None:
-        return iter_table(Path(source))
-    if not hub[0]:
-        raise DataError("give the data set's name: --data hub:OWNER/NAME")
-    return hub_rows(*hub)
+    return iter_table(Path(source)) if hub is None else hub_rows(*hub)
 
 
 def _response_set(row: TableRow | DataError, source: LabelSource) -> ResponseSet:

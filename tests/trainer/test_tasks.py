@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from client.data.sources import source_rows
 from trainer.errors import InputError
 from trainer.evaluation.responses import ends_in_loop, repeated_share
 from trainer.evaluation.tasks.bbh import read_bbh
 from trainer.evaluation.tasks.contrasts import contrasts
 from trainer.evaluation.tasks.gsm8k import check_solution
-from trainer.evaluation.tasks.items import Check, InstructionCheck, TaskItem, source_rows
+from trainer.evaluation.tasks.items import Check, InstructionCheck, TaskItem
 from trainer.evaluation.tasks.options import TaskOptions
 from trainer.evaluation.tasks.scores import CheckedItem, measures, ratio_mean
 

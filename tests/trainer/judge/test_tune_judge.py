@@ -399,24 +399,33 @@ def test_a_replay_without_weight_changes_nothing(tiny_model: Path, pairs: Path, 
     assert "Held to what it said" not in (tmp_path / "measured" / "report.html").read_text()
 
 
-def test_what_decides_the_replay_redoes_it(tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path) -> None:
-    """With --overwrite: an evaluation file that is named later, other pairs (the curve too), and none any more."""
-    output, evaluation, other = tmp_path / "run", tmp_path / "dev.jsonl", tmp_path / "other.jsonl"
+def test_an_evaluation_file_named_later_redoes_the_replay(
+    tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path
+) -> None:
+    """With --overwrite none of its prompts stays among the pairs."""
+    output, evaluation = tmp_path / "run", tmp_path / "dev.jsonl"
     evaluation.write_text("".join(f'{{"prompt": "Where is {n}?"}}\n' for n in range(15)))
+    later = ("--not-in", str(evaluation), "--leaks", "drop", "--overwrite")
+    assert main(replayed(tiny_model, pairs, replay, output)) == 0
+
+    assert main(replayed(tiny_model, pairs, replay, output, *later)) == 0
+
+    assert read(output / "replay.json")["left_out"]["in an evaluation file"] == 15
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["other pairs", "none any more"])
+def test_a_curve_belongs_to_its_replay(tiny_model: Path, pairs: Path, replay: Path, tmp_path: Path, held: bool) -> None:
+    """With --overwrite and other pairs, or none any more, it is that of a fresh run."""
+    output, fresh, other = tmp_path / "run", tmp_path / "fresh", tmp_path / "other.jsonl"
     rows = [{"prompt": f"Who is {n}?", "responses": [f"Paris is {n}", f"fox {n}"]} for n in range(30)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curve = ("--curve", "5", "--overwrite")
+    more = ("--held-out", "0.5", "--curve", "5", *(("--replay", str(other)) if held else ()))
     assert main(replayed(tiny_model, pairs, replay, output, "--curve", "5")) == 0
 
-    again = replayed(tiny_model, pairs, replay, output, "--not-in", str(evaluation), "--leaks", "drop", *curve)
-    assert main(again) == 0
-    assert read(output / "replay.json")["left_out"]["in an evaluation file"] == 15
-    assert main(replayed(tiny_model, pairs, other, output, *curve)) == 0
-    assert main(replayed(tiny_model, pairs, other, tmp_path / "fresh", "--curve", "5")) == 0
-    assert read(output / "curve.json") == read(tmp_path / "fresh" / "curve.json")
-    assert main(flags(tiny_model, pairs, output, "--held-out", "0.5", *curve)) == 0
-    assert main(flags(tiny_model, pairs, tmp_path / "without", "--held-out", "0.5", "--curve", "5")) == 0
-    assert read(output / "curve.json") == read(tmp_path / "without" / "curve.json")
+    assert main(flags(tiny_model, pairs, output, *more, "--overwrite")) == 0
+    assert main(flags(tiny_model, pairs, fresh, *more)) == 0
+
+    assert read(output / "curve.json") == read(fresh / "curve.json")
 
 
 @pytest.mark.parametrize(

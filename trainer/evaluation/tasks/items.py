@@ -6,12 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 from client.data.samples import Sample, choose
-from client.data.sources import hub_rows, hub_source
-from client.data.tables import DataError, TableRow, read_table
+from client.data.tables import DataError, TableRow
 from trainer.run.records import Record
 
 
@@ -69,12 +67,6 @@ class Task:
         samples = [Sample(item.id, item.group, item.prompt, (), ()) for item in self.items]
         kept = {sample.id for sample in choose(samples, limit=count, seed=seed)}
         return replace(self, items=tuple(item for item in self.items if item.id in kept))
-
-
-def source_rows(source: str) -> list[TableRow]:
-    """The rows of a file, or of hub:NAME[@SPLIT]; at least one. Raises DataError."""
-    hub = hub_source(source)
-    return read_table(Path(source)) if hub is None else hub_rows(*hub)
 
 
 def make_task(name: str, main: str, rows: Sequence[TableRow], read: Callable[[TableRow], TaskItem], by: str) -> Task:

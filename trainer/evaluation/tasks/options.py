@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
+from client.data.sources import source_rows
 from client.data.tables import DataError, TableRow
 from trainer.errors import InputError
 from trainer.evaluation.tasks import bbh, gsm8k, ifeval
-from trainer.evaluation.tasks.items import Task, source_rows
+from trainer.evaluation.tasks.items import Task
 
 READERS: Final[Mapping[str, Callable[[Sequence[TableRow]], Task]]] = {
     ifeval.NAME: ifeval.read_ifeval,

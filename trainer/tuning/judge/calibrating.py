@@ -124,8 +124,7 @@ def _noise(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
 
 
 def _temperature(pairs: Sequence[Reading]) -> float | None:
-    margins = [reading.margin or 0.0 for reading in pairs]
-    return fit_pairs([margin if pair.target > 0.5 else -margin for margin, pair in zip(margins, pairs, strict=True)])
+    return fit_pairs([-pair.wrongness for pair in pairs])
 
 
 def _folds(pairs: Sequence[Reading], seed: int) -> list[list[Reading]]:

@@ -17,14 +17,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from pydantic import Field
 
 from client.data import layouts
-from client.data.sources import hub_rows, hub_source
-from client.data.tables import TableRow, read_table
+from client.data.sources import source_rows
+from client.data.tables import TableRow
 from client.schema import Message
 from client.texts import is_blank
 from trainer.run.records import Record
@@ -94,8 +93,7 @@ def read_labels(source: str, category: str = "category") -> tuple[list[Label], C
 
     `category` names the column with the category. Raises DataError for a row that cannot be read.
     """
-    hub = hub_source(source)
-    return clean(labels_of(read_table(Path(source)) if hub is None else hub_rows(*hub), category))
+    return clean(labels_of(source_rows(source), category))
 
 
 def labels_of(rows: Iterable[TableRow], category: str) -> list[Label]:
@@ -119,7 +117,7 @@ def clean(labels: Iterable[Label]) -> tuple[list[Label], Counter[str]]:
     left_out: Counter[str] = Counter()
     by_question: defaultdict[tuple[str, str | None, tuple[str, ...]], list[Label]] = defaultdict(list)
     for label in labels:
-        reason = _useless(label)
+        reason = useless(label) or (None if label.is_decided else "ties")
         if reason is None:
             by_question[label.question_key].append(label)
         else:
@@ -143,14 +141,12 @@ def split_labels(labels: Sequence[Label], held_out: Iterable[int]) -> LabelSplit
     )
 
 
-def _useless(label: Label) -> str | None:
-    """Why a label cannot be trained on."""
+def useless(label: Label) -> str | None:
+    """Why a label says nothing, whatever was decided."""
     question = label.prompt if isinstance(label.prompt, str) else label.prompt[-1].content
     if any(map(is_blank, (question, *label.answers))):
         return "empty texts"
-    if label.is_pair and label.answers[0] == label.answers[1]:
-        return "equal answers"
-    return None if label.is_decided else "ties"
+    return "equal answers" if label.is_pair and label.answers[0] == label.answers[1] else None
 
 
 def _labels(row: TableRow, category: str) -> Iterator[Label]:

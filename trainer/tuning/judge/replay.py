@@ -29,12 +29,12 @@ def read_replay(source: str, category: str) -> tuple[list[Label], Counter[str]]:
     return pairs, +left_out
 
 
-def split_replay(pairs: Sequence[Label], labels: LabelSplit, share: float, seed: int) -> LabelSplit:
-    """Hold out pairs by prompt; none of which labels that are held out have the prompt is trained on.
+def split_replay(pairs: Sequence[Label], labels: Iterable[Label], share: float, seed: int) -> LabelSplit:
+    """Hold out pairs by prompt, and those with a prompt of `labels`, which are held out.
 
     Raises InputError if nothing is left to train or to measure on.
     """
-    apart = {label.prompt_key for label in labels.held_out}
+    apart = {label.prompt_key for label in labels}
     prompts = [pair.prompt_key for pair in pairs]
     held_out = held_out_indices(prompts, share, seed)
     held_out.update(index for index, prompt in enumerate(prompts) if prompt in apart)

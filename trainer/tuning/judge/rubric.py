@@ -31,8 +31,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from client.data import layouts
-from client.data.sources import HUB, hub_rows, hub_source
-from client.data.tables import TableRow, read_table
+from client.data.sources import HUB, source_rows
+from client.data.tables import TableRow
 from client.runtime.validation import first_problem
 from client.texts import is_blank
 from trainer.errors import InputError
@@ -172,9 +172,7 @@ def _joined(files: Sequence[list[GoodAnswer]]) -> list[GoodAnswer]:
 
 def _good_answers(source: str, column: str, harmful: Sequence[str]) -> list[GoodAnswer]:
     """The good answers of a file, without blank ones; at least one."""
-    hub = hub_source(source)
-    rows = read_table(Path(source)) if hub is None else hub_rows(*hub)
-    answers = [answer for row in rows for answer in _answers(row, column, harmful)]
+    answers = [answer for row in source_rows(source) for answer in _answers(row, column, harmful)]
     if not answers:
         raise InputError(f"{source}: has no good answers")
     return answers

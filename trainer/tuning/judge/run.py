@@ -83,13 +83,16 @@ class JudgeRun:
             _check(split, left_out)
         return split, left_out
 
-    def replayed(self, labels: LabelSplit) -> tuple[LabelSplit, Counter[str]]:
-        """The pairs of --replay, split by prompt, and how many were left out, by reason; DataError, InputError."""
+    def replayed(self, held_out: Sequence[Label]) -> tuple[LabelSplit, Counter[str]]:
+        """The pairs of --replay, split by prompt as the labels held out allow, and how many were left out, by reason.
+
+        Raises DataError, InputError.
+        """
         options = self.labels
         assert options.replay is not None
         pairs, left_out = read_replay(options.replay, options.category)
         pairs = self._fitting(_without_leaks(pairs, options, left_out), left_out)
-        return split_replay(pairs, labels, options.held_out, self.settings.seed), left_out
+        return split_replay(pairs, held_out, options.held_out, self.settings.seed), left_out
 
     def fitting(self) -> tuple[list[Label], Counter[str]]:
         """The labels that may be used and whose prompts fit, and how many were left out, by reason.

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Final
 
 from client.data import layouts
-from client.data.sources import hub_rows, hub_source
-from client.data.tables import TableRow, read_table
-from client.texts import is_blank
-from trainer.tuning.judge.labels import UNDECIDED, Label, clean, labels_of
+from client.data.sources import source_rows
+from client.data.tables import TableRow
+from trainer.tuning.judge.labels import UNDECIDED, Label, clean, labels_of, useless
 
 _WITHOUT_LABELS: Final = ("prompt", "responses", "response", "chosen", "rejected", "id", "template")
 
@@ -25,7 +23,7 @@ def read_questions(source: str, category: str = "category") -> tuple[list[Label]
     """The labels of rows that have some, as `read_labels` gives them, and undecided ones of the others; counts of those
     left out. Raises DataError.
     """
-    rows = list(_rows(source))
+    rows = source_rows(source)
     labels, left_out = clean(labels_of([row for row in rows if not _is_open(row)], category))
     _add_undecided(labels, left_out, filter(_is_open, rows), category)
     return labels, left_out
@@ -35,13 +33,8 @@ def read_undecided(source: str, category: str = "category") -> tuple[list[Label]
     """Every row as undecided labels, whatever it says of its answers; counts of those left out. Raises DataError."""
     labels: list[Label] = []
     left_out: Counter[str] = Counter()
-    _add_undecided(labels, left_out, (_without_labels(row, category) for row in _rows(source)), category)
+    _add_undecided(labels, left_out, (_without_labels(row, category) for row in source_rows(source)), category)
     return labels, left_out
-
-
-def _rows(source: str) -> Iterable[TableRow]:
-    hub = hub_source(source)
-    return read_table(Path(source)) if hub is None else hub_rows(*hub)
 
 
 def _add_undecided(labels: list[Label], left_out: Counter[str], rows: Iterable[TableRow], category: str) -> None:
@@ -50,7 +43,7 @@ def _add_undecided(labels: list[Label], left_out: Counter[str], rows: Iterable[T
     ids = {label.id for label in labels}
     for row in rows:
         for label in _undecided(row, category):
-            reason = _useless(label) or ("duplicates" if label.question_key in seen else None)
+            reason = useless(label) or ("duplicates" if label.question_key in seen else None)
             if label.id in ids:
                 raise row.problem(f"id {label.id} is already that of another row")
             if reason is None:
@@ -91,10 +84,3 @@ def _undecided(row: TableRow, category: str) -> Iterator[Label]:
         id_ = sample.id if len(groups) == 1 else f"{sample.id}#{number}"
         template = str(fields.get("template") or "") or None
         yield Label(id=id_, prompt=sample.prompt, answers=group, target=UNDECIDED, category=name, template=template)
-
-
-def _useless(label: Label) -> str | None:
-    question = label.prompt if isinstance(label.prompt, str) else label.prompt[-1].content
-    if any(map(is_blank, (question, *label.answers))):
-        return "empty texts"
-    return "equal answers" if label.is_pair and label.answers[0] == label.answers[1] else None
