@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
@@ -140,4 +140,4 @@ def _score(key: SampleKey, outcome: Label | ScoreError) -> Score:
 def _outcome_of(score: Score) -> Label | ScoreError:
     if score.error is not None:
         return score.error
-    return Label(**score.model_dump(exclude={"id", "sample", "error"}))
+    return Label(**{field.name: getattr(score, field.name) for field in fields(Label)})

@@ -14,8 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from pydantic import BaseModel
-
 from client.data.tables import DataError
 from client.labels.pairs import pair_of
 from client.labels.reading import LabelData
@@ -24,7 +22,7 @@ from client.labels.results import Labelled, flips
 from client.runs.resumable import RunError
 from client.runtime.extras import needs
 from client.runtime.files import replacing, write_whole
-from client.runtime.jsonl import line_of
+from client.runtime.jsonl import Record, line_of
 
 PairFormat: TypeAlias = Literal["trl", "plain", "parquet"]
 
@@ -114,7 +112,7 @@ def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield group
 
 
-def _write_lines(path: Path, lines: Iterable[BaseModel]) -> None:
+def _write_lines(path: Path, lines: Iterable[Record]) -> None:
     with replacing(path) as file:
         for line in lines:
             file.write(line_of(line))

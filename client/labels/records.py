@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
+from pydantic.dataclasses import dataclass
 
 from client.runs.resumable import RecordedError
 from client.schema import Message
@@ -32,7 +33,8 @@ class ScoreError(RecordedError):
     """Why a sample has no score: the service's wire code, or one of the client's own (`empty_response`)."""
 
 
-class Score(LabelLine):
+@dataclass(config=ConfigDict(extra="ignore"), frozen=True, slots=True, kw_only=True)
+class Score:
     """The label of one sample: `log_odds` and the fields that go with it, or an `error`, never both.
 
     `label_mass`, `fingerprint` and `asked_with` are those of client.schema.ScoreResult; null if the labeler is not a

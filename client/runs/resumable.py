@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from client.errors import SETTLED, STATUS, ErrorCode
 from client.runs.progress import OnProgress, Progress
-from client.runtime.jsonl import appending
+from client.runtime.jsonl import Record, appending
 from client.texts import EMPTY_PROMPT, EMPTY_RESPONSE
 
 # Statuses that blame the item itself: asking again would give the same answer.
@@ -167,7 +167,7 @@ def _contradicted(values: dict[str, str], question: str, value: str | None) -> s
 
 
 @contextmanager
-def appending_lines(file: Path, start_over: str) -> Iterator[Callable[[BaseModel], None]]:
+def appending_lines(file: Path, start_over: str) -> Iterator[Callable[[Record], None]]:
     """A function that appends a line and has handed it to the system when it returns. One process at a time.
 
     Raises RunError if the file cannot be written or another process is writing to it.
@@ -176,7 +176,7 @@ def appending_lines(file: Path, start_over: str) -> Iterator[Callable[[BaseModel
         with _write_errors(file, start_over):
             append = stack.enter_context(appending(file))
 
-        def write(line: BaseModel) -> None:
+        def write(line: Record) -> None:
             with _write_errors(file, start_over):
                 append(line)
 

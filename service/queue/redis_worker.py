@@ -80,6 +80,10 @@ class RedisWorkerQueue:
         self._heartbeat.stop()
         with suppress(*REDIS_FAILURES):
             self._consumer.leave()
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the connections, without a word to Redis: what is held stays held until its lease ends."""
         self._redis.close()
 
     def take(self, max_jobs: int, timeout: float) -> list[Job]:

@@ -10,8 +10,16 @@ import pytest
 from service.queue.redis_client import RedisQueue
 from service.queue.redis_protocol import Keys
 from service.queue.redis_worker import RedisWorkerQueue
-from tests.queue.makers import make_worker, open_queue
+from tests.queue.makers import WORKERS, make_worker, open_queue
 from tests.support.redis_server import RedisServer, running_redis
+
+
+@pytest.fixture(autouse=True)
+def workers_disconnected() -> Iterator[None]:
+    """Left to the garbage collector, their sockets would be reported in whichever test it runs."""
+    yield
+    while WORKERS:
+        WORKERS.pop().disconnect()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ from tests.support.redis_server import RedisServer
 ANSWER = LabelLogprobs((-0.1, -2.5), argmax_id=1)
 INFO = WorkerInfo(engine="fake", dtype="float32", max_tokens=100)
 LEASE = 0.4
+# What make_worker has made; conftest.py disconnects them after each test.
+WORKERS: list[RedisWorkerQueue] = []
 
 
 def make_job(
@@ -48,7 +50,9 @@ def make_worker(
 ) -> RedisWorkerQueue:
     """A worker's side without a heartbeat: others take it for dead as soon as its lease is over."""
     timing = {"lease": LEASE, **timing}
-    return RedisWorkerQueue(server.url, keys, Timing(**timing), metrics or Metrics(), on_stall)
+    worker = RedisWorkerQueue(server.url, keys, Timing(**timing), metrics or Metrics(), on_stall)
+    WORKERS.append(worker)
+    return worker
 
 
 @asynccontextmanager

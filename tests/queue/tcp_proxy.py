@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
+from collections.abc import Iterable
 from contextlib import suppress
 
 
@@ -15,8 +16,9 @@ class TcpProxy:
         """`behind` is the server's loopback port. With `tls` clients speak TLS, and the server need not."""
         self._behind = behind
         self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
-        listening = asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=tls)
+        listening = asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=tls)
         self._server = self._loop.run_until_complete(listening)
         self.port: int = self._server.sockets[0].getsockname()[1]
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -24,7 +26,7 @@ class TcpProxy:
 
     def cut(self) -> None:
         """Break every connection."""
-        self._loop.call_soon_threadsafe(lambda: [writer.transport.abort() for writer in list(self._writers)])
+        self._loop.call_soon_threadsafe(lambda: _abort(self._writers))
 
     def close(self) -> None:
         """Stop, and break every connection."""
@@ -39,25 +41,42 @@ class TcpProxy:
 
     async def _end(self) -> None:
         self._server.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _abort(self._writers)
+        await asyncio.sleep(0)  # The loop closes an aborted socket in its next pass.
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.CancelledError):
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Here and not in the task: one that is cancelled before it begins never runs.
+        self._writers.add(writer)
+        task = self._loop.create_task(self._connect(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = {writer}
+        try:
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self._behind)
-            both = {writer, to_server}
-            self._writers |= both
-            await asyncio.gather(self._forward(reader, to_server, both), self._forward(from_server, writer, both))
-            self._writers -= both
+            ends.add(to_server)
+            self._writers.add(to_server)
+            await asyncio.gather(self._forward(reader, to_server, ends), self._forward(from_server, writer, ends))
+        except OSError:
+            pass
+        finally:
+            _abort(ends)
+            self._writers -= ends
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, both: set[asyncio.StreamWriter]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ends: set[asyncio.StreamWriter]
     ) -> None:
         with suppress(OSError):
             while (chunk := await reader.read(65536)) and await self.passes():
                 writer.write(chunk)
                 await writer.drain()
-        for end in both:
-            end.transport.abort()
+        _abort(ends)
+
+
+def _abort(ends: Iterable[asyncio.StreamWriter]) -> None:
+    for end in ends:
+        end.transport.abort()

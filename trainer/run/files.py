@@ -16,13 +16,13 @@ from typing import IO, Any, Final, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from client.runtime import files, jsonl
-from client.runtime.jsonl import line_of, read_lines
+from client.runtime.jsonl import R, Record, line_of, read_lines
 from client.runtime.validation import first_problem
 from trainer.errors import RecordError
 
 _CHUNK_BYTES: Final = 1 << 20
 
-R = TypeVar("R", bound=BaseModel)
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
@@ -39,12 +39,12 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
         raise RecordError(f"{error}; correct that line, or remove it") from error
 
 
-def write_records(path: Path, records: Iterable[BaseModel]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replace a JSON-lines file, all or nothing. Raises RecordError."""
     write_whole(path, b"".join(line_of(record) for record in records))
 
 
-def read_record(path: Path, kind: type[R]) -> R:
+def read_record(path: Path, kind: type[M]) -> M:
     """The single record of a JSON file. Raises RecordError."""
     try:
         return kind.model_validate_json(path.read_bytes())
@@ -74,7 +74,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
+def appending(path: Path) -> Iterator[Callable[[Record], None]]:
     """Yield a function that appends one record; its line has reached the operating system when it returns.
 
     A torn last line of a killed process is removed first. Raises RecordError if another process is appending to the
@@ -84,7 +84,7 @@ def appending(path: Path) -> Iterator[Callable[[BaseModel], None]]:
         with _write_errors(path):
             append_line = stack.enter_context(jsonl.appending(path))
 
-        def append(record: BaseModel) -> None:
+        def append(record: Record) -> None:
             with _write_errors(path):
                 append_line(record)
 
