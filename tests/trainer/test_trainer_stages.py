@@ -206,12 +206,27 @@ def test_identity_follows_the_inputs(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     """The error names the differing settings; --overwrite takes the folder over."""
-    with open_run(tmp_path / "run", {"samples": 4}):
-        pass
+    with open_run(tmp_path / "run", {"samples": 4}) as run:
+        (run.path / "samples.jsonl").touch()
 
     with pytest.raises(StageError, match=r"other samples\).*--overwrite"), open_run(tmp_path / "run", {"samples": 8}):
         pass
     with open_run(tmp_path / "run", {"samples": 8}, overwrite=True) as run:
+        assert run.config == {"samples": 8}
+
+
+def test_a_run_in_which_nothing_was_done_leaves_its_folder_free(tmp_path: Path) -> None:
+    """Settings that could not work, or data that could not be read, need no --overwrite to be corrected."""
+
+    def fail(run: RunFolder) -> None:
+        def read_data() -> None:
+            raise StageError("there is no such file")
+
+        run.run_stage(Stage(run.round_folder(1), "samples", ("samples.jsonl",), dict(run.config)), read_data)
+
+    with pytest.raises(StageError, match="no such file"), open_run(tmp_path, {"samples": 4}) as run:
+        fail(run)
+    with open_run(tmp_path, {"samples": 8}) as run:
         assert run.config == {"samples": 8}
 
 

@@ -1,6 +1,7 @@
 """The folder of a run and its stages: each runs once, and an interrupted one resumes.
 
-    config.json            the run's settings; a rerun must have the same, or --overwrite
+    config.json            the run's settings; a rerun must have the same, or --overwrite. A run that ends before
+                           anything is done, as for data that cannot be read, removes it and leaves the folder free
     <stage>.begun          the stage's inputs: its settings, and digests of the files it reads
     <stage>.done           the same file, renamed once the stage's outputs are complete
 
@@ -73,7 +74,11 @@ def open_run(path: Path, config: Mapping[str, Any], *, overwrite: bool = False) 
     with file:
         lock(file, path)
         _check_config(path, plain, overwrite)
-        yield RunFolder(path, plain, overwrite)
+        try:
+            yield RunFolder(path, plain, overwrite)
+        finally:
+            if _holds_nothing(path):
+                (path / CONFIG_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +238,14 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
                 f"{path} holds a run of another configuration (other {', '.join(differing)}): give another --output, "
                 "or --overwrite, which redoes whatever the difference affects"
             )
-    elif not overwrite and any(entry.name != LOCK_FILE and entry.suffix != ".part" for entry in path.iterdir()):
+    elif not overwrite and not _holds_nothing(path):
         raise StageError(f"{path} holds files, but no run of this program: give another --output, or --overwrite")
     write_json(file, config)
+
+
+def _holds_nothing(path: Path) -> bool:
+    files = (entry for entry in path.rglob("*") if not entry.is_dir())
+    return all(entry.name in (CONFIG_FILE, LOCK_FILE) or entry.suffix in (".part", ".begun") for entry in files)
 
 
 def _sha256(data: bytes) -> str:

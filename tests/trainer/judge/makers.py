@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
 from client.runs.progress import Progress
+from trainer.tune_judge import main
 from trainer.tuning.judge.labels import Label
 from trainer.tuning.judge.prompts import Asking, Example, JudgePrompts
 from trainer.tuning.judge.settings import JudgeSettings
@@ -26,6 +28,7 @@ TOY: dict[str, Any] = {
     "device": "cpu",
     "save_steps": 2,
 }
+LABELS = 70
 TOY_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TOY.items()]
 
 
@@ -50,6 +53,23 @@ def toy_file(path: Path, count: int) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def flags(model: Path, file: Path, output: Path, *more: str) -> list[str]:
+    """The command line of a small run: 10 of 70 labels to train on, 60 to measure on."""
+    where = ["--model", str(model), "--pairs", str(file), "--output", str(output), "--held-out", "0.86"]
+    return [*where, *TOY_FLAGS, "--merge-dtype", "float32", *more]
+
+
+def read(path: Path) -> Any:
+    """The file's JSON."""
+    return json.loads(path.read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    """What stderr says of a command line that is refused with exit code 2."""
+    assert main(arguments) == 2
+    return capsys.readouterr().err
 
 
 def examples_of(
