@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from client.data import layouts
 from client.data.samples import Sample
-from client.data.tables import DataError, TableRow, read_table
+from client.data.tables import DataError, TableRow, iter_table, read_table
 from client.runtime.extras import install_command
 
 HUB: Final = "hub:"
@@ -76,6 +76,15 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
     return name, split or None
 
 
+def iter_source(source: str) -> Iterable[TableRow | DataError]:
+    """The rows of a file one by one, those that cannot be read as the reason; or those of `hub:NAME[@SPLIT]`.
+
+    Raises DataError for a source that cannot be read at all.
+    """
+    hub = hub_source(source)
+    return iter_table(Path(source)) if hub is None else hub_rows(*hub)
+
+
 def source_rows(source: str) -> list[TableRow]:
     """The rows of a file, or of `hub:NAME[@SPLIT]`; at least one. Raises DataError."""
     hub = hub_source(source)
@@ -91,7 +100,7 @@ def hub_rows(name: str, split: str | None = None) -> list[TableRow]:
     data = _dataset(name, split or OFFICIAL_SPLITS.get(name))
     if isinstance(data, Mapping):
         if len(data) != 1:
-            raise DataError(f"{name} has several splits: choose one of {', '.join(data)}")
+            raise DataError(f"{name} has several splits: give {HUB}{name}@SPLIT, one of {', '.join(data)}")
         split, data = next(iter(data.items()))
     source = f"{name} ({split or OFFICIAL_SPLITS.get(name)})"
     rows = [TableRow(source, "row", number, dict(fields)) for number, fields in enumerate(data, start=1)]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Final
 
 from client.data import layouts
-from client.data.sources import hub_rows, hub_source
-from client.data.tables import DataError, TableRow, iter_table
+from client.data.sources import iter_source
+from client.data.tables import DataError, TableRow
 from client.labels.labelling import Text
 from client.labels.records import GENERAL, FinishReason, SampleKey
 from client.schema import Message
@@ -117,7 +116,7 @@ def read_label_data(source: LabelSource) -> LabelData:
     """Read the rows. Raises DataError for the first that cannot be read, or counts it with `skip_bad`."""
     sets: dict[str, ResponseSet] = {}
     bad = 0
-    for row in _rows(source.source):
+    for row in iter_source(source.source):
         if len(sets) == source.limit:
             break
         try:
@@ -133,11 +132,6 @@ def read_label_data(source: LabelSource) -> LabelData:
     if not sets:
         raise DataError(f"{source.source}: holds no prompts with responses ({bad} rows cannot be read)")
     return LabelData(list(sets.values()), bad)
-
-
-def _rows(source: str) -> Iterable[TableRow | DataError]:
-    hub = hub_source(source)
-    return iter_table(Path(source)) if hub is None else hub_rows(*hub)
 
 
 def _response_set(row: TableRow | DataError, source: LabelSource) -> ResponseSet:

@@ -332,7 +332,7 @@ def test_a_data_set_of_several_splits_wants_one(offline_hub: Path) -> None:
     """None is chosen in silence; a wrong one is answered with those that exist."""
     jsonl(offline_hub / "train.jsonl", {**PAIR, "chosen": ["4"], "rejected": ["5"]})
 
-    with pytest.raises(DataError, match=r"several splits: choose one of (train, test|test, train)"):
+    with pytest.raises(DataError, match=r"several splits: give hub:\S+@SPLIT, one of (train, test|test, train)"):
         load_hub(str(offline_hub))
     with pytest.raises(DataError, match=r"\(dev\): cannot be loaded from the hub: .*train"):
         load_hub(str(offline_hub), "dev")

@@ -12,17 +12,13 @@ optional; a missing id is derived from the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import filterfalse
-from pathlib import Path
 from typing import Any, Final
 
-from client.data.sources import HUB, hub_source
-from client.data.tables import DataError, TableRow, iter_table
+from client.data.sources import iter_source
+from client.data.tables import DataError, TableRow
 from client.labels.records import GENERAL
-from client.runtime.extras import install_command
 from client.texts import is_blank, messages_in, role_and_text
 from trainer.run.records import CATEGORIES, Instruction, prompt_id
 
@@ -55,7 +51,7 @@ def read_instructions(source: str, *, skip_bad: bool = False) -> InstructionSour
     counted and left out. A CSV or JSON file that cannot be parsed as a whole is an error in any case.
     """
     reader = _Reader(skip_bad)
-    for record in _records(source):
+    for record in iter_source(source):
         reader.read(record)
     result = reader.result
     if not result.instructions:
@@ -99,30 +95,6 @@ class _Reader:
             raise record.problem(f"id {given.instruction.id} is already that of {place}")
         self._prompts.add(prompt)
         self.result.instructions.append(given)
-
-
-def _records(source: str) -> Iterable[TableRow | DataError]:
-    hub = hub_source(source)
-    return iter_table(Path(source)) if hub is None else _hub_records(*hub)
-
-
-def _hub_records(name: str, split: str | None) -> Iterator[TableRow]:
-    try:
-        # By name: the package is untyped, and need not be installed for the type check.
-        datasets = import_module("datasets")
-    except ImportError as error:
-        raise DataError(f"data sets of the hub need more packages: {install_command('hub')}") from error
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's, its HTTP client's, fsspec's and pyarrow's errors have no common base
-        where = f"{name} ({split})" if split else name
-        raise DataError(f"{where}: cannot be loaded from the hub: {type(error).__name__}: {error}") from error
-    if isinstance(rows, Mapping):
-        if len(rows) != 1:
-            raise DataError(f"{name} has several splits: give {HUB}{name}@SPLIT, one of {', '.join(rows)}")
-        split, rows = next(iter(rows.items()))
-    for number, row in enumerate(rows, start=1):
-        yield TableRow(f"{name} ({split})", "row", number, dict(row))
 
 
 def _source_instruction(record: TableRow) -> SourceInstruction:
