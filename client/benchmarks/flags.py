@@ -30,6 +30,12 @@ from client.runtime.cli import CALL_TIMEOUT, add_judge_flags
 from client.schema import Format, Truncation
 
 HUB: Final = "hub"
+# The split of each official data set that its leaderboard is computed on.
+OFFICIAL_SPLITS: Final[dict[str, str]] = {
+    "allenai/reward-bench": "filtered",
+    "allenai/reward-bench-2": "test",
+    "THU-KEG/RM-Bench": "train",
+}
 
 # Progress on a slow judge begins with the first answers.
 FIRST_ITEMS: Final = 4
@@ -57,9 +63,10 @@ class DataOptions:
         if self.source != HUB and not self.source.startswith(f"{HUB}:"):
             return entry.load(Path(self.source))
         name, _, split = self.source.removeprefix(HUB).removeprefix(":").partition("@")
-        if not (name or entry.hub_name):
+        name = name or entry.hub_name or ""
+        if not name:
             raise DataError("this benchmark has no official data set: give --data hub:OWNER/NAME")
-        return load_hub(name or entry.hub_name or "", split or None)
+        return load_hub(name, split or OFFICIAL_SPLITS.get(name))
 
 
 @dataclass(frozen=True, slots=True)

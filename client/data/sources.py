@@ -5,7 +5,7 @@ Files are read by client.data.tables. All functions raise DataError, which names
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -18,13 +18,6 @@ from client.runtime.extras import install_command
 
 HUB: Final = "hub:"
 """What a source that is a data set of the hub begins with."""
-
-# The split of each official data set that its leaderboard is computed on.
-OFFICIAL_SPLITS: Final[dict[str, str]] = {
-    "allenai/reward-bench": "filtered",
-    "allenai/reward-bench-2": "test",
-    "THU-KEG/RM-Bench": "train",
-}
 
 
 def load_rewardbench(path: Path) -> list[Sample]:
@@ -56,9 +49,9 @@ def load_pairs(path: Path) -> list[Sample]:
 def load_hub(name: str, split: str | None = None) -> list[Sample]:
     """The samples of the data set `name`, in its order; RM-Bench's layout if it has `domain` and no `subset`.
 
-    See `hub_rows`.
+    See `iter_hub`.
     """
-    rows = hub_rows(name, split)
+    rows = list(iter_hub(name, split))
     columns = rows[0].fields
     layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
     return layouts.collect(rows, layout)
@@ -77,36 +70,35 @@ def hub_source(source: str) -> tuple[str, str | None] | None:
 
 
 def iter_source(source: str) -> Iterable[TableRow | DataError]:
-    """The rows of a file one by one, those that cannot be read as the reason; or those of `hub:NAME[@SPLIT]`.
+    """The rows of a file, or of `hub:NAME[@SPLIT]`, one by one; a line that cannot be read as the reason why.
 
     Raises DataError for a source that cannot be read at all.
     """
     hub = hub_source(source)
-    return iter_table(Path(source)) if hub is None else hub_rows(*hub)
+    return iter_table(Path(source)) if hub is None else iter_hub(*hub)
 
 
 def source_rows(source: str) -> list[TableRow]:
     """The rows of a file, or of `hub:NAME[@SPLIT]`; at least one. Raises DataError."""
     hub = hub_source(source)
-    return read_table(Path(source)) if hub is None else hub_rows(*hub)
+    return read_table(Path(source)) if hub is None else list(iter_hub(*hub))
 
 
-def hub_rows(name: str, split: str | None = None) -> list[TableRow]:
-    """The rows of the data set `name`, in its order, at least one.
+def iter_hub(name: str, split: str | None = None) -> Iterator[TableRow]:
+    """The rows of the data set `name`, one by one, in its order, at least one. Raises DataError, for the hub's errors too.
 
-    Without a `split`, an official data set's leaderboard split, else the only split of the data set. Downloads are
-    cached under HF_HOME. Errors of the hub are raised as DataError too.
+    Without a `split`, those of the data set's only one. Downloads are cached under HF_HOME.
     """
-    data = _dataset(name, split or OFFICIAL_SPLITS.get(name))
+    data = _dataset(name, split)
     if isinstance(data, Mapping):
         if len(data) != 1:
             raise DataError(f"{name} has several splits: give {HUB}{name}@SPLIT, one of {', '.join(data)}")
         split, data = next(iter(data.items()))
-    source = f"{name} ({split or OFFICIAL_SPLITS.get(name)})"
-    rows = [TableRow(source, "row", number, dict(fields)) for number, fields in enumerate(data, start=1)]
-    if not rows:
+    source, number = f"{name} ({split})", 0
+    for number, fields in enumerate(data, start=1):
+        yield TableRow(source, "row", number, dict(fields))
+    if not number:
         raise DataError(f"{source}: holds no samples")
-    return rows
 
 
 def _dataset(name: str, split: str | None) -> Mapping[str, Iterable[Any]] | Iterable[Any]:

@@ -19,23 +19,18 @@ def claim_folder(
 ) -> dict[str, Any]:
     """Make the folder of the file `lines`, or find it made by this configuration; returns that as JSON has it.
 
-    A run of this kind that ended before its first line gives its folder up. Only the texts of the `used_templates`
-    matter: others may have changed since. Raises RunError for a folder of another configuration; `start_over` is as in
-    RunTerms.
+    Only the texts of the `used_templates` matter: others may have changed since. Raises RunError for a folder of
+    another configuration; `start_over` is as in RunTerms.
     """
     wanted: dict[str, Any] = json.loads(json.dumps(config, allow_nan=False))
     folder, file = lines.parent, lines.parent / CONFIG_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    has_lines = lines.exists() and lines.stat().st_size > 0
     if not file.exists():
-        if has_lines:
+        if lines.exists():
             raise RunError(f"{folder} holds items of an unknown run: {start_over}")
         _write_config(file, wanted)
         return wanted
     known = json.loads(file.read_text(encoding="utf-8"))
-    if not has_lines and known.keys() == wanted.keys():
-        _write_config(file, wanted)
-        return wanted
     used = used_templates()
     digests = {name: digest for name, digest in wanted.get(TEMPLATES, {}).items() if name in used}
     differing = differing_keys(known, {**wanted, TEMPLATES: digests})

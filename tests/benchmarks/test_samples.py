@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.benchmarks.catalog import BENCHMARKS
+from client.benchmarks.flags import DataOptions
 from client.data.samples import Sample, choose, digest, halves
 from client.data.sources import hub_source, load_hub, load_pairs, load_rewardbench, load_rmbench
 from client.data.tables import DataError
@@ -347,10 +349,19 @@ def test_rmbench_is_known_by_its_columns(offline_hub: Path) -> None:
 
 
 def test_a_hub_out_of_reach_is_a_sample_error(offline_hub: Path) -> None:
-    """What went wrong stands in the message, whichever library raised it; the official split is known."""
+    """What went wrong stands in the message, whichever library raised it."""
     assert offline_hub.exists()
-    with pytest.raises(DataError, match=r"allenai/reward-bench \(filtered\): cannot be loaded from the hub: \w+: "):
+    with pytest.raises(DataError, match=r"allenai/reward-bench: cannot be loaded from the hub: \w+: "):
         load_hub("allenai/reward-bench")
+
+
+def test_a_benchmark_takes_its_official_split(offline_hub: Path) -> None:
+    """That is the benchmarks' alone: to train on, a split has to be chosen."""
+    assert offline_hub.exists()
+    entry = BENCHMARKS["rewardbench"]
+    for source in ("hub", "hub:allenai/reward-bench"):
+        with pytest.raises(DataError, match=r"allenai/reward-bench \(filtered\): cannot be loaded"):
+            DataOptions(source, None, None, 0).samples(entry)
 
 
 def test_subsets_are_chosen_by_name_or_pattern() -> None:

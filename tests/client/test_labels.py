@@ -341,16 +341,6 @@ def test_other_data_are_another_run(live: Live, tmp_path: Path, capsys: pytest.C
     assert "another configuration (other data_digest" in capsys.readouterr().err
 
 
-def test_a_run_that_ended_before_its_first_score_gives_its_folder_up(live: Live, tmp_path: Path) -> None:
-    """Other data in the same folder are no other run if nothing was asked yet."""
-    assert label(live.url, tmp_path, sets(2)) == 0
-    for file in (tmp_path / "out").iterdir():
-        if file.name != "config.json":
-            file.unlink()
-
-    assert label(live.url, tmp_path, sets(3)) == 0
-
-
 def test_no_pairs_is_an_error_that_counts_the_reasons(
     live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,8 +226,25 @@ def test_a_run_in_which_nothing_was_done_leaves_its_folder_free(tmp_path: Path) 
 
     with pytest.raises(StageError, match="no such file"), open_run(tmp_path, {"samples": 4}) as run:
         fail(run)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
     with open_run(tmp_path, {"samples": 8}) as run:
         assert run.config == {"samples": 8}
+
+
+def test_a_run_that_was_begun_keeps_its_folder(tmp_path: Path) -> None:
+    """Whatever it has written, or a link to it, is protected from other settings."""
+    for name, make in {"samples.jsonl": Path.touch, "round-1/a": Path.touch, "link": link_to_nowhere}.items():
+        with open_run(tmp_path / name, {"samples": 4}) as run:
+            (run.path / name).parent.mkdir(exist_ok=True)
+            make(run.path / name)
+
+        with pytest.raises(StageError, match="other samples"), open_run(tmp_path / name, {"samples": 8}):
+            pass
+
+
+def link_to_nowhere(path: Path) -> None:
+    """A symlink."""
+    path.symlink_to(path.parent)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

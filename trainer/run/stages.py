@@ -1,7 +1,7 @@
 """The folder of a run and its stages: each runs once, and an interrupted one resumes.
 
-    config.json            the run's settings; a rerun must have the same, or --overwrite. A run that ends before
-                           anything is done, as for data that cannot be read, removes it and leaves the folder free
+    config.json            the run's settings; a rerun must have the same, or --overwrite. A run that ends before it has
+                           written anything else, as for data that cannot be read, removes it and leaves the folder free
     <stage>.begun          the stage's inputs: its settings, and digests of the files it reads
     <stage>.done           the same file, renamed once the stage's outputs are complete
 
@@ -77,8 +77,7 @@ def open_run(path: Path, config: Mapping[str, Any], *, overwrite: bool = False) 
         try:
             yield RunFolder(path, plain, overwrite)
         finally:
-            if _holds_nothing(path):
-                (path / CONFIG_FILE).unlink(missing_ok=True)
+            _give_up_unused(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +237,21 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
                 f"{path} holds a run of another configuration (other {', '.join(differing)}): give another --output, "
                 "or --overwrite, which redoes whatever the difference affects"
             )
-    elif not overwrite and not _holds_nothing(path):
+    elif not overwrite and any(entry.name != LOCK_FILE and entry.suffix != ".part" for entry in path.iterdir()):
         raise StageError(f"{path} holds files, but no run of this program: give another --output, or --overwrite")
     write_json(file, config)
 
 
-def _holds_nothing(path: Path) -> bool:
-    files = (entry for entry in path.rglob("*") if not entry.is_dir())
-    return all(entry.name in (CONFIG_FILE, LOCK_FILE) or entry.suffix in (".part", ".begun") for entry in files)
+def _give_up_unused(path: Path) -> None:
+    """Remove config.json, and what begun stages left, if that is all there is."""
+    folders = [entry for entry in path.rglob("*") if entry.is_dir() and not entry.is_symlink()]
+    files = [entry for entry in path.rglob("*") if entry not in folders and entry != path / LOCK_FILE]
+    if any(file != path / CONFIG_FILE and file.suffix != ".begun" for file in files):
+        return
+    for file in files:
+        file.unlink()
+    for folder in sorted(folders, reverse=True):
+        folder.rmdir()
 
 
 def _sha256(data: bytes) -> str:
