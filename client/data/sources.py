@@ -85,9 +85,10 @@ def source_rows(source: str) -> list[TableRow]:
 
 
 def iter_hub(name: str, split: str | None = None) -> Iterator[TableRow]:
-    """The rows of the data set `name`, one by one, in its order, at least one. Raises DataError, for the hub's errors too.
+    """The rows of the data set `name`, one by one, in its order, at least one.
 
-    Without a `split`, those of the data set's only one. Downloads are cached under HF_HOME.
+    Without a `split`, those of the data set's only one. Downloads are cached under HF_HOME. Raises DataError, also for
+    what goes wrong at the hub.
     """
     data = _dataset(name, split)
     if isinstance(data, Mapping):
