@@ -2,10 +2,12 @@
 
     python -m bench.checkable_instructions make --data ../shared/data/instructions.jsonl --out asked.jsonl
     python -m bench.checkable_instructions label --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out labels
+    python -m bench.checkable_instructions agree --asked asked.jsonl --scored RUN/round-1
 
 `make` adds one or two of IFEval's kinds of constraints, with arguments of their own, to general and chat prompts.
 `label` writes what `python -m trainer.self_improve --labels-from` takes: a response's score is the share of its
 prompt's constraints that it strictly follows. The kinds are those of IFEval; its prompts are not among these.
+`agree` says what a judge's labels of the same responses are worth by that program.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import argparse
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from bench.support.jsonl import read_rows, write_rows
+from client.stats import stratified_bootstrap
 from trainer.evaluation.tasks.ifeval import check_response, checkers
 
 # A language or a fixed reply would replace the answer; repeating the prompt and answering twice have their own forms.
@@ -41,15 +46,20 @@ def main() -> int:
     make.add_argument("--count", type=int, default=560)
     make.add_argument("--seed", type=int, default=42)
     label = commands.add_parser("label", help="what the program says of their responses")
-    label.add_argument("--asked", type=Path, required=True, help="what `make` wrote")
     label.add_argument("--samples", type=Path, required=True, help="samples.jsonl of a run with these instructions")
     for command in (make, label):
         command.add_argument("--out", type=Path, required=True)
+    agree = commands.add_parser("agree", help="how often a judge's labels say the same")
+    agree.add_argument("--scored", type=Path, required=True, metavar="DIR", help="with samples.jsonl and scores.jsonl")
+    for command in (label, agree):
+        command.add_argument("--asked", type=Path, required=True, help="what `make` wrote")
     args = parser.parse_args()
     if args.command == "make":
         write_rows(args.out, _asked(args.data, args.count, args.seed))
-    else:
+    elif args.command == "label":
         write_rows(args.out, _labelled(args.asked, args.samples))
+    else:
+        print("\n".join(_agreement(args.asked, args.scored)))
     return 0
 
 
@@ -85,6 +95,39 @@ def _labelled(asked: Path, samples: Path) -> Iterator[dict[str, Any]]:
         if own := responses.get(row["id"]):
             scores = [_score(row, response) for response in own]
             yield {"prompt": row["prompt"], "responses": own, "scores": scores}
+
+
+def _agreement(asked: Path, scored: Path) -> Iterator[str]:
+    """Lines that compare both; intervals are 95%, over prompts."""
+    rows = {row["id"]: row for row in read_rows(asked)}
+    log_odds = {(line["id"], line["sample"]): line.get("log_odds") for line in read_rows(scored / "scores.jsonl")}
+    # Of each prompt's responses: what the judge says, and the program.
+    prompts: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for sample in read_rows(scored / "samples.jsonl"):
+        judged, followed = log_odds[sample["id"], sample["sample"]], _score(rows[sample["id"]], sample["response"])
+        if judged is not None and followed is not None:
+            prompts[sample["id"]].append((judged, followed))
+    counts = []
+    for both in prompts.values():
+        decided = [(one, two) for one, two in combinations(sorted(both), 2) if one[0] < two[0] and one[1] != two[1]]
+        if decided:
+            counts.append((sum(one[1] < two[1] for one, two in decided), len(decided)))
+
+    def share(drawn: Mapping[str, Sequence[tuple[int, int]]]) -> float:
+        return sum(agreed for agreed, _ in drawn[""]) / sum(count for _, count in drawn[""])
+
+    found = stratified_bootstrap({"": counts}, share)
+    yield (
+        f"of {sum(count for _, count in counts)} comparisons that the program decides, the judge agrees in "
+        f"{100 * found.value:.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    )
+    for who, of in (
+        ("the judge's best", lambda both: max(both)[1]),
+        ("the judge's worst", lambda both: min(both)[1]),
+        ("all", lambda both: fmean(followed for _, followed in both)),
+        ("the program's best", lambda both: max(followed for _, followed in both)),
+    ):
+        yield f"constraints followed by {who}: {100 * fmean(map(of, prompts.values())):.1f}%"
 
 
 def _score(row: dict[str, Any], response: str) -> float | None:
