@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from client.labels.candidates import CandidatePair
-from client.labels.records import Score
+from client.labels.records import PairStats, Score
 from client.runs.progress import progress_bar
 from trainer.config import LoopSettings
 from trainer.evaluation.comparison import Evaluation, Referee
@@ -30,7 +30,7 @@ from trainer.labels.judges import JUDGE_LOG_FILE, FixedJudge, FollowingJudge, Ju
 from trainer.labels.labelers import JudgeOptions
 from trainer.labels.labeling import run_labelling
 from trainer.labels.measuring import REWORDED_FILE, Labelled, measure_reliability, reliability_outputs
-from trainer.labels.pairs import write_pairs
+from trainer.labels.pairs import length_remark, write_pairs
 from trainer.labels.reliability import RELIABILITY_FILE, Reliability, second_margin
 from trainer.policy.model_ref import ModelRef, model_ref
 from trainer.policy.models import release_memory
@@ -205,6 +205,8 @@ class LoopStages:
             self.console.print(f"{stats.pairs} pairs of {stats.instructions} instructions{left_out}", highlight=False)
 
         self._do(Stage(folder, "pairs", (PAIRS_FILE, PAIRS_STATS_FILE), inputs), work)
+        if (remark := length_remark(read_record(folder / PAIRS_STATS_FILE, PairStats))) is not None:
+            self.console.print(f"  {remark}", soft_wrap=True, highlight=False)
 
     def _labelled(self, folder: Path) -> Labelled:
         files = read_records(folder / SAMPLES_FILE, Sampled), read_records(folder / SCORES_FILE, Score)

@@ -19,7 +19,7 @@ from client.labels.pairs import PairOptions
 from client.labels.records import FinishReason, Pair, PairStats, Score, ScoreError
 from service.engine.fake import fake_tokenizer
 from trainer.errors import StageError
-from trainer.labels.pairs import NoPairsError, make_pairs, write_pairs
+from trainer.labels.pairs import NoPairsError, length_remark, make_pairs, write_pairs
 from trainer.run.files import read_record, read_records
 from trainer.run.records import Instruction, Sample
 
@@ -303,3 +303,16 @@ def test_the_file_is_what_trl_trains_on(tmp_path: Path) -> None:
     assert rendered["prompt"].endswith("Question 0?<|im_end|>\n<|im_start|>assistant\n")
     assert rendered["chosen"] == "good\u2028one<|im_end|>\n"
     assert len(read_records(tmp_path / "pairs.jsonl", Pair)) == 2
+
+
+def test_pairs_that_teach_a_length_say_so() -> None:
+    """Responses that were cut off are only ever rejected, which teaches to be brief; even pairs say nothing."""
+    brief = made(*[[row("ends", 1.0), row("goes on and on", 0.0, "length")]] * 12)[1]
+    long = made(*[[row("a longer one", 2.0), row("brief", 1.0)]] * 12)[1]
+    even = made(*[[row("a longer one", 2.0), row("brief", 1.0)], [row("a longer one", 1.0), row("brief", 2.0)]] * 6)[1]
+
+    assert length_remark(even) is None
+    assert "is the longer one in 100% of the pairs, by 7 characters" in (length_remark(long) or "")
+    assert "--length-balance" in (length_remark(long) or "")
+    assert "is the shorter one in 100% of the pairs, by 10 characters" in (length_remark(brief) or "")
+    assert "50% of the samples were cut off, which can only be rejected" in (length_remark(brief) or "")

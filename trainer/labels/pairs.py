@@ -9,7 +9,9 @@ from client.labels.candidates import CandidatePair
 from client.labels.pairs import BEST_AGAINST_WORST, PairOptions, choose_pairs, pair_of
 from client.labels.records import Pair, PairStats, Score
 from client.schema import Message
+from client.stats import wilson
 from trainer.errors import StageError
+from trainer.labels.reliability import CHANCE
 from trainer.run.files import write_record, write_records
 from trainer.run.records import PAIRS_FILE, PAIRS_STATS_FILE, Instruction, Sample
 
@@ -87,6 +89,26 @@ def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
         f"no usable pairs: of {stats.samples} samples {_listed(samples)}; "
         f"of {stats.instructions} instructions {_listed(instructions)}"
     )
+
+
+def length_remark(stats: PairStats) -> str | None:
+    """What training will do to lengths, if chosen responses are not as often the longer as the shorter ones (95%)."""
+    if stats.chosen_longer is None or stats.length_difference is None:
+        return None
+    low, high = wilson(stats.chosen_longer * stats.pairs, stats.pairs)
+    if low <= CHANCE <= high:
+        return None
+    way, share = ("longer", stats.chosen_longer) if low > CHANCE else ("shorter", 1 - stats.chosen_longer)
+    found = (
+        f"The chosen response is the {way} one in {100 * share:.0f}% of the pairs, by "
+        f"{abs(stats.length_difference):.0f} characters on average, and training will make answers {way}"
+    )
+    if way == "shorter" and stats.cut_off_share and not stats.cut_off and not stats.chosen_cut_off:
+        return (
+            f"{found}: {100 * stats.cut_off_share:.0f}% of the samples were cut off, which can only be rejected. Raise "
+            "--max-new-tokens, or leave them out with --cut-off drop"
+        )
+    return f"{found}. --length-balance chooses pairs that are equally long on average"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -9,8 +9,10 @@ from typing import Final
 
 from client.benchmarks.report.formats import cut_text, percent
 from client.benchmarks.rows import Row
+from client.labels.records import PairStats
 from trainer.evaluation.metrics import Metrics, preference
 from trainer.evaluation.verdicts import Duel
+from trainer.labels.pairs import length_remark
 from trainer.labels.reliability import CHANCE, Reliability
 
 # Characters of each text, and answers under each heading.
@@ -31,9 +33,14 @@ class AnswerPair:
     log_odds: float | None
 
 
-def conclusions(metrics: Metrics | None, reliability: Reliability | None) -> list[str]:
+def conclusions(stats: PairStats | None, metrics: Metrics | None, reliability: Reliability | None) -> list[str]:
     """What the evidence supports, and what weakens it."""
-    return [*_on_the_model(metrics), *(reliability.sentences[:1] if reliability is not None else ())]
+    lengths = None if stats is None else length_remark(stats)
+    return [
+        *_on_the_model(metrics),
+        *(reliability.sentences[:1] if reliability is not None else ()),
+        *([] if lengths is None else [lengths]),
+    ]
 
 
 def _on_the_model(metrics: Metrics | None) -> Iterator[str]:

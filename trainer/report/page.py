@@ -112,7 +112,7 @@ def round_view(run: Path, folder: Path) -> RoundView:
         figures=_figures(folder, stats, metrics),
         texts=_texts(run, folder) if metrics is not None else {},
         reliability=reliability,
-        conclusions=conclusions(metrics, reliability),
+        conclusions=conclusions(stats, metrics, reliability),
         steps=log if len(log) < figures.FEWEST_POINTS else [],
         problems=_problems(stats, dpo, metrics),
     )
