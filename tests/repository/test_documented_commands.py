@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ STYLES = ["short", "longer", "in markdown"]
 # Programs that take minutes or hours.
 MEASURING = (
     "bench.amx",
+    "bench.checkable_instructions",
     "bench.decision_speed",
     "bench.decisions",
     "bench.dpo_memory",
@@ -336,9 +338,10 @@ def known_to_pip(words: list[str], _: Site) -> None:
 
 
 def explained(module: str, words: list[str], _: Site) -> None:
-    """A program that measures for minutes: it is there, and its --help names the flags."""
+    """A program that measures for minutes: it is there, and its --help names the flags, or that of its command."""
+    command = list(takewhile(lambda word: not word.startswith(("-", "[")), words))
     shown = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-m", module, *command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert {word.strip("[]") for word in words if word.strip("[]").startswith("--")} <= set(
         re.findall(r"--[\w-]+", shown)
