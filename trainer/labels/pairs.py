@@ -92,7 +92,7 @@ def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
 
 
 def length_remark(stats: PairStats) -> str | None:
-    """What training will do to lengths, if chosen responses are not as often the longer as the shorter ones (95%)."""
+    """What training tends to do to lengths, if chosen responses are not as often the longer as the shorter ones (95%)."""
     if stats.chosen_longer is None or stats.length_difference is None:
         return None
     low, high = wilson(stats.chosen_longer * stats.pairs, stats.pairs)
@@ -101,7 +101,7 @@ def length_remark(stats: PairStats) -> str | None:
     way, share = ("longer", stats.chosen_longer) if low > CHANCE else ("shorter", 1 - stats.chosen_longer)
     found = (
         f"The chosen response is the {way} one in {100 * share:.0f}% of the pairs, by "
-        f"{abs(stats.length_difference):.0f} characters on average, and training will make answers {way}"
+        f"{abs(stats.length_difference):.0f} characters on average, and training tends to make answers {way}"
     )
     if way == "shorter" and stats.cut_off_share and not stats.cut_off and not stats.chosen_cut_off:
         return (
