@@ -92,7 +92,7 @@ def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
 
 
 def length_remark(stats: PairStats) -> str | None:
-    """What training tends to do to lengths, if chosen responses are not as often the longer as the shorter ones (95%)."""
+    """What training does to lengths, if chosen responses are not as often the longer as the shorter ones (95%)."""
     if stats.chosen_longer is None or stats.length_difference is None:
         return None
     low, high = wilson(stats.chosen_longer * stats.pairs, stats.pairs)
