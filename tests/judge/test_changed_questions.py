@@ -291,8 +291,8 @@ def test_labels_are_not_continued_with_another_text(tmp_path: Path) -> None:
     with live_service(template_file=templates(tmp_path)) as live:
         run_labelling(arm(live), **labelling(tmp_path, 2))
         config = {"labels": describe_labeler(arm(live))}
-        with open_run(tmp_path / "run", config):
-            pass
+        with open_run(tmp_path / "run", config) as run:
+            (run.path / "scores.jsonl").touch()
 
     with live_service(template_file=templates(tmp_path, "bad")) as live:
         with pytest.raises(StageError, match=r"other labels: text of mine@1"):
