@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.live import Live, live_service
 
@@ -14,6 +15,12 @@ SMALL = (
     "--count 12 --held-out 6 --samples 3 --max-new-tokens 8 --cut-off keep --device cpu --dtype float32 --patience 1"
 )
 TRAINING = "--batch 4 --lr 1e-3 --rank 4 --alpha 8"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """As in a child: an engine that an earlier test loaded may have left more, whose sums have other last bits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
