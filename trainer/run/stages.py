@@ -244,13 +244,13 @@ def _check_config(path: Path, config: dict[str, Any], overwrite: bool) -> None:
 
 def _give_up_unused(path: Path) -> None:
     """Remove config.json, and what begun stages left, if that is all there is."""
-    folders = [entry for entry in path.rglob("*") if entry.is_dir() and not entry.is_symlink()]
-    files = [entry for entry in path.rglob("*") if entry not in folders and entry != path / LOCK_FILE]
+    entries = [entry for entry in path.rglob("*") if entry != path / LOCK_FILE]
+    files = [entry for entry in entries if entry.is_symlink() or not entry.is_dir()]
     if any(file != path / CONFIG_FILE and file.suffix != ".begun" for file in files):
         return
     for file in files:
         file.unlink()
-    for folder in sorted(folders, reverse=True):
+    for folder in sorted(set(entries) - set(files), reverse=True):
         folder.rmdir()
 
 
