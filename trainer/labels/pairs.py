@@ -13,7 +13,7 @@ from client.stats import wilson
 from trainer.errors import StageError
 from trainer.labels.reliability import CHANCE
 from trainer.run.files import write_record, write_records
-from trainer.run.records import PAIRS_FILE, PAIRS_STATS_FILE, Instruction, Sample
+from trainer.run.records import PAIRS_FILE, PAIRS_STATS_FILE, Instruction, Sample, SampledPair
 
 
 class NoPairsError(StageError):
@@ -48,7 +48,7 @@ def make_pairs(
     options: PairOptions,
     system: str | None = None,
     is_reliable: Callable[[CandidatePair], bool] | None = None,
-) -> tuple[list[Pair], PairStats]:
+) -> tuple[list[SampledPair], PairStats]:
     """At most one pair per instruction, in the instructions' order; the last of several scores of a sample counts.
 
     `system` is the system message the samples were generated with; training repeats it. `is_reliable` is that of
@@ -62,9 +62,16 @@ def make_pairs(
     found, stats = choose_pairs(instructions, samples, by_key, options, BEST_AGAINST_WORST, is_reliable)
     before = [] if system is None else [Message(role="system", content=system)]
     pairs = [
-        pair_of(instruction, pair, before) for instruction in instructions for pair in found.get(instruction.id, ())
+        _sampled_pair(pair_of(instruction, pair, before), pair)
+        for instruction in instructions
+        for pair in found.get(instruction.id, ())
     ]
     return pairs, stats
+
+
+def _sampled_pair(line: Pair, pair: CandidatePair) -> SampledPair:
+    cut_off = (pair.chosen.sample.finish == "length", pair.rejected.sample.finish == "length")
+    return SampledPair(**dict(line), chosen_cut_off=cut_off[0], rejected_cut_off=cut_off[1])
 
 
 def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:

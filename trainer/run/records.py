@@ -1,10 +1,10 @@
 """What the stages pass to each other: JSON lines in the run's folder, one record type per kind of file.
 
-    instructions.jsonl, held_out.jsonl    Instruction        pairs.jsonl         Pair (TRL's conversational format)
+    instructions.jsonl, held_out.jsonl    Instruction        pairs.jsonl         SampledPair (as TRL reads it)
     samples.jsonl                         Sample             pairs_stats.json    PairStats
     scores.jsonl                          Score
 
-Score, Pair and PairStats are in client/labels/records.py.
+Score and PairStats are in client/labels/records.py.
 
 Unknown fields are ignored, so that files of a newer version, or with a user's own notes, can be read.
 """
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from client.labels.records import GENERAL, FinishReason, SampleKey
+from client.labels.records import GENERAL, FinishReason, Pair, SampleKey
 from client.schema import Message
 from client.texts import messages_in
 
@@ -96,3 +96,14 @@ class Sample(Record):
     def key(self) -> SampleKey:
         """See `SampleKey`."""
         return self.id, self.sample
+
+
+class SampledPair(Pair):
+    """A line of pairs.jsonl whose sides the policy sampled.
+
+    One that was cut off at the limit of new tokens never ended, so our training teaches no end of turn for it; TRL by
+    itself would.
+    """
+
+    chosen_cut_off: bool = False
+    rejected_cut_off: bool = False

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from typing import Any
 
+from client.data import layouts
 from client.data.samples import Sample
-from client.data.sources import hub_source, load_hub, load_pairs
+from client.data.sources import source_rows
 from client.schema import Message
 from client.texts import is_blank
 from trainer.run.records import Record
 
 
 class Preference(Record):
-    """A prompt with a better and a worse answer, in TRL's conversational format; a line of pairs.jsonl is one."""
+    """A prompt with a better and a worse answer, in TRL's conversational format; a line of pairs.jsonl is one.
+
+    An answer that was cut off is trained on without the end of its turn, which was never sampled.
+    """
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    chosen_cut_off: bool = False
+    rejected_cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +41,36 @@ class Split:
 def load_preferences(source: str) -> tuple[list[Preference], int]:
     """The preferences in a file (.jsonl, .json, .csv, .parquet) or `hub:NAME[@SPLIT]`, and how many were unusable.
 
-    Columns are `chosen`, `rejected` and optionally `prompt`: texts, or conversations that end with the answer. If a
-    record has several answers on a side, the first one counts. A record is unusable if its prompt or an answer is
-    empty, or both answers are equal. Raises DataError for a record that cannot be read.
+    Columns are `chosen`, `rejected` and optionally `prompt`: texts, or conversations that end with the answer; and
+    `chosen_cut_off` and `rejected_cut_off`, true for an answer that was cut off. If a record has several answers on a
+    side, the first one counts. A record is unusable if its prompt or an answer is empty, or both answers are equal.
+    Raises DataError for a record that cannot be read.
     """
-    hub = hub_source(source)
-    samples = load_pairs(Path(source)) if hub is None else load_hub(*hub)
-    read = [_preference(sample) for sample in samples]
+    rows = source_rows(source)
+    samples = layouts.collect(rows, layouts.pairs)
+    read = [_preference(sample, row.fields) for sample, row in zip(samples, rows, strict=True)]
     usable = [preference for preference in read if preference is not None]
     return usable, len(samples) - len(usable)
 
 
-def _preference(sample: Sample) -> Preference | None:
+def _preference(sample: Sample, fields: Mapping[str, Any]) -> Preference | None:
     chosen, rejected = sample.chosen[0], sample.rejected[0]
     question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1].content
     if any(map(is_blank, (question, chosen, rejected))) or chosen == rejected:
         return None
     prompt = [Message(role="user", content=question)] if isinstance(sample.prompt, str) else [*sample.prompt]
-    return Preference(prompt=prompt, chosen=[_answer(chosen)], rejected=[_answer(rejected)])
+    return Preference(
+        prompt=prompt,
+        chosen=[_answer(chosen)],
+        rejected=[_answer(rejected)],
+        chosen_cut_off=_is_true(fields.get("chosen_cut_off")),
+        rejected_cut_off=_is_true(fields.get("rejected_cut_off")),
+    )
+
+
+def _is_true(value: Any) -> bool:
+    """Words count as well: CSV has nothing else."""
+    return str(value).lower() == "true"
 
 
 def _answer(text: str) -> Message:

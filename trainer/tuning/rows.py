@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from client.chat import NO_THINKING
+from client.chat import NO_THINKING, turn_end
 from client.schema import Message
 from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix
 from trainer.run.progress import echo
@@ -20,6 +20,7 @@ class RowBuilder:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
+        self._end = turn_end(tokenizer)
         self._suffix = training_suffix(tokenizer)
         self.too_long = self.unlike = 0
 
@@ -53,5 +54,26 @@ class RowBuilder:
     def _row(self, record: Record, sides: Sequence[str]) -> dict[str, Any]:
         row = record.model_dump()
         for side in sides:
-            row[side][-1]["content"] += self._suffix
+            row[side][-1]["content"] += "" if row.get(_cut_off(side)) else self._suffix
         return {**row, "chat_template_kwargs": dict(NO_THINKING)}
+
+    def as_sampled(self, dataset: Any, sides: Sequence[str]) -> Any:
+        """TRL's tokenized `dataset`, in which every side has the template's end of turn, without it for those that were
+        cut off.
+        """
+        for side in sides:
+            ids, cut_off = f"{side}_ids", _cut_off(side)
+            if self._end.closes and cut_off in dataset.column_names and any(dataset[cut_off]):
+                rows = zip(dataset[ids], dataset[cut_off], strict=True)
+                open_ended = [self._before_end(row) if is_cut_off else row for row, is_cut_off in rows]
+                dataset = dataset.remove_columns(ids).add_column(ids, open_ended)
+        return dataset
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        # Only the last one is the template's: a response may hold such tokens itself.
+        return ids[: max(place for place, token in enumerate(ids) if token in self._end.ids)]
+
+
+def _cut_off(side: str) -> str:
+    """The column that says whether a side was cut off."""
+    return f"{side}_cut_off"

@@ -124,6 +124,9 @@ class Training:
         with quiet_libraries():
             base = load_base(source, self.settings)
             trainer = self._trainer(base, tokenizer, rows, held_out_rows)
+            trainer.train_dataset = builder.as_sampled(trainer.train_dataset, sides)
+            if held_out_rows:
+                trainer.eval_dataset = builder.as_sampled(trainer.eval_dataset, sides)
             metrics = self._train(trainer, made_from, on_progress)
             output = self._save(trainer, base.method)
             changed = is_changed(source, output)
