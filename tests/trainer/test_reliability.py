@@ -78,8 +78,8 @@ def test_the_second_wording_is_another_template_of_the_category() -> None:
         second_templates(firsts, OFFERED, "code")
 
 
-def reliability(agreeing: int, flips: int = 0) -> Reliability:
-    """Of 100 pairs, so many on which a second wording agrees, and so many that flip with the order."""
+def reliability(agreeing: int, flips: int = 0, both_orders: int = 80) -> Reliability:
+    """Of 100 pairs, so many on which a second wording agrees, or both orders together, and so many that flip."""
     nothing = concordance([])
     return Reliability.model_validate(
         {
@@ -88,7 +88,7 @@ def reliability(agreeing: int, flips: int = 0) -> Reliability:
             "orders": {
                 "failed": 0,
                 "flips": Share.among(flips, 100),
-                "agrees": Share.among(50, 100),
+                "agrees": Share.among(both_orders, 100),
                 "first_log_odds": 0.0,
             },
             "wording": {
@@ -105,12 +105,25 @@ def reliability(agreeing: int, flips: int = 0) -> Reliability:
 
 
 @pytest.mark.parametrize(
-    ("agreeing", "said"),
-    [(80, "more often than chance would"), (55, "no more often than chance would"), (20, "prefers the rejected")],
+    ("agreeing", "both_orders", "said"),
+    [
+        (
+            80,
+            80,
+            "chance would; the judge, shown both responses in both orders, prefers the chosen responses more often",
+        ),
+        (80, 50, "no more often than chance would. The judge contradicts itself: expect little of these labels"),
+        (80, 20, "prefers the rejected responses. The judge contradicts itself: expect little of these labels"),
+        (55, 55, "no more often than chance would: nothing here shows that these labels are better than random ones"),
+        (20, 50, "Another wording of the question prefers the rejected responses; the judge, shown both"),
+    ],
 )
-def test_the_conclusion_is_what_the_interval_allows(agreeing: int, said: str) -> None:
-    """Agreement of another wording is told from chance by its 95% interval."""
-    assert said in reliability(agreeing).sentences[0]
+def test_the_conclusion_is_what_the_intervals_allow(agreeing: int, both_orders: int, said: str) -> None:
+    """Another wording and both orders are told from chance by their 95% intervals, and have to agree."""
+    found = reliability(agreeing, both_orders=both_orders).sentences[0]
+
+    assert said in found
+    assert ("contradicts" in found or "nothing here" in found) == (min(agreeing, both_orders) < 80)
 
 
 def test_order_that_decides_is_said() -> None:

@@ -21,6 +21,12 @@ from trainer.run.records import Record, Sample
 RELIABILITY_FILE: Final = "reliability.json"
 CHANCE: Final = 0.5
 _LOW: Final = 0.05
+# What a check of the labels prefers, and what follows if not all of them, or none, prefer what was chosen.
+_MORE: Final = "the chosen responses more often than chance would"
+_NO_MORE: Final = "the chosen responses no more often than chance would"
+_LESS: Final = "the rejected responses"
+_CONTRADICTED: Final = ". The judge contradicts itself: expect little of these labels"
+_UNBACKED: Final = ": nothing here shows that these labels are better than random ones"
 
 
 class Share(Record):
@@ -108,16 +114,17 @@ class Reliability(Record):
         return [*self._conclusion(), *self._numbers()]
 
     def _conclusion(self) -> Iterator[str]:
-        if self.wording is not None and self.wording.agrees.low is not None and self.wording.agrees.high is not None:
-            if self.wording.agrees.low > CHANCE:
-                yield "Another wording of the question prefers the chosen responses more often than chance would"
-            elif self.wording.agrees.high < CHANCE:
-                yield "Another wording of the question prefers the rejected responses: the labels are one wording's own"
-            else:
-                yield (
-                    "Another wording of the question prefers the chosen responses no more often than chance would: "
-                    "nothing here shows that these labels are better than random ones"
-                )
+        checks = {
+            "another wording of the question": self.wording and self.wording.agrees,
+            "the judge, shown both responses in both orders,": self.orders and self.orders.agrees,
+        }
+        found = {who: _preference(share) for who, share in checks.items() if share is not None and share.of}
+        if found:
+            said = "; ".join(f"{who} prefers {what}" for who, what in found.items())
+            backed = sum(what == _MORE for what in found.values())
+            yield (
+                said[0].upper() + said[1:] + (_UNBACKED if not backed else _CONTRADICTED if backed < len(found) else "")
+            )
         if self.orders is not None and self.orders.flips.low is not None and self.orders.flips.low > CHANCE:
             yield "The order in which two responses are shown decides more pairs than their contents do"
 
@@ -139,6 +146,13 @@ class Reliability(Record):
             )
         if self.label_mass is not None:
             yield f"label mass: {self.label_mass.mean:.3f} on average, {self.label_mass.low:.3f} at the 5th percentile"
+
+
+def _preference(share: Share) -> str:
+    """What a share of pairs with the chosen response as the winner says by its interval."""
+    assert share.low is not None
+    assert share.high is not None
+    return _MORE if share.low > CHANCE else _LESS if share.high < CHANCE else _NO_MORE
 
 
 def _correlations(found: Concordance) -> str:
