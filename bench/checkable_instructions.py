@@ -3,11 +3,14 @@
     python -m bench.checkable_instructions make --data ../shared/data/instructions.jsonl --out asked.jsonl
     python -m bench.checkable_instructions label --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out labels
     python -m bench.checkable_instructions agree --asked asked.jsonl --scored RUN/round-1
+    python -m bench.checkable_instructions pairs --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out pairs
 
 `make` adds one or two of IFEval's kinds of constraints, with arguments of their own, to general and chat prompts.
 `label` writes what `python -m trainer.self_improve --labels-from` takes: a response's score is the share of its
 prompt's constraints that it strictly follows. The kinds are those of IFEval; its prompts are not among these.
-`agree` says what a judge's labels of the same responses are worth by that program.
+`agree` says what a judge's labels of the same responses are worth by that program. `pairs` are what the program says as
+labels for `python -m trainer.tune_judge`. With `--first N` only the first N of the prompts that have responses count,
+with `--after N` only the others: a judge can be tuned on some, and its labels be used and measured on the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from bench.support.jsonl import read_rows, write_rows
 from client.stats import stratified_bootstrap
@@ -47,19 +50,30 @@ def main() -> int:
     make.add_argument("--seed", type=int, default=42)
     label = commands.add_parser("label", help="what the program says of their responses")
     label.add_argument("--samples", type=Path, required=True, help="samples.jsonl of a run with these instructions")
-    for command in (make, label):
+    label.add_argument("--scores", type=Path, help="a judge's scores.jsonl, in place of what the program says")
+    pairs = commands.add_parser("pairs", help="every comparison that the program decides, as labels for a judge")
+    pairs.add_argument("--samples", type=Path, required=True, help="samples.jsonl of a run with these instructions")
+    for command in (make, label, pairs):
         command.add_argument("--out", type=Path, required=True)
     agree = commands.add_parser("agree", help="how often a judge's labels say the same")
     agree.add_argument("--scored", type=Path, required=True, metavar="DIR", help="with samples.jsonl and scores.jsonl")
-    for command in (label, agree):
+    for command in (label, pairs, agree):
         command.add_argument("--asked", type=Path, required=True, help="what `make` wrote")
+        command.add_argument("--first", type=int, metavar="N", help="only the first N prompts")
+        command.add_argument("--after", type=int, default=0, metavar="N", help="only the prompts after the first N")
     args = parser.parse_args()
     if args.command == "make":
         write_rows(args.out, _asked(args.data, args.count, args.seed))
-    elif args.command == "label":
-        write_rows(args.out, _labelled(args.asked, args.samples))
+        return 0
+    scored = args.command == "agree"
+    answered = _answered(args.asked, args.scored / "samples.jsonl" if scored else args.samples)
+    part = slice(args.after, args.first)
+    if scored:
+        print("\n".join(_agreement(answered[part], _judged(args.scored / "scores.jsonl"))))
+    elif args.command == "pairs":
+        write_rows(args.out, _pairs(answered[part]))
     else:
-        print("\n".join(_agreement(args.asked, args.scored)))
+        write_rows(args.out, _labelled(answered, part, args.scores and _judged(args.scores)))
     return 0
 
 
@@ -87,26 +101,80 @@ def _kinds(rng: random.Random) -> list[str]:
     return [first, rng.choice(others)] if others and rng.random() < 0.5 else [first]
 
 
-def _labelled(asked: Path, samples: Path) -> Iterator[dict[str, Any]]:
-    responses: defaultdict[str, list[str]] = defaultdict(list)
+class _Answered(NamedTuple):
+    """A row of `make` with its responses, their numbers in the run, and the shares of its constraints that they follow
+    (None: the program cannot say).
+    """
+
+    row: dict[str, Any]
+    responses: list[str]
+    numbers: list[int]
+    followed: list[float | None]
+
+
+def _answered(asked: Path, samples: Path) -> list[_Answered]:
+    """The rows that have responses, in their order."""
+    found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for sample in read_rows(samples):
-        responses[sample["id"]].append(sample["response"])
-    for row in read_rows(asked):
-        if own := responses.get(row["id"]):
-            scores = [_score(row, response) for response in own]
-            yield {"prompt": row["prompt"], "responses": own, "scores": scores}
+        found[sample["id"]].append(sample)
+    return [
+        _Answered(
+            row,
+            [one["response"] for one in own],
+            [one["sample"] for one in own],
+            [_score(row, one["response"]) for one in own],
+        )
+        for row in read_rows(asked)
+        if (own := found.get(row["id"]))
+    ]
 
 
-def _agreement(asked: Path, scored: Path) -> Iterator[str]:
+def _judged(scores: Path) -> dict[tuple[str, int], float | None]:
+    """A judge's log-odds by response."""
+    return {(line["id"], line["sample"]): line.get("log_odds") for line in read_rows(scores)}
+
+
+def _labelled(
+    answered: Sequence[_Answered], part: slice, judged: Mapping[tuple[str, int], float | None] | None
+) -> Iterator[dict[str, Any]]:
+    """Labels of the prompts in `part`; those of the others are all equal, so that they make no pair."""
+    kept = {one.row["id"] for one in answered[part]}
+    for one in answered:
+        name = one.row["id"]
+        scores = one.followed if judged is None else [judged.get((name, number)) for number in one.numbers]
+        yield {
+            "prompt": one.row["prompt"],
+            "responses": one.responses,
+            "scores": scores if name in kept else [0.0] * len(one.responses),
+        }
+
+
+def _pairs(answered: Sequence[_Answered]) -> Iterator[dict[str, Any]]:
+    for one in answered:
+        known = [(score, text) for score, text in zip(one.followed, one.responses, strict=True) if score is not None]
+        for (worse, rejected), (better, chosen) in combinations(sorted(known), 2):
+            if worse < better:
+                yield {
+                    "prompt": one.row["prompt"],
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "category": one.row["category"],
+                }
+
+
+def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], float | None]) -> Iterator[str]:
     """Lines that compare both; intervals are 95%, over prompts."""
-    rows = {row["id"]: row for row in read_rows(asked)}
-    log_odds = {(line["id"], line["sample"]): line.get("log_odds") for line in read_rows(scored / "scores.jsonl")}
     # Of each prompt's responses: what the judge says, and the program.
-    prompts: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-    for sample in read_rows(scored / "samples.jsonl"):
-        judged, followed = log_odds[sample["id"], sample["sample"]], _score(rows[sample["id"]], sample["response"])
-        if judged is not None and followed is not None:
-            prompts[sample["id"]].append((judged, followed))
+    prompts: dict[str, list[tuple[float, float]]] = {}
+    for one in answered:
+        said = (judged[one.row["id"], number] for number in one.numbers)
+        both = [
+            (first, second)
+            for first, second in zip(said, one.followed, strict=True)
+            if first is not None and second is not None
+        ]
+        if both:
+            prompts[one.row["id"]] = both
     counts = []
     for both in prompts.values():
         decided = [(one, two) for one, two in combinations(sorted(both), 2) if one[0] < two[0] and one[1] != two[1]]

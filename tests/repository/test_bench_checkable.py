@@ -11,6 +11,8 @@ from bench.checkable_instructions import main
 from bench.support.jsonl import read_rows, write_rows
 
 LOWERCASE = {"instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
+TEXTS = ["good morning to you", "GOOD MORNING TO YOU", "good evening to you"]
+LOG_ODDS = [2.0, 1.0, 1.5, 1.0, 2.0, None, 1.0, 1.0, None]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -18,23 +20,28 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     assert main() == 0
 
 
-def test_labels_of_a_program_and_what_a_judge_agrees_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The judge is right about the first prompt, wrong about the second; ties and failures decide nothing."""
-    asked, labels = tmp_path / "asked.jsonl", tmp_path / "labels.jsonl"
-    write_rows(asked, ({"id": str(n), "prompt": "Greet me.", "category": "general", **LOWERCASE} for n in range(3)))
-    texts = ["good morning to you", "GOOD MORNING TO YOU", "good evening to you"]
-    samples = [{"id": str(n), "sample": k, "response": text} for n in range(3) for k, text in enumerate(texts)]
+@pytest.fixture
+def asked(tmp_path: Path) -> Path:
+    """Three prompts, with three responses each and a judge's log-odds of them beside the file: it is right about the
+    first prompt, wrong about the second, and says nothing about the third.
+    """
+    path = tmp_path / "asked.jsonl"
+    write_rows(path, ({"id": str(n), "prompt": "Greet me.", "category": "general", **LOWERCASE} for n in range(3)))
+    samples = [{"id": str(n), "sample": k, "response": text} for n in range(3) for k, text in enumerate(TEXTS)]
     write_rows(tmp_path / "samples.jsonl", samples)
-    log_odds = [2.0, 1.0, 1.5, 1.0, 2.0, None, 1.0, 1.0, None]
+    scores = zip(samples, LOG_ODDS, strict=True)
     write_rows(
         tmp_path / "scores.jsonl",
-        (
-            {"id": one["id"], "sample": one["sample"], "log_odds": value}
-            for one, value in zip(samples, log_odds, strict=True)
-        ),
+        ({"id": one["id"], "sample": one["sample"], "log_odds": value} for one, value in scores),
     )
+    return path
+
+
+def test_labels_of_a_program_and_what_a_judge_agrees_with(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ties and failures decide nothing."""
+    labels = tmp_path / "labels.jsonl"
 
     run(monkeypatch, "label", "--asked", asked, "--samples", tmp_path / "samples.jsonl", "--out", labels)
     run(monkeypatch, "agree", "--asked", asked, "--scored", tmp_path)
@@ -43,3 +50,22 @@ def test_labels_of_a_program_and_what_a_judge_agrees_with(
     told = capsys.readouterr().out
     assert "of 3 comparisons that the program decides, the judge agrees in 66.7%" in told
     assert "followed by the program's best: 100.0%" in told
+
+
+def test_a_judge_is_tuned_on_some_prompts_and_used_on_the_others(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program's pairs are of the first prompts; a judge's labels of the later ones leave those without a pair."""
+    pairs, labels = tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl"
+    data = ["--asked", asked, "--samples", tmp_path / "samples.jsonl"]
+
+    run(monkeypatch, "pairs", *data, "--first", 1, "--out", pairs)
+    run(monkeypatch, "label", *data, "--after", 1, "--scores", tmp_path / "scores.jsonl", "--out", labels)
+    run(monkeypatch, "agree", "--asked", asked, "--scored", tmp_path, "--after", 1)
+
+    assert [(row["chosen"], row["rejected"]) for row in read_rows(pairs)] == [
+        (TEXTS[2], TEXTS[1]),
+        (TEXTS[0], TEXTS[1]),
+    ]
+    assert [row["scores"] for row in read_rows(labels)] == [[0.0, 0.0, 0.0], LOG_ODDS[3:6], LOG_ODDS[6:]]
+    assert "of 1 comparisons that the program decides, the judge agrees in 0.0%" in capsys.readouterr().out
