@@ -18,9 +18,12 @@ from client.schema import Message
 CATEGORY_COLUMN: Final = "category"
 # Columns of the data that the pairs have in another form.
 _CONSUMED: Final = frozenset({"id", "prompt", "responses", "chosen", "rejected"})
-# Names in a line of pairs, and those by which TRL would take the line for data of another kind.
+# Names in a line of pairs, here or in the trainer, and those by which TRL would take it for data of another kind.
 _TAKEN: Final = frozenset(
-    {"category", "margin", "score_chosen", "score_rejected", "messages", "completion", "completions", "label"}
+    {
+        *("category", "margin", "score_chosen", "score_rejected", "chosen_cut_off", "rejected_cut_off"),
+        *("messages", "completion", "completions", "label"),
+    }
 )
 
 

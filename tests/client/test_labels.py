@@ -246,7 +246,7 @@ def test_a_failure_is_no_score(live: Live, tmp_path: Path, capsys: pytest.Captur
 
 def test_given_labels_are_held_against_the_judge(live: Live, tmp_path: Path) -> None:
     """Chosen and rejected are labelled anew; what the judge turns round is listed and counted."""
-    rows = [{**row, "score_chosen": 7} for row in preference(12)]
+    rows = [{**row, "score_chosen": 7, "chosen_cut_off": True} for row in preference(12)]
     assert label(live.url, tmp_path, rows) == 0
     agreement, flips, pairs = (
         stats(tmp_path)["agreement"],
@@ -259,7 +259,8 @@ def test_given_labels_are_held_against_the_judge(live: Live, tmp_path: Path) -> 
     assert turned
     assert agreement["agreed"] + len(turned) == agreement["compared"] == 12
     assert agreement["low"] < agreement["share"] == agreement["agreed"] / 12 < agreement["high"]
-    assert {pair["given_score_chosen"] for pair in pairs} == {7}
+    assert {(pair["given_score_chosen"], pair["given_chosen_cut_off"]) for pair in pairs} == {(7, True)}
+    assert not any("chosen_cut_off" in pair for pair in pairs)
 
 
 def test_conversations_are_prompts(live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
