@@ -72,6 +72,11 @@ def pairs(row: TableRow) -> Sample:
     return Sample(_id(row, subset), subset, prompt, *texts)
 
 
+def of_hub(row: TableRow) -> Callable[[TableRow], Sample]:
+    """The layout of a data set with preferences: RM-Bench's if it has `domain` and no `subset`, else `pairs`."""
+    return rmbench if "domain" in row.fields and "subset" not in row.fields else pairs
+
+
 def responses(row: TableRow) -> Sample:
     """Responses to be judged: a list `responses` with a `prompt`, as Sample.chosen; or else the layout `pairs`.
 

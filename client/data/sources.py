@@ -47,14 +47,9 @@ def load_pairs(path: Path) -> list[Sample]:
 
 
 def load_hub(name: str, split: str | None = None) -> list[Sample]:
-    """The samples of the data set `name`, in its order; RM-Bench's layout if it has `domain` and no `subset`.
-
-    See `iter_hub`.
-    """
+    """The samples of the data set `name`, in its order; see `iter_hub` and `layouts.of_hub`."""
     rows = list(iter_hub(name, split))
-    columns = rows[0].fields
-    layout = layouts.rmbench if "domain" in columns and "subset" not in columns else layouts.pairs
-    return layouts.collect(rows, layout)
+    return layouts.collect(rows, layouts.of_hub(rows[0]))
 
 
 def hub_source(source: str) -> tuple[str, str | None] | None:

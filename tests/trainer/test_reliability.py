@@ -112,7 +112,7 @@ def reliability(agreeing: int, flips: int = 0, both_orders: int = 80) -> Reliabi
             80,
             "chance would; the judge, shown both responses in both orders, prefers the chosen responses more often",
         ),
-        (80, 50, "no more often than chance would. The judge contradicts itself: expect little of these labels"),
+        (80, 50, "no more often than chance would. Only one of the two shows that these labels are more than chance"),
         (80, 20, "prefers the rejected responses. The judge contradicts itself: expect little of these labels"),
         (55, 55, "no more often than chance would: nothing here shows that these labels are better than random ones"),
         (20, 50, "Another wording of the question prefers the rejected responses; the judge, shown both"),
@@ -123,7 +123,8 @@ def test_the_conclusion_is_what_the_intervals_allow(agreeing: int, both_orders: 
     found = reliability(agreeing, both_orders=both_orders).sentences[0]
 
     assert said in found
-    assert ("contradicts" in found or "nothing here" in found) == (min(agreeing, both_orders) < 80)
+    assert ("contradicts" in found) == ({agreeing, both_orders} == {80, 20})
+    assert ("nothing here" in found) == (80 not in (agreeing, both_orders))
 
 
 def test_order_that_decides_is_said() -> None:

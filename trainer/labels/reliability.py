@@ -21,11 +21,12 @@ from trainer.run.records import Record, Sample
 RELIABILITY_FILE: Final = "reliability.json"
 CHANCE: Final = 0.5
 _LOW: Final = 0.05
-# What a check of the labels prefers, and what follows if not all of them, or none, prefer what was chosen.
+# What a check of the labels prefers, and what follows if checks contradict each other, or not all show anything.
 _MORE: Final = "the chosen responses more often than chance would"
 _NO_MORE: Final = "the chosen responses no more often than chance would"
 _LESS: Final = "the rejected responses"
 _CONTRADICTED: Final = ". The judge contradicts itself: expect little of these labels"
+_HALF_BACKED: Final = ". Only one of the two shows that these labels are more than chance"
 _UNBACKED: Final = ": nothing here shows that these labels are better than random ones"
 
 
@@ -115,16 +116,14 @@ class Reliability(Record):
 
     def _conclusion(self) -> Iterator[str]:
         checks = {
-            "another wording of the question": self.wording and self.wording.agrees,
-            "the judge, shown both responses in both orders,": self.orders and self.orders.agrees,
+            "another wording of the question": self.wording,
+            "the judge, shown both responses in both orders,": self.orders,
         }
-        found = {who: _preference(share) for who, share in checks.items() if share is not None and share.of}
+        shares = {who: check.agrees for who, check in checks.items() if check is not None and check.agrees.of}
+        found = {who: _preference(share) for who, share in shares.items()}
         if found:
             said = "; ".join(f"{who} prefers {what}" for who, what in found.items())
-            backed = sum(what == _MORE for what in found.values())
-            yield (
-                said[0].upper() + said[1:] + (_UNBACKED if not backed else _CONTRADICTED if backed < len(found) else "")
-            )
+            yield said[0].upper() + said[1:] + _what_follows({*found.values()})
         if self.orders is not None and self.orders.flips.low is not None and self.orders.flips.low > CHANCE:
             yield "The order in which two responses are shown decides more pairs than their contents do"
 
@@ -153,6 +152,12 @@ def _preference(share: Share) -> str:
     assert share.low is not None
     assert share.high is not None
     return _MORE if share.low > CHANCE else _LESS if share.high < CHANCE else _NO_MORE
+
+
+def _what_follows(found: set[str]) -> str:
+    if _MORE not in found:
+        return _UNBACKED
+    return _CONTRADICTED if _LESS in found else _HALF_BACKED if _NO_MORE in found else ""
 
 
 def _correlations(found: Concordance) -> str:

@@ -67,14 +67,26 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message], *, add_generation_prom
     Thinking is off, as it is for the judge. Control tokens inside a message's text become control tokens, as they do in
     training. Raises ModelError if the template refuses the conversation.
     """
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": add_generation_prompt}
+    return list(_render(tokenizer, messages, **options)["input_ids"])
+
+
+def unfinished_ids(tokenizer: Any, prompt: Sequence[Message], answer: Message) -> list[int]:
+    """The token ids of a conversation that ends with the answer's last character; it `renders_as_sampled`."""
+    asked = _render(tokenizer, prompt, tokenize=False, add_generation_prompt=True)
+    rendered = _render(tokenizer, [*prompt, answer], tokenize=False, add_generation_prompt=False)
+    # Templates may strip an answer. Behind it there may be its own words again, such as the "end" of <|im_end|>.
+    text = answer.content if answer.content in rendered else answer.content.strip()
+    end = rendered.index(text, len(asked)) + len(text)
+    return list(tokenizer(rendered[:end], add_special_tokens=False)["input_ids"])
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], **options: bool) -> Any:
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        encoded = tokenizer.apply_chat_template(
-            turns, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt, **NO_THINKING
-        )
+        return tokenizer.apply_chat_template(turns, **options, **NO_THINKING)
     except Exception as error:  # templates raise anything, through jinja2
         raise ModelError(f"the model's chat template refuses a conversation: {error}") from error
-    return list(encoded["input_ids"])
 
 
 def renders_as_sampled(tokenizer: Any, prompt: Sequence[Message], answer: Message) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from client.data import layouts
 from client.data.samples import Sample
-from client.data.sources import source_rows
+from client.data.sources import hub_source, source_rows
 from client.schema import Message
 from client.texts import is_blank
 from trainer.run.records import Record
@@ -47,7 +47,7 @@ def load_preferences(source: str) -> tuple[list[Preference], int]:
     Raises DataError for a record that cannot be read.
     """
     rows = source_rows(source)
-    samples = layouts.collect(rows, layouts.pairs)
+    samples = layouts.collect(rows, layouts.pairs if hub_source(source) is None else layouts.of_hub(rows[0]))
     read = [_preference(sample, row.fields) for sample, row in zip(samples, rows, strict=True)]
     usable = [preference for preference in read if preference is not None]
     return usable, len(samples) - len(usable)
@@ -70,7 +70,7 @@ def _preference(sample: Sample, fields: Mapping[str, Any]) -> Preference | None:
 
 def _is_true(value: Any) -> bool:
     """Words count as well: CSV has nothing else."""
-    return str(value).lower() == "true"
+    return str(value).strip().lower() in ("true", "1", "1.0")
 
 
 def _answer(text: str) -> Message:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from client.chat import NO_THINKING, turn_end
+from client.chat import NO_THINKING
 from client.schema import Message
-from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix
+from trainer.policy.tokenizers import chat_ids, renders_as_sampled, training_suffix, unfinished_ids
 from trainer.run.progress import echo
 from trainer.run.records import Record
 from trainer.tuning.settings import is_main
@@ -20,7 +20,6 @@ class RowBuilder:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._end = turn_end(tokenizer)
         self._suffix = training_suffix(tokenizer)
         self.too_long = self.unlike = 0
 
@@ -58,20 +57,19 @@ class RowBuilder:
         return {**row, "chat_template_kwargs": dict(NO_THINKING)}
 
     def as_sampled(self, dataset: Any, sides: Sequence[str]) -> Any:
-        """TRL's tokenized `dataset`, in which every side has the template's end of turn, without it for those that were
-        cut off.
+        """TRL's tokenized `dataset`, in which every side has what the template writes after an answer, without it for
+        those that were cut off.
         """
         for side in sides:
             ids, cut_off = f"{side}_ids", _cut_off(side)
-            if self._end.closes and cut_off in dataset.column_names and any(dataset[cut_off]):
-                rows = zip(dataset[ids], dataset[cut_off], strict=True)
-                open_ended = [self._before_end(row) if is_cut_off else row for row, is_cut_off in rows]
-                dataset = dataset.remove_columns(ids).add_column(ids, open_ended)
+            if cut_off in dataset.column_names and any(dataset[cut_off]):
+                sampled = [self._sampled_ids(row, side) if row[cut_off] else row[ids] for row in dataset]
+                dataset = dataset.remove_columns(ids).add_column(ids, sampled)
         return dataset
 
-    def _before_end(self, ids: list[int]) -> list[int]:
-        # Only the last one is the template's: a response may hold such tokens itself.
-        return ids[: max(place for place, token in enumerate(ids) if token in self._end.ids)]
+    def _sampled_ids(self, row: dict[str, Any], side: str) -> list[int]:
+        *prompt, answer = (Message.model_validate(turn) for turn in (*row["prompt"], *row[side]))
+        return unfinished_ids(self._tokenizer, prompt, answer)[len(row["prompt_ids"]) :]
 
 
 def _cut_off(side: str) -> str:

@@ -120,7 +120,9 @@ class Training:
         if not rows:
             raise InputError(f"no {self.recipe.unit} to train on: {builder.left_out}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        made_from = self._made_from(source, rows if held_out_rows is None else [rows, held_out_rows])
+        made_from = self._made_from(
+            source, _kept(rows) if held_out_rows is None else [*map(_kept, (rows, held_out_rows))]
+        )
         with quiet_libraries():
             base = load_base(source, self.settings)
             trainer = self._trainer(base, tokenizer, rows, held_out_rows)
@@ -221,6 +223,11 @@ class Training:
         card = model_card(self.folder.name, self.model, {self.recipe.title: values}, adapter=adapter)
         write_whole(output / CARD_FILE, card.encode())
         write_json(self.folder / self.recipe.file, values)
+
+
+def _kept(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without flags that are off, so that trainings of earlier versions, which had none, go on."""
+    return [{key: value for key, value in row.items() if value is not False} for row in rows]
 
 
 def is_changed(base: Path, trained: Path) -> bool:

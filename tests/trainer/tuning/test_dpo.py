@@ -253,23 +253,23 @@ def test_long_pairs_are_counted_and_left_out(tiny_model: Path, tmp_path: Path) -
     assert (result.trained, result.held_out, result.too_long) == (8, 0, 2)
 
 
-@pytest.mark.parametrize("template", ["closed", "open", "none"])
+@pytest.mark.parametrize("template", ["closed", "open", "words", "stripped", "none"])
 def test_cut_off_answers_are_trained_without_an_end(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    """What was sampled is all that is learnt: with a template that ends the turn, with one that leaves it open, where
-    training adds the end, and of a base model. An end within an answer stays.
+    """What was sampled is all that is learnt, whatever a template writes behind an answer: a token, nothing (training
+    adds the end), words, or space and a token; and of a base model. An end within an answer stays.
     """
     model = shutil.copytree(tiny_model, tmp_path / "model")
     file = model / "chat_template.jinja"
-    if template == "open":
-        file.write_text(file.read_text().replace("<|im_end|>", ""))
-    elif template == "none":
+    end = {"open": "", "words": "\n### End", "stripped": " <|im_end|>"}.get(template, "<|im_end|>")
+    file.write_text(file.read_text().replace("<|im_end|>", end))
+    if template == "none":
         file.unlink()
     trainers: list[Any] = []
     train = Training._train
     monkeypatch.setattr(Training, "_train", lambda self, *args: trainers.append(args[0]) or train(self, *args))
-    answers = ("fox <|im_end|> dog", "fox", "Paris is 3", "the dog")
+    answers = ("fox <|im_end|> dog", "end", "Paris is 3", "the dog")
     whole, half = (
         [
             Preference(
@@ -289,12 +289,12 @@ def test_cut_off_answers_are_trained_without_an_end(
 
     tokenizer = load_tokenizer(model)
     for data in (trainers[1].train_dataset, trainers[1].eval_dataset):
-        assert [tokenizer.decode(row).strip() for row in data["rejected_ids"]] == ["fox", "the dog"]
-        assert tokenizer.decode(data["chosen_ids"][0]).strip() == answers[0]
+        sampled = [*data["rejected_ids"], data["chosen_ids"][0]]
+        assert [tokenizer.decode(row).removeprefix(" ") for row in sampled] == ["end", "the dog", answers[0]]
         assert data["chosen_ids"][1] == trainers[0].train_dataset["chosen_ids"][1]
     for side in ("chosen_ids", "rejected_ids"):
         for row in trainers[0].train_dataset[side]:
-            assert tokenizer.decode(row).rstrip().endswith(tokenizer.eos_token)
+            assert tokenizer.decode(row).rstrip().removesuffix("\n### End").endswith(tokenizer.eos_token)
 
 
 def test_no_usable_pair_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
