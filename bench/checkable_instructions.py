@@ -167,7 +167,7 @@ def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], f
     # Of each prompt's responses: what the judge says, and the program.
     prompts: dict[str, list[tuple[float, float]]] = {}
     for one in answered:
-        said = (judged[one.row["id"], number] for number in one.numbers)
+        said = (judged.get((one.row["id"], number)) for number in one.numbers)
         both = [
             (first, second)
             for first, second in zip(said, one.followed, strict=True)
