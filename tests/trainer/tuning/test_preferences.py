@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
+
+import pytest
 
 from tests.support.training import said, toy_preferences
 from trainer.tuning.preferences import load_preferences, split_preferences
@@ -36,3 +39,21 @@ def test_preferences_of_the_hubs_layout_are_read(tmp_path: Path) -> None:
 
     assert unusable == 1
     assert (preferences[0].prompt, preferences[0].chosen) == ([said("user", "Q")], [said("assistant", "good")])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_answers_that_were_cut_off_are_known(tmp_path: Path, suffix: str) -> None:
+    """Columns say so, as the loop's pairs.jsonl does; without them an answer is whole."""
+    rows = [{"prompt": "Q", "chosen": "good", "rejected": "ba", "chosen_cut_off": False, "rejected_cut_off": True}]
+    file = tmp_path / f"pairs.{suffix}"
+    if suffix == "csv":
+        with file.open("w", newline="") as table:
+            writer = csv.DictWriter(table, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text(json.dumps(rows[0]) + "\n")
+
+    (preference,), _ = load_preferences(str(file))
+
+    assert (preference.chosen_cut_off, preference.rejected_cut_off) == (False, True)
