@@ -3,14 +3,13 @@
     python -m bench.checkable_instructions make --data ../shared/data/instructions.jsonl --out asked.jsonl
     python -m bench.checkable_instructions label --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out labels
     python -m bench.checkable_instructions agree --asked asked.jsonl --scored RUN/round-1
-    python -m bench.checkable_instructions pairs --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out pairs
 
 `make` adds one or two of IFEval's kinds of constraints, with arguments of their own, to general and chat prompts.
-`label` writes what `python -m trainer.self_improve --labels-from` takes: a response's score is the share of its
-prompt's constraints that it strictly follows. The kinds are those of IFEval; its prompts are not among these.
-`agree` says what a judge's labels of the same responses are worth by that program. `pairs` are what the program says as
-labels for `python -m trainer.tune_judge`. With `--first N` only the first N of the prompts that have responses count,
-with `--after N` only the others: a judge can be tuned on some, and its labels be used and measured on the rest.
+`label` writes what `python -m trainer.self_improve --labels-from` and `trainer.tune_judge --pairs` take: a response's
+score is the share of its prompt's constraints that it strictly follows. The kinds are those of IFEval; its prompts are
+not among these. `agree` says what a judge's labels of the same responses are worth by that program. With `--first N`
+only the first N of the prompts that have responses count, with `--after N` only the others, so that a judge can be
+tuned on some, and its labels (`--scores`) be used and measured on the rest.
 """
 
 from __future__ import annotations
@@ -51,13 +50,11 @@ def main() -> int:
     label = commands.add_parser("label", help="what the program says of their responses")
     label.add_argument("--samples", type=Path, required=True, help="samples.jsonl of a run with these instructions")
     label.add_argument("--scores", type=Path, help="a judge's scores.jsonl, in place of what the program says")
-    pairs = commands.add_parser("pairs", help="every comparison that the program decides, as labels for a judge")
-    pairs.add_argument("--samples", type=Path, required=True, help="samples.jsonl of a run with these instructions")
-    for command in (make, label, pairs):
+    for command in (make, label):
         command.add_argument("--out", type=Path, required=True)
     agree = commands.add_parser("agree", help="how often a judge's labels say the same")
     agree.add_argument("--scored", type=Path, required=True, metavar="DIR", help="with samples.jsonl and scores.jsonl")
-    for command in (label, pairs, agree):
+    for command in (label, agree):
         command.add_argument("--asked", type=Path, required=True, help="what `make` wrote")
         command.add_argument("--first", type=int, metavar="N", help="only the first N prompts")
         command.add_argument("--after", type=int, default=0, metavar="N", help="only the prompts after the first N")
@@ -70,8 +67,6 @@ def main() -> int:
     part = slice(args.after, args.first)
     if scored:
         print("\n".join(_agreement(answered[part], _judged(args.scored / "scores.jsonl"))))
-    elif args.command == "pairs":
-        write_rows(args.out, _pairs(answered[part]))
     else:
         write_rows(args.out, _labelled(answered, part, args.scores and _judged(args.scores)))
     return 0
@@ -144,22 +139,10 @@ def _labelled(
         scores = one.followed if judged is None else [judged.get((name, number)) for number in one.numbers]
         yield {
             "prompt": one.row["prompt"],
+            "category": one.row["category"],
             "responses": one.responses,
             "scores": scores if name in kept else [0.0] * len(one.responses),
         }
-
-
-def _pairs(answered: Sequence[_Answered]) -> Iterator[dict[str, Any]]:
-    for one in answered:
-        known = [(score, text) for score, text in zip(one.followed, one.responses, strict=True) if score is not None]
-        for (worse, rejected), (better, chosen) in combinations(sorted(known), 2):
-            if worse < better:
-                yield {
-                    "prompt": one.row["prompt"],
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "category": one.row["category"],
-                }
 
 
 def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], float | None]) -> Iterator[str]:

@@ -92,8 +92,9 @@ def judge_parser() -> argparse.ArgumentParser:
         "--pairs",
         metavar="FILE|hub:NAME[@SPLIT]",
         help="labels (.jsonl, .json, .csv, .parquet, or a hub data set): prompt, chosen, rejected; or prompt, "
-        "response, label (yes or no, or 0 to 1). Optional: category or template (what asks), probability (that chosen "
-        "is better), margin (in log-odds). Lists of chosen or rejected answers give every pair of them",
+        "response, label (yes or no, or 0 to 1); or prompt, responses, scores (a list of each; null: not known). "
+        "Optional: category or template (what asks), probability (that chosen is better), margin (in log-odds). Lists "
+        "of chosen or rejected answers give every pair of them, as do scores that differ",
     )
     parser.add_argument(
         "--from-rubric",

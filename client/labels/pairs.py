@@ -3,9 +3,9 @@
 Everything left out is counted, by reason, in PairStats. The same responses and scores always give the same pairs,
 whatever the order of the lines.
 
-A response cut off at the limit of new tokens may be rejected, but by default not chosen: training ends each response
-with the end-of-turn token, so choosing one would teach the policy to stop in mid-sentence. Rejecting one does no harm,
-and where most responses are cut off, leaving them out would cost most of the pairs.
+A response cut off at the limit of new tokens may be rejected, but by default not chosen: it is half an answer, and a
+training that ends each response with the end of a turn, as TRL's does, would teach the policy to stop in mid-sentence.
+Rejecting one does no harm, and where most responses are cut off, leaving them out would cost most of the pairs.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 
 from bench.checkable_instructions import main
 from bench.support.jsonl import read_rows, write_rows
+from trainer.tuning.judge.labels import read_labels
 
 LOWERCASE = {"instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
 TEXTS = ["good morning to you", "GOOD MORNING TO YOU", "good evening to you"]
@@ -55,17 +56,16 @@ def test_labels_of_a_program_and_what_a_judge_agrees_with(
 def test_a_judge_is_tuned_on_some_prompts_and_used_on_the_others(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The program's pairs are of the first prompts; a judge's labels of the later ones leave those without a pair."""
-    pairs, labels = tmp_path / "pairs.jsonl", tmp_path / "labels.jsonl"
+    """The program's labels are of the first prompts, the judge's of the later ones; the others are all ties."""
+    given, labels = tmp_path / "given.jsonl", tmp_path / "labels.jsonl"
     data = ["--asked", asked, "--samples", tmp_path / "samples.jsonl"]
 
-    run(monkeypatch, "pairs", *data, "--first", 1, "--out", pairs)
+    run(monkeypatch, "label", *data, "--first", 1, "--out", given)
     run(monkeypatch, "label", *data, "--after", 1, "--scores", tmp_path / "scores.jsonl", "--out", labels)
     run(monkeypatch, "agree", "--asked", asked, "--scored", tmp_path, "--after", 1)
 
-    assert [(row["chosen"], row["rejected"]) for row in read_rows(pairs)] == [
-        (TEXTS[2], TEXTS[1]),
-        (TEXTS[0], TEXTS[1]),
-    ]
+    found, left_out = read_labels(str(given))
+    assert [label.answers for label in found] == [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[1])]
+    assert left_out == {"ties": 7}
     assert [row["scores"] for row in read_rows(labels)] == [[0.0, 0.0, 0.0], LOG_ODDS[3:6], LOG_ODDS[6:]]
     assert "of 1 comparisons that the program decides, the judge agrees in 0.0%" in capsys.readouterr().out

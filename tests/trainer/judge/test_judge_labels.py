@@ -65,6 +65,30 @@ def test_every_chosen_answer_is_better_than_every_rejected_one(tmp_path: Path) -
     assert left_out == {"equal answers": 1}
 
 
+def test_scores_compare_every_two_responses(tmp_path: Path) -> None:
+    """The higher score is better, whatever its unit; equal ones are ties, and a response without one is not judged."""
+    scored = {"prompt": "Who?", "responses": ["a", "b", "c", "d"], "scores": [0.5, 3, 0.5, None], "category": "chat"}
+
+    labels, left_out = read_labels(written(tmp_path / "labels.jsonl", scored, PAIR))
+
+    assert [(x.id, x.answers, x.target, x.category) for x in labels[:2]] == [
+        ("1#1", ("b", "a"), 1.0, "chat"),
+        ("1#4", ("b", "c"), 1.0, "chat"),
+    ]
+    assert labels[2].answers == ("4", "5")
+    assert left_out == {"ties": 1, "no score": 3}
+
+
+def test_scores_in_a_spreadsheet_are_json(tmp_path: Path) -> None:
+    """As the responses are."""
+    file = tmp_path / "labels.csv"
+    file.write_text('prompt,responses,scores\nWho?,"[""a"", ""b""]","[1, 2]"\n')
+
+    ((label,), _) = read_labels(str(file))
+
+    assert label.answers == ("b", "a")
+
+
 def test_several_questions_about_the_same_answers_are_no_contradiction(tmp_path: Path) -> None:
     """Asked with another template, the same pair may be answered the other way round."""
     rows = [{**PAIR, "template": "a@1"}, {**PAIR, "template": "b@1", "probability": 0}]
@@ -119,7 +143,13 @@ def test_a_swapped_repeat_is_no_contradiction() -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"prompt": "Who?"}, "neither chosen and rejected nor response and label"),
+        ({"prompt": "Who?"}, "neither chosen and rejected, nor response and label, nor responses and scores"),
+        (
+            {"prompt": "Who?", "responses": ["I", "You"], "scores": [1]},
+            r"scores is .\[1\]., not a list with a number, or null, for each of 2 responses",
+        ),
+        ({"prompt": "Who?", "responses": ["I", "You"], "scores": [1, "?"]}, "scores is .*, not a list"),
+        ({"prompt": "Who?", "responses": ["I", "You"], "scores": 1}, "scores is .1., not a list"),
         ({"prompt": "Who?", "response": "I", "label": "maybe"}, "label is 'maybe', not a number from 0 to 1"),
         ({"prompt": "Who?", "response": "I", "label": 2}, "label is 2"),
         ({"prompt": "Who?", "response": ["I", "You"], "label": 1}, "response holds 2 answers"),

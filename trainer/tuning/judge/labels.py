@@ -1,7 +1,8 @@
 """What people said of answers: which of two is better, or whether one is good. From a file or the hub.
 
-A row holds `prompt`, and either `chosen` and `rejected`, or `response` and `label`. If `chosen` or `rejected` is a list
-of several answers, each chosen one with each rejected one is a label. Columns that are optional:
+A row holds `prompt`, with `chosen` and `rejected`, or `response` and `label`, or `responses` and `scores`. If `chosen`
+or `rejected` is a list of several answers, each chosen one with each rejected one is a label. Of `responses` every two
+are, the one with the higher score as the better; null is no score. Columns that are optional:
 
     template      which of the service's templates asks, by name
     category      the same by category, where no template is named
@@ -15,8 +16,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Final
 
 from pydantic import Field
@@ -93,15 +95,21 @@ def read_labels(source: str, category: str = "category") -> tuple[list[Label], C
 
     `category` names the column with the category. Raises DataError for a row that cannot be read.
     """
-    return clean(labels_of(source_rows(source), category))
+    return labels_of(source_rows(source), category)
 
 
-def labels_of(rows: Iterable[TableRow], category: str) -> list[Label]:
-    """The labels of these rows, as they are. Raises DataError."""
+def labels_of(rows: Iterable[TableRow], category: str) -> tuple[list[Label], Counter[str]]:
+    """The labels of these rows that teach something (`clean`), and counts of those left out. Raises DataError."""
+    left_out: Counter[str] = Counter()
+    kept, others = clean(_all_labels(rows, category, left_out))
+    return kept, left_out + others
+
+
+def _all_labels(rows: Iterable[TableRow], category: str, left_out: Counter[str]) -> list[Label]:
     seen: dict[str, TableRow] = {}
     labels = []
     for row in rows:
-        for label in _labels(row, category):
+        for label in _labels(row, category, left_out):
             first = seen.setdefault(label.id, row)
             if first is not row:
                 raise row.problem(f"id {label.id} is already that of {first.unit} {first.number}")
@@ -149,8 +157,8 @@ def useless(label: Label) -> str | None:
     return "equal answers" if label.is_pair and label.answers[0] == label.answers[1] else None
 
 
-def _labels(row: TableRow, category: str) -> Iterator[Label]:
-    """The row's labels: one, or one for each chosen answer with each rejected one."""
+def _labels(row: TableRow, category: str, left_out: Counter[str]) -> Iterator[Label]:
+    """The row's labels: one, or one for each two answers that it compares."""
     fields = row.fields
     common = {"category": _name(fields.get(category)), "template": _name(fields.get("template"))}
     if "chosen" in fields and "rejected" in fields:
@@ -162,9 +170,14 @@ def _labels(row: TableRow, category: str) -> Iterator[Label]:
             id_ = sample.id if len(pairs) == 1 else f"{sample.id}#{number}"
             yield Label(id=id_, prompt=sample.prompt, answers=answers, target=target, margin=margin, **common)
         return
+    if "responses" in fields and "scores" in fields:
+        yield from _scored(row, common, left_out)
+        return
     if "response" not in fields or "label" not in fields:
         present = ", ".join(map(str, fields)) or "none"
-        raise row.problem(f"neither chosen and rejected nor response and label (columns: {present})")
+        raise row.problem(
+            f"neither chosen and rejected, nor response and label, nor responses and scores (columns: {present})"
+        )
     # A single answer is a pair's row with nothing to compare it with: the same conversations and texts are allowed.
     sample = layouts.pairs(TableRow(row.source, row.unit, row.number, {**fields, **_as_pair(fields)}))
     if len(sample.chosen) > 1:
@@ -173,6 +186,39 @@ def _labels(row: TableRow, category: str) -> Iterator[Label]:
     if verdict is None:
         raise row.problem(f"label is {fields['label']!r}, not a number from 0 to 1")
     yield Label(id=sample.id, prompt=sample.prompt, answers=sample.chosen, target=verdict, **common)
+
+
+def _scored(row: TableRow, common: Mapping[str, str | None], left_out: Counter[str]) -> Iterator[Label]:
+    sample = layouts.responses(row)
+    scores = _scores(row, len(sample.chosen))
+    for number, (one, other) in enumerate(combinations(range(len(scores)), 2), 1):
+        first, second = scores[one], scores[other]
+        if first is None or second is None:
+            left_out["no score"] += 1
+            continue
+        better, worse = (one, other) if first >= second else (other, one)
+        yield Label(
+            id=f"{sample.id}#{number}",
+            prompt=sample.prompt,
+            answers=(sample.chosen[better], sample.chosen[worse]),
+            target=UNDECIDED if first == second else 1.0,
+            **common,
+        )
+
+
+def _scores(row: TableRow, count: int) -> list[float | None]:
+    """A number, or null, for each response; CSV has the list as JSON text."""
+    value = row.fields["scores"]
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        scores = [None if score is None else float(score) for score in found]
+    except (ValueError, TypeError, RecursionError):
+        scores = [math.nan]
+    if len(scores) != count or not all(score is None or math.isfinite(score) for score in scores):
+        raise row.problem(
+            f"scores is {str(value)[:80]!r}, not a list with a number, or null, for each of {count} responses"
+        )
+    return scores
 
 
 def _name(value: object) -> str | None:

@@ -14,7 +14,7 @@ from typing import Final
 from client.data import layouts
 from client.data.sources import source_rows
 from client.data.tables import TableRow
-from trainer.tuning.judge.labels import UNDECIDED, Label, clean, labels_of, useless
+from trainer.tuning.judge.labels import UNDECIDED, Label, labels_of, useless
 
 _WITHOUT_LABELS: Final = ("prompt", "responses", "response", "chosen", "rejected", "id", "template")
 
@@ -24,7 +24,7 @@ def read_questions(source: str, category: str = "category") -> tuple[list[Label]
     left out. Raises DataError.
     """
     rows = source_rows(source)
-    labels, left_out = clean(labels_of([row for row in rows if not _is_open(row)], category))
+    labels, left_out = labels_of([row for row in rows if not _is_open(row)], category)
     _add_undecided(labels, left_out, filter(_is_open, rows), category)
     return labels, left_out
 
@@ -65,7 +65,7 @@ def _without_labels(row: TableRow, category: str) -> TableRow:
 def _is_open(row: TableRow) -> bool:
     """Whether nobody has labelled it."""
     fields = row.fields
-    return not {"chosen", "rejected"} <= fields.keys() and "label" not in fields
+    return not {"chosen", "rejected"} <= fields.keys() and not {"label", "scores"} & fields.keys()
 
 
 def _undecided(row: TableRow, category: str) -> Iterator[Label]:
