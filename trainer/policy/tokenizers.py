@@ -75,8 +75,8 @@ def unfinished_ids(tokenizer: Any, prompt: Sequence[Message], answer: Message) -
     """The token ids of a conversation that ends with the answer's last character; it `renders_as_sampled`."""
     asked = _render(tokenizer, prompt, tokenize=False, add_generation_prompt=True)
     rendered = _render(tokenizer, [*prompt, answer], tokenize=False, add_generation_prompt=False)
-    # Templates may strip an answer. Behind it there may be its own words again, such as the "end" of <|im_end|>.
-    text = answer.content if answer.content in rendered else answer.content.strip()
+    # Templates may strip an answer. Its words may stand before it too, and behind it, such as the "end" of <|im_end|>.
+    text = answer.content if rendered.find(answer.content, len(asked)) >= 0 else answer.content.strip()
     end = rendered.index(text, len(asked)) + len(text)
     return list(tokenizer(rendered[:end], add_special_tokens=False)["input_ids"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,13 +31,11 @@ from tests.support.training import (
 )
 from trainer.dpo import FSDP_CONFIG, main
 from trainer.errors import InputError, ModelError
-from trainer.policy.tokenizers import load_tokenizer
 from trainer.run.stages import content_digest
 from trainer.tuning.checkpoints import TrainingError
 from trainer.tuning.dpo import DPO, PRESETS, preset, train_dpo
-from trainer.tuning.preferences import Preference, Split
+from trainer.tuning.preferences import Split
 from trainer.tuning.settings import CHECKPOINTS
-from trainer.tuning.training import Training
 
 DATA = Split(train=toy_preferences(24), held_out=toy_preferences(32)[24:])
 
@@ -251,50 +248,6 @@ def test_long_pairs_are_counted_and_left_out(tiny_model: Path, tmp_path: Path) -
     result = train_dpo(tiny_model, Split([long, *DATA.train[:8]], [long]), tmp_path, toy_settings(epochs=1.0))
 
     assert (result.trained, result.held_out, result.too_long) == (8, 0, 2)
-
-
-@pytest.mark.parametrize("template", ["closed", "open", "words", "stripped", "none"])
-def test_cut_off_answers_are_trained_without_an_end(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
-) -> None:
-    """What was sampled is all that is learnt, whatever a template writes behind an answer: a token, nothing (training
-    adds the end), words, or space and a token; and of a base model. An end within an answer stays.
-    """
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    file = model / "chat_template.jinja"
-    end = {"open": "", "words": "\n### End", "stripped": " <|im_end|>"}.get(template, "<|im_end|>")
-    file.write_text(file.read_text().replace("<|im_end|>", end))
-    if template == "none":
-        file.unlink()
-    trainers: list[Any] = []
-    train = Training._train
-    monkeypatch.setattr(Training, "_train", lambda self, *args: trainers.append(args[0]) or train(self, *args))
-    answers = ("fox <|im_end|> dog", "end", "Paris is 3", "the dog")
-    whole, half = (
-        [
-            Preference(
-                prompt=[said("user", f"Question {number}")],
-                chosen=[said("assistant", chosen)],
-                rejected=[said("assistant", rejected)],
-                chosen_cut_off=cut_off and number == 0,
-                rejected_cut_off=cut_off,
-            )
-            for number, (chosen, rejected) in enumerate([answers[:2], answers[2:]])
-        ]
-        for cut_off in (False, True)
-    )
-
-    for name, records in (("whole", whole), ("half", half)):
-        train_dpo(model, Split(train=records, held_out=records), tmp_path / name, toy_settings(epochs=1.0))
-
-    tokenizer = load_tokenizer(model)
-    for data in (trainers[1].train_dataset, trainers[1].eval_dataset):
-        sampled = [*data["rejected_ids"], data["chosen_ids"][0]]
-        assert [tokenizer.decode(row).removeprefix(" ") for row in sampled] == ["end", "the dog", answers[0]]
-        assert data["chosen_ids"][1] == trainers[0].train_dataset["chosen_ids"][1]
-    for side in ("chosen_ids", "rejected_ids"):
-        for row in trainers[0].train_dataset[side]:
-            assert tokenizer.decode(row).rstrip().removesuffix("\n### End").endswith(tokenizer.eos_token)
 
 
 def test_no_usable_pair_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
