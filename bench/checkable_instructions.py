@@ -148,7 +148,7 @@ def _labelled(
 def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], float | None]) -> Iterator[str]:
     """Lines that compare both; intervals are 95%, over prompts."""
     # Of each prompt's responses: what the judge says, and the program.
-    prompts: dict[str, list[tuple[float, float]]] = {}
+    prompts: list[list[tuple[float, float]]] = []
     for one in answered:
         said = (judged.get((one.row["id"], number)) for number in one.numbers)
         both = [
@@ -157,9 +157,9 @@ def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], f
             if first is not None and second is not None
         ]
         if both:
-            prompts[one.row["id"]] = both
+            prompts.append(both)
     counts = []
-    for both in prompts.values():
+    for both in prompts:
         decided = [(one, two) for one, two in combinations(sorted(both), 2) if one[0] < two[0] and one[1] != two[1]]
         if decided:
             counts.append((sum(one[1] < two[1] for one, two in decided), len(decided)))
@@ -178,7 +178,7 @@ def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], f
         ("all", lambda both: fmean(followed for _, followed in both)),
         ("the program's best", lambda both: max(followed for _, followed in both)),
     ):
-        yield f"constraints followed by {who}: {100 * fmean(map(of, prompts.values())):.1f}%"
+        yield f"constraints followed by {who}: {100 * fmean(map(of, prompts)):.1f}%"
 
 
 def _score(row: dict[str, Any], response: str) -> float | None:

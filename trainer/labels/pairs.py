@@ -70,8 +70,11 @@ def make_pairs(
 
 
 def _sampled_pair(line: Pair, pair: CandidatePair) -> SampledPair:
-    cut_off = (pair.chosen.sample.finish == "length", pair.rejected.sample.finish == "length")
-    return SampledPair(**dict(line), chosen_cut_off=cut_off[0], rejected_cut_off=cut_off[1])
+    return SampledPair(
+        **dict(line),
+        chosen_cut_off=pair.chosen.sample.finish == "length",
+        rejected_cut_off=pair.rejected.sample.finish == "length",
+    )
 
 
 def explain_no_pairs(stats: PairStats, options: PairOptions) -> str:
