@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -216,6 +217,18 @@ def started(
     finally:
         process.kill()
         process.communicate()
+
+
+def insist(process: subprocess.Popen[str], number: int) -> int | None:
+    """Signal a process that has got one signal until it ends; returns its status, None if it does not end.
+
+    One more could be too few: the process counts signals that come close together as one.
+    """
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(number)
+        time.sleep(0.05)
+    return process.returncode
 
 
 def slow_import(folder: Path, module: str) -> Path:

@@ -134,7 +134,7 @@ def test_max_tokens_bounds_the_estimate(upstream: Upstream) -> None:
 
 
 def test_a_grade_is_parsed_from_the_reply(upstream: Upstream) -> None:
-    """Its tokens are counted as the server counts them."""
+    """Its tokens are counted as the server counts them; the samples are asked for at once, in any order."""
     reply = {"choices": [{"message": {"content": "Fine.\nScore: 4"}, "finish_reason": "stop"}]}
     upstream.always = lambda seen: Reply(body={**reply, "usage": {"completion_tokens": 7}}) if seen.body else None
     with served(upstream, judge="self-reward", self_reward_mode="parsed", self_reward_samples=2) as http:
@@ -142,7 +142,7 @@ def test_a_grade_is_parsed_from_the_reply(upstream: Upstream) -> None:
 
     assert (result["grade"], result["samples"]) == (4.0, {"drawn": 2, "parsed": 2})
     assert result["usage"]["completion_tokens"] == 14
-    assert [seen.body["seed"] for seen in upstream.asked[1:]] == [0, 1]
+    assert sorted(seen.body["seed"] for seen in upstream.asked[1:]) == [0, 1]
 
 
 def test_a_recorded_conversation_is_followed() -> None:
