@@ -205,6 +205,18 @@ def test_data_without_labels(tmp_path: Path) -> None:
     assert left_out == {"equal answers": 1, "duplicates": 1}
 
 
+def test_names_are_read_as_those_of_labelled_rows(tmp_path: Path) -> None:
+    """A number is a name, 0 too; an empty cell is none."""
+    names = [{"category": 0, "template": "math@1"}, {"category": "", "template": None}]
+    rows = [{"prompt": f"{number}?", "response": "x", **one} for number, one in enumerate(names)]
+
+    labels, _ = read_questions(str(write_rows(tmp_path / "data.jsonl", rows)))
+    labelled, _ = read_questions(str(write_rows(tmp_path / "labelled.jsonl", [{**row, "label": 1} for row in rows])))
+
+    assert [(label.category, label.template) for label in labels] == [("0", "math@1"), (None, None)]
+    assert [(label.category, label.template) for label in labelled] == [("0", "math@1"), (None, None)]
+
+
 def test_a_row_without_responses_is_an_error(tmp_path: Path) -> None:
     """An empty list is named with its line."""
     with pytest.raises(ValueError, match="line 1: responses is an empty list"):

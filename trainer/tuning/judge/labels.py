@@ -160,14 +160,13 @@ def useless(label: Label) -> str | None:
 def _labels(row: TableRow, category: str, left_out: Counter[str]) -> Iterator[Label]:
     """The row's labels: one, or one for each two answers that it compares."""
     fields = row.fields
-    common = {"category": _name(fields.get(category)), "template": _name(fields.get("template"))}
+    common = asked_by(row, category)
     if "chosen" in fields and "rejected" in fields:
         sample = layouts.pairs(row)
         target = _number(row, "probability", 1.0, highest=1.0)
         margin = _number(row, "margin", 0.0, highest=math.inf)
         pairs = [(chosen, rejected) for chosen in sample.chosen for rejected in sample.rejected]
-        for number, answers in enumerate(pairs, 1):
-            id_ = sample.id if len(pairs) == 1 else f"{sample.id}#{number}"
+        for id_, answers in numbered(sample.id, pairs):
             yield Label(id=id_, prompt=sample.prompt, answers=answers, target=target, margin=margin, **common)
         return
     if "responses" in fields and "scores" in fields:
@@ -221,9 +220,16 @@ def _scores(row: TableRow, count: int) -> list[float | None]:
     return scores
 
 
-def _name(value: object) -> str | None:
-    """The value as a name; None for an empty cell."""
-    return None if value in (None, "") else str(value)
+def asked_by(row: TableRow, category: str) -> dict[str, str | None]:
+    """The fields of a Label that say which template asks; None for an empty cell."""
+    cells = {"category": row.fields.get(category), "template": row.fields.get("template")}
+    return {name: None if cell in (None, "") else str(cell) for name, cell in cells.items()}
+
+
+def numbered(name: str, groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The groups of answers that a row compares, each with its label's id: the row's, numbered if there are several."""
+    for number, group in enumerate(groups, 1):
+        yield name if len(groups) == 1 else f"{name}#{number}", group
 
 
 def _as_pair(fields: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Final
 from client.data import layouts
 from client.data.sources import source_rows
 from client.data.tables import TableRow
-from trainer.tuning.judge.labels import UNDECIDED, Label, labels_of, useless
+from trainer.tuning.judge.labels import UNDECIDED, Label, asked_by, labels_of, numbered, useless
 
 _WITHOUT_LABELS: Final = ("prompt", "responses", "response", "chosen", "rejected", "id", "template")
 
@@ -73,14 +73,11 @@ def _undecided(row: TableRow, category: str) -> Iterator[Label]:
     if "responses" not in fields and "response" in fields:
         row = TableRow(row.source, row.unit, row.number, {**fields, "responses": [fields["response"]]})
     sample = layouts.responses(row)
-    name = str(fields.get(category) or "") or None
     answers = sample.chosen
     if not answers:
         raise row.problem("responses is an empty list")
     groups: list[tuple[str, ...]] = [answers] if len(answers) == 1 else list(pairwise(answers))
     if sample.rejected:
         groups = list(product(answers, sample.rejected))
-    for number, group in enumerate(groups, 1):
-        id_ = sample.id if len(groups) == 1 else f"{sample.id}#{number}"
-        template = str(fields.get("template") or "") or None
-        yield Label(id=id_, prompt=sample.prompt, answers=group, target=UNDECIDED, category=name, template=template)
+    for id_, group in numbered(sample.id, groups):
+        yield Label(id=id_, prompt=sample.prompt, answers=group, target=UNDECIDED, **asked_by(row, category))
