@@ -11,7 +11,7 @@ import pytest
 
 from bench.support.process import running_service
 from tests.support.fleet import insist, run_code, run_module
-from tests.support.live import PAIR, wait_for
+from tests.support.live import PAIR, has_accepted, wait_for
 
 SLOW = ("--engine", "fake", "--fake-delay", "1")
 
@@ -52,7 +52,7 @@ def test_sigterm_answers_accepted_requests_and_refuses_new_ones() -> None:
     """While draining, /ready and new requests get 503; then the process exits with 0."""
     with running_service("--engine", "fake", "--fake-delay", "3") as service, ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{service.url}/score", json=PAIR, timeout=30)
-        assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{service.url}/metrics").text)
+        assert wait_for(lambda: has_accepted(service.url, 1))
         service.process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: httpx.get(f"{service.url}/ready").status_code == 503)
         refused = httpx.post(f"{service.url}/score", json=PAIR)
@@ -66,7 +66,7 @@ def test_a_second_signal_ends_the_service_at_once() -> None:
     """It does not wait for the drain."""
     with running_service(*SLOW, "--cache-entries", "0") as service, ThreadPoolExecutor(1) as pool:
         pool.submit(httpx.post, f"{service.url}/score/batch", json={"items": [PAIR] * 1000}, timeout=30)
-        assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
+        assert wait_for(lambda: has_accepted(service.url, 1000))
         service.process.send_signal(signal.SIGTERM)
         assert wait_for(lambda: httpx.get(f"{service.url}/ready").status_code == 503)
 
@@ -79,7 +79,7 @@ def test_work_that_outlives_the_drain_gets_the_error_draining() -> None:
     with running_service(*flags) as service, ThreadPoolExecutor(1) as pool:
         items = {"items": [PAIR] * 1000}
         accepted = pool.submit(httpx.post, f"{service.url}/score/batch", json=items, timeout=30)
-        assert wait_for(lambda: "judge_queue_jobs 1000.0" in httpx.get(f"{service.url}/metrics").text)
+        assert wait_for(lambda: has_accepted(service.url, 1000))
         service.process.send_signal(signal.SIGTERM)
         answer = accepted.result()
 

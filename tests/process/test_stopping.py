@@ -18,7 +18,7 @@ import pytest
 
 from bench.support.process import free_port
 from tests.support.fleet import Fleet, insist, run_code, slow_import, started
-from tests.support.live import PAIR, wait_for
+from tests.support.live import PAIR, has_accepted, wait_for
 from tests.support.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def test_a_second_signal_ends_the_service_even_if_engine_and_log_hang() -> None:
     ):
         assert wait_for(lambda: status_of(f"{url}/ready") == 200, 60)
         pool.submit(httpx.post, f"{url}/score", json=PAIR, timeout=60)
-        assert wait_for(lambda: "judge_queue_jobs 1.0" in httpx.get(f"{url}/metrics").text)
+        assert wait_for(lambda: has_accepted(url, 1))
         service.send_signal(signal.SIGTERM)
         assert wait_for(lambda: status_of(f"{url}/ready") != 200)
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -224,10 +223,12 @@ def insist(process: subprocess.Popen[str], number: int) -> int | None:
 
     One more could be too few: the process counts signals that come close together as one.
     """
-    deadline = time.monotonic() + 20
-    while process.poll() is None and time.monotonic() < deadline:
+
+    def ended() -> bool:
         process.send_signal(number)
-        time.sleep(0.05)
+        return process.poll() is not None
+
+    wait_for(ended, 20)
     return process.returncode
 
 

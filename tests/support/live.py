@@ -91,6 +91,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return True
 
 
+def has_accepted(url: str, jobs: int) -> bool:
+    """Whether a service holds this many jobs that it has not answered."""
+    return f"judge_queue_jobs {jobs:.1f}" in httpx.get(f"{url}/metrics").text
+
+
 def outcome(answer: httpx.Response) -> tuple[int, str | None, str | None]:
     """An answer's status, with the code and the field of its error if it is one."""
     error = answer.json()["error"] if answer.is_error else {}
