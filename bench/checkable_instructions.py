@@ -3,13 +3,15 @@
     python -m bench.checkable_instructions make --data ../shared/data/instructions.jsonl --out asked.jsonl
     python -m bench.checkable_instructions label --asked asked.jsonl --samples RUN/round-1/samples.jsonl --out labels
     python -m bench.checkable_instructions agree --asked asked.jsonl --scored RUN/round-1
+    python -m bench.checkable_instructions pairs --asked asked.jsonl --scored RUN/round-1
 
 `make` adds one or two of IFEval's kinds of constraints, with arguments of their own, to general and chat prompts.
 `label` writes what `python -m trainer.self_improve --labels-from` and `trainer.tune_judge --pairs` take: a response's
 score is the share of its prompt's constraints that it strictly follows. The kinds are those of IFEval; its prompts are
-not among these. `agree` says what a judge's labels of the same responses are worth by that program. With `--first N`
-only the first N of the prompts that have responses count, with `--after N` only the others, so that a judge can be
-tuned on some, and its labels (`--scores`) be used and measured on the rest.
+not among these. `agree` says what a judge's labels of the same responses are worth by that program, and `pairs` what
+the pairs are worth that the loop's options make of them. With `--first N` only the first N of the prompts that have
+responses count, with `--after N` only the others, so that a judge can be tuned on some, and its labels (`--scores`) be
+used and measured on the rest.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Final, NamedTuple
 
 from bench.support.jsonl import read_rows, write_rows
-from client.stats import stratified_bootstrap
+from client.labels.candidates import CandidatePair
+from client.labels.pairs import BEST_AGAINST_WORST, PairOptions, RankLimits, choose_pairs
+from client.labels.records import Score
+from client.stats import stratified_bootstrap, wilson
 from trainer.evaluation.tasks.ifeval import check_response, checkers
+from trainer.run.files import read_records
+from trainer.run.records import SAMPLES_FILE, SCORES_FILE, Instruction, Sample
 
 # A language or a fixed reply would replace the answer; repeating the prompt and answering twice have their own forms.
 _LEFT_OUT: Final = (
@@ -53,8 +60,12 @@ def main() -> int:
     for command in (make, label):
         command.add_argument("--out", type=Path, required=True)
     agree = commands.add_parser("agree", help="how often a judge's labels say the same")
-    agree.add_argument("--scored", type=Path, required=True, metavar="DIR", help="with samples.jsonl and scores.jsonl")
-    for command in (label, agree):
+    pairs = commands.add_parser("pairs", help="how right the pairs are that the loop's options make of its labels")
+    for command in (agree, pairs):
+        command.add_argument(
+            "--scored", type=Path, required=True, metavar="DIR", help="with samples.jsonl and scores.jsonl"
+        )
+    for command in (label, agree, pairs):
         command.add_argument("--asked", type=Path, required=True, help="what `make` wrote")
         command.add_argument("--first", type=int, metavar="N", help="only the first N prompts")
         command.add_argument("--after", type=int, default=0, metavar="N", help="only the prompts after the first N")
@@ -62,13 +73,16 @@ def main() -> int:
     if args.command == "make":
         write_rows(args.out, _asked(args.data, args.count, args.seed))
         return 0
-    scored = args.command == "agree"
-    answered = _answered(args.asked, args.scored / "samples.jsonl" if scored else args.samples)
     part = slice(args.after, args.first)
-    if scored:
-        print("\n".join(_agreement(answered[part], _judged(args.scored / "scores.jsonl"))))
-    else:
+    if args.command == "label":
+        answered = _answered(args.asked, args.samples)
         write_rows(args.out, _labelled(answered, part, args.scores and _judged(args.scores)))
+        return 0
+    answered = _answered(args.asked, args.scored / SAMPLES_FILE)[part]
+    if args.command == "agree":
+        print("\n".join(_agreement(answered, _judged(args.scored / SCORES_FILE))))
+    else:
+        print("\n".join(_worth_of_pairs(answered, args.scored)))
     return 0
 
 
@@ -179,6 +193,56 @@ def _agreement(answered: Sequence[_Answered], judged: Mapping[tuple[str, int], f
         ("the program's best", lambda both: max(followed for _, followed in both)),
     ):
         yield f"constraints followed by {who}: {100 * fmean(map(of, prompts)):.1f}%"
+
+
+def _worth_of_pairs(answered: Sequence[_Answered], scored: Path) -> Iterator[str]:
+    """A line for each way of making pairs of these labels; intervals are 95%, over pairs."""
+    followed = {
+        (one.row["id"], number): share
+        for one in answered
+        for number, share in zip(one.numbers, one.followed, strict=True)
+    }
+    prompts = [Instruction.model_validate(one.row) for one in answered]
+    samples = [sample for sample in read_records(scored / SAMPLES_FILE, Sample) if sample.key in followed]
+    scores = {score.key: score for score in read_records(scored / SCORES_FILE, Score)}
+
+    def pairs_by(
+        options: PairOptions, first: int | None = None, limits: RankLimits = BEST_AGAINST_WORST
+    ) -> list[CandidatePair]:
+        kept = [sample for sample in samples if first is None or sample.sample < first]
+        found, _ = choose_pairs(prompts, kept, scores, options, limits)
+        return [pair for of_prompt in found.values() for pair in of_prompt]
+
+    plain = pairs_by(PairOptions())
+    middle = median(pair.margin for pair in plain) if plain else 0.0
+    for name, pairs in {
+        "by default": plain,
+        f"--min-margin {middle:.2f}, the median": pairs_by(PairOptions(min_margin=middle)),
+        "--rejected middle": pairs_by(PairOptions(rejected="middle")),
+        "--length-balance": pairs_by(PairOptions(length_balance=True)),
+        "--cut-off drop": pairs_by(PairOptions(cut_off="drop")),
+        "--cut-off keep": pairs_by(PairOptions(cut_off="keep")),
+        "--samples 2": pairs_by(PairOptions(), 2),
+        "--samples 3": pairs_by(PairOptions(), 3),
+        "client label --bottom 3": pairs_by(PairOptions(), limits=RankLimits(1, 3)),
+    }.items():
+        yield f"{name}: {_described(pairs, followed)}"
+
+
+def _described(pairs: Sequence[CandidatePair], followed: Mapping[tuple[str, int], float | None]) -> str:
+    sides = [(followed[pair.chosen.sample.key], followed[pair.rejected.sample.key]) for pair in pairs]
+    checked = [(one, two) for one, two in sides if one is not None and two is not None]
+    right, decided = sum(one > two for one, two in checked), sum(one != two for one, two in checked)
+    if not decided:
+        return f"{len(pairs)} pairs, none of which the program decides"
+    low, high = wilson(right, decided)
+    gain = fmean(one - two for one, two in checked)
+    longer = fmean(pair.length_difference for pair in pairs)
+    return (
+        f"{len(pairs)} pairs; of {decided} that the program decides {100 * right / decided:.1f}% are right "
+        f"({100 * low:.1f} to {100 * high:.1f}); chosen against rejected: {100 * gain:+.1f} points of constraints, "
+        f"{longer:+.0f} characters"
+    )
 
 
 def _score(row: dict[str, Any], response: str) -> float | None:
